@@ -1,0 +1,1 @@
+"""Rectified flow: the path from data to noise, guidance, and ODE solvers."""

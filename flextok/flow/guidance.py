@@ -1,0 +1,65 @@
+"""Guidance: wraps a conditional and a null velocity into one; the solver never knows.
+
+A scale of 1 is the conditional model. The scale may be a number or a function of t.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Velocity = Callable[[Tensor, Tensor], Tensor]
+Scale = float | Callable[[Tensor], float]
+
+
+def scale_at(scale: Scale, t: Tensor) -> float:
+    return float(scale(t)) if callable(scale) else float(scale)
+
+
+def cfg(cond_fn: Velocity, null_fn: Velocity, scale: Scale) -> Velocity:
+    """Classifier-free guidance (arXiv 2207.12598): u + scale (c - u)."""
+    if not callable(scale) and scale == 1:
+        return cond_fn
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        c, u = cond_fn(x, t), null_fn(x, t)
+        return u + scale_at(scale, t) * (c - u)
+
+    return velocity
+
+
+def apg(
+    cond_fn: Velocity,
+    null_fn: Velocity,
+    scale: Scale,
+    momentum: float = -0.5,
+    eta: float = 0.0,
+    norm_threshold: float = 2.5,
+) -> Velocity:
+    """Adaptive projected guidance (arXiv 2410.02416, algorithm 1), with FlexTok's parameters.
+
+    Holds the momentum of one solve: make a new one for every sample.
+    """
+    if not callable(scale) and scale == 1:
+        return cond_fn
+    buffer: Tensor | float = 0.0
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        nonlocal buffer
+        c, u = cond_fn(x, t), null_fn(x, t)
+        buffer = c - u + momentum * buffer
+        d = buffer
+        dims = tuple(range(1, d.ndim))
+        norm = d.norm(p=2, dim=dims, keepdim=True)
+        d = d * torch.clamp(norm_threshold / norm.clamp_min(1e-12), max=1.0)
+        # float64 island: the projection cancels nearly parallel vectors
+        d64, c64 = d.double(), c.double()
+        unit = c64 / c64.norm(p=2, dim=dims, keepdim=True).clamp_min(1e-12)
+        parallel = (d64 * unit).sum(dim=dims, keepdim=True) * unit
+        update = (d64 - parallel + eta * parallel).to(c.dtype)
+        return c + (scale_at(scale, t) - 1) * update
+
+    return velocity
+
+
+GUIDANCE = {"cfg": cfg, "apg": apg}

@@ -1,0 +1,32 @@
+"""ODE solvers along decreasing times, 1 -> 0: x0 = solver(velocity, noise, times).
+
+The state is kept in float32 whatever the model's precision.
+"""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+Velocity = Callable[[Tensor, Tensor], Tensor]
+
+
+def euler(velocity: Velocity, noise: Tensor, times: Tensor) -> Tensor:
+    """First order, one velocity a step. times: (S+1,) decreasing. Returns x at times[-1]."""
+    x = noise.float()
+    for t, t_next in zip(times[:-1], times[1:], strict=True):
+        x = x + (t_next - t) * velocity(x, t).float()
+    return x
+
+
+def heun(velocity: Velocity, noise: Tensor, times: Tensor) -> Tensor:
+    """Second order (explicit trapezoid), two velocities a step. Unlike in EDM the last step is full
+    too: a rectified flow's velocity is defined at t=0."""
+    x = noise.float()
+    for t, t_next in zip(times[:-1], times[1:], strict=True):
+        v = velocity(x, t).float()
+        v_next = velocity(x + (t_next - t) * v, t_next).float()
+        x = x + (t_next - t) * (v + v_next) / 2
+    return x
+
+
+SOLVERS = {"euler": euler, "heun": heun}

@@ -1,0 +1,202 @@
+"""GPT-style autoregressive generator over ordered indices, coarse to fine (FlexTok, section 3.3).
+
+A start token carries the condition; learned absolute positions; pre-norm blocks with SwiGLU.
+Position j reads the start token and indices < j and predicts index j.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flextok.generators.conditioning import CONDITIONERS
+from flextok.generators.sampling import check_sampling, sample
+from flextok.hub import Pretrained
+from flextok.nn.attention import KVCache
+from flextok.nn.blocks import Block, LayerNorm
+from flextok.schema import build
+
+
+@dataclass
+class GenerateConfig:
+    """What generate() does where its caller does not say."""
+
+    temperature: float = 1.0
+    top_k: int = 0  # 0 = all
+    top_p: float = 0.0  # 0 = all
+    guidance_scale: float = 1.5
+
+
+@dataclass
+class GPTConfig:
+    """vocab_size and num_tokens come from the tokenizer where train.py builds the model."""
+
+    vocab_size: int = 64_000
+    num_tokens: int = 256
+    depth: int = 12
+    dim: int | None = None  # 64 * depth
+    num_heads: int | None = None  # depth
+    conditioner: dict[str, Any] = field(
+        default_factory=lambda: {"name": "class", "num_classes": 1000}
+    )
+    cond_drop: float = 0.1  # how often training sees the null condition
+    dropout: float = 0.0  # on the input embeddings
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
+
+
+class GPT(Pretrained, nn.Module):
+    """Class-conditional (or unconditional) decoder-only transformer over a tokenizer's indices."""
+
+    model_type = "gpt"
+    config_class = GPTConfig
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        dim = config.dim or 64 * config.depth
+        self.conditioner = build(CONDITIONERS, {"dim": dim, **config.conditioner}, "conditioner")
+        self.embedding = nn.Embedding(config.vocab_size, dim)
+        self.start = nn.Parameter(torch.empty(dim))
+        self.positions = nn.Parameter(torch.empty(config.num_tokens, dim))
+        self.dropout = nn.Dropout(config.dropout)
+        num_heads = config.num_heads or config.depth
+        self.blocks = nn.ModuleList(
+            Block(dim, num_heads, eps=1e-6, affine=True) for _ in range(config.depth)
+        )
+        self.norm = LayerNorm(dim, eps=1e-6, affine=True)
+        self.head = nn.Linear(dim, config.vocab_size, bias=False)
+        self.init_weights()
+
+    @property
+    def num_tokens(self) -> int:
+        return self.config.num_tokens
+
+    def init_weights(self) -> None:
+        """Linear and embeddings: N(0, 0.02); projections back into the residual stream: smaller by
+        sqrt(2 depth) (GPT-2); norms: one."""
+        residual_std = 0.02 / (2 * self.config.depth) ** 0.5
+        for name, parameter in self.named_parameters():
+            if "norm" in name:
+                nn.init.ones_(parameter)
+            elif name.endswith(("proj.weight", "fc2.weight")):
+                nn.init.normal_(parameter, std=residual_std)
+            else:
+                nn.init.normal_(parameter, std=0.02)
+
+    def forward(self, indices: Tensor, cond: Tensor, drop: Tensor | None = None) -> Tensor:
+        """indices: (B, k) long, 0 <= k < num_tokens; cond: what the conditioner takes, (B,) labels;
+        drop: (B,) bool, True = null condition. Returns logits (B, k+1, V) of indices 0..k."""
+        x = self.embed(indices, cond, drop)
+        for block in self.blocks:
+            x = block(x, is_causal=True)
+        return self.head(self.norm(x))
+
+    def embed(self, indices: Tensor, cond: Tensor, drop: Tensor | None = None) -> Tensor:
+        """Returns the input embeddings (B, k+1, D): the start token with its condition, then one for
+        each index, all with positions."""
+        start = (self.start + self.conditioner(cond, drop).start)[:, None]
+        x = torch.cat([start, self.embedding(indices)], dim=1)
+        return self.dropout(x + self.positions[: x.shape[1]])
+
+    def loss(
+        self, indices: Tensor, cond: Tensor, generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        """indices: (B, K) long; cond: (B,) labels. Returns scalars; "loss" is the cross-entropy in
+        nats an index. `generator` draws which conditions are dropped."""
+        self._check_indices(indices)
+        drop = None
+        if self.training and self.config.cond_drop > 0:
+            source = indices.device if generator is None else generator.device
+            u = torch.rand(len(indices), generator=generator, device=source)
+            drop = (u < self.config.cond_drop).to(indices.device)
+        logits = self(indices[:, :-1], cond, drop)
+        return {"loss": F.cross_entropy(logits.flatten(0, 1).float(), indices.flatten())}
+
+    @torch.no_grad()
+    def generate(
+        self,
+        cond: Tensor,
+        num_tokens: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        guidance_scale: float | None = None,
+        generator: torch.Generator | None = None,
+        prefix: Tensor | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> Tensor:
+        """cond: (B,) labels, -1 = none. Returns indices (B, num_tokens) long.
+
+        num_tokens in [1, K], all by default. Guidance is u + scale (c - u) on logits, both branches
+        in one batch; 1 = none. prefix: (B, p) indices to continue from, part of the result. Defaults
+        come from config.generate. progress is called with the number of indices there so far."""
+        defaults = self.config.generate
+        total = self.num_tokens if num_tokens is None else num_tokens
+        if not 1 <= total <= self.num_tokens:
+            raise ValueError(f"num_tokens={num_tokens} must be in [1, {self.num_tokens}]")
+        temperature = defaults.temperature if temperature is None else temperature
+        top_k = defaults.top_k if top_k is None else top_k
+        top_p = defaults.top_p if top_p is None else top_p
+        scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
+        check_sampling(temperature, top_k, top_p)
+
+        device = self.start.device
+        cond = cond.to(device)
+        batch = len(cond)
+        if prefix is None:
+            prefix = torch.empty(batch, 0, dtype=torch.long)
+        elif len(prefix) != batch or prefix.shape[1] > total:
+            raise ValueError(
+                f"prefix has shape {tuple(prefix.shape)}, expected ({batch}, p) with p <= {total}"
+            )
+        indices = torch.empty(batch, total, dtype=torch.long, device=device)
+        done = prefix.shape[1]
+        indices[:, :done] = prefix.to(device)
+        if done == total:
+            return indices
+        guided = scale != 1
+        both = torch.cat([cond, self.conditioner.null_like(cond)]) if guided else cond
+        repeat = 2 if guided else 1
+        caches = self.new_caches(repeat * batch, total)
+        x = self.embed(indices[:, :done].repeat(repeat, 1), both)
+        while True:
+            logits = self._step(x, caches)
+            if guided:
+                c, u = logits.chunk(2)
+                logits = u + scale * (c - u)
+            new = sample(logits, temperature, top_k, top_p, generator)
+            indices[:, done] = new
+            done += 1
+            if progress is not None:
+                progress(done)
+            if done == total:
+                return indices
+            x = self.embedding(new.repeat(repeat))[:, None] + self.positions[done]
+
+    def new_caches(self, batch: int, length: int) -> list[KVCache]:
+        heads = self.blocks[0].attn
+        assert isinstance(heads, nn.Module)
+        return [
+            KVCache(batch, heads.num_heads, length, heads.head_dim, like=self.start)
+            for _ in self.blocks
+        ]
+
+    def _step(self, x: Tensor, caches: list[KVCache]) -> Tensor:
+        """x: (B, n, D), the next n embeddings. Returns the last one's logits (B, V)."""
+        for block, cache in zip(self.blocks, caches, strict=True):
+            x = block(x, is_causal=True, cache=cache)
+        return self.head(self.norm(x[:, -1]))
+
+    def _check_indices(self, indices: Tensor) -> None:
+        if indices.ndim != 2 or indices.shape[1] > self.num_tokens:
+            raise ValueError(
+                f"indices have shape {tuple(indices.shape)}, expected (B, k), k <= {self.num_tokens}"
+            )
+        low, high = indices.aminmax()
+        if low < 0 or high >= self.config.vocab_size:
+            raise ValueError(
+                f"indices span [{low}, {high}], expected [0, {self.config.vocab_size - 1}]"
+            )

@@ -1,0 +1,87 @@
+"""Multi-head attention with optional qk-norm, masks and a key-value cache; and the masks themselves.
+
+qk-norm is FlexTok's: a LayerNorm without affine over each head (arXiv 2502.13967, appendix).
+"""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+
+def prefix_causal_mask(num_patches: int, num_registers: int) -> Tensor:
+    """(N+K, N+K) bool, True = attend. Patches see patches; register i sees all patches and
+    registers <= i (FlexTok, section 3.1)."""
+    n = num_patches + num_registers
+    mask = torch.ones(n, n, dtype=torch.bool).tril()
+    mask[:, :num_patches] = True
+    return mask
+
+
+class KVCache:
+    """Keys and values of the positions already generated, in one preallocated buffer a layer."""
+
+    def __init__(self, batch: int, num_heads: int, length: int, head_dim: int, like: Tensor):
+        self.k = like.new_empty(batch, num_heads, length, head_dim)
+        self.v = like.new_empty(batch, num_heads, length, head_dim)
+        self.length = 0
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """k, v: (B, heads, n, head_dim), the next n positions. Returns all keys and values so far."""
+        end = self.length + k.shape[2]
+        assert end <= self.k.shape[2], f"KV cache of length {self.k.shape[2]} is full"
+        self.k[:, :, self.length : end], self.v[:, :, self.length : end] = k, v
+        self.length = end
+        return self.k[:, :, :end], self.v[:, :, :end]
+
+
+class Attention(nn.Module):
+    """Self- or cross-attention without biases; num_heads * head_dim = dim."""
+
+    def __init__(self, dim: int, num_heads: int, qk_norm: bool = False, context_dim: int = 0):
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"dim={dim} must be a multiple of num_heads={num_heads}")
+        self.num_heads, self.head_dim, self.qk_norm = num_heads, dim // num_heads, qk_norm
+        # FlexTok writes its scale as 8 / head_dim; at its head_dim of 64 both are 1/8
+        self.scale = 8.0 / self.head_dim if qk_norm else self.head_dim**-0.5
+        self.wq = nn.Linear(dim, dim, bias=False)
+        self.wk = nn.Linear(context_dim or dim, dim, bias=False)
+        self.wv = nn.Linear(context_dim or dim, dim, bias=False)
+        self.proj = nn.Linear(dim, dim, bias=False)
+
+    def split_heads(self, x: Tensor, norm: bool) -> Tensor:
+        x = rearrange(x, "b n (h d) -> b h n d", h=self.num_heads)
+        if norm:  # fp32 island: the norm of a head is sensitive to rounding
+            x = F.layer_norm(x.float(), (self.head_dim,)).to(x.dtype)
+        return x
+
+    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """context: (B, L, context_dim). Returns keys and values, (B, heads, L, head_dim) each."""
+        k = self.split_heads(self.wk(context), self.qk_norm)
+        return k, self.split_heads(self.wv(context), False)
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        is_causal: bool = False,
+        cache: KVCache | None = None,
+        keys_values: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """x: (B, N, D); mask: broadcastable to (B, heads, N, M), bool (True = attend) or an additive
+        bias; cache: self-attention continues after the cached positions; keys_values: ready ones of
+        another sequence (cross-attention). Returns (B, N, D)."""
+        q = self.split_heads(self.wq(x), self.qk_norm)
+        k, v = keys_values if keys_values is not None else self.keys_values(x)
+        if cache is not None:
+            start = cache.length
+            k, v = cache.append(k, v)
+            if is_causal and start and q.shape[2] > 1:  # SDPA's own causal flag aligns top-left
+                mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=x.device)
+                mask = mask.tril(start)
+        causal = is_causal and mask is None and q.shape[2] > 1
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, scale=self.scale
+        )
+        return self.proj(rearrange(y, "b h n d -> b n (h d)"))

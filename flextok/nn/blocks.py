@@ -1,0 +1,121 @@
+"""Transformer blocks: pre-norm with optional cross-attention, and its adaLN-zero sibling (DiT)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flextok.nn.attention import Attention, KVCache
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm computed in fp32, with an optional learned scale and never a bias."""
+
+    def __init__(self, dim: int, eps: float = 1e-5, affine: bool = False):
+        super().__init__()
+        self.dim, self.eps = dim, eps
+        self.weight = nn.Parameter(torch.ones(dim)) if affine else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = None if self.weight is None else self.weight.float()
+        return F.layer_norm(x.float(), (self.dim,), weight, eps=self.eps).to(x.dtype)
+
+
+class SwiGLU(nn.Module):
+    """fc2(silu(fc1 x) * fc3 x) without biases, hidden int(8 D / 3) (Shazeer, arXiv 2002.05202)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        hidden = int(8 * dim / 3)
+        self.fc1 = nn.Linear(dim, hidden, bias=False)
+        self.fc2 = nn.Linear(hidden, dim, bias=False)
+        self.fc3 = nn.Linear(dim, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.silu(self.fc1(x)) * self.fc3(x))
+
+
+class Block(nn.Module):
+    """Pre-norm attention and SwiGLU; with context, cross-attention stands between the two."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        qk_norm: bool = False,
+        eps: float = 1e-5,
+        affine: bool = False,
+        cross_attention: bool = False,
+    ):
+        super().__init__()
+        self.norm1 = LayerNorm(dim, eps, affine)
+        self.attn = Attention(dim, num_heads, qk_norm)
+        self.cross_norm = LayerNorm(dim, eps, affine) if cross_attention else None
+        self.cross_attn = Attention(dim, num_heads, qk_norm) if cross_attention else None
+        self.norm2 = LayerNorm(dim, eps, affine)
+        self.mlp = SwiGLU(dim)
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        is_causal: bool = False,
+        cache: KVCache | None = None,
+        context: tuple[Tensor, Tensor] | None = None,
+        context_mask: Tensor | None = None,
+    ) -> Tensor:
+        """x: (B, N, D); mask as in Attention; context: keys and values of the condition from
+        `cross_attn.keys_values`; context_mask: (B, 1, 1, L) bool. Returns (B, N, D)."""
+        x = x + self.attn(self.norm1(x), mask, is_causal, cache)
+        if self.cross_attn is not None and self.cross_norm is not None:
+            x = x + self.cross_attn(self.cross_norm(x), context_mask, keys_values=context)
+        return x + self.mlp(self.norm2(x))
+
+
+class SegmentModulation(nn.Module):
+    """adaLN over a sequence of two segments (patches, registers), each with its own modulation.
+
+    One Linear gives `chunks` vectors of width D for each segment, from a condition (B, D).
+    """
+
+    def __init__(self, dim: int, chunks: int, segments: int):
+        super().__init__()
+        self.dim, self.chunks, self.segments = dim, chunks, segments
+        self.linear = nn.Linear(dim, segments * chunks * dim)
+
+    def forward(self, condition: Tensor) -> list[Tensor]:
+        """condition: (B, D). Returns `chunks` tensors (B, segments, D)."""
+        out = self.linear(F.silu(condition))
+        return list(out.view(-1, self.segments, self.chunks, self.dim).unbind(dim=2))
+
+
+def per_segment(modulation: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    """modulation: (B, segments, D). Returns (B, sum(lengths), D): each segment's vector over it."""
+    parts = [modulation[:, i : i + 1].expand(-1, n, -1) for i, n in enumerate(lengths)]
+    return torch.cat(parts, dim=1)
+
+
+class AdaLNBlock(nn.Module):
+    """adaLN-zero block (DiT) over [patches, registers], modulated apart (FlexTok, section 3.2)."""
+
+    def __init__(self, dim: int, num_heads: int, qk_norm: bool = True, eps: float = 1e-5):
+        super().__init__()
+        self.norm1 = LayerNorm(dim, eps)
+        self.attn = Attention(dim, num_heads, qk_norm)
+        self.norm2 = LayerNorm(dim, eps)
+        self.mlp = SwiGLU(dim)
+        self.modulation = SegmentModulation(dim, chunks=6, segments=2)
+
+    def forward(
+        self, x: Tensor, condition: Tensor, lengths: tuple[int, int], mask: Tensor | None = None
+    ) -> Tensor:
+        """x: (B, N+K, D); condition: (B, D); lengths: (N, K); mask as in Attention."""
+        # the published chunk order: gates first
+        chunks = [per_segment(m, lengths) for m in self.modulation(condition)]
+        gate_attn, gate_mlp, shift_attn, scale_attn, shift_mlp, scale_mlp = chunks
+        x = x + gate_attn * self.attn(modulate(self.norm1(x), shift_attn, scale_attn), mask)
+        return x + gate_mlp * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x (1 + scale) + shift; all (B, N, D)."""
+    return x * (1 + scale) + shift

@@ -1,0 +1,58 @@
+"""Patches, positions and time: how pictures and scalars enter a transformer."""
+
+import math
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+
+def patchify(x: Tensor, patch_size: int) -> Tensor:
+    """x: (B, C, H, W). Returns (B, N, p*p*C), channels last within a patch, row-major patches."""
+    return rearrange(x, "b c (h p1) (w p2) -> b (h w) (p1 p2 c)", p1=patch_size, p2=patch_size)
+
+
+def unpatchify(x: Tensor, patch_size: int, height: int) -> Tensor:
+    """x: (B, N, p*p*C); height: rows of patches. Returns (B, C, H, W), the inverse of patchify."""
+    p = patch_size
+    return rearrange(x, "b (h w) (p1 p2 c) -> b c (h p1) (w p2)", h=height, p1=p, p2=p)
+
+
+def sincos_2d(dim: int, height: int, width: int, temperature: float = 10_000.0) -> Tensor:
+    """Fixed 2D positions, (1, dim, height, width): the first dim/2 channels encode the row, the rest
+    the column; each half is [sin, cos] over dim/4 frequencies."""
+    assert dim % 4 == 0, f"2D sin-cos positions need a width divisible by 4, got {dim}"
+    omega = 1.0 / temperature ** (torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+
+    def axis(length: int) -> Tensor:
+        angles = torch.outer(torch.arange(length, dtype=torch.float64), omega)
+        return torch.cat([angles.sin(), angles.cos()], dim=1).T.float()  # (dim/2, length)
+
+    rows = axis(height)[:, :, None].expand(-1, -1, width)
+    columns = axis(width)[:, None, :].expand(-1, height, -1)
+    return torch.cat([rows, columns])[None]
+
+
+class TimeEmbedding(nn.Module):
+    """Sinusoidal features of a time in [0, 1], then an MLP (DiT, arXiv 2212.09748).
+
+    FlexTok's published class default is max_timestep=1000 with max_period=256; whether the released
+    weights use 1000 or 1 could not be settled, so it is a parameter.
+    """
+
+    def __init__(
+        self, dim: int, max_timestep: float = 1000.0, features: int = 256, max_period: float = 256.0
+    ):
+        super().__init__()
+        self.scale, self.features, self.max_period = 1000.0 / max_timestep, features, max_period
+        self.fc1 = nn.Linear(features, dim)
+        self.fc2 = nn.Linear(dim, dim)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """t: (B,) float in [0, 1]. Returns (B, D)."""
+        half = self.features // 2
+        exponent = torch.arange(half, dtype=torch.float32, device=t.device) / half
+        frequencies = self.scale * torch.exp(-math.log(self.max_period) * exponent)
+        angles = t.float()[:, None] * frequencies
+        x = torch.cat([angles.cos(), angles.sin()], dim=-1)  # cos comes first in FlexTok
+        return self.fc2(nn.functional.silu(self.fc1(x.to(self.fc1.weight.dtype))))

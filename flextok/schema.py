@@ -1,0 +1,116 @@
+"""Checked configuration: plain mappings in, dataclasses and components out.
+
+One strict reader serves YAML files, command-line overrides and the config.json of a saved model.
+A component is chosen by a short name from a registry, which is a plain dict: {"name": "fsq", ...}.
+"""
+
+import dataclasses
+import difflib
+import functools
+import inspect
+import types
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used as it stands; the message names the key and the remedy."""
+
+
+def unknown_key(kind: str, key: str, known: list[str], where: str = "") -> ConfigError:
+    guess = difflib.get_close_matches(str(key), known, n=1)
+    hint = f" Did you mean {guess[0]!r}?" if guess else ""
+    place = f" in {where!r}" if where else ""
+    return ConfigError(f"unknown {kind} {key!r}{place}.{hint} Known: {', '.join(sorted(known))}.")
+
+
+def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
+    """Read a dataclass from a mapping. Unknown keys, missing keys and wrong types are errors."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where or cls.__name__} must be a mapping of keys, got {values!r}.")
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in fields:
+            raise unknown_key("key", key, list(fields), where)
+    kwargs = {k: _coerce(hints[k], v, f"{where}.{k}".lstrip(".")) for k, v in values.items()}
+    for name, field in fields.items():
+        no_default = field.default is dataclasses.MISSING
+        if name not in kwargs and no_default and field.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"missing key {f'{where}.{name}'.lstrip('.')!r} ({cls.__name__}).")
+    return cls(**kwargs)
+
+
+def to_mapping(config: Any) -> dict[str, Any]:
+    """The plain mapping that from_mapping reads back."""
+    return dataclasses.asdict(config)
+
+
+def build(registry: Mapping[str, Callable[..., Any]], spec: Mapping[str, Any] | str, what: str):
+    """Build the component that a spec names: {"name": "fsq", "levels": [8, 8]} -> FSQ(levels=[8, 8]).
+
+    A registry entry that is a class is instantiated; a function becomes a partial with its
+    parameters bound. Parameters are checked against the signature.
+    """
+    spec = {"name": spec} if isinstance(spec, str) else dict(spec)
+    if "name" not in spec:
+        raise ConfigError(f"{what} needs a name. Known: {', '.join(sorted(registry))}.")
+    name = spec.pop("name")
+    if name not in registry:
+        raise unknown_key(what, name, list(registry))
+    factory = registry[name]
+    parameters = inspect.signature(factory).parameters
+    known = [p.name for p in parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    for key in spec:
+        if key not in known:
+            raise unknown_key("key", key, known, f"{what} {name}")
+    if not inspect.isclass(factory):
+        return functools.partial(factory, **spec)
+    required = [p.name for p in parameters.values() if p.default is p.empty and p.name in known]
+    if missing := [key for key in required if key not in spec]:
+        raise ConfigError(f"{what} {name!r} needs {', '.join(missing)}.")
+    return factory(**spec)
+
+
+def _coerce(hint: Any, value: Any, where: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        errors = []
+        for option in (a for a in args if a is not type(None)):
+            try:
+                return _coerce(option, value, where)
+            except ConfigError as error:
+                errors.append(error)
+        raise errors[-1]
+    if dataclasses.is_dataclass(hint):
+        return value if isinstance(value, hint) else from_mapping(hint, value, where)  # type: ignore
+    if origin is typing.Literal:
+        if value in args:
+            return value
+        raise ConfigError(f"{where}={value!r} must be one of {', '.join(map(repr, args))}.")
+    if origin in (list, tuple):
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{where}={value!r} must be a list.")
+        item = args[0] if args else Any
+        return origin(_coerce(item, v, f"{where}[{i}]") for i, v in enumerate(value))
+    if origin is dict or hint is dict:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where}={value!r} must be a mapping of keys.")
+        return dict(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool):
+        return value
+    raise ConfigError(f"{where}={value!r} must be of type {hint.__name__}.")

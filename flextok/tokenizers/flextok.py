@@ -1,0 +1,439 @@
+"""FlexTok (arXiv 2502.13967): a picture as an ordered sequence of FSQ indices.
+
+A ViT encoder with registers under a prefix-causal mask, FSQ, nested dropout, and a rectified-flow
+decoder that rebuilds a plausible picture from any prefix. Time: t=1 is noise (flow/path.py).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
+
+from flextok.flow.guidance import GUIDANCE, Scale
+from flextok.flow.path import TIME_SAMPLERS, interpolate, linear_times, velocity_target
+from flextok.flow.solvers import SOLVERS
+from flextok.hub import Pretrained
+from flextok.losses import RepresentationAlignment
+from flextok.nn.attention import prefix_causal_mask
+from flextok.nn.blocks import AdaLNBlock, Block, LayerNorm, SegmentModulation, modulate, per_segment
+from flextok.nn.embeddings import TimeEmbedding, patchify, sincos_2d, unpatchify
+from flextok.quantizers import QUANTIZERS
+from flextok.schema import build
+from flextok.tokenizers.nested_dropout import NESTED_DROPOUT
+from flextok.vae import VAES
+
+
+@dataclass
+class DecodeConfig:
+    """What decode() does where its caller does not say (FlexTok, appendix: 20 steps, APG 7.5)."""
+
+    num_steps: int = 20
+    solver: str = "euler"
+    guidance: dict[str, Any] = field(default_factory=lambda: {"name": "apg"})
+    guidance_scale: float = 7.5
+
+
+@dataclass
+class FlexTokConfig:
+    """Width is 64 x depth where no dim is given, as in the published sizes."""
+
+    image_size: int = 256
+    patch_size: int = 2  # in latents
+    num_registers: int = 256  # K, the longest token sequence
+    head_dim: int = 64
+    encoder_depth: int = 12
+    encoder_dim: int | None = None
+    decoder_depth: int = 12
+    decoder_dim: int | None = None
+    vae: dict[str, Any] = field(default_factory=lambda: {"name": "kl"})
+    quantizer: dict[str, Any] = field(
+        default_factory=lambda: {"name": "fsq", "levels": [8, 8, 8, 5, 5, 5]}
+    )
+    nested_dropout: str = "pow2"
+    drop_mode: Literal["mask", "truncate"] = "mask"  # mask token, or leave the sequence
+    null_prob: float = 0.2  # how often all codes become the null condition in training
+    time_sampler: dict[str, Any] = field(default_factory=lambda: {"name": "mode", "scale": 0.25})
+    prediction: Literal["velocity", "x0"] = "velocity"  # what the decoder's head puts out
+    max_timestep: float = 1000.0  # time embedding's scale is 1000 / max_timestep
+    repa: dict[str, Any] | None = None  # see losses.RepresentationAlignment; training only
+    checkpoint_blocks: bool = False  # recompute activations in the backward pass
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+
+
+class Encoder(nn.Module):
+    """Latents to K ordered register outputs; register i never sees register j > i."""
+
+    def __init__(
+        self,
+        channels: int,
+        grid: int,
+        patch_size: int,
+        dim: int,
+        depth: int,
+        num_heads: int,
+        num_registers: int,
+        out_dim: int,
+        checkpoint_blocks: bool = False,
+    ):
+        super().__init__()
+        self.patch_size, self.checkpoint_blocks = patch_size, checkpoint_blocks
+        self.patch_embed = nn.Linear(channels * patch_size**2, dim)
+        self.patch_pos = nn.Parameter(sincos_2d(dim, grid, grid), requires_grad=False)
+        self.registers = nn.Parameter(torch.empty(num_registers, dim))
+        self.blocks = nn.ModuleList(Block(dim, num_heads, qk_norm=True) for _ in range(depth))
+        self.norm = LayerNorm(dim)
+        self.head = nn.Linear(dim, out_dim)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """latents: (B, C, h, w). Returns z (B, K, out_dim), before quantization."""
+        x = self.patch_embed(patchify(latents, self.patch_size))  # (B, N, D)
+        x = x + self.patch_pos.flatten(2).transpose(1, 2)
+        num_patches, num_registers = x.shape[1], self.registers.shape[0]
+        x = torch.cat([x, self.registers.expand(len(x), -1, -1).to(x.dtype)], dim=1)  # (B, N+K, D)
+        mask = prefix_causal_mask(num_patches, num_registers).to(x.device)
+        for block in self.blocks:
+            x = run_block(block, x, mask, checkpoint=self.checkpoint_blocks and self.training)
+        return self.head(self.norm(x[:, num_patches:]))
+
+
+class DecoderOutput(NamedTuple):
+    prediction: Tensor  # (B, C, h, w), like x_t
+    features: Tensor  # (B, N, D), patches after `feature_block`, for representation alignment
+
+
+class FlowDecoder(nn.Module):
+    """Rectified-flow DiT: noisy patches and registers under full attention, adaLN-zero on time."""
+
+    feature_block = 1
+
+    def __init__(
+        self,
+        channels: int,
+        grid: int,
+        patch_size: int,
+        dim: int,
+        depth: int,
+        num_heads: int,
+        num_registers: int,
+        code_dim: int,
+        max_timestep: float = 1000.0,
+        drop_mode: Literal["mask", "truncate"] = "mask",
+        checkpoint_blocks: bool = False,
+    ):
+        super().__init__()
+        self.patch_size, self.grid, self.drop_mode = patch_size, grid, drop_mode
+        self.checkpoint_blocks = checkpoint_blocks
+        self.code_embed = nn.Linear(code_dim, dim)
+        self.register_pos = nn.Parameter(torch.empty(num_registers, dim))
+        self.mask_token = nn.Parameter(torch.empty(dim))  # stands for every dropped register
+        self.null_token = nn.Parameter(torch.empty(dim))  # stands for all of them: no condition
+        self.patch_embed = nn.Linear(channels * patch_size**2, dim)
+        self.patch_pos = nn.Parameter(sincos_2d(dim, grid, grid), requires_grad=False)
+        self.time_embed = TimeEmbedding(dim, max_timestep)
+        self.blocks = nn.ModuleList(AdaLNBlock(dim, num_heads) for _ in range(depth))
+        self.norm = LayerNorm(dim)
+        self.modulation = SegmentModulation(dim, chunks=2, segments=1)
+        self.head = nn.Linear(dim, channels * patch_size**2)
+
+    def embed_codes(
+        self, codes: Tensor, keep: Tensor | None = None, null: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """codes: (B, k, code_dim) with k <= K; keep: (B,) long, tokens kept of each (all k if None);
+        null: (B,) bool, True = no condition. Returns registers (B, K', D) and an attention mask
+        (B, 1, 1, N+K') or None; both serve every step of a solve.
+
+        Mask mode: K' = K, a dropped register is the mask token without a position. Truncate mode:
+        dropped registers leave the sequence, K' = max(keep)."""
+        batch, k, _ = codes.shape
+        total = self.register_pos.shape[0]
+        if keep is None:
+            keep = torch.full((batch,), k, device=codes.device)
+        length = int(keep.max()) if self.drop_mode == "truncate" else total
+        x = self.code_embed(codes[:, :length].to(self.code_embed.weight.dtype))
+        x = x + self.register_pos[: x.shape[1]].to(x.dtype)
+        x = F.pad(x, (0, 0, 0, length - x.shape[1]))
+        kept = torch.arange(length, device=codes.device) < keep[:, None]  # (B, K')
+        x = torch.where(kept[..., None], x, self.mask_token.to(x.dtype))
+        if null is not None:
+            x = torch.where(null[:, None, None], self.null_token.to(x.dtype), x)
+        if self.drop_mode == "mask" or bool(kept.all()):
+            return x, None
+        patches = kept.new_ones(batch, self.grid**2)
+        return x, torch.cat([patches, kept], dim=1)[:, None, None]
+
+    def forward(
+        self, x_t: Tensor, t: Tensor, registers: Tensor, mask: Tensor | None = None
+    ) -> DecoderOutput:
+        """x_t: (B, C, h, w); t: (B,) or () in [0, 1]; registers, mask: from embed_codes."""
+        x = self.patch_embed(patchify(x_t.to(self.patch_embed.weight.dtype), self.patch_size))
+        x = x + self.patch_pos.flatten(2).transpose(1, 2).to(x.dtype)
+        lengths = (x.shape[1], registers.shape[1])
+        condition = self.time_embed(t.to(x.device).expand(len(x)))
+        x = torch.cat([x, registers.to(x.dtype)], dim=1)  # (B, N+K', D)
+        features = x
+        for i, block in enumerate(self.blocks):
+            checkpoint = self.checkpoint_blocks and self.training
+            x = run_block(block, x, condition, lengths, mask, checkpoint=checkpoint)
+            if i == self.feature_block:
+                features = x
+        x = self.norm(x[:, : lengths[0]])
+        shift, scale = (per_segment(m, lengths[:1]) for m in self.modulation(condition))
+        x = self.head(modulate(x, shift, scale))
+        prediction = unpatchify(x, self.patch_size, self.grid)
+        return DecoderOutput(prediction, features[:, : lengths[0]])
+
+
+class FlexTok(Pretrained, nn.Module):
+    """The tokenizer: encode pictures to ordered indices, decode any prefix of them.
+
+    >>> tokenizer = FlexTok.from_pretrained("outputs/quickstart/tokenizer")
+    >>> indices = tokenizer.encode(images)              # (B, K)
+    >>> pictures = tokenizer.decode(indices[:, :16])    # from 16 tokens
+    """
+
+    model_type = "flextok"
+    config_class = FlexTokConfig
+    training_only = ("repa.",)
+
+    def __init__(self, config: FlexTokConfig):
+        super().__init__()
+        self.config = config
+        self.vae = build(VAES, config.vae, "vae")
+        self.quantizer = build(QUANTIZERS, config.quantizer, "quantizer")
+        self.sample_keep = build(NESTED_DROPOUT, config.nested_dropout, "nested dropout")
+        self.sample_times = build(TIME_SAMPLERS, config.time_sampler, "time sampler")
+        stride = self.vae.downsample * config.patch_size
+        if config.image_size % stride:
+            raise ValueError(f"image_size={config.image_size} must be a multiple of {stride}")
+        grid = config.image_size // stride
+        encoder_dim = config.encoder_dim or 64 * config.encoder_depth
+        decoder_dim = config.decoder_dim or 64 * config.decoder_depth
+        shared: dict[str, Any] = {
+            "channels": self.vae.channels,
+            "grid": grid,
+            "patch_size": config.patch_size,
+            "num_registers": config.num_registers,
+            "checkpoint_blocks": config.checkpoint_blocks,
+        }
+        self.encoder = Encoder(
+            dim=encoder_dim,
+            depth=config.encoder_depth,
+            num_heads=encoder_dim // config.head_dim,
+            out_dim=self.quantizer.dim,
+            **shared,
+        )
+        self.decoder = FlowDecoder(
+            dim=decoder_dim,
+            depth=config.decoder_depth,
+            num_heads=decoder_dim // config.head_dim,
+            code_dim=self.quantizer.dim,
+            max_timestep=config.max_timestep,
+            drop_mode=config.drop_mode,
+            **shared,
+        )
+        self.repa = (
+            RepresentationAlignment(dim=decoder_dim, **config.repa) if config.repa else None
+        )
+        self.init_weights()
+
+    @property
+    def num_tokens(self) -> int:
+        return self.config.num_registers
+
+    @property
+    def vocab_size(self) -> int:
+        return self.quantizer.codebook_size
+
+    @property
+    def image_size(self) -> int:
+        return self.config.image_size
+
+    def init_weights(self) -> None:
+        """Linear: Xavier, no bias. Tokens and positions: N(0, 0.02). Zero: modulations and the
+        decoder's head, so that every block starts as the identity (adaLN-zero)."""
+        for part in (self.encoder, self.decoder):
+            for module in part.modules():
+                if isinstance(module, nn.Linear):
+                    nn.init.xavier_uniform_(module.weight)
+                    if module.bias is not None:
+                        nn.init.zeros_(module.bias)
+            for module in part.modules():
+                if isinstance(module, SegmentModulation):
+                    nn.init.zeros_(module.linear.weight)
+        tokens = (
+            self.encoder.registers,
+            self.decoder.register_pos,
+            self.decoder.mask_token,
+            self.decoder.null_token,
+        )
+        for token in tokens:
+            nn.init.normal_(token, std=0.02)
+        nn.init.zeros_(self.decoder.head.weight)
+
+    def velocity(
+        self, x_t: Tensor, t: Tensor, registers: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        """The decoder's velocity at x_t (B, C, h, w) and t (B,) or (), whatever its head predicts."""
+        return self._to_velocity(self.decoder(x_t, t, registers, mask).prediction, x_t, t)
+
+    def _to_velocity(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        if self.config.prediction == "velocity":
+            return prediction
+        # x_t - x0 = t v; the clamp bounds the error's amplification near the data (JiT, 2511.13720)
+        t = t.to(x_t.device).expand(len(x_t)).view(-1, 1, 1, 1).clamp_min(0.05)
+        return (x_t - prediction) / t
+
+    def loss(self, images: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """images: (B, 3, H, W) float in [-1, 1]. Returns scalars; "loss" is the total. All random
+        draws come from `generator`."""
+        self._check_images(images)
+        batch, device = len(images), images.device
+        x0 = self.vae.encode(images, generator=generator)
+        codes, _, aux = self.quantizer(self.encoder(x0))
+        u_keep, u_null, u_time = draw(torch.rand, (3, batch), generator, device)
+        if self.config.drop_mode == "truncate":
+            u_keep = u_keep[:1].expand(batch)  # one length a batch, so that a short one costs less
+        keep = self.sample_keep(u_keep, num_registers=self.num_tokens)
+        registers, mask = self.decoder.embed_codes(codes, keep, u_null < self.config.null_prob)
+        noise = draw(torch.randn, tuple(x0.shape), generator, device).to(x0.dtype)
+        t = self.sample_times(u_time)
+        x_t = interpolate(x0, noise, t)
+        output = self.decoder(x_t, t, registers, mask)
+        velocity = self._to_velocity(output.prediction, x_t, t)
+        losses = {"flow": F.mse_loss(velocity.float(), velocity_target(x0, noise).float())}
+        total = losses["flow"] + aux
+        if self.repa is not None:
+            losses["repa"] = self.repa(output.features, images)
+            total = total + self.repa.weight * losses["repa"]
+        return {"loss": total, **losses}
+
+    @torch.no_grad()
+    def encode(
+        self,
+        images: Tensor,
+        sample_posterior: bool | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """images: (B, 3, H, W) float in [-1, 1]. Returns indices (B, K) long, coarse to fine.
+
+        sample_posterior: draw the VAE's latents with `generator` in place of its posterior mode.
+        Raises ValueError on a wrong shape, dtype or range."""
+        self._check_images(images)
+        low, high = images.aminmax()
+        if not (low >= -1.001 and high <= 1.001):  # NaN fails too
+            raise ValueError(
+                f"images span [{low:.4g}, {high:.4g}], expected [-1, 1]: scale uint8 pictures with "
+                "x / 127.5 - 1"
+            )
+        latents = self.vae.encode(images, sample_posterior, generator)
+        weight = self.encoder.patch_embed.weight
+        return self.quantizer(self.encoder(latents.to(weight.dtype)))[1]
+
+    @torch.no_grad()
+    def decode(
+        self,
+        indices: Tensor,
+        keep: Tensor | int | None = None,
+        num_steps: int | None = None,
+        guidance_scale: Scale | None = None,
+        guidance: dict[str, Any] | str | None = None,
+        solver: str | None = None,
+        generator: torch.Generator | None = None,
+        noise: Tensor | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> Tensor:
+        """indices: (B, k) long, any 1 <= k <= K; keep: how many of the k to use, an int or (B,) long
+        if ragged. Returns images (B, 3, H, W) in [-1, 1].
+
+        num_steps, solver ("euler", "heun"), guidance ("apg", "cfg") and guidance_scale (1 = none; a
+        number or a function of t) default to the model's config.decode. The initial noise
+        (B, C, h, w) is drawn from `generator` unless given. progress is called with the number of
+        velocities evaluated so far. Raises ValueError on indices or keep out of range."""
+        defaults = self.config.decode
+        keep = self._check_indices(indices, keep)
+        device = self.decoder.head.weight.device
+        indices, keep = indices.to(device), keep.to(device)
+        codes = self.quantizer.indices_to_codes(indices)
+        batch = len(indices)
+        shape = (batch, self.vae.channels, *[self.image_size // self.vae.downsample] * 2)
+        if noise is None:
+            noise = draw(torch.randn, shape, generator, device)
+        elif tuple(noise.shape) != shape:
+            raise ValueError(f"noise has shape {tuple(noise.shape)}, expected {shape}")
+        registers, mask = self.decoder.embed_codes(codes, keep)
+        everyone = torch.ones(batch, dtype=torch.bool, device=device)
+        null_registers, null_mask = self.decoder.embed_codes(codes[:, :1], keep * 0 + 1, everyone)
+        calls = 0
+
+        def conditional(x: Tensor, t: Tensor) -> Tensor:
+            nonlocal calls
+            calls += 1
+            if progress is not None:
+                progress(calls)
+            return self.velocity(x, t, registers, mask)
+
+        def unconditional(x: Tensor, t: Tensor) -> Tensor:
+            return self.velocity(x, t, null_registers, null_mask)
+
+        scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
+        guide = build(GUIDANCE, guidance or defaults.guidance, "guidance")
+        solve = build(SOLVERS, solver or defaults.solver, "solver")
+        times = linear_times(num_steps if num_steps is not None else defaults.num_steps).to(device)
+        x0 = solve(guide(conditional, unconditional, scale), noise.to(device), times)
+        return self.vae.decode(x0).float().clamp(-1, 1)
+
+    def _check_images(self, images: Tensor) -> None:
+        size = self.image_size
+        if images.ndim != 4 or tuple(images.shape[1:]) != (3, size, size):
+            raise ValueError(
+                f"images have shape {tuple(images.shape)}, expected (B, 3, {size}, {size}): resize "
+                "and crop first (flextok.data.transforms)"
+            )
+        if not images.is_floating_point():
+            raise ValueError(
+                f"images have dtype {images.dtype}, expected float in [-1, 1]: x / 127.5 - 1"
+            )
+
+    def _check_indices(self, indices: Tensor, keep: Tensor | int | None) -> Tensor:
+        total = self.num_tokens
+        if indices.ndim != 2 or not 1 <= indices.shape[1] <= total:
+            raise ValueError(
+                f"indices have shape {tuple(indices.shape)}, expected (B, k) with k in [1, {total}]"
+            )
+        if indices.is_floating_point() or indices.dtype == torch.bool:
+            raise ValueError(f"indices have dtype {indices.dtype}, expected integers")
+        low, high = indices.aminmax()
+        if low < 0 or high >= self.vocab_size:
+            raise ValueError(
+                f"indices span [{low}, {high}], expected [0, {self.vocab_size - 1}]: were they made "
+                "by another tokenizer?"
+            )
+        batch, k = indices.shape
+        keep = torch.as_tensor(k if keep is None else keep, device=indices.device)
+        if keep.is_floating_point() or keep.shape not in ((), (batch,)):
+            raise ValueError(f"keep={keep.tolist()} must be an int or a ({batch},) tensor of ints")
+        if keep.min() < 1 or keep.max() > k:
+            raise ValueError(f"keep={keep.tolist()} must be in [1, {k}]")
+        return keep.long().expand(batch)
+
+
+def run_block(block: nn.Module, *args: Any, checkpoint: bool = False) -> Tensor:
+    if checkpoint:
+        return recompute(block, *args, use_reentrant=False)
+    return block(*args)
+
+
+def draw(
+    sampler: Callable[..., Tensor],
+    shape: tuple[int, ...],
+    generator: torch.Generator | None,
+    device: torch.device,
+) -> Tensor:
+    """torch.rand or torch.randn on the generator's device, moved to `device`: a CPU generator gives
+    the same draws whatever the model runs on."""
+    source = device if generator is None else generator.device
+    return sampler(shape, generator=generator, device=source).to(device)

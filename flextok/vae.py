@@ -1,0 +1,96 @@
+"""Pixels <-> latents. The only place that knows a VAE's scaling.
+
+`IdentityVAE` works on pixels directly; `KLVAE` wraps a frozen diffusers AutoencoderKL.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class IdentityVAE(nn.Module):
+    """Latents are the pixels."""
+
+    channels, downsample = 3, 1
+
+    def encode(
+        self, images: Tensor, sample: bool | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        return images
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return latents
+
+
+class KLVAE(nn.Module):
+    """A frozen AutoencoderKL; the defaults are the 16-channel f8 one of FlexTok (83.8M parameters).
+
+    channels: of the latents. weights: a local folder or hub id in diffusers' layout, loaded by
+    `load_weights`; None leaves random weights for a checkpoint to fill. scaling_factor multiplies
+    the latents (the published files state 1.0). sample_posterior: draw from the posterior in place
+    of taking its mode, which is our default (the published code samples).
+    """
+
+    def __init__(
+        self,
+        channels: int = 16,
+        block_channels: tuple[int, ...] = (128, 256, 512, 512),
+        layers_per_block: int = 2,
+        norm_groups: int = 32,
+        scaling_factor: float = 1.0,
+        sample_posterior: bool = False,
+        weights: str | None = None,
+    ):
+        super().__init__()
+        from diffusers import AutoencoderKL  # slow to import, and pixel models never need it
+
+        blocks = len(block_channels)
+        self.vae: Any = AutoencoderKL(
+            latent_channels=channels,
+            block_out_channels=tuple(block_channels),
+            down_block_types=("DownEncoderBlock2D",) * blocks,
+            up_block_types=("UpDecoderBlock2D",) * blocks,
+            layers_per_block=layers_per_block,
+            norm_num_groups=norm_groups,
+        )
+        self.channels, self.downsample = channels, 2 ** (blocks - 1)
+        self.scaling_factor, self.sample_posterior = scaling_factor, sample_posterior
+        self.weights = weights
+        self.requires_grad_(False)
+
+    def load_weights(self, source: str | None = None) -> None:
+        """Load pretrained weights from a diffusers folder or hub id. Raises ValueError when they do
+        not fit this VAE's shape."""
+        from diffusers import AutoencoderKL
+
+        source = source or self.weights
+        if source is None:
+            raise ValueError("no VAE weights named: set model.vae.weights to a folder or hub id")
+        kwargs = {"local_files_only": True} if Path(source).exists() else {}
+        loaded = AutoencoderKL.from_pretrained(source, **kwargs)
+        try:
+            self.vae.load_state_dict(loaded.state_dict(), strict=True)
+        except RuntimeError as error:
+            raise ValueError(f"VAE weights {source!r} do not fit the configured VAE: {error}") from None
+
+    def train(self, mode: bool = True) -> "KLVAE":
+        return super().train(False)  # frozen: stays in eval mode whatever its owner does
+
+    @torch.no_grad()
+    def encode(
+        self, images: Tensor, sample: bool | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """images: (B, 3, H, W) in [-1, 1]. Returns latents (B, C, H/f, W/f)."""
+        posterior = self.vae.encode(images.to(self.vae.dtype)).latent_dist
+        sample = self.sample_posterior if sample is None else sample
+        latents = posterior.sample(generator) if sample else posterior.mode()
+        return latents * self.scaling_factor
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """latents: (B, C, h, w). Returns images (B, 3, h f, w f), about [-1, 1]."""
+        return self.vae.decode(latents.to(self.vae.dtype) / self.scaling_factor).sample
+
+
+VAES = {"identity": IdentityVAE, "kl": KLVAE}
