@@ -1,4 +1,4 @@
-"""Losses beside the flow itself."""
+"""Representation alignment with a frozen vision backbone."""
 
 from typing import Any
 
