@@ -59,7 +59,7 @@ def flextok_key(published: str) -> str:
 
 
 def flextok_state(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A published FlexTok state dict (VAE included or not) in our names and shapes; views, no copies."""
+    """A published FlexTok state dict (VAE or not) in our names and shapes; views."""
     state = {}
     for key, value in published.items():
         ours = flextok_key(key)

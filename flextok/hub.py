@@ -44,8 +44,8 @@ class Pretrained(nn.Module):
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> M:
-        """Load a model from a local folder or a hub id, in eval mode. Raises CheckpointError when it
-        is missing, damaged, or another model's."""
+        """Load a model from a local folder or a hub id, in eval mode. Raises CheckpointError when
+        it is missing, damaged, or another model's."""
         folder = resolve(path)
         header = read_header(folder)
         if header["model_type"] != cls.model_type:
@@ -70,7 +70,7 @@ class Pretrained(nn.Module):
             raise CheckpointError(f"{source} does not fit its config: {error}") from None
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Write model.safetensors, then config.json, each whole or not at all. Returns the folder."""
+        """Write model.safetensors and config.json, each whole or not at all. Returns the folder."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         state = {
@@ -92,7 +92,7 @@ class Pretrained(nn.Module):
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A hash of a model's weights by name: the identity that a token cache or generator refers to."""
+    """A hash of a model's weights: the identity that a token cache or a generator refers to."""
     digest = hashlib.sha256()
     for key, value in sorted(model.state_dict().items()):
         digest.update(key.encode())

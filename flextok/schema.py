@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be used as it stands; the message names the key and the remedy."""
+    """A configuration that cannot be used; the message names the key and the remedy."""
 
 
 def unknown_key(kind: str, key: str, known: list[str], where: str = "") -> ConfigError:
@@ -50,7 +50,7 @@ def to_mapping(config: Any) -> dict[str, Any]:
 
 
 def build(registry: Mapping[str, Callable[..., Any]], spec: Mapping[str, Any] | str, what: str):
-    """Build the component that a spec names: {"name": "fsq", "levels": [8, 8]} -> FSQ(levels=[8, 8]).
+    """Build the component that a spec names: {"name": "fsq", "levels": [8]} -> FSQ(levels=[8]).
 
     A registry entry that is a class is instantiated; a function becomes a partial with its
     parameters bound. Parameters are checked against the signature.
@@ -63,7 +63,9 @@ def build(registry: Mapping[str, Callable[..., Any]], spec: Mapping[str, Any] | 
         raise unknown_key(what, name, list(registry))
     factory = registry[name]
     parameters = inspect.signature(factory).parameters
-    known = [p.name for p in parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    known = [
+        p.name for p in parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    ]
     for key in spec:
         if key not in known:
             raise unknown_key("key", key, known, f"{what} {name}")

@@ -73,7 +73,9 @@ class KLVAE(nn.Module):
         try:
             self.vae.load_state_dict(loaded.state_dict(), strict=True)
         except RuntimeError as error:
-            raise ValueError(f"VAE weights {source!r} do not fit the configured VAE: {error}") from None
+            raise ValueError(
+                f"VAE weights {source!r} do not fit the configured VAE: {error}"
+            ) from None
 
     def train(self, mode: bool = True) -> "KLVAE":
         return super().train(False)  # frozen: stays in eval mode whatever its owner does

@@ -4,6 +4,7 @@ The state is kept in float32 whatever the model's precision.
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -13,7 +14,7 @@ Velocity = Callable[[Tensor, Tensor], Tensor]
 def euler(velocity: Velocity, noise: Tensor, times: Tensor) -> Tensor:
     """First order, one velocity a step. times: (S+1,) decreasing. Returns x at times[-1]."""
     x = noise.float()
-    for t, t_next in zip(times[:-1], times[1:], strict=True):
+    for t, t_next in pairwise(times):
         x = x + (t_next - t) * velocity(x, t).float()
     return x
 
@@ -22,7 +23,7 @@ def heun(velocity: Velocity, noise: Tensor, times: Tensor) -> Tensor:
     """Second order (explicit trapezoid), two velocities a step. Unlike in EDM the last step is full
     too: a rectified flow's velocity is defined at t=0."""
     x = noise.float()
-    for t, t_next in zip(times[:-1], times[1:], strict=True):
+    for t, t_next in pairwise(times):
         v = velocity(x, t).float()
         v_next = velocity(x + (t_next - t) * v, t_next).float()
         x = x + (t_next - t) * (v + v_next) / 2

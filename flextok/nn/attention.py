@@ -1,4 +1,4 @@
-"""Multi-head attention with optional qk-norm, masks and a key-value cache; and the masks themselves.
+"""Multi-head attention with optional qk-norm and a key-value cache, and its masks.
 
 qk-norm is FlexTok's: a LayerNorm without affine over each head (arXiv 2502.13967, appendix).
 """
@@ -27,7 +27,7 @@ class KVCache:
         self.length = 0
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """k, v: (B, heads, n, head_dim), the next n positions. Returns all keys and values so far."""
+        """k, v: (B, heads, n, head_dim), the next n positions. Returns all keys and values."""
         end = self.length + k.shape[2]
         assert end <= self.k.shape[2], f"KV cache of length {self.k.shape[2]} is full"
         self.k[:, :, self.length : end], self.v[:, :, self.length : end] = k, v
@@ -69,9 +69,9 @@ class Attention(nn.Module):
         cache: KVCache | None = None,
         keys_values: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """x: (B, N, D); mask: broadcastable to (B, heads, N, M), bool (True = attend) or an additive
-        bias; cache: self-attention continues after the cached positions; keys_values: ready ones of
-        another sequence (cross-attention). Returns (B, N, D)."""
+        """x: (B, N, D); mask: broadcastable to (B, heads, N, M), bool (True = attend) or an
+        additive bias; cache: self-attention continues after the cached positions; keys_values:
+        ready ones of another sequence (cross-attention). Returns (B, N, D)."""
         q = self.split_heads(self.wq(x), self.qk_norm)
         k, v = keys_values if keys_values is not None else self.keys_values(x)
         if cache is not None:

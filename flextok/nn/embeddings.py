@@ -19,8 +19,8 @@ def unpatchify(x: Tensor, patch_size: int, height: int) -> Tensor:
 
 
 def sincos_2d(dim: int, height: int, width: int, temperature: float = 10_000.0) -> Tensor:
-    """Fixed 2D positions, (1, dim, height, width): the first dim/2 channels encode the row, the rest
-    the column; each half is [sin, cos] over dim/4 frequencies."""
+    """Fixed 2D positions, (1, dim, height, width): the first dim/2 channels encode the row, the
+    rest the column; each half is [sin, cos] over dim/4 frequencies."""
     assert dim % 4 == 0, f"2D sin-cos positions need a width divisible by 4, got {dim}"
     omega = 1.0 / temperature ** (torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
 

@@ -58,6 +58,8 @@ class FlexTokConfig:
     null_prob: float = 0.2  # how often all codes become the null condition in training
     time_sampler: dict[str, Any] = field(default_factory=lambda: {"name": "mode", "scale": 0.25})
     prediction: Literal["velocity", "x0"] = "velocity"  # what the decoder's head puts out
+    loss_space: Literal["velocity", "x0"] = "velocity"  # x0 weighs the velocity's error by t^2
+    gate_init: float = 0.0  # of the decoder's residual branches; 0 is adaLN-zero, 1 starts faster
     max_timestep: float = 1000.0  # time embedding's scale is 1000 / max_timestep
     repa: dict[str, Any] | None = None  # see losses.RepresentationAlignment; training only
     checkpoint_blocks: bool = False  # recompute activations in the backward pass
@@ -142,7 +144,7 @@ class FlowDecoder(nn.Module):
     def embed_codes(
         self, codes: Tensor, keep: Tensor | None = None, null: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """codes: (B, k, code_dim) with k <= K; keep: (B,) long, tokens kept of each (all k if None);
+        """codes: (B, k, code_dim) with k <= K; keep: (B,) long, tokens kept of each (default k);
         null: (B,) bool, True = no condition. Returns registers (B, K', D) and an attention mask
         (B, 1, 1, N+K') or None; both serve every step of a solve.
 
@@ -264,6 +266,9 @@ class FlexTok(Pretrained, nn.Module):
             for module in part.modules():
                 if isinstance(module, SegmentModulation):
                     nn.init.zeros_(module.linear.weight)
+        for block in self.decoder.blocks:
+            assert isinstance(block, AdaLNBlock)
+            block.init_gates(self.config.gate_init)
         tokens = (
             self.encoder.registers,
             self.decoder.register_pos,
@@ -277,7 +282,7 @@ class FlexTok(Pretrained, nn.Module):
     def velocity(
         self, x_t: Tensor, t: Tensor, registers: Tensor, mask: Tensor | None = None
     ) -> Tensor:
-        """The decoder's velocity at x_t (B, C, h, w) and t (B,) or (), whatever its head predicts."""
+        """The velocity at x_t (B, C, h, w) and t (B,) or (), whatever the head predicts."""
         return self._to_velocity(self.decoder(x_t, t, registers, mask).prediction, x_t, t)
 
     def _to_velocity(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
@@ -304,7 +309,10 @@ class FlexTok(Pretrained, nn.Module):
         x_t = interpolate(x0, noise, t)
         output = self.decoder(x_t, t, registers, mask)
         velocity = self._to_velocity(output.prediction, x_t, t)
-        losses = {"flow": F.mse_loss(velocity.float(), velocity_target(x0, noise).float())}
+        error = (velocity.float() - velocity_target(x0, noise).float()).square()
+        if self.config.loss_space == "x0":  # x0 = x_t - t v
+            error = error * t.view(-1, 1, 1, 1) ** 2
+        losses = {"flow": error.mean()}
         total = losses["flow"] + aux
         if self.repa is not None:
             losses["repa"] = self.repa(output.features, images)
@@ -346,8 +354,8 @@ class FlexTok(Pretrained, nn.Module):
         noise: Tensor | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> Tensor:
-        """indices: (B, k) long, any 1 <= k <= K; keep: how many of the k to use, an int or (B,) long
-        if ragged. Returns images (B, 3, H, W) in [-1, 1].
+        """indices: (B, k) long, any 1 <= k <= K; keep: how many of the k to use, an int or
+        (B,) long if ragged. Returns images (B, 3, H, W) in [-1, 1].
 
         num_steps, solver ("euler", "heun"), guidance ("apg", "cfg") and guidance_scale (1 = none; a
         number or a function of t) default to the model's config.decode. The initial noise
@@ -409,8 +417,8 @@ class FlexTok(Pretrained, nn.Module):
         low, high = indices.aminmax()
         if low < 0 or high >= self.vocab_size:
             raise ValueError(
-                f"indices span [{low}, {high}], expected [0, {self.vocab_size - 1}]: were they made "
-                "by another tokenizer?"
+                f"indices span [{low}, {high}], expected [0, {self.vocab_size - 1}]: were they "
+                "made by another tokenizer?"
             )
         batch, k = indices.shape
         keep = torch.as_tensor(k if keep is None else keep, device=indices.device)

@@ -1,0 +1,261 @@
+"""The commands flextok train | sample | sweep; train.py and sample.py are the same, uninstalled."""
+
+import argparse
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+DESCRIPTION = "Images as short, ordered token sequences."
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command. Returns its exit code: 0 well, 1 a user's mistake (told in one line), 130
+    interrupted."""
+    # on a busy machine OpenMP's default of spinning threads can slow small models down 20 times
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    options = make_parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except ValueError as error:
+        print(f"flextok: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("flextok: interrupted; run the same command again to continue", file=sys.stderr)
+        return 130
+    return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("flextok", description=DESCRIPTION)
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    train = commands.add_parser("train", help="train a tokenizer or a generator from a config")
+    train.add_argument("config", help="a YAML file, see configs/")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optim.lr=1e-4")
+    train.set_defaults(run=run_train)
+
+    sample = commands.add_parser(
+        "sample",
+        help="reconstruct pictures or generate by class, as a coarse-to-fine grid",
+        description="With a tokenizer: reconstruct --images or --data at each of --num-tokens. "
+        "With a generator: generate --classes.",
+    )
+    sample.add_argument("model", help="folder or hub id of a tokenizer or a generator")
+    sample.add_argument("--images", nargs="+", metavar="FILE", help="picture files or folders")
+    sample.add_argument("--classes", nargs="+", metavar="CLASS", help="names or numbers; 'none'")
+    sample.add_argument("--num-samples", type=int, default=1, help="pictures a class")
+    sample.add_argument("--tokenizer", help="generator: another place to find its tokenizer")
+    sample.add_argument("--temperature", type=float)
+    sample.add_argument("--top-k", type=int)
+    sample.add_argument("--top-p", type=float)
+    sample.add_argument("--class-guidance", type=float, help="generator's guidance, 1 = none")
+    sample.add_argument("--output", default="outputs/sample.png", help="the PNG to write")
+    add_decoding(sample)
+    sample.set_defaults(run=run_sample)
+
+    sweep = commands.add_parser(
+        "sweep", help="reconstruction quality against the number of tokens, as a table"
+    )
+    sweep.add_argument("model", help="folder or hub id of a tokenizer")
+    sweep.add_argument("--json", metavar="FILE", help="also write the figures to a JSON file")
+    sweep.add_argument("--batch-size", type=int, default=64)
+    add_decoding(sweep)
+    sweep.set_defaults(run=run_sweep)
+    return parser
+
+
+def add_decoding(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data", metavar="SET", help="emoji:validation, emoji_scenes:train, or a picture folder"
+    )
+    parser.add_argument("--limit", type=int, help="take this many of --data, evenly spread")
+    parser.add_argument("--num-tokens", type=int, nargs="+", help="default 1 2 4 ... all")
+    parser.add_argument("--steps", type=int, help="decoder steps")
+    parser.add_argument("--guidance-scale", type=float, help="decoder guidance, 1 = none")
+    parser.add_argument("--solver", help="euler or heun")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default=None, help="cpu, cuda, ...; a GPU where there is one")
+
+
+def run_train(options: argparse.Namespace) -> None:
+    from flextok.config import load_experiment
+    from flextok.training.run import train
+
+    folder = train(load_experiment(options.config, options.overrides))
+    print(f"trained model in {folder}")
+
+
+def run_sample(options: argparse.Namespace) -> None:
+    from flextok import viz
+    from flextok.hub import resolve
+    from flextok.pipeline import (
+        decode_prefixes,
+        generate_images,
+        is_generator,
+        load_model,
+        load_tokenizer_of,
+    )
+
+    model = load_model(options.model, pick_device(options.device))
+    device = next(model.parameters()).device
+    lengths = token_lengths(options.num_tokens, model.num_tokens)
+    decoding = decoding_options(options)
+    if is_generator(model):
+        if options.images or options.data:
+            raise ValueError("a generator makes pictures from --classes, not --images or --data")
+        tokenizer = load_tokenizer_of(model, resolve(options.model), options.tokenizer, device)
+        cond, names = class_labels(model, options.classes, options.num_samples)
+        sampling = {
+            "temperature": options.temperature,
+            "top_k": options.top_k,
+            "top_p": options.top_p,
+            "guidance_scale": options.class_guidance,
+        }
+        pictures = generate_images(
+            model, tokenizer, cond.to(device), lengths, options.seed, sampling, decoding
+        )
+        picture = viz.coarse_to_fine(None, pictures, names)
+    else:
+        if options.classes:
+            raise ValueError("a tokenizer reconstructs --images or --data; it has no --classes")
+        images = read_images(options, model.image_size)
+        indices = model.encode(images.to(device))
+        decoded = decode_prefixes(model, indices, lengths, options.seed, decoding)
+        picture = viz.coarse_to_fine(images, decoded)
+    print(f"wrote {viz.save(picture, options.output)}")
+
+
+def run_sweep(options: argparse.Namespace) -> None:
+    from flextok.evaluation.prefix import format_table, prefix_quality
+    from flextok.hub import atomic_write
+    from flextok.pipeline import load_model
+
+    if not options.data:
+        raise ValueError("name the pictures to measure on, e.g. --data emoji:validation")
+    model = load_model(options.model, pick_device(options.device))
+    lengths = token_lengths(options.num_tokens, model.num_tokens)
+    dataset = take(open_data(options.data), options.limit)
+    results = prefix_quality(
+        model, dataset, lengths, options.seed, decoding_options(options), options.batch_size
+    )
+    print(format_table(results))
+    if options.json:
+        path = Path(options.json)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(
+            {
+                "model": options.model,
+                "data": options.data,
+                "seed": options.seed,
+                **decoding_options(options),
+                "results": [r.as_dict() for r in results],
+            },
+            indent=2,
+        )
+        atomic_write(path, lambda p: p.write_text(text + "\n", encoding="utf-8"))
+
+
+def pick_device(name: str | None) -> str:
+    import torch
+
+    if name is not None:
+        try:
+            torch.empty(0, device=name)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"--device {name}: {error}") from None
+    return name or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def token_lengths(asked: list[int] | None, total: int) -> list[int]:
+    from flextok.pipeline import prefix_lengths
+
+    lengths = sorted(set(asked or prefix_lengths(total)))
+    if bad := [k for k in lengths if not 1 <= k <= total]:
+        raise ValueError(f"--num-tokens {bad[0]} must be in [1, {total}]")
+    return lengths
+
+
+def decoding_options(options: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "num_steps": options.steps,
+        "guidance_scale": options.guidance_scale,
+        "solver": options.solver,
+    }
+
+
+def open_data(name: str) -> Any:
+    """emoji, emoji:validation, emoji_scenes:train, or a folder of pictures."""
+    from flextok.data.datasets import DATASETS
+    from flextok.schema import build
+
+    if Path(name).is_dir():
+        return build(DATASETS, {"name": "folder", "root": name}, "dataset")
+    dataset, _, split = name.partition(":")
+    if dataset not in ("emoji", "emoji_scenes"):
+        raise ValueError(
+            f"--data {name!r} is neither a folder nor emoji[:split] nor emoji_scenes[:split]"
+        )
+    return build(DATASETS, {"name": dataset, "split": split or "validation"}, "dataset")
+
+
+def take(dataset: Any, limit: int | None) -> Any:
+    from torch.utils.data import Subset
+
+    if limit is None or limit >= len(dataset):
+        return dataset
+    if limit < 1:
+        raise ValueError(f"--limit {limit} must be at least 1")
+    return Subset(dataset, [i * len(dataset) // limit for i in range(limit)])
+
+
+def read_images(options: argparse.Namespace, size: int) -> Any:
+    """--images or --data as (n, 3, size, size) in [-1, 1]; unreadable ones are skipped."""
+    from torch.utils.data import DataLoader
+
+    from flextok.data.datamodule import prepare_image
+    from flextok.data.datasets import PictureFiles
+    from flextok.data.stream import EvaluationSet, collate
+    from flextok.data.transforms import ImageTransform
+
+    if bool(options.images) == bool(options.data):
+        raise ValueError("name the pictures to reconstruct: either --images FILE ... or --data SET")
+    source = PictureFiles(options.images) if options.images else open_data(options.data)
+    limit = options.limit or (None if options.images else 8)
+    dataset = EvaluationSet(take(source, limit), prepare_image(ImageTransform(size)))
+    batch = next(iter(DataLoader(dataset, batch_size=len(dataset), collate_fn=collate)))
+    if not batch:
+        raise ValueError("none of the pictures could be read; see the warnings above")
+    return batch["image"]
+
+
+def class_labels(model: Any, classes: list[str] | None, num_samples: int) -> tuple[Any, list[str]]:
+    """Class names or numbers to labels, each num_samples times. All classes by default."""
+    import torch
+
+    from flextok.generators.conditioning import NULL_CLASS
+
+    known: list[str] = model.metadata.get("class_names", [])
+    if num_samples < 1:
+        raise ValueError(f"--num-samples {num_samples} must be at least 1")
+    labels, names = [], []
+    for entry in classes or [str(i) for i in range(len(known) or 1)]:
+        if entry == "none":
+            label = NULL_CLASS
+        elif entry in known:
+            label = known.index(entry)
+        elif entry.isdigit() and (not known or int(entry) < len(known)):
+            label = int(entry)
+        else:
+            raise ValueError(f"unknown class {entry!r}; known: {', '.join(known) or 'numbers'}")
+        name = known[label] if known and label != NULL_CLASS else entry
+        labels += [label] * num_samples
+        names += [name] * num_samples
+    return torch.tensor(labels), names
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,88 @@
+"""Experiments: a YAML file and key=value overrides to checked dataclasses."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from flextok.schema import ConfigError, from_mapping
+
+
+@dataclass
+class DataConfig:
+    train: dict[str, Any] | list[dict[str, Any]]  # {name: emoji, ...}; several are concatenated
+    validation: dict[str, Any] | list[dict[str, Any]] | None = None
+    batch_size: int = 64  # of one process
+    num_workers: int = 0
+    crop: Literal["center", "random"] = "center"
+    flip: bool = False
+    shift: float = 0.0  # random shifts, a fraction of the picture; fills with white
+    token_variants: int = 1  # generator: augmented encodings of each picture
+    token_cache: str | None = None  # generator: folder, by default <output_dir>/tokens
+
+
+@dataclass
+class OptimConfig:
+    lr: float = 1e-4
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    weight_decay: float = 0.05
+    warmup_steps: int = 1000
+    final_lr: float = 0.01  # of lr, at max_steps (cosine)
+    grad_clip: float = 1.0
+    ema_decay: float = 0.999  # 0 = no average
+
+
+@dataclass
+class TrainerConfig:
+    max_steps: int
+    accelerator: str = "auto"
+    devices: int | str = "auto"
+    num_nodes: int = 1
+    strategy: str = "auto"
+    precision: str = "auto"  # bf16-mixed on a GPU that has it, else 32-true
+    accumulate: int = 1
+    log_every: int = 50
+    validate_every: int = 1000
+    checkpoint_every: int = 1000
+    num_pictures: int = 8  # in the grids drawn after each validation
+    compile: bool = False  # torch.compile, for GPUs
+
+
+@dataclass
+class ExperimentConfig:
+    """One training run. `task` says which of the two models `model` configures."""
+
+    task: Literal["tokenizer", "generator"]
+    output_dir: str
+    model: dict[str, Any]
+    data: DataConfig
+    trainer: TrainerConfig
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    tokenizer: str | None = None  # generator: folder or hub id of its tokenizer
+    seed: int = 0
+    resume: bool = True  # continue from <output_dir>/checkpoints/last.ckpt where there is one
+
+
+def load_experiment(path: str | Path, overrides: list[str] | None = None) -> ExperimentConfig:
+    """Read a YAML file, apply key=value overrides (dots descend), check everything."""
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"no config file {str(path)!r}: see configs/ for the shipped ones")
+    for override in overrides or []:
+        if "=" not in override:
+            raise ConfigError(f"override {override!r} must look like key=value, e.g. optim.lr=1e-4")
+    try:
+        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(overrides or []))
+        values: Any = OmegaConf.to_container(merged, resolve=True)
+    except (OmegaConfBaseException, ValueError, OSError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+    except Exception as error:  # a YAML parser's error type is its own
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    config = from_mapping(ExperimentConfig, values)
+    if config.task == "generator" and not config.tokenizer:
+        raise ConfigError(
+            "task generator needs tokenizer=<folder or hub id of a trained tokenizer>"
+        )
+    return config

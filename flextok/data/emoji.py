@@ -1,0 +1,385 @@
+"""The built-in data: Fluent emoji and scenes composed of them. Both need no download.
+
+The shard `assets/emoji-64.tar` (made by scripts/pack_emoji.py, see assets/NOTICE.md) is a
+WebDataset of 64 px WebP pictures with alpha; it is small enough to be held in memory.
+"""
+
+import io
+import json
+import re
+import tarfile
+from collections.abc import Iterator
+from functools import cache
+from importlib import resources
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import Dataset
+
+SPLITS = ("train", "validation", "all")
+
+
+class EmojiRecord(NamedTuple):
+    """One emoji of the shard."""
+
+    key: str  # code points: "1f469-200d-1f680"
+    name: str  # Unicode's short name: "woman astronaut"
+    group: str
+    subgroup: str
+    split: str
+    webp: bytes
+
+
+@cache
+def read_shard() -> tuple[EmojiRecord, ...]:
+    """All emoji in the order of their code points, read once per process."""
+    data = resources.files("flextok.data").joinpath("assets/emoji-64.tar").read_bytes()
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        files = {m.name: f.read() for m in tar if (f := tar.extractfile(m)) is not None}
+    records = []
+    for name, content in files.items():
+        if name.endswith(".json"):
+            fields = json.loads(content)
+            key = fields.pop("codepoints")
+            records.append(EmojiRecord(key=key, webp=files[f"{key}.webp"], **fields))
+    return tuple(records)
+
+
+def select_records(split: str) -> list[EmojiRecord]:
+    """The emoji of one split, or of both for "all"."""
+    if split not in SPLITS:
+        raise ValueError(f"split={split!r} must be one of {', '.join(SPLITS)}")
+    return [r for r in read_shard() if split in ("all", r.split)]
+
+
+class Emoji(Dataset[dict[str, Any]]):
+    """Every emoji on white, labelled by its Unicode group (9 classes) or subgroup.
+
+    Items: image PIL RGB, label int, caption str (the name), key str (the code points).
+    """
+
+    def __init__(self, split: str = "train", label: str = "group", size: int | None = None) -> None:
+        """size: pixels a side; None keeps the shard's 64."""
+        if label not in ("group", "subgroup"):
+            raise ValueError(f"label={label!r} must be group or subgroup")
+        if size is not None and size < 1:
+            raise ValueError(f"size={size} must be at least 1")
+        self.records = select_records(split)
+        self.class_names = sorted({getattr(r, label) for r in read_shard()})
+        self.labels = [self.class_names.index(getattr(r, label)) for r in self.records]
+        self.size = size
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        record = self.records[index]
+        rgba = Image.open(io.BytesIO(record.webp)).convert("RGBA")
+        image = Image.new("RGB", rgba.size, "white")
+        image.paste(rgba, mask=rgba)
+        if self.size is not None and self.size != image.width:
+            image = image.resize((self.size, self.size), Image.Resampling.LANCZOS)
+        return {
+            "image": image,
+            "label": self.labels[index],
+            "caption": record.name,
+            "key": record.key,
+        }
+
+
+# --- scenes -------------------------------------------------------------------------------------
+
+COLORS = {
+    "white": (255, 255, 255),
+    "light grey": (208, 208, 208),
+    "grey": (140, 140, 140),
+    "black": (22, 22, 22),
+    "red": (205, 60, 60),
+    "maroon": (105, 22, 38),
+    "pink": (255, 192, 206),
+    "orange": (244, 160, 72),
+    "peach": (255, 214, 184),
+    "brown": (116, 80, 56),
+    "yellow": (248, 218, 92),
+    "cream": (255, 246, 214),
+    "green": (78, 158, 88),
+    "dark green": (18, 78, 48),
+    "mint green": (172, 234, 202),
+    "teal": (36, 138, 142),
+    "light blue": (176, 216, 240),
+    "blue": (66, 116, 216),
+    "navy blue": (24, 34, 92),
+    "purple": (118, 68, 168),
+    "lavender": (216, 202, 244),
+}
+# Signs, letters and flags do not read as things in a scene; nor do marks such as "dashing away".
+SCENE_EXCLUDED = {"Symbols", "Flags", "emotion"}
+# objects -> grids (columns, rows) and the range of object sizes in parts of the picture's side
+LAYOUTS: dict[int, tuple[tuple[tuple[int, int], ...], tuple[float, float]]] = {
+    1: (((1, 1),), (0.45, 0.80)),
+    2: (((2, 1), (1, 2)), (0.36, 0.48)),
+    3: (((2, 2),), (0.34, 0.47)),
+    4: (((2, 2),), (0.34, 0.47)),
+    5: (((3, 2), (2, 3)), (0.26, 0.32)),
+    6: (((3, 2), (2, 3)), (0.26, 0.32)),
+    7: (((3, 3),), (0.25, 0.32)),
+    8: (((3, 3),), (0.25, 0.32)),
+    9: (((3, 3),), (0.25, 0.32)),
+}
+NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+ROWS = {2: ("top", "bottom"), 3: ("top", "middle", "bottom")}
+BACKGROUND_TRIES = 3
+
+
+class EmojiScenes(Dataset[dict[str, Any]]):
+    """Endless scenes of one to nine emoji on a plain or gradient background, with true captions.
+
+    Scene `index` is a pure function of (seed, split, index, size, max_objects), the same in every
+    process; any index >= 0 works, `length` only bounds len(). Train scenes hold train emoji only.
+    Items: image PIL RGB, label int (number of objects - 1), caption str, key str, background str
+    and objects: dicts with name, x, y (the centre) and size (the longer side), in parts of the
+    picture.
+    """
+
+    def __init__(
+        self,
+        split: str = "train",
+        size: int = 64,
+        seed: int = 0,
+        length: int = 100_000,
+        max_objects: int = 9,
+    ) -> None:
+        if not 1 <= max_objects <= 9:
+            raise ValueError(f"max_objects={max_objects} must be in [1, 9]")
+        if size < 32:
+            raise ValueError(f"size={size} must be at least 32: smaller emoji cannot be recognised")
+        if seed < 0 or length < 1:
+            raise ValueError(f"seed={seed} must be >= 0 and length={length} must be >= 1")
+        self.records = [
+            r for r in select_records(split) if not {r.group, r.subgroup} & SCENE_EXCLUDED
+        ]
+        self.split, self.size, self.seed, self.length = split, size, seed, length
+        self.max_objects = max_objects
+        self.class_names = [f"{n} object{'s' * (n > 1)}" for n in range(1, max_objects + 1)]
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[index] for index in range(len(self)))
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if index < 0:
+            raise IndexError(f"index={index} must be >= 0")
+        seeds = np.random.SeedSequence([self.seed, SPLITS.index(self.split), index])
+        rng = np.random.default_rng(seeds)
+        count = int(rng.integers(1, self.max_objects + 1))
+        chosen = [self.records[i] for i in rng.permutation(len(self.records))[:count]]
+        sprites = [read_sprite(record.webp) for record in chosen]
+        cells, grid = choose_cells(rng, count)
+        background, colors = choose_background(rng, sprites)
+
+        canvas = paint_background(rng, colors, self.size)
+        objects = []
+        for record, sprite, cell in zip(chosen, sprites, cells, strict=True):
+            x, y, extent = place(rng, sprite, cell, grid, LAYOUTS[count][1])
+            paint_sprite(canvas, sprite, x, y, extent)
+            objects.append({"name": record.name, "x": x, "y": y, "size": extent})
+        phrases = [noun_phrase(record.name) for record in chosen]
+        return {
+            "image": Image.fromarray(canvas),
+            "label": count - 1,
+            "caption": f"{describe(phrases, cells, grid)} on {with_article(background)}",
+            "key": f"{self.split}-{self.seed}-{index}",
+            "objects": objects,
+            "background": background,
+        }
+
+
+class Sprite(NamedTuple):
+    """An emoji cut to its visible part."""
+
+    image: Image.Image  # premultiplied RGBA
+    mean_color: np.ndarray  # (3,) float, over the visible pixels
+
+
+@cache
+def read_sprite(webp: bytes) -> Sprite:
+    """Decode and trim; margins off, so that a scene's sizes and positions are the visible ones."""
+    rgba = Image.open(io.BytesIO(webp)).convert("RGBA")
+    visible = rgba.getchannel("A").point(lambda alpha: 255 * (alpha > 16))
+    trimmed = rgba.convert("RGBa").crop(visible.getbbox())
+    pixels = np.asarray(trimmed, dtype=np.float64).sum((0, 1))
+    return Sprite(trimmed, 255 * pixels[:3] / pixels[3])
+
+
+def choose_cells(
+    rng: np.random.Generator, count: int
+) -> tuple[list[tuple[int, int]], tuple[int, int]]:
+    """Cells (column, row) in reading order, no row empty, and the grid (columns, rows)."""
+    grids = LAYOUTS[count][0]
+    columns, rows = grid = grids[int(rng.integers(len(grids)))]
+    while True:
+        taken = sorted(int(i) for i in rng.permutation(columns * rows)[:count])
+        if len({i // columns for i in taken}) == rows:
+            return [(i % columns, i // columns) for i in taken], grid
+
+
+def choose_background(
+    rng: np.random.Generator, sprites: list[Sprite]
+) -> tuple[str, list[tuple[int, int, int]]]:
+    """Name and one or two colours of a background: of a few draws the one with most contrast."""
+    names = list(COLORS)
+    parts = 1 if rng.random() < 0.5 else 2
+    best, best_contrast = names[:parts], -1.0
+    for _ in range(BACKGROUND_TRIES):
+        drawn = [names[i] for i in rng.permutation(len(names))[:parts]]
+        contrast = min(
+            float(np.abs(np.subtract(COLORS[name], sprite.mean_color)).sum())
+            for name in drawn
+            for sprite in sprites
+        )
+        if contrast > best_contrast:
+            best, best_contrast = drawn, contrast
+    name = f"{best[0]} background" if parts == 1 else f"gradient from {best[0]} to {best[1]}"
+    return name, [COLORS[name] for name in best]
+
+
+def paint_background(
+    rng: np.random.Generator, colors: list[tuple[int, int, int]], size: int
+) -> np.ndarray:
+    """(size, size, 3) uint8. A gradient runs from top to bottom or from left to right."""
+    if len(colors) == 1:
+        return np.full((size, size, 3), colors[0], np.uint8)
+    start, end = np.array(colors, np.float64)
+    ramp = np.linspace(0.0, 1.0, size)[:, None]
+    line = np.rint(start + ramp * (end - start)).astype(np.uint8)  # (size, 3)
+    across = line[:, None] if rng.random() < 0.5 else line[None]
+    return np.broadcast_to(across, (size, size, 3)).copy()
+
+
+def place(
+    rng: np.random.Generator,
+    sprite: Sprite,
+    cell: tuple[int, int],
+    grid: tuple[int, int],
+    sizes: tuple[float, float],
+) -> tuple[float, float, float]:
+    """Centre x, y and longer side of a sprite somewhere inside its cell, in parts of the side."""
+    extent = sizes[0] + float(rng.random()) * (sizes[1] - sizes[0])
+    centre = []
+    for axis in (0, 1):
+        side = extent * sprite.image.size[axis] / max(sprite.image.size)
+        slack = 1 / grid[axis] - side
+        centre.append(cell[axis] / grid[axis] + side / 2 + float(rng.random()) * slack)
+    return centre[0], centre[1], extent
+
+
+def paint_sprite(canvas: np.ndarray, sprite: Sprite, x: float, y: float, extent: float) -> None:
+    """Composite the sprite in place; x, y, extent in parts of the canvas's side."""
+    size = canvas.shape[0]
+    scale = extent * size / max(sprite.image.size)
+    width, height = (max(1, round(scale * side)) for side in sprite.image.size)
+    left = min(max(0, round(x * size - width / 2)), size - width)
+    top = min(max(0, round(y * size - height / 2)), size - height)
+    patch = np.asarray(
+        sprite.image.resize((width, height), Image.Resampling.BICUBIC), dtype=np.uint16
+    )
+    alpha = patch[..., 3:]
+    under = canvas[top : top + height, left : left + width]
+    color = np.minimum(patch[..., :3], alpha)  # bicubic may overshoot the premultiplied range
+    under[:] = color + (under * (255 - alpha) + 127) // 255
+
+
+# --- captions -----------------------------------------------------------------------------------
+
+# Names which are not noun phrases, or whose article cannot be told from their form.
+PHRASES = {
+    "rolling on the floor laughing": "a face rolling on the floor laughing",
+    "star-struck": "a star-struck face",
+    "selfie": "a hand taking a selfie",
+    "breast-feeding": "a breast-feeding woman",
+    "Santa Claus": "Santa Claus",
+    "Mrs. Claus": "Mrs. Claus",
+    "mx claus": "Mx Claus",
+    "mount fuji": "Mount Fuji",
+    "Tokyo tower": "Tokyo Tower",
+    "Statue of Liberty": "the Statue of Liberty",
+    "kaaba": "the Kaaba",
+    "milky way": "the Milky Way",
+    "meat on bone": "meat on the bone",
+    "foggy": "a foggy bridge",
+    "hourglass done": "an hourglass",
+    "hourglass not done": "an hourglass with flowing sand",
+    "locked": "a closed padlock",
+    "unlocked": "an open padlock",
+    "locked with pen": "a closed padlock with a pen",
+    "locked with key": "a closed padlock with a key",
+    "speaker low volume": "a speaker at low volume",
+    "speaker medium volume": "a speaker at medium volume",
+    "speaker high volume": "a speaker at high volume",
+    "palms up together": "palms up together",
+    "flower playing cards": "flower playing cards",
+    "airplane departure": "a departing airplane",
+    "airplane arrival": "an arriving airplane",
+}
+UNCOUNTED = set(
+    """american football, badminton, baguette bread, bacon, bowling, bread, broccoli, bubble tea,
+    building construction, butter, camping, canned food, construction, cooked rice, cooking, coral,
+    curry rice, custard, dango, dna, field hockey, fire, flatbread, fog, fried shrimp, garlic,
+    high voltage, horse racing, ice, ice cream, ice hockey, lacrosse, light rail, luggage, mate,
+    money with wings, nail polish, oden, ping pong, popcorn, pouring liquid, rugby football, sake,
+    salt, shaved ice, soap, soft ice cream, spaghetti, stuffed flatbread, sushi, tennis, thread,
+    wood, yarn""".replace("\n    ", " ").split(", ")
+)
+# What follows the head of a name: "face | with tears", "person | lifting weights".
+TAIL = re.compile(r" (with|without|in|of|on|at|behind|and|[\w-]+ing)\b.*")
+SOUNDS_LIKE_CONSONANT = re.compile(r"(uni|eu|ew|one\b)")
+
+
+def with_article(phrase: str) -> str:
+    """ "apple" -> "an apple"."""
+    vowel = phrase[0].lower() in "aeiou" and not SOUNDS_LIKE_CONSONANT.match(phrase)
+    return f"{'an' if vowel or phrase.startswith('x-ray') else 'a'} {phrase}"
+
+
+def noun_phrase(name: str) -> str:
+    """An emoji's Unicode name in a sentence: "eyes", "an ox", "a man with red hair"."""
+    name = name.replace("\u2019", "'")
+    if name in PHRASES:
+        return PHRASES[name]
+    if name.endswith(("o'clock", "-thirty")):
+        return f"a clock showing {name}"
+    person, _, trait = name.partition(": ")  # "man: red hair", "woman: bald"
+    if trait:
+        article = "a " if trait == "beard" else ""
+        return f"a bald {person}" if trait == "bald" else f"a {person} with {article}{trait}"
+    head = TAIL.sub("", name)
+    plural = head.endswith("s") and not head.endswith(("ss", "us", "os"))
+    if name in UNCOUNTED or plural or head in ("people", "men", "women"):
+        return name
+    return with_article(name)
+
+
+def join(phrases: list[str]) -> str:
+    """ "a, b and c"."""
+    return phrases[0] if len(phrases) == 1 else f"{', '.join(phrases[:-1])} and {phrases[-1]}"
+
+
+def describe(phrases: list[str], cells: list[tuple[int, int]], grid: tuple[int, int]) -> str:
+    """What is where, in reading order; ends so that " on a blue background" may follow."""
+    columns, rows = grid
+    if len(phrases) == 1:
+        return phrases[0]
+    if len(phrases) == 2:
+        return f"{phrases[0]} {'left of' if columns == 2 else 'above'} {phrases[1]}"
+    if grid == (2, 2):
+        corners = [f"{ROWS[2][row]} {('left', 'right')[column]}" for column, row in cells]
+        placed = [f"{p} at the {corner}" for p, corner in zip(phrases, corners, strict=True)]
+        return f"{NUMBERS[len(phrases)]} objects: {join(placed)}, all"
+    lines = []
+    for row, place_name in enumerate(ROWS[rows]):
+        line = [p for p, cell in zip(phrases, cells, strict=True) if cell[1] == row]
+        lines.append(f"{join(line)} in the {place_name} row")
+    return f"{NUMBERS[len(phrases)]} objects: {'; '.join(lines)}; all"

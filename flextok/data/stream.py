@@ -1,0 +1,124 @@
+"""Endless shuffled training data, addressed by position.
+
+Sample p of the stream is a pure function of (dataset, seed, p): its epoch's permutation and its
+augmentation draws are derived, never carried along. So an interrupted run continues with exactly
+the batches that it would have seen, and any number of workers gives the same ones.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from multiprocessing import Value
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler, default_collate
+
+from flextok.data.pictures import CorruptPicture
+
+log = logging.getLogger(__name__)
+Item = Mapping[str, Any]
+
+
+class SkipCounter:
+    """Counts unreadable samples over all worker processes and says so, once for each."""
+
+    def __init__(self) -> None:
+        self.count = Value("q", 0)
+
+    def skip(self, error: Exception) -> None:
+        with self.count.get_lock():
+            self.count.value += 1
+            count = self.count.value
+        log.warning("skipped an unreadable sample (%d so far): %s", count, error)
+
+
+def derived_generator(*key: int) -> torch.Generator:
+    """A torch.Generator seeded by a tuple of integers, well mixed (SplitMix64)."""
+    state = 0x9E3779B97F4A7C15
+    for part in key:
+        state = (state ^ (part & 0xFFFFFFFFFFFFFFFF)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+        state = (state ^ (state >> 27)) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return torch.Generator().manual_seed(state >> 1)
+
+
+class Stream(Dataset):
+    """Maps a position p >= 0 to an augmented sample. An unreadable sample is skipped with a counted
+    warning: the next one in dataset order stands in."""
+
+    def __init__(
+        self,
+        dataset: Any,
+        prepare: Callable[[Item, torch.Generator | None], Item],
+        seed: int = 0,
+        shuffle: bool = True,
+    ):
+        if len(dataset) == 0:
+            raise ValueError("the dataset is empty: nothing to train on")
+        self.dataset, self.prepare, self.seed, self.shuffle = dataset, prepare, seed, shuffle
+        self.skips = SkipCounter()
+        self._order: tuple[int, Tensor] | None = None
+
+    def index_at(self, position: int) -> int:
+        epoch, offset = divmod(position, len(self.dataset))
+        if not self.shuffle:
+            return offset
+        if self._order is None or self._order[0] != epoch:
+            generator = derived_generator(self.seed, 1, epoch)
+            self._order = (epoch, torch.randperm(len(self.dataset), generator=generator))
+        return int(self._order[1][offset])
+
+    def __getitem__(self, position: int) -> Item:
+        size = len(self.dataset)
+        first = self.index_at(position)
+        for attempt in range(size):
+            generator = derived_generator(self.seed, 2, position)
+            try:
+                return self.prepare(self.dataset[(first + attempt) % size], generator)
+            except CorruptPicture as error:
+                self.skips.skip(error)
+        raise ValueError(f"none of the {size} samples can be read; see the warnings above")
+
+
+class EvaluationSet(Dataset):
+    """Every sample once, in order, without augmentation; unreadable ones are None (see collate)."""
+
+    def __init__(self, dataset: Any, prepare: Callable[[Item, torch.Generator | None], Item]):
+        self.dataset, self.prepare = dataset, prepare
+        self.skips = SkipCounter()
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Item | None:
+        try:
+            return self.prepare(self.dataset[index], None)
+        except CorruptPicture as error:
+            self.skips.skip(error)
+            return None
+
+
+class PositionSampler(Sampler[list[int]]):
+    """Endless batches of stream positions for one process, from `start` batches on."""
+
+    def __init__(self, batch_size: int, start: int = 0, rank: int = 0, world_size: int = 1):
+        self.batch_size, self.start, self.rank, self.world_size = (
+            batch_size,
+            start,
+            rank,
+            world_size,
+        )
+
+    def __iter__(self) -> Iterator[list[int]]:
+        batch = self.start
+        while True:
+            first = (batch * self.world_size + self.rank) * self.batch_size
+            yield list(range(first, first + self.batch_size))
+            batch += 1
+
+
+def collate(items: list[Item | None]) -> Any:
+    """Stacks items to a batch, leaving out None; {} if nothing is left."""
+    kept = [item for item in items if item is not None]
+    return default_collate(kept) if kept else {}

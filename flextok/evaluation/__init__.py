@@ -1,0 +1,1 @@
+"""Evaluation: how good reconstructions are, by the number of tokens."""

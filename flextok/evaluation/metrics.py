@@ -1,0 +1,19 @@
+"""Picture metrics, on pictures rounded to 8 bits as a viewer gets them."""
+
+import torch
+from torch import Tensor
+
+
+def to_8_bit(images: Tensor) -> Tensor:
+    """(B, 3, H, W) in [-1, 1] -> float64 in 0..255, clamped and rounded."""
+    return ((images.double().clamp(-1, 1) + 1) * 127.5).round()
+
+
+def mse(a: Tensor, b: Tensor) -> Tensor:
+    """a, b: (B, 3, H, W) in [-1, 1]. Returns (B,), in units of the 0..255 range squared."""
+    return (to_8_bit(a) - to_8_bit(b)).square().mean(dim=(1, 2, 3))
+
+
+def psnr(a: Tensor, b: Tensor) -> Tensor:
+    """a, b: (B, 3, H, W) in [-1, 1]. Returns (B,) in dB, peak 255; equal pictures give inf."""
+    return 10 * torch.log10(255.0**2 / mse(a, b))

@@ -1,0 +1,102 @@
+"""From a condition to pictures: a generator and its tokenizer together."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flextok.generators import GENERATORS
+from flextok.hub import CheckpointError, Pretrained, fingerprint, read_header, resolve
+from flextok.tokenizers import TOKENIZERS
+
+
+def load_model(path: str | Path, device: str | torch.device = "cpu") -> Any:
+    """Load any model of the package from a folder or hub id, by the type its config.json names."""
+    models: dict[str, type[Pretrained]] = {**TOKENIZERS, **GENERATORS}
+    model_type = read_header(resolve(path))["model_type"]
+    if model_type not in models:
+        raise CheckpointError(
+            f"{path} holds an unknown model type {model_type!r}; known: {', '.join(sorted(models))}"
+        )
+    return models[model_type].from_pretrained(path, device=device)
+
+
+def is_generator(model: Any) -> bool:
+    return getattr(model, "model_type", None) in GENERATORS
+
+
+def remember_tokenizer(generator: Pretrained, folder: Path, tokenizer: Any, source: str) -> None:
+    """Note in a generator, to be saved in `folder`, which tokenizer it speaks: a path relative to
+    that folder (so both can move together) or a hub id, and the weights' fingerprint."""
+    is_local = Path(source).exists()
+    reference = os.path.relpath(source, folder) if is_local else source
+    generator.metadata["tokenizer"] = reference
+    generator.metadata["tokenizer_fingerprint"] = fingerprint(tokenizer)
+
+
+def load_tokenizer_of(
+    generator: Any, folder: Path, override: str | None = None, device: str | torch.device = "cpu"
+) -> Any:
+    """The tokenizer that a generator, loaded from `folder`, was trained on. A different one is
+    refused with CheckpointError."""
+    reference = override or generator.metadata.get("tokenizer")
+    if reference is None:
+        raise CheckpointError(f"{folder} does not say which tokenizer it needs: name one")
+    beside = folder / reference
+    tokenizer = load_model(beside if override is None and beside.exists() else reference, device)
+    expected = generator.metadata.get("tokenizer_fingerprint")
+    if expected is not None and (found := fingerprint(tokenizer)) != expected:
+        raise CheckpointError(
+            f"tokenizer {reference!r} (weights {found}) is not the one that this generator was "
+            f"trained on (weights {expected}): its indices would mean other pictures. Train the "
+            "generator again, or name the right tokenizer."
+        )
+    return tokenizer
+
+
+def generate_images(
+    generator: Any,
+    tokenizer: Any,
+    cond: Tensor,
+    num_tokens: list[int] | None = None,
+    seed: int = 0,
+    sampling: dict[str, Any] | None = None,
+    decoding: dict[str, Any] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> dict[int, Tensor]:
+    """cond: (B,) labels. Generates max(num_tokens) indices once and decodes each prefix length with
+    the same initial noise. sampling and decoding go to generate() and decode(). Returns prefix
+    length -> (B, 3, H, W) in [-1, 1], shortest first."""
+    lengths = sorted(set(num_tokens or [generator.num_tokens]))
+    draws = torch.Generator().manual_seed(seed)
+    indices = generator.generate(
+        cond, num_tokens=lengths[-1], generator=draws, progress=progress, **(sampling or {})
+    )
+    return decode_prefixes(tokenizer, indices, lengths, seed, decoding)
+
+
+def decode_prefixes(
+    tokenizer: Any,
+    indices: Tensor,
+    lengths: list[int],
+    seed: int = 0,
+    decoding: dict[str, Any] | None = None,
+) -> dict[int, Tensor]:
+    """indices: (B, k). Decodes every prefix length with the same initial noise. Returns prefix
+    length -> (B, 3, H, W) in [-1, 1]."""
+    if bad := [k for k in lengths if not 1 <= k <= indices.shape[1]]:
+        raise ValueError(f"num_tokens={bad} must be in [1, {indices.shape[1]}]")
+    return {
+        k: tokenizer.decode(
+            indices[:, :k], generator=torch.Generator().manual_seed(seed), **(decoding or {})
+        )
+        for k in lengths
+    }
+
+
+def prefix_lengths(total: int) -> list[int]:
+    """1, 2, 4, ... and total."""
+    return [*(2**i for i in range((total - 1).bit_length())), total]

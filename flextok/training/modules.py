@@ -1,0 +1,72 @@
+"""LightningModules: wiring of a model, its optimiser and its logs."""
+
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from flextok.config import OptimConfig
+from flextok.data.stream import derived_generator
+from flextok.training.optim import make_optimizer, warmup_cosine
+
+
+class TrainingModule(L.LightningModule):
+    """Trains a model whose loss(*inputs, generator=) returns a dict of scalars with "loss".
+
+    Every random draw of a step comes from a generator seeded by (seed, step, rank): a resumed run
+    repeats exactly what an uninterrupted one would have drawn.
+    """
+
+    def __init__(self, model: Any, optim: OptimConfig, max_steps: int, seed: int = 0):
+        super().__init__()
+        self.model, self.optim, self.max_steps, self.seed = model, optim, max_steps, seed
+
+    def inputs(self, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        raise NotImplementedError
+
+    def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
+        micro = batch_index % self.trainer.accumulate_grad_batches
+        draws = derived_generator(self.seed, 3, self.global_step, micro, self.global_rank)
+        losses = self.model.loss(*self.inputs(batch), generator=draws)
+        self.log_losses("train", losses, len(next(iter(batch.values()))))
+        return losses["loss"]
+
+    def validation_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
+        if not batch:
+            return
+        # the same draws at every validation, so that the curve shows the model and not the noise
+        draws = derived_generator(self.seed, 4, batch_index, self.global_rank)
+        losses = self.model.loss(*self.inputs(batch), generator=draws)
+        self.log_losses("val", losses, len(next(iter(batch.values()))))
+
+    def log_losses(self, stage: str, losses: dict[str, Tensor], batch_size: int) -> None:
+        for name, value in losses.items():
+            self.log(
+                f"{stage}/{name}",
+                value.detach(),
+                prog_bar=name == "loss",
+                batch_size=batch_size,
+                on_step=stage == "train",
+                on_epoch=stage == "val",
+                sync_dist=stage == "val",
+            )
+
+    def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
+        optimizer = make_optimizer(self.model, self.optim)
+        factor = warmup_cosine(self.optim.warmup_steps, self.max_steps, self.optim.final_lr)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+
+class TokenizerModule(TrainingModule):
+    def inputs(self, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        return (batch["image"],)
+
+
+class GeneratorModule(TrainingModule):
+    def inputs(self, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        return batch["indices"], batch["label"]

@@ -1,0 +1,241 @@
+"""One training run from an ExperimentConfig: build, train, export."""
+
+import json
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from omegaconf import OmegaConf
+from torch.utils.data import ConcatDataset
+
+from flextok.config import ExperimentConfig
+from flextok.data.datamodule import DataModule, prepare_image, prepare_tokens
+from flextok.data.datasets import DATASETS
+from flextok.data.tokens import TokenDataset, build_token_cache
+from flextok.data.transforms import ImageTransform
+from flextok.generators import GENERATORS
+from flextok.hub import CheckpointError, atomic_write, fingerprint
+from flextok.pipeline import load_model, remember_tokenizer
+from flextok.schema import ConfigError, build, from_mapping, unknown_key
+from flextok.tokenizers import TOKENIZERS
+from flextok.training.callbacks import (
+    Export,
+    Pictures,
+    draw_generations,
+    draw_reconstructions,
+    ema,
+)
+from flextok.training.modules import GeneratorModule, TokenizerModule, TrainingModule
+
+log = logging.getLogger(__name__)
+
+
+def train(config: ExperimentConfig) -> Path:
+    """Train (or continue) the run that `config` describes. Returns its output_dir, which is a model
+    folder for from_pretrained and also holds checkpoints/, logs/, pictures/ and config.yaml."""
+    L.seed_everything(config.seed, verbose=False)
+    folder = Path(config.output_dir)
+    last = folder / "checkpoints" / "last.ckpt"
+    resume = config.resume and last.exists()
+    if resume:
+        check_same_model(folder / "config.yaml", config)
+        check_checkpoint(last)
+        log.info("continuing from %s", last)
+    if config.task == "tokenizer":
+        module, data, draw = tokenizer_run(config)
+    else:
+        module, data, draw = generator_run(config, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = OmegaConf.to_yaml(OmegaConf.create(asdict(config)))
+    atomic_write(folder / "config.yaml", lambda p: p.write_text(text, encoding="utf-8"))
+    trainer = make_trainer(config, folder, draw)
+    trainer.fit(module, data, ckpt_path=str(last) if resume else None, weights_only=False)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    if trainer.is_global_zero:  # fit leaves the averaged weights in place
+        module.model.metadata["step"] = trainer.global_step
+        module.model.save_pretrained(folder)
+    return folder
+
+
+def make_dataset(spec: dict[str, Any] | list[dict[str, Any]]) -> Any:
+    """Build the dataset that a spec names; a list of specs is concatenated."""
+    if isinstance(spec, dict):
+        return build(DATASETS, spec, "dataset")
+    parts = [build(DATASETS, part, "dataset") for part in spec]
+    joined: Any = ConcatDataset(parts)
+    joined.class_names = parts[0].class_names
+    return joined
+
+
+def build_model(registry: dict[str, Any], spec: dict[str, Any], derived: dict[str, Any]) -> Any:
+    """Build the model that `spec` names, with what other parts of the run decide filled in."""
+    spec = {**derived, **spec}
+    name = spec.pop("name", None)
+    if name not in registry:
+        raise unknown_key("model", str(name), list(registry))
+    cls = registry[name]
+    return cls(from_mapping(cls.config_class, spec, "model"))
+
+
+def tokenizer_run(config: ExperimentConfig) -> tuple[TrainingModule, DataModule, Any]:
+    model = build_model(TOKENIZERS, config.model, {})
+    if getattr(model.vae, "weights", None):
+        model.vae.load_weights()
+    transform = make_transform(config, model.image_size)
+    train_set = make_dataset(config.data.train)
+    validation = make_dataset(config.data.validation) if config.data.validation else None
+    model.metadata["class_names"] = list(train_set.class_names)
+    prepare = prepare_image(transform)
+    data = make_data(config, train_set, validation, prepare)
+    module = TokenizerModule(model, config.optim, config.trainer.max_steps, config.seed)
+    draw = None
+    if validation is not None:
+        count = min(config.trainer.num_pictures, len(validation))
+        every = max(1, len(validation) // count)
+        images = [transform(validation[i * every]["image"]) for i in range(count)]
+        draw = draw_reconstructions(torch.stack(images))
+    return module, data, draw
+
+
+def generator_run(config: ExperimentConfig, folder: Path) -> tuple[TrainingModule, DataModule, Any]:
+    assert config.tokenizer is not None
+    tokenizer = load_model(config.tokenizer)
+    if tokenizer.model_type not in TOKENIZERS:
+        raise ConfigError(f"tokenizer={config.tokenizer!r} holds a {tokenizer.model_type} model")
+    cache = Path(config.data.token_cache or folder / "tokens")
+    train_set = cached_tokens(config, tokenizer, cache / "train", config.data.train)
+    validation = None
+    if config.data.validation:
+        validation = cached_tokens(
+            config, tokenizer, cache / "validation", config.data.validation, augment=False
+        )
+    class_names = train_set.class_names
+    derived: dict[str, Any] = {
+        "vocab_size": tokenizer.vocab_size,
+        "num_tokens": tokenizer.num_tokens,
+        "conditioner": {"name": "class"},
+    }
+    spec = {**derived, **config.model}
+    if spec["conditioner"].get("name") == "class":
+        spec["conditioner"] = {"num_classes": len(class_names), **spec["conditioner"]}
+    model = build_model(GENERATORS, spec, {})
+    model.metadata["class_names"] = class_names
+    remember_tokenizer(model, folder, tokenizer, config.tokenizer)
+    data = make_data(config, train_set, validation, prepare_tokens)
+    module = GeneratorModule(model, config.optim, config.trainer.max_steps, config.seed)
+    cond = torch.arange(config.trainer.num_pictures) % max(1, len(class_names))
+    return module, data, draw_generations(tokenizer, cond)
+
+
+def cached_tokens(
+    config: ExperimentConfig, tokenizer: Any, folder: Path, spec: Any, augment: bool = True
+) -> TokenDataset:
+    transform = make_transform(config, tokenizer.image_size)
+    augmentation = {"flip": transform.flip, "crop": transform.crop, "shift": transform.shift}
+    build_token_cache(
+        tokenizer,
+        folder=folder,
+        dataset=make_dataset(spec),
+        transform=transform,
+        identity={
+            "tokenizer_fingerprint": fingerprint(tokenizer),
+            "data": json.loads(json.dumps(spec)),
+            "augmentation": augmentation,
+        },
+        variants=config.data.token_variants if augment else 1,
+        num_workers=config.data.num_workers,
+        seed=config.seed,
+    )
+    return TokenDataset(folder)
+
+
+def make_transform(config: ExperimentConfig, size: int) -> ImageTransform:
+    return ImageTransform(size, config.data.flip, config.data.crop, config.data.shift)
+
+
+def make_data(
+    config: ExperimentConfig, train_set: Any, validation: Any, prepare: Any
+) -> DataModule:
+    return DataModule(
+        train_set,
+        validation,
+        prepare,
+        batch_size=config.data.batch_size,
+        num_workers=config.data.num_workers,
+        seed=config.seed,
+    )
+
+
+def make_trainer(config: ExperimentConfig, folder: Path, draw: Any) -> L.Trainer:
+    options = config.trainer
+    precision: Any = options.precision
+    if precision == "auto":
+        has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        precision = "bf16-mixed" if has_bf16 else "32-true"
+    validates = config.data.validation is not None
+    checkpoint = ModelCheckpoint(
+        folder / "checkpoints",
+        filename="step-{step}",
+        auto_insert_metric_name=False,
+        every_n_train_steps=options.checkpoint_every,
+        save_top_k=1,
+        save_last="link",
+        save_on_exception=True,
+    )
+    callbacks: list[L.Callback] = [checkpoint, LearningRateMonitor("step")]
+    if draw is not None:
+        callbacks.append(Pictures(folder / "pictures", draw))
+    callbacks.append(Export(folder))
+    if config.optim.ema_decay > 0:
+        callbacks.append(ema(config.optim.ema_decay))
+    return L.Trainer(
+        accelerator=options.accelerator,
+        devices=options.devices,
+        num_nodes=options.num_nodes,
+        strategy=options.strategy,
+        precision=precision,
+        max_steps=options.max_steps,
+        accumulate_grad_batches=options.accumulate,
+        gradient_clip_val=config.optim.grad_clip or None,
+        log_every_n_steps=options.log_every,
+        val_check_interval=options.validate_every * options.accumulate if validates else None,
+        check_val_every_n_epoch=None if validates else 1,
+        limit_val_batches=None if validates else 0,
+        num_sanity_val_steps=0,
+        callbacks=callbacks,
+        logger=[
+            CSVLogger(folder, name="logs", version="csv"),
+            TensorBoardLogger(folder, name="logs", version="tensorboard"),
+        ],
+        use_distributed_sampler=False,  # the stream and the validation set shard themselves
+        enable_model_summary=False,
+    )
+
+
+def check_same_model(path: Path, config: ExperimentConfig) -> None:
+    """A run continues only with the model that it began with."""
+    if not path.exists():
+        return
+    found: Any = OmegaConf.to_container(OmegaConf.load(path))
+    if found.get("model") != config.model or found.get("task") != config.task:
+        raise ConfigError(
+            f"{path.parent} holds a run of another model: choose another output_dir, or pass "
+            "resume=false to start over there"
+        )
+
+
+def check_checkpoint(path: Path) -> None:
+    """Raises CheckpointError when a training checkpoint is truncated or damaged."""
+    try:
+        torch.load(path, map_location="meta", weights_only=False, mmap=True)
+    except Exception as error:  # zip, pickle and OS errors alike mean an unusable file
+        raise CheckpointError(
+            f"checkpoint {path} is truncated or damaged ({error}): remove it to start over, or "
+            "point last.ckpt at an older step-*.ckpt"
+        ) from None

@@ -1,0 +1,73 @@
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import pytest
+import torch
+from PIL import Image
+
+from flextok.generators import GPT, GPTConfig
+from flextok.tokenizers import FlexTok, FlexTokConfig
+
+TINY = {
+    "image_size": 16,
+    "patch_size": 4,
+    "num_registers": 8,
+    "head_dim": 16,
+    "encoder_depth": 2,
+    "encoder_dim": 32,
+    "decoder_depth": 2,
+    "decoder_dim": 32,
+    "vae": {"name": "identity"},
+    "quantizer": {"name": "fsq", "levels": [8, 5, 5]},
+}
+
+
+def randomize(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Give every parameter random values, so that no zero-initialised layer hides a mistake."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.copy_(noise * 0.3 / max(1, parameter.shape[-1]) ** 0.5 + 0.02 * noise)
+    return model
+
+
+def tiny_tokenizer(**changes) -> FlexTok:
+    model = FlexTok(FlexTokConfig(**{**TINY, **changes}))
+    return randomize(model).eval()
+
+
+def tiny_gpt(**changes) -> GPT:
+    options = {
+        "vocab_size": 200,
+        "num_tokens": 8,
+        "depth": 2,
+        "dim": 32,
+        "conditioner": {"name": "class", "num_classes": 5},
+    }
+    torch.manual_seed(0)
+    return randomize(GPT(GPTConfig(**{**options, **changes}))).eval()
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+@pytest.fixture
+def picture_folder(tmp_path):
+    """Two classes of three 20x24 pictures."""
+    generator = torch.Generator().manual_seed(0)
+    for name in ("cats", "dogs"):
+        (tmp_path / name).mkdir()
+        for i in range(3):
+            pixels = torch.randint(0, 256, (20, 24, 3), generator=generator, dtype=torch.uint8)
+            Image.fromarray(pixels.numpy()).save(tmp_path / name / f"{i}.png")
+    return tmp_path
