@@ -1,6 +1,6 @@
 """Experiments: a YAML file and key=value overrides to checked dataclasses."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +26,7 @@ class DataConfig:
 @dataclass
 class OptimConfig:
     lr: float = 1e-4
+    lr_scale: dict[str, float] = field(default_factory=dict)  # {encoder: 0.1}: of a model's part
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     weight_decay: float = 0.05
     warmup_steps: int = 1000
@@ -86,3 +87,8 @@ def load_experiment(path: str | Path, overrides: list[str] | None = None) -> Exp
             "task generator needs tokenizer=<folder or hub id of a trained tokenizer>"
         )
     return config
+
+
+def save_experiment(config: ExperimentConfig, path: Path) -> None:
+    """Write a YAML file that load_experiment reads back as the same experiment."""
+    OmegaConf.save(OmegaConf.create(asdict(config)), path)

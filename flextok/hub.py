@@ -53,7 +53,7 @@ class Pretrained(nn.Module):
                 f"{folder} holds a {header['model_type']!r} model, not {cls.model_type!r}"
             )
         try:
-            config = from_mapping(cls.config_class, header["config"])
+            config: Any = from_mapping(cls.config_class, header["config"])
         except ConfigError as error:
             raise CheckpointError(f"{folder / CONFIG}: {error}") from None
         with torch.device("meta"):  # no memory and no random draws for weights that get replaced

@@ -151,7 +151,9 @@ def gpt() -> GPT:
         conditioner={"name": "class", "num_classes": 10},
     )
     model = GPT(config)
-    model.load_weights(convert.ar_state(load_file(GOLDEN / "ar_c2i_state_dict.safetensors")), "golden")
+    model.load_weights(
+        convert.ar_state(load_file(GOLDEN / "ar_c2i_state_dict.safetensors")), "golden"
+    )
     return model.eval()
 
 
@@ -200,8 +202,10 @@ def test_full_size_models_have_the_published_keys_shapes_and_counts(name):
         model = FlexTok(FlexTokConfig(encoder_depth=encoder_depth, decoder_depth=decoder_depth))
         state = {k: torch.empty(shape) for k, shape in published["state_dict"].items()}
     model.load_weights(convert.flextok_state(state), name)  # strict: every key, every shape
-    count = {part: sum(p.numel() for p in getattr(model, part).parameters())
-             for part in ("encoder", "decoder", "vae")}
+    count = {
+        part: sum(p.numel() for p in getattr(model, part).parameters())
+        for part in ("encoder", "decoder", "vae")
+    }
     report = published["report"]
     assert count == {"encoder": report["enc"], "decoder": report["dec"], "vae": report["vae"]}
     assert sum(p.numel() for p in model.parameters()) == report["total_with_vae"]

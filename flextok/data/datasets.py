@@ -74,6 +74,27 @@ class ImageFolder(Dataset[dict[str, Any]]):
         }
 
 
+class PictureFiles(Dataset[dict[str, Any]]):
+    """Named picture files, and those in named folders, without labels."""
+
+    class_names = (UNLABELLED,)
+
+    def __init__(self, names: Sequence[str | Path]) -> None:
+        self.paths: list[Path] = []
+        for path in map(Path, names):
+            found = list_pictures(path, EXTENSIONS) if path.is_dir() else [path]
+            self.paths += found
+        if not self.paths:
+            raise ValueError(f"no pictures in {', '.join(map(str, names))}")
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        path = self.paths[index]
+        return {"image": load_picture(path), "label": 0, "caption": path.stem, "key": str(path)}
+
+
 class HuggingFaceImages(Dataset[dict[str, Any]]):
     """An image data set of the Hugging Face hub, or a folder written by its save_to_disk."""
 

@@ -62,4 +62,4 @@ def apg(
     return velocity
 
 
-GUIDANCE = {"cfg": cfg, "apg": apg}
+GUIDANCE: dict[str, Callable[..., Velocity]] = {"cfg": cfg, "apg": apg}

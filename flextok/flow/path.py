@@ -4,6 +4,8 @@ The convention of the whole package: t=1 is noise, t=0 is data,
 x_t = (1 - t) x_0 + t noise, and the velocity is v = dx_t/dt = noise - x_0.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -35,7 +37,11 @@ def logit_normal(u: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
 
 
 # each maps uniform draws in [0, 1] to times in [0, 1], so that one Generator serves them all
-TIME_SAMPLERS = {"mode": mode, "logit_normal": logit_normal, "uniform": uniform}
+TIME_SAMPLERS: dict[str, Callable[..., Tensor]] = {
+    "mode": mode,
+    "logit_normal": logit_normal,
+    "uniform": uniform,
+}
 
 
 def linear_times(num_steps: int) -> Tensor:

@@ -95,8 +95,8 @@ class GPT(Pretrained, nn.Module):
         return self.head(self.norm(x))
 
     def embed(self, indices: Tensor, cond: Tensor, drop: Tensor | None = None) -> Tensor:
-        """Returns the input embeddings (B, k+1, D): the start token with its condition, then one for
-        each index, all with positions."""
+        """Returns the input embeddings (B, k+1, D): the start token with its condition, then one
+        for each index, all with positions."""
         start = (self.start + self.conditioner(cond, drop).start)[:, None]
         x = torch.cat([start, self.embedding(indices)], dim=1)
         return self.dropout(x + self.positions[: x.shape[1]])
@@ -131,8 +131,8 @@ class GPT(Pretrained, nn.Module):
         """cond: (B,) labels, -1 = none. Returns indices (B, num_tokens) long.
 
         num_tokens in [1, K], all by default. Guidance is u + scale (c - u) on logits, both branches
-        in one batch; 1 = none. prefix: (B, p) indices to continue from, part of the result. Defaults
-        come from config.generate. progress is called with the number of indices there so far."""
+        in one batch; 1 = none. prefix: (B, p) indices to continue from, part of the result.
+        Defaults come from config.generate. progress is called with the number of indices so far."""
         defaults = self.config.generate
         total = self.num_tokens if num_tokens is None else num_tokens
         if not 1 <= total <= self.num_tokens:
@@ -177,12 +177,9 @@ class GPT(Pretrained, nn.Module):
             x = self.embedding(new.repeat(repeat))[:, None] + self.positions[done]
 
     def new_caches(self, batch: int, length: int) -> list[KVCache]:
-        heads = self.blocks[0].attn
-        assert isinstance(heads, nn.Module)
-        return [
-            KVCache(batch, heads.num_heads, length, heads.head_dim, like=self.start)
-            for _ in self.blocks
-        ]
+        dim = self.positions.shape[1]
+        heads = self.config.num_heads or self.config.depth
+        return [KVCache(batch, heads, length, dim // heads, like=self.start) for _ in self.blocks]
 
     def _step(self, x: Tensor, caches: list[KVCache]) -> Tensor:
         """x: (B, n, D), the next n embeddings. Returns the last one's logits (B, V)."""
@@ -193,7 +190,8 @@ class GPT(Pretrained, nn.Module):
     def _check_indices(self, indices: Tensor) -> None:
         if indices.ndim != 2 or indices.shape[1] > self.num_tokens:
             raise ValueError(
-                f"indices have shape {tuple(indices.shape)}, expected (B, k), k <= {self.num_tokens}"
+                f"indices have shape {tuple(indices.shape)}, expected (B, k) with "
+                f"k <= {self.num_tokens}"
             )
         low, high = indices.aminmax()
         if low < 0 or high >= self.config.vocab_size:

@@ -7,8 +7,9 @@ from torch import Tensor
 def filtered_probabilities(
     logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 0.0
 ) -> Tensor:
-    """logits: (B, V). Returns probabilities (B, V), fp32. top_k=0 and top_p=0 (or 1) filter nothing;
-    with both, top_k comes first and top_p acts on what it leaves. At least one index survives."""
+    """logits: (B, V). Returns probabilities (B, V), fp32. top_k=0 and top_p=0 (or 1) filter
+    nothing; with both, top_k comes first and top_p acts on what it leaves. At least one
+    index survives."""
     logits = logits.float() / temperature
     if 0 < top_k < logits.shape[-1]:
         threshold = logits.topk(top_k, dim=-1).values[:, -1:]

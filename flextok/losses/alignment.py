@@ -14,6 +14,10 @@ class RepresentationAlignment(nn.Module):
     The backbone is no part of the state dict: it is frozen, and only training needs it.
     """
 
+    mean: Tensor
+    std: Tensor
+    backbone: Any
+
     def __init__(
         self,
         dim: int,
@@ -45,7 +49,7 @@ class RepresentationAlignment(nn.Module):
     @torch.no_grad()
     def targets(self, images: Tensor, grid: int) -> Tensor:
         """images: (B, 3, H, W) in [-1, 1]. Returns the backbone's patch features (B, grid^2, F)."""
-        backbone: Any = self.backbone.to(images.device)
+        backbone = self.backbone.to(images.device)
         size = grid * backbone.patch_embed.patch_size[0]
         pixels = (images.float() + 1) / 2
         pixels = F.interpolate(pixels, (size, size), mode="bicubic", antialias=True)
@@ -55,6 +59,6 @@ class RepresentationAlignment(nn.Module):
     def forward(self, features: Tensor, images: Tensor) -> Tensor:
         """features: (B, N, D) of a square grid of patches; images: (B, 3, H, W) in [-1, 1]."""
         grid = round(features.shape[1] ** 0.5)
-        projected = self.projector(features.to(self.projector[0].weight.dtype))
+        projected = self.projector(features.to(next(self.projector.parameters()).dtype))
         target = self.targets(images, grid)
         return 1 - F.cosine_similarity(projected.float(), target.float(), dim=-1).mean()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class FSQ(nn.Module):
-    """Quantizes each of C dimensions to its own number of levels; prod(levels) codes, no codebook."""
+    """Rounds each of C dimensions to its own number of levels: prod(levels) codes, no codebook."""
 
     def __init__(self, levels: list[int], eps: float = 1e-3):
         super().__init__()

@@ -237,9 +237,7 @@ class FlexTok(Pretrained, nn.Module):
             drop_mode=config.drop_mode,
             **shared,
         )
-        self.repa = (
-            RepresentationAlignment(dim=decoder_dim, **config.repa) if config.repa else None
-        )
+        self.repa = RepresentationAlignment(dim=decoder_dim, **config.repa) if config.repa else None
         self.init_weights()
 
     @property

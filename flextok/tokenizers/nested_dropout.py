@@ -1,4 +1,4 @@
-"""Nested dropout (arXiv 1402.0915; FlexTok, section 3.1): how many of the ordered registers to keep.
+"""Nested dropout (arXiv 1402.0915; FlexTok, section 3.1): how many ordered registers to keep.
 
 Each sampler maps uniform draws u in [0, 1) to keep in [1, num_registers].
 """

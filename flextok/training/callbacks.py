@@ -82,5 +82,9 @@ class Export(L.Callback):
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
-        pl_module.model.metadata["step"] = trainer.global_step
-        pl_module.model.save_pretrained(self.folder)
+        export(pl_module.model, self.folder, trainer.global_step)
+
+
+def export(model: Any, folder: Path, step: int) -> None:
+    model.metadata["step"] = step
+    model.save_pretrained(folder)

@@ -41,15 +41,17 @@ class TrainingModule(L.LightningModule):
         self.log_losses("val", losses, len(next(iter(batch.values()))))
 
     def log_losses(self, stage: str, losses: dict[str, Tensor], batch_size: int) -> None:
+        # Lightning's own step count is off by one after an interruption inside a step
+        options: dict[str, Any] = {"on_step": stage == "train", "on_epoch": stage == "val"}
+        self.log("step", float(self.global_step), batch_size=batch_size, **options)
         for name, value in losses.items():
             self.log(
                 f"{stage}/{name}",
                 value.detach(),
                 prog_bar=name == "loss",
                 batch_size=batch_size,
-                on_step=stage == "train",
-                on_epoch=stage == "val",
                 sync_dist=stage == "val",
+                **options,
             )
 
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]

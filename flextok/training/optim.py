@@ -7,24 +7,30 @@ import torch
 from torch import nn
 
 from flextok.config import OptimConfig
+from flextok.schema import unknown_key
 
 NO_DECAY = ("embedding", "registers", "positions", "register_pos", "token", "start")
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
     """Matrices decay; vectors (biases, norms), embeddings, positions and learned tokens do not.
-    Frozen parameters are in no group."""
-    decay, keep = [], []
+    config.lr_scale multiplies the rate of whole parts of the model, by their name. Frozen
+    parameters are in no group."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    parts = {name.split(".")[0] for name, _ in model.named_parameters()}
+    for part in config.lr_scale:
+        if part not in parts:
+            raise unknown_key("part of the model", part, list(parts), "optim.lr_scale")
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        is_token = any(part in name for part in NO_DECAY)
-        (keep if parameter.ndim < 2 or is_token else decay).append(parameter)
-    groups = [
-        {"params": decay, "weight_decay": weight_decay},
-        {"params": keep, "weight_decay": 0.0},
+        if parameter.requires_grad:
+            spared = parameter.ndim < 2 or any(part in name for part in NO_DECAY)
+            decay = 0.0 if spared else config.weight_decay
+            scale = config.lr_scale.get(name.split(".")[0], 1.0)
+            groups.setdefault((scale, decay), []).append(parameter)
+    return [
+        {"params": parameters, "lr": config.lr * scale, "weight_decay": decay}
+        for (scale, decay), parameters in groups.items()
     ]
-    return [group for group in groups if group["params"]]
 
 
 def warmup_cosine(warmup_steps: int, max_steps: int, final: float) -> Callable[[int], float]:
@@ -42,8 +48,7 @@ def warmup_cosine(warmup_steps: int, max_steps: int, final: float) -> Callable[[
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     first, second = config.betas
     return torch.optim.AdamW(
-        parameter_groups(model, config.weight_decay),
-        lr=config.lr,
+        parameter_groups(model, config),
         betas=(first, second),
         fused=True,
     )

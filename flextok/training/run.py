@@ -2,7 +2,6 @@
 
 import json
 import logging
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,9 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from omegaconf import OmegaConf
 from torch.utils.data import ConcatDataset
 
-from flextok.config import ExperimentConfig
+from flextok.config import ExperimentConfig, load_experiment, save_experiment
 from flextok.data.datamodule import DataModule, prepare_image, prepare_tokens
 from flextok.data.datasets import DATASETS
 from flextok.data.tokens import TokenDataset, build_token_cache
@@ -29,8 +27,10 @@ from flextok.training.callbacks import (
     draw_generations,
     draw_reconstructions,
     ema,
+    export,
 )
 from flextok.training.modules import GeneratorModule, TokenizerModule, TrainingModule
+from flextok.vae import KLVAE
 
 log = logging.getLogger(__name__)
 
@@ -42,24 +42,28 @@ def train(config: ExperimentConfig) -> Path:
     folder = Path(config.output_dir)
     last = folder / "checkpoints" / "last.ckpt"
     resume = config.resume and last.exists()
+    state = None
     if resume:
         check_same_model(folder / "config.yaml", config)
-        check_checkpoint(last)
-        log.info("continuing from %s", last)
+        state = load_checkpoint(last)
+        log.info("continuing from %s, step %d", last, state["global_step"])
     if config.task == "tokenizer":
         module, data, draw = tokenizer_run(config)
     else:
         module, data, draw = generator_run(config, folder)
     folder.mkdir(parents=True, exist_ok=True)
-    text = OmegaConf.to_yaml(OmegaConf.create(asdict(config)))
-    atomic_write(folder / "config.yaml", lambda p: p.write_text(text, encoding="utf-8"))
+    atomic_write(folder / "config.yaml", lambda p: save_experiment(config, p))
+    if state is not None and state["global_step"] >= config.trainer.max_steps:
+        module.load_state_dict(state["state_dict"])  # the averaged weights, if there is an average
+        export(module.model, folder, state["global_step"])
+        return folder
+    del state
     trainer = make_trainer(config, folder, draw)
-    trainer.fit(module, data, ckpt_path=str(last) if resume else None, weights_only=False)
+    trainer.fit(module, data, ckpt_path=str(last) if resume else None, weights_only=True)
     if trainer.interrupted:
         raise KeyboardInterrupt
     if trainer.is_global_zero:  # fit leaves the averaged weights in place
-        module.model.metadata["step"] = trainer.global_step
-        module.model.save_pretrained(folder)
+        export(module.model, folder, trainer.global_step)
     return folder
 
 
@@ -85,7 +89,7 @@ def build_model(registry: dict[str, Any], spec: dict[str, Any], derived: dict[st
 
 def tokenizer_run(config: ExperimentConfig) -> tuple[TrainingModule, DataModule, Any]:
     model = build_model(TOKENIZERS, config.model, {})
-    if getattr(model.vae, "weights", None):
+    if isinstance(model.vae, KLVAE):
         model.vae.load_weights()
     transform = make_transform(config, model.image_size)
     train_set = make_dataset(config.data.train)
@@ -139,10 +143,10 @@ def cached_tokens(
     transform = make_transform(config, tokenizer.image_size)
     augmentation = {"flip": transform.flip, "crop": transform.crop, "shift": transform.shift}
     build_token_cache(
+        folder,
         tokenizer,
-        folder=folder,
-        dataset=make_dataset(spec),
-        transform=transform,
+        make_dataset(spec),
+        transform,
         identity={
             "tokenizer_fingerprint": fingerprint(tokenizer),
             "data": json.loads(json.dumps(spec)),
@@ -210,8 +214,8 @@ def make_trainer(config: ExperimentConfig, folder: Path, draw: Any) -> L.Trainer
         num_sanity_val_steps=0,
         callbacks=callbacks,
         logger=[
-            CSVLogger(folder, name="logs", version="csv"),
-            TensorBoardLogger(folder, name="logs", version="tensorboard"),
+            CSVLogger(folder / "logs", name="csv"),  # a resumed run adds a version_<n>
+            TensorBoardLogger(folder / "logs", name="tensorboard", version=""),
         ],
         use_distributed_sampler=False,  # the stream and the validation set shard themselves
         enable_model_summary=False,
@@ -222,18 +226,18 @@ def check_same_model(path: Path, config: ExperimentConfig) -> None:
     """A run continues only with the model that it began with."""
     if not path.exists():
         return
-    found: Any = OmegaConf.to_container(OmegaConf.load(path))
-    if found.get("model") != config.model or found.get("task") != config.task:
+    found = load_experiment(path)
+    if found.model != config.model or found.task != config.task:
         raise ConfigError(
             f"{path.parent} holds a run of another model: choose another output_dir, or pass "
             "resume=false to start over there"
         )
 
 
-def check_checkpoint(path: Path) -> None:
-    """Raises CheckpointError when a training checkpoint is truncated or damaged."""
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """A training checkpoint, memory-mapped. Raises CheckpointError when it is truncated or damaged."""
     try:
-        torch.load(path, map_location="meta", weights_only=False, mmap=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # zip, pickle and OS errors alike mean an unusable file
         raise CheckpointError(
             f"checkpoint {path} is truncated or damaged ({error}): remove it to start over, or "

@@ -1,0 +1,143 @@
+import pytest
+import torch
+from conftest import tiny_gpt
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+LABELS = torch.tensor([0, 3, 4, 1])
+
+
+@torch.no_grad()
+def test_kv_cache_equals_the_full_forward():
+    model = tiny_gpt()
+    indices = torch.randint(0, 200, (4, 8), generator=seeded())
+    full = model(indices[:, :-1], LABELS)
+    for chunks in ([1] * 8, [3, 5], [1, 4, 3], [8]):
+        caches, logits = model.new_caches(4, 8), []
+        x = model.embed(indices[:, :-1], LABELS)
+        for piece in x.split(chunks, dim=1):
+            for block, cache in zip(model.blocks, caches, strict=True):
+                piece = block(piece, is_causal=True, cache=cache)
+            logits.append(model.head(model.norm(piece)))
+        torch.testing.assert_close(torch.cat(logits, dim=1), full, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_position_j_sees_only_what_came_before():
+    model = tiny_gpt()
+    indices = torch.randint(0, 200, (4, 7), generator=seeded())
+    other = indices.clone()
+    other[:, 4:] = (other[:, 4:] + 1) % 200
+    before, after = model(indices, LABELS), model(other, LABELS)
+    assert torch.equal(before[:, :5], after[:, :5])
+    assert not torch.allclose(before[:, 5:], after[:, 5:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+def test_generation_equals_a_plain_loop(scale):
+    """Greedy, with guidance, without a cache: the slow definition."""
+    model = tiny_gpt()
+    indices = torch.empty(4, 0, dtype=torch.long)
+    null = torch.full_like(LABELS, -1)
+    for _ in range(8):
+        c, u = (model(indices, cond)[:, -1] for cond in (LABELS, null))
+        new = (u + scale * (c - u)).argmax(dim=-1, keepdim=True)
+        indices = torch.cat([indices, new], dim=1)
+    fast = model.generate(LABELS, temperature=0, guidance_scale=scale)
+    assert torch.equal(fast, indices)
+
+
+def test_a_shorter_generation_is_a_prefix_of_a_longer_one():
+    model = tiny_gpt()
+    long = model.generate(LABELS, generator=seeded())
+    for k in (1, 5):
+        assert torch.equal(model.generate(LABELS, num_tokens=k, generator=seeded()), long[:, :k])
+
+
+def test_the_generator_decides_every_draw():
+    model = tiny_gpt()
+    torch.manual_seed(0)
+    first = model.generate(LABELS, generator=seeded())
+    torch.manual_seed(1)
+    assert torch.equal(model.generate(LABELS, generator=seeded()), first)
+    assert not torch.equal(model.generate(LABELS, generator=seeded(1)), first)
+
+
+def test_continuing_a_prefix():
+    model = tiny_gpt()
+    whole = model.generate(LABELS, temperature=0)
+    for p in (1, 6, 8):
+        assert torch.equal(model.generate(LABELS, temperature=0, prefix=whole[:, :p]), whole)
+    forced = torch.tensor([[7, 9]] * 4)
+    assert torch.equal(model.generate(LABELS, prefix=forced, generator=seeded())[:, :2], forced)
+
+
+def test_batched_generation_is_each_alone():
+    model = tiny_gpt()
+    together = model.generate(LABELS, temperature=0, guidance_scale=2.0)
+    for i in range(4):
+        alone = model.generate(LABELS[i : i + 1], temperature=0, guidance_scale=2.0)
+        assert torch.equal(alone, together[i : i + 1])
+
+
+def test_dropped_condition_is_the_null_class():
+    model = tiny_gpt()
+    indices = torch.randint(0, 200, (4, 7), generator=seeded())
+    dropped = model(indices, LABELS, torch.ones(4, dtype=torch.bool))
+    assert torch.equal(dropped, model(indices, torch.full_like(LABELS, -1)))
+    assert not torch.allclose(dropped, model(indices, LABELS))
+
+
+def test_unconditional_model():
+    model = tiny_gpt(conditioner={"name": "none"})
+    assert model.generate(torch.zeros(3), num_tokens=4, generator=seeded()).shape == (3, 4)
+
+
+@pytest.mark.slow
+def test_one_batch_overfits():
+    torch.manual_seed(0)
+    model = tiny_gpt(cond_drop=0.0, dim=64)
+    model.init_weights()
+    model.train()
+    indices = torch.randint(0, 200, (4, 8), generator=seeded())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(120):
+        loss = model.loss(indices, LABELS)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.05
+    assert torch.equal(model.eval().generate(LABELS, temperature=0, guidance_scale=1), indices)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_tokens": 0}, r"num_tokens=0 must be in \[1, 8\]"),
+        ({"num_tokens": 9}, r"num_tokens=9 must be in \[1, 8\]"),
+        ({"temperature": -1}, "temperature=-1"),
+        ({"top_k": -1}, "top_k=-1"),
+        ({"top_p": 1.5}, "top_p=1.5"),
+        ({"prefix": torch.zeros(2, 2, dtype=torch.long)}, "prefix has shape"),
+    ],
+)
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_gpt().generate(LABELS, **options)
+
+
+@pytest.mark.parametrize("labels", [torch.tensor([5]), torch.tensor([-2]), torch.tensor([0.5])])
+def test_bad_labels_are_refused(labels):
+    with pytest.raises(ValueError, match="class labels"):
+        tiny_gpt().generate(labels)
+
+
+def test_bad_indices_are_refused():
+    with pytest.raises(ValueError, match=r"expected \[0, 199\]"):
+        tiny_gpt().loss(torch.full((1, 8), 200), torch.tensor([0]))
+    with pytest.raises(ValueError, match="k <= 8"):
+        tiny_gpt().loss(torch.zeros(1, 9, dtype=torch.long), torch.tensor([0]))

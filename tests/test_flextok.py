@@ -1,0 +1,266 @@
+import copy
+
+import pytest
+import torch
+from conftest import tiny_tokenizer
+
+from flextok.nn.embeddings import patchify, unpatchify
+from flextok.tokenizers import FlexTok, FlexTokConfig
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_patchify_round_trip_and_order():
+    x = torch.arange(2 * 3 * 4 * 6).view(2, 3, 4, 6)
+    patches = patchify(x, 2)
+    assert torch.equal(unpatchify(patches, 2, height=2), x)
+    # the second patch of the first row, channels last: pixel (0, 2) of every channel comes first
+    assert patches[0, 1, :3].tolist() == x[0, :, 0, 2].tolist()
+
+
+@torch.no_grad()
+def test_register_j_ignores_register_i_greater_than_j(images):
+    model = tiny_tokenizer()
+    before = model.encoder(images)
+    changed = copy.deepcopy(model.encoder)
+    changed.registers[5:] += 1.0
+    after = changed(images)
+    assert torch.equal(before[:, :5], after[:, :5])
+    assert not torch.allclose(before[:, 5:], after[:, 5:])
+
+
+@torch.no_grad()
+def test_patches_ignore_registers(images):
+    """Else register 0 would see the others through the patches of the block before."""
+    model = tiny_tokenizer(encoder_depth=4)
+    changed = copy.deepcopy(model.encoder)
+    changed.registers[1:] = torch.randn(7, 32, generator=seeded())
+    assert torch.equal(model.encoder(images)[:, 0], changed(images)[:, 0])
+
+
+@pytest.mark.parametrize("drop_mode", ["mask", "truncate"])
+@pytest.mark.parametrize("k", [1, 3, 8])
+def test_decoding_a_prefix_is_decoding_with_keep(images, drop_mode, k):
+    model = tiny_tokenizer(drop_mode=drop_mode)
+    indices = model.encode(images)
+    prefix = model.decode(indices[:, :k], num_steps=3, generator=seeded())
+    kept = model.decode(indices, keep=k, num_steps=3, generator=seeded())
+    assert torch.equal(prefix, kept)
+
+
+@pytest.mark.parametrize("drop_mode", ["mask", "truncate"])
+def test_ragged_keep_is_each_length_alone(images, drop_mode):
+    model = tiny_tokenizer(drop_mode=drop_mode)
+    indices, noise = model.encode(images), torch.randn(3, 3, 16, 16, generator=seeded())
+    options = {"num_steps": 3, "guidance_scale": 2.0, "guidance": "cfg"}
+    ragged = model.decode(indices, keep=torch.tensor([1, 8, 4]), noise=noise, **options)
+    for i, k in enumerate([1, 8, 4]):
+        alone = model.decode(indices[i : i + 1, :k], noise=noise[i : i + 1], **options)
+        torch.testing.assert_close(ragged[i : i + 1], alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("drop_mode", ["mask", "truncate"])
+def test_dropped_tokens_do_not_matter(images, drop_mode):
+    model = tiny_tokenizer(drop_mode=drop_mode)
+    indices = model.encode(images)
+    other = indices.clone()
+    other[:, 3:] = (other[:, 3:] + 17) % model.vocab_size
+    first, second = (
+        model.decode(x, keep=3, num_steps=2, generator=seeded()) for x in (indices, other)
+    )
+    assert torch.equal(first, second)
+    full = model.decode(indices, num_steps=2, generator=seeded())
+    assert not torch.equal(first, full)
+
+
+def test_truncation_shortens_the_decoder_sequence(images):
+    model = tiny_tokenizer(drop_mode="truncate")
+    codes = model.quantizer.indices_to_codes(model.encode(images))
+    registers, mask = model.decoder.embed_codes(codes, torch.tensor([2, 2, 2]))
+    assert registers.shape[1] == 2
+    assert mask is None
+
+
+def test_a_fixed_seed_fixes_everything(images):
+    model = tiny_tokenizer()
+    assert torch.equal(model.encode(images), model.encode(images))
+    indices = model.encode(images)
+    first, second, third = (
+        model.decode(indices, num_steps=2, generator=seeded(s)) for s in (0, 0, 1)
+    )
+    assert torch.equal(first, second)
+    assert not torch.equal(first, third)
+    torch.manual_seed(0)
+    a = model.loss(images, generator=seeded())
+    torch.manual_seed(1)
+    b = model.loss(images, generator=seeded())  # no hidden global draws
+    assert a["loss"] == b["loss"]
+
+
+def test_one_token_of_noise_given_is_one_drawn(images):
+    model = tiny_tokenizer()
+    indices = model.encode(images)
+    noise = torch.randn(3, 3, 16, 16, generator=seeded(5))
+    drawn = model.decode(indices, num_steps=2, generator=seeded(5))
+    assert torch.equal(model.decode(indices, num_steps=2, noise=noise), drawn)
+
+
+def test_guidance_scale_one_is_no_guidance(images):
+    model = tiny_tokenizer()
+    indices = model.encode(images)
+    decoded = [
+        model.decode(indices, num_steps=2, guidance=g, guidance_scale=1, generator=seeded())
+        for g in ("cfg", "apg")
+    ]
+    assert torch.equal(*decoded)
+    guided = model.decode(
+        indices, num_steps=2, guidance="cfg", guidance_scale=4.0, generator=seeded()
+    )
+    assert not torch.equal(guided, decoded[0])
+
+
+def test_images_stay_in_range(images):
+    model = tiny_tokenizer()
+    decoded = model.decode(model.encode(images), num_steps=1, guidance_scale=30.0)
+    assert decoded.shape == images.shape
+    assert decoded.min() >= -1
+    assert decoded.max() <= 1
+
+
+@pytest.mark.parametrize("prediction", ["velocity", "x0"])
+def test_prediction_spaces_agree_on_a_perfect_model(prediction, images):
+    """A head that is exactly right gives a zero loss whichever quantity it predicts."""
+    model = tiny_tokenizer(prediction=prediction, null_prob=0.0)
+    t = torch.tensor([0.9, 0.5, 0.2])
+    noise = torch.randn(images.shape, generator=seeded())
+    x_t = (1 - t.view(-1, 1, 1, 1)) * images + t.view(-1, 1, 1, 1) * noise
+    perfect = images if prediction == "x0" else noise - images
+    velocity = model._to_velocity(perfect, x_t, t)
+    torch.testing.assert_close(velocity, noise - images, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"drop_mode": "truncate", "nested_dropout": "uniform"},
+        {"prediction": "x0", "loss_space": "x0", "gate_init": 1.0},
+    ],
+    ids=["paper", "truncate", "x0"],
+)
+def test_one_batch_overfits(images, changes):
+    """The loss on one batch falls far below that of the best constant, whose share of the
+    velocity's variance is about 1 + var(images)."""
+    torch.manual_seed(0)
+    config = {"null_prob": 0.0, "decoder_dim": 64, "max_timestep": 1.0, **changes}
+    model = tiny_tokenizer(**config)
+    model.init_weights()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    generator = seeded()
+    history = []
+    for _ in range(300):
+        loss = model.loss(images.repeat(4, 1, 1, 1), generator=generator)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        history.append(loss.item())
+    first, last = sum(history[:10]) / 10, sum(history[-20:]) / 20
+    assert last < 0.5 * first
+
+
+def test_every_parameter_gets_a_gradient(images):
+    model = tiny_tokenizer(null_prob=0.5)
+    model.loss(images, generator=seeded(3))["loss"].backward()
+    missing = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not missing
+
+
+def test_activation_checkpointing_changes_nothing(images):
+    losses, grads = [], []
+    for checkpoint_blocks in (False, True):
+        model = tiny_tokenizer(checkpoint_blocks=checkpoint_blocks).train()
+        loss = model.loss(images, generator=seeded())["loss"]
+        loss.backward()
+        losses.append(loss)
+        grads.append(model.encoder.registers.grad)
+    assert torch.equal(*losses)
+    torch.testing.assert_close(*grads)
+
+
+def test_latents_of_a_kl_vae(images):
+    vae = {
+        "name": "kl",
+        "channels": 4,
+        "block_channels": [8, 8],
+        "layers_per_block": 1,
+        "norm_groups": 4,
+        "scaling_factor": 0.5,
+    }
+    model = tiny_tokenizer(vae=vae, patch_size=2)
+    assert model.vae.encode(images).shape == (3, 4, 8, 8)
+    assert not any(p.requires_grad for p in model.vae.parameters())
+    indices = model.encode(images)
+    assert torch.equal(indices, model.encode(images))  # the posterior's mode
+    latents = [model.vae.encode(images, sample=True, generator=seeded(s)) for s in (0, 0, 1)]
+    assert torch.equal(latents[0], latents[1])
+    assert not torch.equal(latents[0], latents[2])
+    assert model.decode(indices, num_steps=1).shape == images.shape
+    assert model.loss(images, generator=seeded())["loss"].isfinite()
+    assert not model.train().vae.training  # stays frozen
+
+
+def test_representation_alignment_with_a_random_backbone(images):
+    repa = {"model": "vit_tiny_patch16_224", "pretrained": False, "hidden_dim": 32, "weight": 0.5}
+    model = tiny_tokenizer(repa=repa)
+    losses = model.loss(images, generator=seeded())
+    assert 0 <= losses["repa"].item() <= 2
+    torch.testing.assert_close(losses["loss"], losses["flow"] + 0.5 * losses["repa"])
+    losses["repa"].backward()
+    assert model.decoder.blocks[1].mlp.fc1.weight.grad is not None
+    assert not any("backbone" in key for key in model.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x[:, :, :8], r"expected \(B, 3, 16, 16\)"),
+        (lambda x: x[0], r"expected \(B, 3, 16, 16\)"),
+        (lambda x: ((x + 1) * 127.5).to(torch.uint8), "dtype torch.uint8"),
+        (lambda x: (x + 1) * 127.5, r"expected \[-1, 1\]"),
+        (lambda x: x * float("nan"), r"expected \[-1, 1\]"),
+    ],
+)
+def test_bad_images_are_refused(images, change, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_tokenizer().encode(change(images))
+
+
+@pytest.mark.parametrize(
+    ("indices", "options", "message"),
+    [
+        (torch.zeros(2, 9, dtype=torch.long), {}, r"k in \[1, 8\]"),
+        (torch.zeros(2, 0, dtype=torch.long), {}, r"k in \[1, 8\]"),
+        (torch.zeros(2, dtype=torch.long), {}, "expected"),
+        (torch.zeros(2, 4), {}, "expected integers"),
+        (torch.full((2, 4), 200), {}, r"expected \[0, 199\]"),
+        (torch.full((2, 4), -1), {}, r"expected \[0, 199\]"),
+        (torch.zeros(2, 4, dtype=torch.long), {"keep": 0}, r"keep=0 must be in \[1, 4\]"),
+        (torch.zeros(2, 4, dtype=torch.long), {"keep": 5}, r"keep=5 must be in \[1, 4\]"),
+        (torch.zeros(2, 4, dtype=torch.long), {"keep": torch.tensor([1, 2, 3])}, "keep="),
+        (torch.zeros(2, 4, dtype=torch.long), {"num_steps": 0}, "num_steps=0"),
+        (torch.zeros(2, 4, dtype=torch.long), {"solver": "eulr"}, "Did you mean 'euler'"),
+        (torch.zeros(2, 4, dtype=torch.long), {"guidance": "nope"}, "Known: apg, cfg"),
+        (torch.zeros(2, 4, dtype=torch.long), {"noise": torch.zeros(1)}, "noise has shape"),
+    ],
+)
+def test_bad_indices_and_options_are_refused(indices, options, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_tokenizer().decode(indices, **{"num_steps": 1, **options})
+
+
+def test_an_image_size_that_does_not_divide_is_refused():
+    with pytest.raises(ValueError, match="image_size=20 must be a multiple of 16"):
+        FlexTok(FlexTokConfig(image_size=20, patch_size=16, vae={"name": "identity"}))

@@ -1,0 +1,344 @@
+"""Training runs through the real entry points, tiny."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import TINY, tiny_tokenizer
+
+from flextok.config import OptimConfig, load_experiment
+from flextok.hub import CheckpointError
+from flextok.pipeline import load_model
+from flextok.schema import ConfigError
+from flextok.training.optim import parameter_groups, warmup_cosine
+from flextok.training.run import build_model, train
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+
+
+def tokenizer_yaml(folder, pictures, **trainer) -> Path:
+    experiment = {
+        "task": "tokenizer",
+        "output_dir": str(folder / "tokenizer"),
+        "model": {"name": "flextok", **TINY, "decode": {"num_steps": 2, "guidance_scale": 1.0}},
+        "data": {
+            "train": {"name": "folder", "root": str(pictures)},
+            "validation": {"name": "folder", "root": str(pictures)},
+            "batch_size": 4,
+            "flip": True,
+        },
+        "optim": {"lr": 1e-3, "warmup_steps": 2, "ema_decay": 0.9},
+        "trainer": {
+            "max_steps": 6,
+            "accelerator": "cpu",
+            "devices": 1,
+            "log_every": 1,
+            "validate_every": 3,
+            "checkpoint_every": 2,
+            "num_pictures": 2,
+            **trainer,
+        },
+    }
+    path = folder / "tokenizer.yaml"
+    path.write_text(yaml.safe_dump(experiment))
+    return path
+
+
+def generator_yaml(folder, pictures) -> Path:
+    experiment = yaml.safe_load(tokenizer_yaml(folder, pictures).read_text())
+    experiment |= {
+        "task": "generator",
+        "output_dir": str(folder / "generator"),
+        "tokenizer": str(folder / "tokenizer"),
+        "model": {"name": "gpt", "depth": 2, "dim": 32},
+    }
+    experiment["data"]["token_variants"] = 3
+    path = folder / "generator.yaml"
+    path.write_text(yaml.safe_dump(experiment))
+    return path
+
+
+def logged_losses(folder) -> dict[int, float]:
+    """step -> training loss, from every CSV log of a run (a resumed run adds a file)."""
+    losses = {}
+    for path in sorted(Path(folder).glob("logs/csv/version_*/metrics.csv")):
+        for row in csv.DictReader(path.open()):
+            if row.get("train/loss"):
+                losses[int(row["step"])] = float(row["train/loss"])
+    return losses
+
+
+def weights(folder):
+    return load_model(folder).state_dict()
+
+
+class Stop(Exception):
+    pass
+
+
+def interrupt_after(monkeypatch, step):
+    """Make the run die (as by a crash, no goodbye) when it asks for the given step's loss."""
+    from flextok.training.modules import TrainingModule
+
+    original = TrainingModule.training_step
+
+    def training_step(self, batch, batch_index):
+        if self.global_step == step:
+            raise Stop
+        return original(self, batch, batch_index)
+
+    monkeypatch.setattr(TrainingModule, "training_step", training_step)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """A tokenizer and a generator trained without interruption on the same pictures."""
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("run")
+    pictures = folder / "pictures"
+    draws = torch.Generator().manual_seed(0)
+    for name in ("cats", "dogs"):
+        (pictures / name).mkdir(parents=True)
+        for i in range(3):
+            pixels = torch.randint(0, 256, (16, 16, 3), generator=draws, dtype=torch.uint8)
+            Image.fromarray(pixels.numpy()).save(pictures / name / f"{i}.png")
+    train(load_experiment(tokenizer_yaml(folder, pictures)))
+    train(load_experiment(generator_yaml(folder, pictures)))
+    return folder
+
+
+def test_a_run_leaves_model_logs_pictures_and_config(uninterrupted):
+    folder = uninterrupted / "tokenizer"
+    assert load_model(folder).metadata["class_names"] == ["cats", "dogs"]
+    assert load_model(folder).metadata["step"] == 6
+    assert set(logged_losses(folder)) == set(range(6))
+    assert {p.name for p in (folder / "pictures").iterdir()} == {
+        "step-0000003.png",
+        "step-0000006.png",
+    }
+    assert list(folder.glob("logs/tensorboard/events*"))
+    assert (folder / "checkpoints" / "last.ckpt").exists()
+    assert load_experiment(folder / "config.yaml").trainer.max_steps == 6
+
+
+def test_the_generator_learned_its_sizes_from_tokenizer_and_data(uninterrupted):
+    tokenizer = load_model(uninterrupted / "tokenizer")
+    gpt = load_model(uninterrupted / "generator")
+    assert gpt.config.vocab_size == tokenizer.vocab_size
+    assert gpt.config.num_tokens == tokenizer.num_tokens
+    assert gpt.config.conditioner["num_classes"] == 2
+    manifest = json.loads((uninterrupted / "generator/tokens/train/manifest.json").read_text())
+    assert manifest["variants"] == 3
+    assert manifest["num_samples"] == 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["tokenizer", "generator"])
+@pytest.mark.parametrize("step", [3, 5])
+def test_a_resumed_run_repeats_the_uninterrupted_one_to_the_last_bit(
+    uninterrupted, tmp_path, monkeypatch, task, step
+):
+    source = uninterrupted / f"{task}.yaml"
+    overrides = [f"output_dir={tmp_path / 'run'}"]
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, step)
+        with pytest.raises(Stop):
+            train(load_experiment(source, overrides))
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
+    train(load_experiment(source, overrides))
+    expected, found = (logged_losses(folder) for folder in (uninterrupted / task, tmp_path / "run"))
+    resumed = {k: v for k, v in found.items() if k >= step}
+    assert resumed
+    assert resumed == {k: v for k, v in expected.items() if k in resumed}
+    for key, value in weights(uninterrupted / task).items():
+        assert torch.equal(weights(tmp_path / "run")[key], value), key
+
+
+def test_a_finished_run_started_again_changes_nothing(uninterrupted):
+    before = weights(uninterrupted / "generator")
+    train(load_experiment(uninterrupted / "generator.yaml"))
+    after = weights(uninterrupted / "generator")
+    assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_a_truncated_checkpoint_is_refused_by_name(uninterrupted, tmp_path):
+    overrides = [f"output_dir={tmp_path / 'run'}", "trainer.max_steps=2"]
+    train(load_experiment(uninterrupted / "tokenizer.yaml", overrides))
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    data = last.read_bytes()
+    last.resolve().write_bytes(data[: len(data) // 2])
+    with pytest.raises(CheckpointError, match=r"last\.ckpt is truncated or damaged"):
+        train(load_experiment(uninterrupted / "tokenizer.yaml", overrides))
+
+
+def test_another_model_does_not_continue_a_run(uninterrupted):
+    with pytest.raises(ConfigError, match="run of another model"):
+        train(load_experiment(uninterrupted / "tokenizer.yaml", ["model.decoder_depth=1"]))
+
+
+def test_a_token_cache_of_something_else_is_refused(uninterrupted, tmp_path):
+    overrides = [
+        f"output_dir={tmp_path / 'run'}",
+        f"data.token_cache={uninterrupted / 'generator' / 'tokens'}",
+        "data.flip=false",
+    ]
+    with pytest.raises(ValueError, match=r"made from something else.*augmentation"):
+        train(load_experiment(uninterrupted / "generator.yaml", overrides))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trainer.max_step=3", "unknown key 'max_step' in 'trainer'.*Did you mean 'max_steps'"),
+        ("model.patchsize=3", "unknown key 'patchsize' in 'model'.*Did you mean 'patch_size'"),
+        ("model.quantizer.level=[8]", "unknown key 'level' in 'quantizer fsq'"),
+        ("model.name=flxtok", "unknown model 'flxtok'.*Did you mean 'flextok'"),
+        ("data.train.name=folders", "unknown dataset 'folders'"),
+        ("data.train.root=/nowhere", "root='/nowhere' is not a folder"),
+        ("optim.lr=fast", "optim.lr='fast' must be of type float"),
+        ("task=both", "task='both' must be one of"),
+        ("lonely", "must look like key=value"),
+    ],
+)
+def test_config_mistakes_are_told_before_training(uninterrupted, tmp_path, override, message):
+    with pytest.raises(ConfigError if "root" not in override else ValueError, match=message):
+        train(
+            load_experiment(
+                uninterrupted / "tokenizer.yaml", [f"output_dir={tmp_path / 'x'}", override]
+            )
+        )
+
+
+def test_missing_and_broken_config_files(tmp_path):
+    with pytest.raises(ConfigError, match="no config file"):
+        load_experiment(tmp_path / "nothing.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [1,")
+    with pytest.raises(ConfigError, match=r"broken\.yaml"):
+        load_experiment(tmp_path / "broken.yaml")
+
+
+SHRUNKEN = {
+    "flextok": [
+        "model.image_size=32",
+        "model.encoder_depth=2",
+        "model.decoder_depth=2",
+        "model.encoder_dim=64",
+        "model.decoder_dim=64",
+        "model.num_registers=8",
+    ],
+    "gpt": ["model.depth=2", "model.dim=32"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_config_takes_a_training_step_when_shrunk(
+    path, picture_folder, tmp_path, uninterrupted, monkeypatch
+):
+    overrides = [
+        f"output_dir={tmp_path / 'run'}",
+        "trainer.max_steps=1",
+        "trainer.devices=1",
+        "trainer.num_nodes=1",
+        "trainer.strategy=auto",
+        "trainer.accelerator=cpu",
+        "trainer.num_pictures=1",
+        "trainer.validate_every=1",
+        "data.batch_size=2",
+        "data.num_workers=0",
+    ]
+    for part in ("train", "validation"):
+        overrides.append(f"data.{part}={{name: folder, root: {picture_folder}}}")
+    name = yaml.safe_load(path.read_text())["model"]["name"]
+    overrides += SHRUNKEN[name]
+    spec = yaml.safe_load(path.read_text())
+    if spec["task"] == "generator":
+        overrides.append(f"tokenizer={uninterrupted / 'tokenizer'}")
+        conditioner = spec["model"].get("conditioner", {})
+        if "num_classes" in conditioner:
+            overrides.append("model.conditioner.num_classes=2")
+    if spec["model"].get("vae", {}).get("name") == "kl":
+        vae = "{name: kl, channels: 16, block_channels: [8, 8, 8, 8], norm_groups: 4}"
+        overrides.append(f"model.vae={vae}")
+        monkeypatch.setattr("flextok.vae.KLVAE.load_weights", lambda self: None)
+    if spec["model"].get("repa"):
+        repa = "{model: vit_tiny_patch16_224, pretrained: false, hidden_dim: 16}"
+        overrides.append(f"model.repa={repa}")
+    config = load_experiment(path, overrides)
+    config.data.train = {"name": "folder", "root": str(picture_folder)}
+    config.data.validation = {"name": "folder", "root": str(picture_folder)}
+    train(config)
+    losses = logged_losses(tmp_path / "run")
+    assert torch.tensor(list(losses.values()) or [float("nan")]).isfinite().all() or not losses
+    assert load_model(tmp_path / "run").metadata["step"] == 1
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_config_builds_at_full_size(path):
+    from flextok.generators import GENERATORS
+    from flextok.tokenizers import TOKENIZERS
+
+    config = load_experiment(path)
+    spec = {**config.model}
+    if spec.get("repa"):
+        spec["repa"] = None  # its backbone would be downloaded
+    registry = TOKENIZERS if config.task == "tokenizer" else GENERATORS
+    derived = {}
+    if config.task == "generator":
+        spec["conditioner"] = {"name": "class", "num_classes": 10, **spec.get("conditioner", {})}
+    with torch.device("meta"):
+        model = build_model(registry, spec, derived)
+    assert sum(p.numel() for p in model.parameters()) > 1e5
+
+
+def test_kl_vae_without_weights_is_not_trained_on_noise(picture_folder, tmp_path):
+    path = tokenizer_yaml(tmp_path, picture_folder)
+    vae = "{name: kl, channels: 4, block_channels: [8, 8], norm_groups: 4}"
+    with pytest.raises(ValueError, match="no VAE weights named"):
+        train(load_experiment(path, [f"model.vae={vae}"]))
+
+
+def test_vae_weights_come_from_a_diffusers_folder(tmp_path):
+    from flextok.vae import KLVAE
+
+    shape = {"channels": 4, "block_channels": [8, 8], "norm_groups": 4, "layers_per_block": 1}
+    source = KLVAE(**shape)
+    source.vae.save_pretrained(tmp_path / "vae")
+    target = KLVAE(**shape, weights=str(tmp_path / "vae"))
+    target.load_weights()
+    for a, b in zip(source.parameters(), target.parameters(), strict=True):
+        assert torch.equal(a, b)
+    other = KLVAE(**{**shape, "channels": 8}, weights=str(tmp_path / "vae"))
+    with pytest.raises(ValueError, match="do not fit the configured VAE"):
+        other.load_weights()
+
+
+def test_parameter_groups_spare_vectors_and_tokens():
+    model = tiny_tokenizer()
+    names = {id(p): n for n, p in model.named_parameters()}
+    config = OptimConfig(lr=1e-3, weight_decay=0.1, lr_scale={"encoder": 0.5})
+    options = {
+        names[id(p)]: (group["lr"], group["weight_decay"])
+        for group in parameter_groups(model, config)
+        for p in group["params"]
+    }
+    assert options["encoder.blocks.0.attn.wq.weight"] == (5e-4, 0.1)
+    assert options["decoder.blocks.0.attn.wq.weight"] == (1e-3, 0.1)
+    assert options["encoder.registers"] == (5e-4, 0.0)
+    assert options["decoder.register_pos"] == options["decoder.head.bias"] == (1e-3, 0.0)
+    assert "decoder.patch_pos" not in options  # fixed
+    with pytest.raises(ConfigError, match="unknown part of the model 'encodr'"):
+        parameter_groups(model, OptimConfig(lr_scale={"encodr": 1.0}))
+
+
+def test_the_schedule_warms_up_then_falls_to_its_end():
+    factor = warmup_cosine(10, 100, 0.1)
+    assert factor(0) == 0.1
+    assert factor(9) == 1.0
+    assert factor(55) == pytest.approx(0.55)
+    assert factor(100) == pytest.approx(0.1)
+    assert factor(1000) == pytest.approx(0.1)
