@@ -67,20 +67,28 @@ class ExperimentConfig:
 
 
 def load_experiment(path: str | Path, overrides: list[str] | None = None) -> ExperimentConfig:
-    """Read a YAML file, apply key=value overrides (dots descend), check everything."""
+    """Read a YAML file, apply key=value overrides, check everything. Dots in a key descend; a value
+    replaces what was there, a whole mapping too."""
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"no config file {str(path)!r}: see configs/ for the shipped ones")
-    for override in overrides or []:
-        if "=" not in override:
-            raise ConfigError(f"override {override!r} must look like key=value, e.g. optim.lr=1e-4")
     try:
-        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(overrides or []))
-        values: Any = OmegaConf.to_container(merged, resolve=True)
-    except (OmegaConfBaseException, ValueError, OSError) as error:
-        raise ConfigError(f"{path}: {error}") from None
+        loaded = OmegaConf.load(path)
     except Exception as error:  # a YAML parser's error type is its own
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    for override in overrides or []:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise ConfigError(f"override {override!r} must look like key=value, e.g. optim.lr=1e-4")
+        try:
+            value = OmegaConf.from_dotlist([f"value={text}"]).value
+            OmegaConf.update(loaded, key, value, merge=False, force_add=True)
+        except Exception as error:  # likewise
+            raise ConfigError(f"override {override!r}: {error}") from None
+    try:
+        values: Any = OmegaConf.to_container(loaded, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {error}") from None
     config = from_mapping(ExperimentConfig, values)
     if config.task == "generator" and not config.tokenizer:
         raise ConfigError(

@@ -215,6 +215,9 @@ def test_latents_of_a_kl_vae(images):
 def test_representation_alignment_with_a_random_backbone(images):
     repa = {"model": "vit_tiny_patch16_224", "pretrained": False, "hidden_dim": 32, "weight": 0.5}
     model = tiny_tokenizer(repa=repa)
+    with pytest.raises(ValueError, match="call prepare_training"):
+        model.loss(images)
+    model.prepare_training()
     losses = model.loss(images, generator=seeded())
     assert 0 <= losses["repa"].item() <= 2
     torch.testing.assert_close(losses["loss"], losses["flow"] + 0.5 * losses["repa"])

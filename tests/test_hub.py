@@ -48,7 +48,9 @@ def test_half_precision_files_load_as_float32(tmp_path, images):
 
 def test_training_only_parts_stay_out(tmp_path):
     repa = {"model": "vit_tiny_patch16_224", "pretrained": False, "hidden_dim": 8}
-    tiny_tokenizer(repa=repa).save_pretrained(tmp_path)
+    model = tiny_tokenizer(repa=repa)
+    model.prepare_training()
+    model.save_pretrained(tmp_path)
     loaded = FlexTok.from_pretrained(tmp_path)
     assert loaded.repa is None
     assert loaded.config.repa is None

@@ -237,8 +237,15 @@ class FlexTok(Pretrained, nn.Module):
             drop_mode=config.drop_mode,
             **shared,
         )
-        self.repa = RepresentationAlignment(dim=decoder_dim, **config.repa) if config.repa else None
+        self.repa: RepresentationAlignment | None = None  # see prepare_training
         self.init_weights()
+
+    def prepare_training(self) -> None:
+        """Add what only training needs: the representation alignment that config.repa asks for,
+        with its pretrained backbone. Without it the model is exactly the published one."""
+        if self.config.repa and self.repa is None:
+            dim = self.decoder.head.in_features
+            self.repa = RepresentationAlignment(dim, **self.config.repa)
 
     @property
     def num_tokens(self) -> int:
@@ -312,7 +319,9 @@ class FlexTok(Pretrained, nn.Module):
             error = error * t.view(-1, 1, 1, 1) ** 2
         losses = {"flow": error.mean()}
         total = losses["flow"] + aux
-        if self.repa is not None:
+        if self.config.repa:
+            if self.repa is None:
+                raise ValueError("config.repa is set: call prepare_training() before loss()")
             losses["repa"] = self.repa(output.features, images)
             total = total + self.repa.weight * losses["repa"]
         return {"loss": total, **losses}

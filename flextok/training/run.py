@@ -14,6 +14,7 @@ from torch.utils.data import ConcatDataset
 from flextok.config import ExperimentConfig, load_experiment, save_experiment
 from flextok.data.datamodule import DataModule, prepare_image, prepare_tokens
 from flextok.data.datasets import DATASETS
+from flextok.data.stream import EvaluationSet, collate
 from flextok.data.tokens import TokenDataset, build_token_cache
 from flextok.data.transforms import ImageTransform
 from flextok.generators import GENERATORS
@@ -77,20 +78,21 @@ def make_dataset(spec: dict[str, Any] | list[dict[str, Any]]) -> Any:
     return joined
 
 
-def build_model(registry: dict[str, Any], spec: dict[str, Any], derived: dict[str, Any]) -> Any:
-    """Build the model that `spec` names, with what other parts of the run decide filled in."""
-    spec = {**derived, **spec}
-    name = spec.pop("name", None)
+def build_model(registry: dict[str, Any], spec: dict[str, Any]) -> Any:
+    """Build the model that `spec` names: {"name": "flextok", **its config's keys}."""
+    keys = dict(spec)
+    name = str(keys.pop("name", None))
     if name not in registry:
-        raise unknown_key("model", str(name), list(registry))
+        raise unknown_key("model", name, list(registry))
     cls = registry[name]
-    return cls(from_mapping(cls.config_class, spec, "model"))
+    return cls(from_mapping(cls.config_class, keys, "model"))
 
 
 def tokenizer_run(config: ExperimentConfig) -> tuple[TrainingModule, DataModule, Any]:
-    model = build_model(TOKENIZERS, config.model, {})
+    model = build_model(TOKENIZERS, config.model)
     if isinstance(model.vae, KLVAE):
         model.vae.load_weights()
+    model.prepare_training()
     transform = make_transform(config, model.image_size)
     train_set = make_dataset(config.data.train)
     validation = make_dataset(config.data.validation) if config.data.validation else None
@@ -101,9 +103,9 @@ def tokenizer_run(config: ExperimentConfig) -> tuple[TrainingModule, DataModule,
     draw = None
     if validation is not None:
         count = min(config.trainer.num_pictures, len(validation))
-        every = max(1, len(validation) // count)
-        images = [transform(validation[i * every]["image"]) for i in range(count)]
-        draw = draw_reconstructions(torch.stack(images))
+        readable = EvaluationSet(validation, prepare)
+        shown = collate([readable[i * len(validation) // count] for i in range(count)])
+        draw = draw_reconstructions(shown["image"]) if shown else None
     return module, data, draw
 
 
@@ -128,7 +130,7 @@ def generator_run(config: ExperimentConfig, folder: Path) -> tuple[TrainingModul
     spec = {**derived, **config.model}
     if spec["conditioner"].get("name") == "class":
         spec["conditioner"] = {"num_classes": len(class_names), **spec["conditioner"]}
-    model = build_model(GENERATORS, spec, {})
+    model = build_model(GENERATORS, spec)
     model.metadata["class_names"] = class_names
     remember_tokenizer(model, folder, tokenizer, config.tokenizer)
     data = make_data(config, train_set, validation, prepare_tokens)
@@ -235,7 +237,7 @@ def check_same_model(path: Path, config: ExperimentConfig) -> None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """A training checkpoint, memory-mapped. Raises CheckpointError when it is truncated or damaged."""
+    """A training checkpoint, memory-mapped. Raises CheckpointError when it is damaged."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # zip, pickle and OS errors alike mean an unusable file
