@@ -147,7 +147,7 @@ def test_prediction_spaces_agree_on_a_perfect_model(prediction, images):
     [
         {},
         {"drop_mode": "truncate", "nested_dropout": "uniform"},
-        {"prediction": "x0", "loss_space": "x0", "gate_init": 1.0},
+        {"prediction": "x0", "loss_space": "x0"},
     ],
     ids=["paper", "truncate", "x0"],
 )

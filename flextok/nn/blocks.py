@@ -105,10 +105,6 @@ class AdaLNBlock(nn.Module):
         self.mlp = SwiGLU(dim)
         self.modulation = SegmentModulation(dim, chunks=6, segments=2)
 
-    def init_gates(self, value: float) -> None:
-        with torch.no_grad():
-            self.modulation.linear.bias.view(2, 6, -1)[:, :2] = value  # both segments' two gates
-
     def forward(
         self, x: Tensor, condition: Tensor, lengths: tuple[int, int], mask: Tensor | None = None
     ) -> Tensor:

@@ -59,7 +59,6 @@ class FlexTokConfig:
     time_sampler: dict[str, Any] = field(default_factory=lambda: {"name": "mode", "scale": 0.25})
     prediction: Literal["velocity", "x0"] = "velocity"  # what the decoder's head puts out
     loss_space: Literal["velocity", "x0"] = "velocity"  # x0 weighs the velocity's error by t^2
-    gate_init: float = 0.0  # of the decoder's residual branches; 0 is adaLN-zero, 1 starts faster
     max_timestep: float = 1000.0  # time embedding's scale is 1000 / max_timestep
     repa: dict[str, Any] | None = None  # see losses.RepresentationAlignment; training only
     checkpoint_blocks: bool = False  # recompute activations in the backward pass
@@ -271,9 +270,6 @@ class FlexTok(Pretrained, nn.Module):
             for module in part.modules():
                 if isinstance(module, SegmentModulation):
                     nn.init.zeros_(module.linear.weight)
-        for block in self.decoder.blocks:
-            assert isinstance(block, AdaLNBlock)
-            block.init_gates(self.config.gate_init)
         tokens = (
             self.encoder.registers,
             self.decoder.register_pos,

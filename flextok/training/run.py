@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch.utils.data import ConcatDataset
 
@@ -194,7 +194,11 @@ def make_trainer(config: ExperimentConfig, folder: Path, draw: Any) -> L.Trainer
         save_last="link",
         save_on_exception=True,
     )
-    callbacks: list[L.Callback] = [checkpoint, LearningRateMonitor("step")]
+    callbacks: list[L.Callback] = [
+        checkpoint,
+        LearningRateMonitor("step"),
+        TQDMProgressBar(refresh_rate=10),
+    ]
     if draw is not None:
         callbacks.append(Pictures(folder / "pictures", draw))
     callbacks.append(Export(folder))
