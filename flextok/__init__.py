@@ -7,17 +7,20 @@ try:
 except PackageNotFoundError:  # run from a source tree that is not installed
     __version__ = "0+unknown"
 
-__all__ = ["GPT", "FlexTok", "__version__"]
+_TOKENIZERS = ("FlexTok", "MaskGITVQGAN", "TiTok")
+_GENERATORS = ("GPT", "MaskGIT")
+
+__all__ = ["GPT", "FlexTok", "MaskGIT", "MaskGITVQGAN", "TiTok", "__version__"]
 
 
 def __getattr__(name: str):
     # the models import torch, which takes seconds: only when asked for
-    if name == "FlexTok":
-        from flextok.tokenizers import FlexTok
+    if name in _TOKENIZERS:
+        from flextok import tokenizers
 
-        return FlexTok
-    if name == "GPT":
-        from flextok.generators import GPT
+        return getattr(tokenizers, name)
+    if name in _GENERATORS:
+        from flextok import generators
 
-        return GPT
+        return getattr(generators, name)
     raise AttributeError(f"module 'flextok' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The commands flextok train | sample | sweep; train.py and sample.py are the same, uninstalled."""
+"""The commands of `flextok`; train.py and sample.py are two of them, uninstalled."""
 
 import argparse
 import json
@@ -17,6 +17,8 @@ def main(arguments: list[str] | None = None) -> int:
     # on a busy machine OpenMP's default of spinning threads can slow small models down 20 times
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for chatty in ("lightning.pytorch", "lightning.fabric", "httpx"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     options = make_parser().parse_args(arguments)
     try:
         options.run(options)
@@ -65,6 +67,29 @@ def make_parser() -> argparse.ArgumentParser:
     sweep.add_argument("--batch-size", type=int, default=64)
     add_decoding(sweep)
     sweep.set_defaults(run=run_sweep)
+
+    info = commands.add_parser(
+        "info", help="a model's config, sizes, vocabulary, bits per image and provenance"
+    )
+    info.add_argument("model", help="folder, weight file or hub id, published ones too")
+    info.add_argument("--json", action="store_true", help="print JSON")
+    info.set_defaults(run=run_info)
+
+    convert = commands.add_parser(
+        "convert",
+        help="write a published model in our layout",
+        description="Checks that every tensor is used and none is missing, then writes "
+        "model.safetensors, config.json and a model card.",
+    )
+    convert.add_argument("input", help="folder, weight file, hub id, or owner/name/file.bin")
+    convert.add_argument("output", help="the folder to write")
+    convert.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="config fields to change, e.g. max_timestep=1.0 or vae.scaling_factor=0.5",
+    )
+    convert.set_defaults(run=run_convert)
     return parser
 
 
@@ -101,6 +126,11 @@ def run_sample(options: argparse.Namespace) -> None:
     )
 
     model = load_model(options.model, pick_device(options.device))
+    if model.model_type not in ("flextok", "gpt"):
+        raise ValueError(
+            f"{options.model} is a {model.model_type!r} model: this command drives FlexTok and its "
+            "generators so far; use the model's encode, decode or generate from Python"
+        )
     device = next(model.parameters()).device
     lengths = token_lengths(options.num_tokens, model.num_tokens)
     decoding = decoding_options(options)
@@ -157,6 +187,37 @@ def run_sweep(options: argparse.Namespace) -> None:
             indent=2,
         )
         atomic_write(path, lambda p: p.write_text(text + "\n", encoding="utf-8"))
+
+
+def run_info(options: argparse.Namespace) -> None:
+    from flextok.card import model_facts, summary
+    from flextok.pipeline import load_model
+
+    facts = model_facts(load_model(options.model, "meta"))  # the weights stay in their file
+    if options.json:
+        print(json.dumps(facts, indent=2))
+        return
+    lines = summary(facts)
+    width = max(map(len, lines)) + 2
+    for label, value in lines.items():
+        print(f"{label:<{width}}{value}")
+    print(f"config {json.dumps(facts['config'], indent=2)}")
+
+
+def run_convert(options: argparse.Namespace) -> None:
+    from flextok.pipeline import load_model
+
+    overrides = {}
+    for entry in options.overrides:
+        key, equals, text = entry.partition("=")
+        if not equals:
+            raise ValueError(f"override {entry!r} must look like key=value, e.g. max_timestep=1.0")
+        try:
+            overrides[key] = json.loads(text)
+        except json.JSONDecodeError:
+            overrides[key] = text
+    folder = load_model(options.input, overrides=overrides).save_pretrained(options.output)
+    print(f"wrote {folder}")
 
 
 def pick_device(name: str | None) -> str:
@@ -224,7 +285,7 @@ def read_images(options: argparse.Namespace, size: int) -> Any:
     if bool(options.images) == bool(options.data):
         raise ValueError("name the pictures to reconstruct: either --images FILE ... or --data SET")
     source = PictureFiles(options.images) if options.images else open_data(options.data)
-    limit = options.limit or (None if options.images else 8)
+    limit = 8 if options.limit is None and options.data else options.limit
     dataset = EvaluationSet(take(source, limit), prepare_image(ImageTransform(size)))
     batch = next(iter(DataLoader(dataset, batch_size=len(dataset), collate_fn=collate)))
     if not batch:

@@ -1,31 +1,54 @@
-"""Save and load models: a folder with model.safetensors and config.json. Nothing in it is code."""
+"""Save and load models: our folder of model.safetensors, config.json and a model card, or weights
+as others published them. Nothing in a file is code."""
 
+import copy
 import hashlib
 import json
+import logging
 import os
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import flextok
-from flextok.schema import ConfigError, from_mapping, to_mapping
+from flextok.card import MARK, model_card
+from flextok.convert import convert_published
+from flextok.schema import from_mapping, to_mapping
+from flextok.storage import (
+    CONFIG,
+    WEIGHTS,
+    CheckpointError,
+    find_weights,
+    read_json,
+    read_tensors,
+    resolve,
+)
 
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
+CARD = "README.md"
 M = TypeVar("M", bound="Pretrained")
+log = logging.getLogger(__name__)
 
 
-class CheckpointError(ValueError):
-    """A model that cannot be loaded; the message names the file and the remedy."""
+class StoredModel(NamedTuple):
+    """What a model's files hold, whatever their layout was; the tensors are not copied yet."""
+
+    model_type: str
+    config: dict[str, Any]
+    metadata: dict[str, Any]
+    state: dict[str, Tensor]
+    source: str  # names the file in errors
 
 
 class Pretrained(nn.Module):
-    """Adds from_pretrained and save_pretrained to a module built from one config dataclass."""
+    """Adds from_pretrained, save_pretrained and push_to_hub to a module built from one config
+    dataclass."""
 
     model_type: str
     config_class: type
@@ -42,35 +65,74 @@ class Pretrained(nn.Module):
         cls: type[M],
         path: str | Path,
         device: str | torch.device = "cpu",
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = torch.float32,
+        revision: str | None = None,
+        overrides: Mapping[str, Any] | None = None,
     ) -> M:
-        """Load a model from a local folder or a hub id, in eval mode. Raises CheckpointError when
-        it is missing, damaged, or another model's."""
-        folder = resolve(path)
-        header = read_header(folder)
-        if header["model_type"] != cls.model_type:
+        """Load a model, in eval mode, from a local folder or file, a hub id owner/name, or a hub
+        file owner/name/file.bin, in our layout or a published one.
+
+        dtype: of floating-point weights, None = as stored. overrides: config fields to change, dots
+        descend, such as {"max_timestep": 1.0}. Raises CheckpointError when the model is missing,
+        damaged or another's, or when any tensor is missing, left over or of another shape."""
+        return cls.from_stored(read_model(path, revision), device, dtype, overrides)
+
+    @classmethod
+    def from_stored(
+        cls: type[M],
+        stored: StoredModel,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = torch.float32,
+        overrides: Mapping[str, Any] | None = None,
+    ) -> M:
+        """The model that `read_model` found; arguments and errors as in from_pretrained."""
+        if stored.model_type != cls.model_type:
             raise CheckpointError(
-                f"{folder} holds a {header['model_type']!r} model, not {cls.model_type!r}"
+                f"{stored.source} holds a {stored.model_type!r} model, not {cls.model_type!r}"
             )
         try:
-            config: Any = from_mapping(cls.config_class, header["config"])
-        except ConfigError as error:
-            raise CheckpointError(f"{folder / CONFIG}: {error}") from None
-        with torch.device("meta"):  # no memory and no random draws for weights that get replaced
-            model = cls(config)
-        model.load_weights(read_weights(folder / WEIGHTS, device, dtype), str(folder / WEIGHTS))
-        model.metadata.update(header.get("metadata", {}))
+            values = override(stored.config, overrides or {})
+            config: Any = from_mapping(cls.config_class, values)
+            config = replace(config, **{part.rstrip("."): None for part in cls.training_only})
+            # no memory and no draws for weights that get replaced
+            with torch.device("meta"), SkipNormal():
+                model = cls(config)
+        except ValueError as error:
+            raise CheckpointError(f"{stored.source}: {error}") from None
+        except Exception as error:  # what a constructor makes of absurd sizes is its own
+            kind = type(error).__name__
+            raise CheckpointError(
+                f"{stored.source}: no model can be built from its config ({kind}: {error})"
+            ) from error
+        state = stored.state
+        for key, value in state.items():  # one by one: a cast never holds two copies of all
+            state[key] = value.to(device, dtype if value.is_floating_point() else None)
+        model.load_weights(state, stored.source)
+        model.metadata.update(stored.metadata)
         return model.eval()
 
     def load_weights(self, state: Mapping[str, Tensor], source: str) -> None:
         """Take over a state dict whole: a missing, extra or mis-shaped tensor is an error."""
-        try:
-            self.load_state_dict(state, strict=True, assign=True)
-        except RuntimeError as error:
-            raise CheckpointError(f"{source} does not fit its config: {error}") from None
+        ours = self.state_dict()
+        problems = [
+            *(f"{key!r} is missing" for key in ours if key not in state),
+            *(f"{key!r} is left over" for key in state if key not in ours),
+            *(
+                f"{key!r} is {describe(value)}, expected {describe(ours[key])}"
+                for key, value in state.items()
+                if key in ours and describe(value) != describe(ours[key])
+            ),
+        ]
+        if problems:
+            more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+            raise CheckpointError(
+                f"{source} does not fit its config: {'; '.join(problems[:3])}{more}"
+            )
+        self.load_state_dict(state, strict=True, assign=True)
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Write model.safetensors and config.json, each whole or not at all. Returns the folder."""
+        """Write model.safetensors, config.json and a model card README.md, each whole or not at
+        all; a README.md of your own stays. Returns the folder."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         state = {
@@ -88,7 +150,101 @@ class Pretrained(nn.Module):
         text = json.dumps(header, indent=2)
         atomic_write(folder / WEIGHTS, lambda path: save_file(state, path))
         atomic_write(folder / CONFIG, lambda path: path.write_text(text + "\n", encoding="utf-8"))
+        card = folder / CARD
+        if not card.exists() or MARK in card.read_text(encoding="utf-8", errors="replace"):
+            atomic_write(card, lambda path: path.write_text(model_card(self), encoding="utf-8"))
         return folder
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        private: bool | None = None,
+        token: str | None = None,
+        message: str = "Add model",
+    ) -> str:
+        """Save to the hub's repository owner/name, made if it is not there yet. Returns the
+        commit's address. token: by default, that of `hf auth login`."""
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message)
+        return str(commit)
+
+
+def read_model(path: str | Path, revision: str | None = None) -> StoredModel:
+    """What lies at a path or hub id, in our layout or a published one, as a model of ours. The
+    tensors are memory-mapped where the format allows it. Raises CheckpointError."""
+    place = resolve(path, revision)
+    # beside a file of another name, config.json may be another model's
+    folder = place if place.is_dir() else place.parent if place.name == WEIGHTS else None
+    document: dict[str, Any] = {}
+    if folder is not None and (folder / CONFIG).is_file():
+        document = read_json(folder / CONFIG)
+    weights = find_weights(place) if place.is_dir() else place
+    state, metadata = read_tensors(weights)
+    if isinstance(document.get("model_type"), str) and isinstance(document.get("config"), dict):
+        facts = document.get("metadata", {})
+        if not isinstance(facts, dict):
+            raise CheckpointError(f"{folder}/{CONFIG}: metadata must be a mapping of keys")
+        return StoredModel(document["model_type"], document["config"], facts, state, str(weights))
+    try:
+        published = convert_published(state, [document, *parse_metadata(metadata)])
+    except ValueError as error:
+        where = f"{folder} has no {CONFIG} of ours; " if folder and not document else ""
+        raise CheckpointError(f"{where}{weights}: {error}") from None
+    for point in published.provenance.get("assumed", []):
+        log.info("%s does not say everything: %s", path, point)
+    is_local = Path(path).exists()
+    provenance = {"source": place.name if is_local else str(path), **published.provenance}
+    facts = {"provenance": provenance}
+    return StoredModel(published.model_type, published.config, facts, published.state, str(weights))
+
+
+class SkipNormal(TorchFunctionMode):
+    """Leaves tensors out of normal_. On the meta device it does nothing anyway, but imports
+    PyTorch's compiler for it: nine seconds and 200 MB."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in (Tensor.normal_, nn.init.normal_):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+def parse_metadata(metadata: Mapping[str, str]) -> list[dict[str, Any]]:
+    """A safetensors file's metadata as JSON documents: all values that parse, under their names,
+    and each mapping among them."""
+    parsed: dict[str, Any] = {}
+    for key, text in metadata.items():
+        try:
+            parsed[key] = json.loads(text)
+        except (json.JSONDecodeError, RecursionError):
+            continue  # free text such as "pt"
+    return [parsed, *(value for value in parsed.values() if isinstance(value, dict))]
+
+
+def override(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of config with values replaced; dots in a key descend."""
+    result = copy.deepcopy(dict(config))
+    for key, value in changes.items():
+        *parents, last = key.split(".")
+        place = result
+        for parent in parents:
+            place = place.setdefault(parent, {})
+            if not isinstance(place, dict):
+                raise ValueError(f"override {key!r}: {parent!r} is no mapping of keys")
+        place[last] = value
+    return result
+
+
+def describe(tensor: Tensor) -> str:
+    kind = "float" if tensor.is_floating_point() else str(tensor.dtype).removeprefix("torch.")
+    return f"{kind} {list(tensor.shape)}"
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -110,49 +266,3 @@ def atomic_write(path: Path, write: Callable[[Path], Any]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def resolve(path: str | Path) -> Path:
-    """A local folder as it is; else a hub id's snapshot, from the local cache where possible."""
-    folder = Path(path)
-    if folder.is_dir():
-        return folder
-    is_hub_id = str(path).count("/") == 1 and not str(path).startswith((".", "/", "~"))
-    if not is_hub_id:
-        raise CheckpointError(f"no model at {str(path)!r}: expected a folder with {CONFIG}")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(path), allow_patterns=[WEIGHTS, CONFIG]))
-    except Exception as error:  # the hub client raises many kinds; all mean the same to the caller
-        raise CheckpointError(
-            f"no folder {str(path)!r} here, and the hub does not give it ({type(error).__name__}: "
-            f"{error}). Check the name, or download the model first and pass its folder."
-        ) from error
-
-
-def read_header(folder: Path) -> dict[str, Any]:
-    """The parsed config.json of a model folder."""
-    try:
-        header = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder} has no {CONFIG}: is it a model folder?") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{folder / CONFIG} is damaged ({error}); write it again") from None
-    if not isinstance(header, dict) or not {"model_type", "config"} <= header.keys():
-        raise CheckpointError(f"{folder / CONFIG} is not a flextok model's config")
-    return header
-
-
-def read_weights(path: Path, device: str | torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, floating ones cast to dtype."""
-    try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: the model folder is incomplete") from None
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"{path} is truncated or damaged ({error}); copy or export the model again"
-        ) from None
-    return {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}

@@ -1,7 +1,7 @@
 """From a condition to pictures: a generator and its tokenizer together."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,19 +9,25 @@ import torch
 from torch import Tensor
 
 from flextok.generators import GENERATORS
-from flextok.hub import CheckpointError, Pretrained, fingerprint, read_header, resolve
+from flextok.hub import CheckpointError, Pretrained, fingerprint, read_model
 from flextok.tokenizers import TOKENIZERS
 
 
-def load_model(path: str | Path, device: str | torch.device = "cpu") -> Any:
-    """Load any model of the package from a folder or hub id, by the type its config.json names."""
+def load_model(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    overrides: Mapping[str, Any] | None = None,
+) -> Any:
+    """Load any model of the package from a folder, file or hub id, by the type that its config.json
+    names or its published layout shows; arguments and errors as in Pretrained.from_pretrained."""
     models: dict[str, type[Pretrained]] = {**TOKENIZERS, **GENERATORS}
-    model_type = read_header(resolve(path))["model_type"]
-    if model_type not in models:
+    stored = read_model(path)
+    if stored.model_type not in models:
         raise CheckpointError(
-            f"{path} holds an unknown model type {model_type!r}; known: {', '.join(sorted(models))}"
+            f"{path} holds an unknown model type {stored.model_type!r}; "
+            f"known: {', '.join(sorted(models))}"
         )
-    return models[model_type].from_pretrained(path, device=device)
+    return models[stored.model_type].from_stored(stored, device, overrides=overrides)
 
 
 def is_generator(model: Any) -> bool:

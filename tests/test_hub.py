@@ -1,13 +1,18 @@
 import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import tiny_gpt, tiny_tokenizer
+from golden.titok.load import load_case
+from huggingface_hub import errors
 
-from flextok.generators import GPT
+from flextok.generators import GENERATORS, GPT
 from flextok.hub import CheckpointError, atomic_write, fingerprint
 from flextok.pipeline import load_model, load_tokenizer_of, remember_tokenizer
-from flextok.tokenizers import FlexTok
+from flextok.tokenizers import TOKENIZERS, FlexTok, TiTok
 
 
 def test_round_trip_is_bit_identical(tmp_path, images):
@@ -132,3 +137,141 @@ def test_a_generator_finds_its_tokenizer_and_refuses_another(tmp_path):
     tokenizer.save_pretrained(moved / "tokenizer")
     with pytest.raises(CheckpointError, match="is not the one that this generator was trained on"):
         load_tokenizer_of(load_model(moved / "gpt"), moved / "gpt")
+
+
+def test_the_model_card_states_config_and_numbers(tmp_path):
+    model = tiny_tokenizer()
+    model.metadata.update(step=2000, metrics={"psnr": 21.5}, class_names=["a", "b"])
+    model.save_pretrained(tmp_path)
+    card = tmp_path / "README.md"
+    text = card.read_text()
+    assert text.startswith("---\nlibrary_name: flextok\n")
+    for row in (
+        "| vocabulary | 200 |",
+        "| bits per image | 61 (8 bytes) |",
+        "| step | 2000 |",
+        "| metrics psnr | 21.5 |",
+        "| classes | 2 |",
+        '"num_registers": 8',
+    ):
+        assert row in text
+    model.metadata["step"] = 3000
+    model.save_pretrained(tmp_path)
+    assert "| step | 3000 |" in card.read_text()
+    card.write_text("# My own words\n")
+    model.save_pretrained(tmp_path)
+    assert card.read_text() == "# My own words\n"
+
+
+def test_push_to_hub(monkeypatch):
+    calls = []
+
+    class Api:
+        def __init__(self, token):
+            calls.append(("token", token))
+
+        def create_repo(self, repo_id, private, exist_ok):
+            calls.append(("repo", repo_id, private, exist_ok))
+            return SimpleNamespace(repo_id="me/model")
+
+        def upload_folder(self, repo_id, folder_path, commit_message):
+            loaded = FlexTok.from_pretrained(folder_path)
+            files = sorted(path.name for path in Path(folder_path).iterdir())
+            calls.append((repo_id, files, fingerprint(loaded)))
+            return "https://example.org/commit"
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    model = tiny_tokenizer()
+    assert model.push_to_hub("model", private=True) == "https://example.org/commit"
+    assert calls == [
+        ("token", None),
+        ("repo", "model", True, True),
+        ("me/model", ["README.md", "config.json", "model.safetensors"], fingerprint(model)),
+    ]
+
+
+def cache_model(cache, repo, write):
+    """A hub cache as huggingface_hub lays it out, with one snapshot of a model."""
+    place = cache / f"models--{repo.replace('/', '--')}"
+    commit = "0" * 40
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text(commit)
+    write(place / "snapshots" / commit)
+
+
+def test_hub_ids_load_from_the_cache_offline(tmp_path, monkeypatch):
+    model = tiny_tokenizer()
+    cache_model(tmp_path, "someone/model", model.save_pretrained)
+
+    def write_pickle(folder):
+        folder.mkdir(parents=True)
+        torch.save(load_case("titok_micro_vq_nonlegacy")[0], folder / "titok.bin")
+        shutil.copy(folder / "titok.bin", folder / "pytorch_model.bin")
+
+    cache_model(tmp_path, "someone/titok", write_pickle)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert fingerprint(FlexTok.from_pretrained("someone/model")) == fingerprint(model)
+    heads = {"head_dim": 16}
+    by_file = TiTok.from_pretrained("someone/titok/titok.bin", overrides=heads)
+    by_name = TiTok.from_pretrained("someone/titok", overrides=heads)
+    with pytest.raises(CheckpointError, match=r"no model can be built.*ZeroDivisionError"):
+        TiTok.from_pretrained("someone/titok")  # narrower than one published head
+    assert fingerprint(by_file) == fingerprint(by_name)
+    assert by_file.metadata["provenance"]["source"] == "someone/titok/titok.bin"
+    message = r"'someone/other' here; HF_HUB_OFFLINE is set.*`hf download someone/other`"
+    with pytest.raises(CheckpointError, match=message):
+        load_model("someone/other")
+    with pytest.raises(CheckpointError, match="HF_HUB_OFFLINE is set"):
+        load_model("someone/titok/other.bin")
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("RepositoryNotFoundError", "knows no such model"),
+        ("GatedRepoError", "accept terms"),
+        ("RevisionNotFoundError", "no such revision"),
+        ("LocalEntryNotFoundError", "check the name and the connection"),
+    ],
+)
+def test_hub_errors_say_what_to_do(monkeypatch, kind, message):
+    def fail(*args, **kwargs):
+        error = getattr(errors, kind)
+        raise error.__new__(error)
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(CheckpointError, match=message):
+        load_model("someone/other")
+
+
+def test_published_names_are_importable_from_the_top():
+    import flextok
+
+    assert flextok.TiTok is TiTok
+    assert {flextok.GPT, flextok.MaskGIT} == set(GENERATORS.values())
+    assert {flextok.FlexTok, flextok.TiTok, flextok.MaskGITVQGAN} == set(TOKENIZERS.values())
+    for name, model in {**TOKENIZERS, **GENERATORS}.items():
+        assert model.model_type == name
+
+
+def test_loading_draws_nothing(tmp_path):
+    tiny_tokenizer().save_pretrained(tmp_path)
+    before = torch.get_rng_state()
+    FlexTok.from_pretrained(tmp_path)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_overwriting_the_file_of_a_loaded_model_is_safe(tmp_path):
+    """A save replaces the file by renaming, so that a mapped old one keeps its pages."""
+    model = tiny_tokenizer()
+    model.save_pretrained(tmp_path)
+    loaded = FlexTok.from_pretrained(tmp_path)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    model.save_pretrained(tmp_path)
+    assert loaded.encoder.registers.abs().sum() > 0
+    loaded.save_pretrained(tmp_path)
+    assert fingerprint(FlexTok.from_pretrained(tmp_path)) == fingerprint(loaded)

@@ -1,7 +1,9 @@
 """Quantizers: (B, K, C) float -> codes (B, K, C), indices (B, K) and an auxiliary loss."""
 
 from flextok.quantizers.fsq import FSQ
+from flextok.quantizers.kl import KL
+from flextok.quantizers.vq import VQ
 
-QUANTIZERS = {"fsq": FSQ}
+QUANTIZERS = {"fsq": FSQ, "kl": KL, "vq": VQ}
 
-__all__ = ["FSQ", "QUANTIZERS"]
+__all__ = ["FSQ", "KL", "QUANTIZERS", "VQ"]

@@ -1,0 +1,110 @@
+"""What a model says about itself: the facts behind `flextok info`, and the model card."""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from flextok.schema import to_mapping
+
+MARK = "<!-- written by flextok; without this line it is left alone -->"
+_LICENSES = ("apache-2.0", "mit", "cc-by-4.0", "cc-by-nc-4.0")  # identifiers that the hub knows
+
+
+def model_facts(model: Any) -> dict[str, Any]:
+    """A model's type, config, sizes, vocabulary, bits per image and metadata, as plain data."""
+    config = model.config
+    vocab_size = getattr(model, "vocab_size", None)
+    if vocab_size is None:  # a generator's lies in its config
+        vocab_size = config.vocab_size
+    bits = model.num_tokens * math.log2(vocab_size) if vocab_size else None
+    parts = {name: count_parameters(child) for name, child in model.named_children()}
+    return {
+        "model_type": model.model_type,
+        "image_size": getattr(model, "image_size", None),
+        "num_tokens": model.num_tokens,
+        "vocab_size": vocab_size,
+        "bits_per_image": bits,  # None for a continuous bottleneck
+        "parameters": {"total": count_parameters(model), **{k: n for k, n in parts.items() if n}},
+        "config": to_mapping(config),
+        "metadata": dict(model.metadata),
+    }
+
+
+def count_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def summary(facts: Mapping[str, Any]) -> dict[str, str]:
+    """The facts in a few short lines, by label."""
+    vocab_size, bits = facts["vocab_size"], facts["bits_per_image"]
+    total, *parts = facts["parameters"].items()
+    detail = ", ".join(f"{name} {millions(n)}" for name, n in parts)
+    lines = {
+        "type": facts["model_type"],
+        "parameters": f"{millions(total[1])} ({detail})",
+        "tokens": str(facts["num_tokens"]),
+        "vocabulary": f"{vocab_size:,}" if vocab_size else "none (continuous)",
+    }
+    if bits:
+        lines["bits per image"] = f"{bits:,.0f} ({bits / 8:,.0f} bytes)"
+    if facts["image_size"]:
+        lines["image size"] = f"{facts['image_size']} px"
+    metadata = {**provenance_of(facts), **facts["metadata"]}
+    metadata.pop("provenance", None)
+    for key, value in metadata.items():
+        label = key.replace("_", " ")
+        if key == "class_names" and isinstance(value, list):
+            lines["classes"] = str(len(value))
+        elif isinstance(value, list):
+            lines[label] = "; ".join(map(str, value)) or "nothing"
+        elif isinstance(value, Mapping):
+            lines |= {f"{label} {k}": f"{v}" for k, v in value.items()}
+        else:
+            lines[label] = f"{value}"
+    return lines
+
+
+def provenance_of(facts: Mapping[str, Any]) -> dict[str, Any]:
+    provenance = facts["metadata"].get("provenance")
+    return provenance if isinstance(provenance, dict) else {}
+
+
+def millions(number: int) -> str:
+    return f"{number / 1e6:,.1f}M"
+
+
+def model_card(model: Any) -> str:
+    """A README.md for the model's folder or hub page: use, numbers known, config."""
+    facts = model_facts(model)
+    name = type(model).__name__
+    license_name = str(provenance_of(facts).get("license", ""))
+    front = ["library_name: flextok", "tags:", "- flextok", f"- {facts['model_type']}"]
+    if license_name in _LICENSES:
+        front.append(f"license: {license_name}")
+    elif license_name:
+        plain = re.sub(r"[^a-z0-9.]+", "-", license_name.lower())
+        front += ["license: other", f"license_name: {plain}"]
+    rows = [f"| {label} | {cell(value)} |" for label, value in summary(facts).items()]
+    config = json.dumps(facts["config"], indent=2)
+    return "\n".join(
+        [
+            *("---", *front, "---", MARK, ""),
+            *(f"# {name}", "", one_line(model), ""),
+            *("```python", f"from flextok import {name}", ""),
+            *(f'model = {name}.from_pretrained("this folder or hub id")', "```", ""),
+            *("## Numbers", "", "| | |", "|---|---|", *rows, ""),
+            *("## Config", "", "```json", config, "```", ""),
+        ]
+    )
+
+
+def one_line(model: Any) -> str:
+    return (type(model).__doc__ or "").strip().splitlines()[0]
+
+
+def cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")

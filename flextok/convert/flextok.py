@@ -1,0 +1,263 @@
+"""Published FlexTok tokenizers, with their VAE (arXiv 2502.13967).
+
+A published file carries its config as JSON in the safetensors metadata: a tree of sections that
+name the classes to build. Here it is data: sizes come from the shapes of the tensors, the tree is
+held against them, and what shapes cannot say is read from it.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from flextok.convert.rules import Published, Rules, count, rename, shape, without_ones
+
+KNOWN_CLASSES = frozenset(
+    f"flextok.{name}"
+    for name in (
+        "flow_matching.noise_modules.MinRFNoiseModule",
+        "flow_matching.pipelines.MinRFPipeline",
+        "model.postprocessors.heads.LinearHead",
+        "model.postprocessors.heads.ToPatchesLinearHead",
+        "model.postprocessors.seq_unpacking.SequenceUnpacker",
+        "model.preprocessors.flex_seq_packing.BlockWiseSequencePacker",
+        "model.preprocessors.linear.LinearLayer",
+        "model.preprocessors.nullcond.LearnedNullCond",
+        "model.preprocessors.patching.PatchEmbedder",
+        "model.preprocessors.registers.Registers1D",
+        "model.preprocessors.time_embedding.TimestepEmbedder",
+        "model.preprocessors.token_dropout.MaskedNestedDropout",
+        "model.trunks.transformers.FlexTransformer",
+        "model.utils.dict_ops.PerSampleOp",
+        "model.utils.dict_ops.channels_first_to_last",
+        "model.utils.dict_ops.channels_last_to_first",
+        "model.utils.posembs.PositionalEmbeddingAdder",
+        "model.utils.wrappers.SequentialModuleDictWrapper",
+        "regularizers.quantize_fsq.FSQ",
+        "vae_wrapper.StableDiffusionVAE",
+    )
+)
+_ENCODER, _DECODER = "encoder.module_dict.", "decoder.module_dict."
+_RULES: Rules = [
+    (r"vae\.vae\.(.+)", r"vae.vae.\1"),
+    (r"encoder\.module_dict\.enc_patch_emb\.patch_proj\.(.+)", r"encoder.patch_embed.\1"),
+    (r"encoder\.module_dict\.enc_posemb_module\.posembs", r"encoder.patch_pos"),
+    (r"encoder\.module_dict\.enc_register_module\.registers", r"encoder.registers"),
+    (r"encoder\.module_dict\.enc_transformer\.(blocks\..+)", r"encoder.\1"),
+    (r"encoder\.module_dict\.enc_to_latents\.proj\.(.+)", r"encoder.head.\1"),
+    (r"decoder\.module_dict\.dec_from_latents\.proj\.(.+)", r"decoder.code_embed.\1"),
+    (r"decoder\.module_dict\.dec_registers_posemb_module\.posembs", r"decoder.register_pos"),
+    (r"decoder\.module_dict\.dec_nested_dropout\.dropout_mask_token", r"decoder.mask_token"),
+    (r"decoder\.module_dict\.dec_latent_dropout\.nullcond", r"decoder.null_token"),
+    (r"decoder\.module_dict\.dec_noise_patch_emb\.patch_proj\.(.+)", r"decoder.patch_embed.\1"),
+    (r"decoder\.module_dict\.dec_patches_posemb_module\.posembs", r"decoder.patch_pos"),
+    (r"decoder\.module_dict\.dec_time_embedder\.mlp\.0\.(.+)", r"decoder.time_embed.fc1.\1"),
+    (r"decoder\.module_dict\.dec_time_embedder\.mlp\.2\.(.+)", r"decoder.time_embed.fc2.\1"),
+    (
+        r"decoder\.module_dict\.dec_transformer\.(blocks\.\d+)\.adaLN_modulation\.1\.(.+)",
+        r"decoder.\1.modulation.linear.\2",
+    ),
+    (r"decoder\.module_dict\.dec_transformer\.(blocks\..+)", r"decoder.\1"),
+    (
+        r"decoder\.module_dict\.dec_to_patches\.adaLN_modulation\.1\.(.+)",
+        r"decoder.modulation.linear.\1",
+    ),
+    (r"decoder\.module_dict\.dec_to_patches\.proj\.(.+)", r"decoder.head.\1"),
+]
+
+
+def is_flextok(state: Mapping[str, Tensor]) -> bool:
+    return any(key.startswith((_ENCODER, _DECODER)) for key in state)
+
+
+def convert_flextok(
+    state: Mapping[str, Tensor], documents: Sequence[Mapping[str, Any]]
+) -> Published:
+    for document in documents:
+        check_classes(document)
+    config, open_points = flextok_config(state, find_tree(documents))
+    provenance = {
+        "layout": "FlexTok, published",
+        "license": "research use only",
+        "assumed": open_points,
+    }
+    return Published("flextok", config, flextok_state(state), provenance)
+
+
+def flextok_state(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A published FlexTok state dict (VAE or not) in our names and shapes; views. Raises ValueError
+    for an unknown key."""
+    state = {}
+    for key, value in published.items():
+        ours = rename(key, _RULES)
+        if ours == "decoder.register_pos":  # (1, 1, D, K) -> (K, D)
+            value = without_ones(key, value, leading=2).T
+        state[ours] = value
+    return state
+
+
+def check_classes(document: Any, place: str = "") -> None:
+    """Raise ValueError when a section names a class that FlexTok's published configs do not."""
+    if isinstance(document, Mapping):
+        name = document.get("_target_")
+        if name is not None and (not isinstance(name, str) or name not in KNOWN_CLASSES):
+            raise ValueError(
+                f"the config names {name!r} ({place or 'at its top'}), which is no class of a "
+                "published FlexTok: refused. Nothing was imported or run"
+            )
+        for key, value in document.items():
+            check_classes(value, f"{place}.{key}".lstrip("."))
+    elif isinstance(document, list | tuple):
+        for i, value in enumerate(document):
+            check_classes(value, f"{place}[{i}]")
+
+
+def find_tree(documents: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The first config tree among documents or one level down in them; empty if there is none."""
+    for document in documents:
+        for tree in (document, *document.values()):
+            if isinstance(tree, Mapping) and _sections(tree):
+                return tree
+    return {}
+
+
+def _sections(tree: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The sections of encoder and decoder by name; those names do not overlap."""
+    sections: dict[str, Mapping[str, Any]] = {}
+    for part in ("encoder", "decoder"):
+        inner = _mapping(_mapping(tree.get(part)).get("module_dict"))
+        sections |= {name: v for name, v in inner.items() if isinstance(v, Mapping)}
+    return sections
+
+
+def flextok_config(
+    state: Mapping[str, Tensor], tree: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Any], list[str]]:
+    """Our config of a published state dict and its config tree (meta tensors will do), and one
+    line for each point that the tree leaves open. Raises ValueError when the two disagree."""
+    tree = tree or {}
+    sections = _sections(tree)
+    open_points: list[str] = []
+
+    def read(key: str, places: Iterator[Any], default: Any, why: str) -> Any:
+        for value in places:
+            if value is not None:
+                return value
+        open_points.append(f"{key} = {default} ({why})")
+        return default
+
+    encoder_dim, patch_dim = shape(state, _ENCODER + "enc_patch_emb.patch_proj.weight", 2)
+    code_dim = shape(state, _ENCODER + "enc_to_latents.proj.weight", 2)[0]
+    grid = shape(state, _ENCODER + "enc_posemb_module.posembs", 4)[2]
+    num_registers = shape(state, _ENCODER + "enc_register_module.registers", 2)[0]
+    decoder_dim = shape(state, _DECODER + "dec_from_latents.proj.weight", 2)[0]
+    encoder_depth = count(state, r"encoder\.module_dict\.enc_transformer\.blocks\.(\d+)\.")
+    decoder_depth = count(state, r"decoder\.module_dict\.dec_transformer\.blocks\.(\d+)\.")
+    head_dim = sections.get("enc_transformer", {}).get("head_dim", 64)
+    vae = vae_config(state)
+    patch_size = round((patch_dim / vae["channels"]) ** 0.5)
+    _check_sections(
+        sections,
+        {
+            "enc_patch_emb": {"channels_in": vae["channels"], "dim": encoder_dim},
+            "enc_posemb_module": {"posemb_type": "sincos", "posemb_scaling": "absolute"},
+            "enc_register_module": {"n_max": num_registers, "ordering_mode": "nested"},
+            "enc_seq_packer": {"mask_mode": "causal_last"},
+            "enc_transformer": {"dim": encoder_dim, "depth": encoder_depth},
+            "enc_to_latents": {"dim_out": code_dim},
+            "dec_from_latents": {"dim_in": code_dim, "dim": decoder_dim},
+            "dec_registers_posemb_module": {"posemb_type": "learnable_sum"},
+            "dec_noise_patch_emb": {"patch_sizes": [patch_size, patch_size]},
+            "dec_patches_posemb_module": {"posemb_type": "sincos", "max_sizes": [grid, grid]},
+            "dec_seq_packer": {"mask_mode": "full"},
+            "dec_transformer": {
+                "dim": decoder_dim,
+                "depth": decoder_depth,
+                "head_dim": head_dim,
+                "adaLN_expansion": 2,
+            },
+        },
+    )
+    scaling = read(
+        "vae.scaling_factor",
+        find_values(tree.get("vae"), "scaling_factor"),
+        1.0,
+        "the file names none",
+    )
+    if any(find_values(tree.get("vae"), "shift_factor")):
+        raise ValueError("the config shifts the VAE's latents: that is not supported")
+    levels = read(
+        "quantizer.levels",
+        find_values(tree.get("regularizer"), "levels"),
+        [8, 8, 8, 5, 5, 5],
+        "those of all releases",
+    )
+    max_timestep = read(
+        "max_timestep",
+        find_values(sections.get("dec_time_embedder"), "max_timestep"),
+        1000.0,
+        "the published class's default",
+    )
+    noise = _mapping(tree.get("flow_matching_noise_module"))
+    return {
+        "image_size": grid * patch_size * 2 ** (len(vae["block_channels"]) - 1),
+        "patch_size": patch_size,
+        "num_registers": num_registers,
+        "head_dim": head_dim,
+        "encoder_depth": encoder_depth,
+        "encoder_dim": encoder_dim,
+        "decoder_depth": decoder_depth,
+        "decoder_dim": decoder_dim,
+        "vae": {**vae, "scaling_factor": _number("vae.scaling_factor", scaling)},
+        "quantizer": {"name": "fsq", "levels": levels},
+        "nested_dropout": sections.get("dec_nested_dropout", {}).get("size_sampling_mode", "pow2"),
+        "null_prob": sections.get("dec_latent_dropout", {}).get("dropout_prob", 0.2),
+        "time_sampler": {"name": "mode", "scale": noise.get("mode_scale", 0.25)},
+        "max_timestep": _number("max_timestep", max_timestep),
+    }, open_points
+
+
+def vae_config(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The VAE that a published state dict holds under vae.vae., by its shapes."""
+    blocks = count(state, r"vae\.vae\.encoder\.down_blocks\.(\d+)\.")
+    if not blocks:
+        raise ValueError("the weights hold no VAE (vae.vae.encoder...): is the file complete?")
+    first = "vae.vae.encoder.down_blocks.{}.resnets.0.conv1.weight"
+    return {
+        "name": "kl",
+        "channels": shape(state, "vae.vae.decoder.conv_in.weight", 4)[1],
+        "block_channels": [shape(state, first.format(i), 4)[0] for i in range(blocks)],
+        "layers_per_block": count(state, r"vae\.vae\.encoder\.down_blocks\.0\.resnets\.(\d+)\."),
+    }
+
+
+def find_values(document: Any, key: str) -> Iterator[Any]:
+    """Every value under `key`, at any depth of mappings."""
+    if isinstance(document, Mapping):
+        if key in document:
+            yield document[key]
+        for value in document.values():
+            yield from find_values(value, key)
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise ValueError(f"the config says {name} = {value!r}, expected a positive number")
+    return float(value)
+
+
+def _check_sections(
+    sections: Mapping[str, Mapping[str, Any]], expected: Mapping[str, Mapping[str, Any]]
+) -> None:
+    for name, values in expected.items():
+        for key, value in values.items():
+            found = sections.get(name, {}).get(key, value)
+            if found != value:
+                raise ValueError(
+                    f"the config says {name}.{key} = {found!r}; the weights, or what this package "
+                    f"implements, say {value!r}"
+                )

@@ -1,0 +1,294 @@
+"""MaskGIT (arXiv 2202.04200) over a tokenizer's indices: predict all masked ones, keep the surest,
+repeat. TiTok's generators (2406.07550) are the two backbones: BERT (l32, b64) and U-ViT (s128).
+
+One embedding table holds codes, the mask, classes and the null class, in this order; the sequence
+is [class, indices].
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flextok.generators.conditioning import NULL_CLASS
+from flextok.hub import Pretrained
+from flextok.nn.vit import ViTBlock
+
+Decay = Literal["constant", "linear", "power-cosine"]
+
+
+@dataclass
+class MaskGITSampling:
+    """What generate() does where its caller does not say. The published settings (temperature,
+    guidance_scale, guidance_decay, num_steps): l32 9.5, 4.5, linear, 8; b64 11.0, 3.0, linear, 8;
+    s128 2.8, 6.9, power-cosine, 64."""
+
+    num_steps: int = 8
+    temperature: float = 9.5  # of the Gumbel noise, annealed linearly to 0
+    anneal_logits: bool = True  # divide logits by 0.5 + 0.8 (1 - r), soft early and sharp late
+    guidance_scale: float = 4.5  # see guidance_weight
+    guidance_decay: Decay = "linear"
+    guidance_pow: float = 3.0  # of power-cosine
+
+
+@dataclass
+class MaskGITConfig:
+    """vocab_size and num_tokens come from the tokenizer where train.py builds the model."""
+
+    vocab_size: int = 4096
+    num_tokens: int = 32
+    backbone: Literal["bert", "uvit"] = "bert"
+    dim: int = 768
+    depth: int = 24  # blocks; odd for uvit, whose halves mirror each other around the middle one
+    num_heads: int = 16
+    mlp_ratio: float = 4.0
+    num_classes: int = 1000  # 0 = unconditional
+    cond_drop: float = 0.1  # how often training sees the null class
+    dropout: float = 0.1
+    label_smoothing: float = 0.1
+    unmasked_weight: float = 0.1  # of positions that are not masked, in the loss
+    generate: MaskGITSampling = field(default_factory=MaskGITSampling)
+
+
+class MaskGIT(Pretrained, nn.Module):
+    """Class-conditional (or unconditional) masked transformer over a tokenizer's indices."""
+
+    model_type = "maskgit"
+    config_class = MaskGITConfig
+
+    def __init__(self, config: MaskGITConfig):
+        super().__init__()
+        self.config = config
+        dim, half = config.dim, config.depth // 2
+        self.is_uvit = config.backbone == "uvit"
+        if self.is_uvit and config.depth % 2 == 0:
+            raise ValueError(f"depth={config.depth} must be odd for a U-ViT: halves and a middle")
+        self.mask_index = config.vocab_size
+        self.null_index = config.vocab_size + 1 + config.num_classes
+        self.embedding = nn.Embedding(self.null_index + 1, dim)
+        self.positions = nn.Parameter(torch.empty(1 + config.num_tokens, dim))
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(
+            ViTBlock(
+                dim,
+                config.num_heads,
+                config.mlp_ratio,
+                eps=1e-5 if self.is_uvit else 1e-12,
+                qkv_bias=not self.is_uvit,
+                post_norm=not self.is_uvit,
+                skip=self.is_uvit and i > half,
+                dropout=config.dropout,
+            )
+            for i in range(config.depth)
+        )
+        # BERT normalises what enters its blocks, U-ViT what leaves them
+        self.norm = nn.LayerNorm(dim, eps=1e-5 if self.is_uvit else 1e-12)
+        # BERT's sentence marks: row 0 is added everywhere, row 1 is there for published weights
+        self.segments = None if self.is_uvit else nn.Parameter(torch.empty(2, dim))
+        self.head = nn.Linear(dim, config.vocab_size)
+        self.init_weights()
+
+    @property
+    def num_tokens(self) -> int:
+        return self.config.num_tokens
+
+    def init_weights(self) -> None:
+        """Linear, embeddings and positions: N(0, 0.02), cut at 2; biases: zero; norms: one."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif "norm" in name:
+                nn.init.ones_(parameter)
+            else:
+                nn.init.trunc_normal_(parameter, std=0.02)
+
+    def forward(self, indices: Tensor, cond: Tensor, drop: Tensor | None = None) -> Tensor:
+        """indices: (B, k) long, k <= num_tokens, masked ones equal to `mask_index`; cond: (B,)
+        labels, -1 = none; drop: (B,) bool, True = null class. Returns logits (B, k, V)."""
+        sequence = torch.cat([self.cond_index(cond, drop)[:, None], indices], dim=1)
+        x = self.embedding(sequence) + self.positions[: sequence.shape[1]]  # (B, 1+k, D)
+        if self.segments is not None:
+            x = self.norm(x + self.segments[0])
+        x = self.dropout(x)
+        skips: list[Tensor] = []
+        for i, block in enumerate(self.blocks):
+            if self.is_uvit and i > self.config.depth // 2:
+                x = block(x, skip=skips.pop())
+            else:
+                x = block(x)
+                if i < self.config.depth // 2:
+                    skips.append(x)
+        if self.is_uvit:
+            x = self.norm(x)
+        return self.head(x[:, 1:])
+
+    def cond_index(self, cond: Tensor, drop: Tensor | None = None) -> Tensor:
+        """cond: (B,) labels in [0, num_classes), or -1 for none. Returns their rows in the
+        embedding, (B,) long. An unconditional model takes any cond: it only says how many."""
+        if self.config.num_classes == 0:
+            return torch.full((len(cond),), self.null_index, device=cond.device)
+        if cond.ndim != 1 or cond.is_floating_point():
+            raise ValueError(f"class labels must be (B,) integers, got {cond.dtype} {cond.shape}")
+        low, high = cond.aminmax()
+        if low < NULL_CLASS or high >= self.config.num_classes:
+            raise ValueError(
+                f"class labels span [{low}, {high}], expected "
+                f"[0, {self.config.num_classes - 1}] or {NULL_CLASS} for no class"
+            )
+        null = cond == NULL_CLASS if drop is None else drop | (cond == NULL_CLASS)
+        return torch.where(null, self.null_index, cond + self.mask_index + 1)
+
+    def loss(
+        self, indices: Tensor, cond: Tensor, generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        """indices: (B, k) long; cond: (B,) labels. Returns scalars: "loss", the weighted,
+        label-smoothed cross-entropy over all positions, and "accuracy" on masked ones. All random
+        draws come from `generator`, except those of the dropout layers."""
+        if indices.ndim != 2 or not 1 <= indices.shape[1] <= self.num_tokens:
+            raise ValueError(
+                f"indices have shape {tuple(indices.shape)}, expected (B, k <= {self.num_tokens})"
+            )
+        low, high = indices.aminmax()
+        if low < 0 or high >= self.config.vocab_size:
+            raise ValueError(
+                f"indices span [{low}, {high}], expected [0, {self.config.vocab_size - 1}]"
+            )
+        uniform = uniform_source(generator, indices.device)
+        masked = sample_mask(uniform((len(indices),)), uniform(tuple(indices.shape)))
+        drop = None
+        if self.training and self.config.cond_drop > 0:
+            drop = uniform((len(indices),)) < self.config.cond_drop
+        logits = self(indices.masked_fill(masked, self.mask_index), cond, drop)
+        return self.masked_loss(logits, indices, masked)
+
+    def masked_loss(self, logits: Tensor, indices: Tensor, masked: Tensor) -> dict[str, Tensor]:
+        """logits: (B, k, V); indices: (B, k) long, the truth; masked: (B, k) bool."""
+        nats = F.cross_entropy(
+            logits.flatten(0, 1).float(),
+            indices.flatten(),
+            reduction="none",
+            label_smoothing=self.config.label_smoothing,
+        )
+        weights = torch.where(masked.flatten(), 1.0, self.config.unmasked_weight)
+        right = (logits.argmax(dim=-1) == indices) & masked
+        return {
+            "loss": (nats * weights).sum() / weights.sum(),
+            "accuracy": right.sum() / masked.sum(),
+        }
+
+    @torch.no_grad()
+    def generate(
+        self,
+        cond: Tensor,
+        num_tokens: int | None = None,
+        generator: torch.Generator | None = None,
+        num_steps: int | None = None,
+        temperature: float | None = None,
+        guidance_scale: float | None = None,
+        guidance_decay: Decay | None = None,
+        guidance_pow: float | None = None,
+        anneal_logits: bool | None = None,
+        uniform: Callable[[tuple[int, ...]], Tensor] | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> Tensor:
+        """cond: (B,) labels, -1 = none. Returns indices (B, num_tokens) long, all by default.
+
+        Defaults come from config.generate; guidance_scale as in `guidance_weight`. uniform: a
+        source of draws in [0, 1) by shape in place of `generator`; a step draws (B, N, V) for the
+        indices, then (B, N) for the confidence. progress is called with the number of steps done.
+        """
+        own = self.config.generate
+        total = self.num_tokens if num_tokens is None else num_tokens
+        if not 1 <= total <= self.num_tokens:
+            raise ValueError(f"num_tokens={num_tokens} must be in [1, {self.num_tokens}]")
+        steps = own.num_steps if num_steps is None else num_steps
+        if steps < 1:
+            raise ValueError(f"num_steps={steps} must be at least 1")
+        temperature = own.temperature if temperature is None else temperature
+        if temperature < 0:
+            raise ValueError(f"temperature={temperature} must be >= 0 (0 takes the likeliest)")
+        scale = own.guidance_scale if guidance_scale is None else guidance_scale
+        decay = own.guidance_decay if guidance_decay is None else guidance_decay
+        power = own.guidance_pow if guidance_pow is None else guidance_pow
+        anneal = own.anneal_logits if anneal_logits is None else anneal_logits
+
+        cond = cond.to(self.positions.device)
+        conditional = self.config.num_classes > 0
+        uniform = uniform or uniform_source(generator, cond.device)
+        indices = torch.full((len(cond), total), self.mask_index, device=cond.device)
+        for step, masked_left in enumerate(mask_schedule(total, steps)):
+            rest = 1 - (step + 1) / steps  # 1 - r
+            weight = guidance_weight(step / steps, scale, decay, power) if conditional else 0.0
+            logits = self.guided_logits(indices, cond, weight)
+            if anneal:
+                logits = logits / (0.5 + 0.8 * rest)
+            noise = rest * temperature
+            drawn = (logits + noise * gumbel(uniform(tuple(logits.shape)))).argmax(dim=-1)
+            confidence = logits.gather(-1, drawn[..., None])[..., 0]
+            confidence = confidence + noise * gumbel(uniform(tuple(drawn.shape)))
+            masked = indices == self.mask_index
+            indices = torch.where(masked, drawn, indices)
+            least = confidence.masked_fill(~masked, torch.inf).argsort(dim=-1)[:, :masked_left]
+            indices = indices.scatter(-1, least, self.mask_index)
+            if progress is not None:
+                progress(step + 1)
+        return indices
+
+    def guided_logits(self, indices: Tensor, cond: Tensor, weight: float) -> Tensor:
+        """indices: (B, k) with masks; cond: (B,). Returns c + weight (c - u) in fp32, (B, k, V);
+        both branches run in one batch, and only the conditional one at weight 0."""
+        if weight == 0:
+            return self(indices, cond).float()
+        drop = torch.arange(2 * len(cond), device=cond.device) >= len(cond)
+        c, u = self(indices.repeat(2, 1), cond.repeat(2), drop).float().chunk(2)
+        return c + weight * (c - u)
+
+
+def sample_mask(u_ratio: Tensor, u_order: Tensor) -> Tensor:
+    """u_ratio: (B,), u_order: (B, N), uniform in [0, 1). Returns (B, N) bool, True = masked: a
+    random arccos(u) / (pi/2) of the positions, at least one."""
+    number = (u_order.shape[1] * torch.acos(u_ratio) / (math.pi / 2)).round().clamp(min=1)
+    return u_order.argsort(dim=-1) < number[:, None]
+
+
+def mask_schedule(num_tokens: int, num_steps: int) -> list[int]:
+    """How many positions stay masked after each step: floor(N arccos(r) / (pi/2)), r = (s+1)/S; at
+    least one fewer than before while more than one is left, never none before the last step."""
+    schedule, masked = [], num_tokens
+    for step in range(1, num_steps):
+        target = math.floor(num_tokens * math.acos(step / num_steps) / (math.pi / 2))
+        masked = max(1, min(masked - 1, target))
+        schedule.append(masked)
+    return [*schedule, 0]
+
+
+def guidance_weight(progress: float, scale: float, decay: Decay, power: float = 3.0) -> float:
+    """The weight w of c + w (c - u) at `progress` = step / steps in [0, 1).
+
+    constant: w = scale. linear: grows from 0 to it. Both have no guidance at 0. power-cosine (MDT,
+    2303.14389): u + s (c - u), s growing from 1 to scale, so it has none at 1, and w = s - 1."""
+    if decay == "constant":
+        return scale
+    if decay == "linear":
+        return scale * progress
+    if decay == "power-cosine":
+        return (scale - 1) * (1 - math.cos(math.pi * progress**power)) / 2
+    raise ValueError(f"guidance_decay={decay!r} must be constant, linear or power-cosine")
+
+
+def gumbel(u: Tensor) -> Tensor:
+    """u: uniform in [0, 1). Returns standard Gumbel noise of the same shape."""
+    return -torch.log((-torch.log(u.clamp(min=1e-20))).clamp(min=1e-20))
+
+
+def uniform_source(
+    generator: torch.Generator | None, device: torch.device
+) -> Callable[[tuple[int, ...]], Tensor]:
+    """torch.rand on the generator's device, moved to `device`: a CPU generator gives the same draws
+    whatever the model runs on."""
+    source = device if generator is None else generator.device
+    return lambda shape: torch.rand(shape, generator=generator, device=source).to(device)

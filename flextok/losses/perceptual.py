@@ -1,0 +1,121 @@
+"""Perceptual losses: distances between pictures in the features of a frozen, pretrained network.
+
+TiTok's second stage uses 0.1 x "convnext_s"; its single-stage models use 1.0 x "lpips" + 0.1 x
+"convnext_s". Missing weights are an error: nothing else ever stands in for them.
+"""
+
+import importlib.util
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flextok.schema import unknown_key
+
+
+class LPIPS(nn.Module):
+    """LPIPS with VGG-16 (arXiv 1801.03924, version 0.1): weighted squared differences of
+    unit-length features after five ReLUs. Backbone from torchvision, heads from torchmetrics."""
+
+    shift: Tensor
+    scale: Tensor
+    layers = (3, 8, 15, 22, 29)  # relu1_2, 2_2, 3_3, 4_3, 5_3 in torchvision's vgg16.features
+
+    def __init__(self, pretrained: bool = True):
+        super().__init__()
+        from torchvision.models import vgg16  # slow to import, and only this loss needs it
+
+        self.features = vgg16(weights="IMAGENET1K_V1" if pretrained else None).features
+        heads = torch.load(lpips_heads(), map_location="cpu", weights_only=True)
+        for i in range(len(self.layers)):
+            self.register_buffer(f"head{i}", heads[f"lin{i}.model.1.weight"])
+        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
+        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1))
+
+    def forward(self, images: Tensor, targets: Tensor) -> Tensor:
+        """images, targets: (B, 3, H, W) in [-1, 1]. Returns the mean distance, a scalar."""
+        x = (torch.cat([images, targets]) - self.shift) / self.scale
+        total = x.new_zeros(())
+        for i, layer in enumerate(self.features):
+            x = layer(x)
+            if i in self.layers:
+                unit = x / torch.sqrt(1e-8 + x.square().sum(dim=1, keepdim=True))
+                ours, theirs = unit.chunk(2)
+                head = getattr(self, f"head{self.layers.index(i)}")
+                total = total + F.conv2d((ours - theirs).square(), head).mean()
+            if i == self.layers[-1]:
+                break
+        return total
+
+
+class ConvNeXtLogits(nn.Module):
+    """Mean squared difference of an ImageNet ConvNeXt-S's logits at 224 px (TiTok)."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, pretrained: bool = True):
+        super().__init__()
+        from torchvision.models import convnext_small
+
+        self.network = convnext_small(weights="IMAGENET1K_V1" if pretrained else None)
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1))
+
+    def forward(self, images: Tensor, targets: Tensor) -> Tensor:
+        """images, targets: (B, 3, H, W) in [-1, 1]. Returns a scalar."""
+        x = (torch.cat([images, targets]) + 1) / 2
+        x = F.interpolate(x, (224, 224), mode="bilinear", antialias=True)
+        ours, theirs = self.network((x - self.mean) / self.std).chunk(2)
+        return F.mse_loss(ours, theirs)
+
+
+PERCEPTUAL: dict[str, Callable[[], nn.Module]] = {"lpips": LPIPS, "convnext_s": ConvNeXtLogits}
+
+
+class PerceptualLoss:
+    """A weighted sum of perceptual losses by name: {"lpips": 1.0, "convnext_s": 0.1}.
+
+    No nn.Module on purpose: its frozen networks belong to no state dict. They are built, and their
+    weights fetched, on the first call. Empty weights cost nothing and give zero.
+    """
+
+    def __init__(self, weights: Mapping[str, float]):
+        for name in weights:
+            if name not in PERCEPTUAL:
+                raise unknown_key("perceptual loss", name, list(PERCEPTUAL))
+        self.weights = dict(weights)
+        self.networks: dict[str, nn.Module] = {}
+
+    def __call__(self, images: Tensor, targets: Tensor) -> Tensor:
+        """images, targets: (B, 3, H, W) in [-1, 1]; gradients reach both. Returns a scalar."""
+        total = images.new_zeros((), dtype=torch.float32)
+        for name, weight in self.weights.items():
+            if name not in self.networks:
+                self.networks[name] = load_network(name)
+            network = self.networks[name].to(images.device)
+            total = total + weight * network(images, targets).float()
+        return total
+
+
+def load_network(name: str) -> nn.Module:
+    """A perceptual network, frozen and in eval mode. Raises ValueError without its weights."""
+    try:
+        network = PERCEPTUAL[name]()
+    except (OSError, RuntimeError) as error:  # no network, no file, or a damaged one
+        raise ValueError(
+            f"perceptual loss {name!r} needs pretrained weights that are not here ({error}). "
+            f"Put them into torch's hub cache ({torch.hub.get_dir()}/checkpoints), or take "
+            f"{name!r} out of the model's `perceptual`."
+        ) from error
+    return network.eval().requires_grad_(False)
+
+
+def lpips_heads() -> Path:
+    """The file of LPIPS's linear heads for VGG-16, shipped in torchmetrics."""
+    spec = importlib.util.find_spec("torchmetrics")
+    if spec is None or spec.origin is None:
+        raise FileNotFoundError("torchmetrics, which ships the heads of LPIPS, is not installed")
+    return Path(spec.origin).parent / "functional" / "image" / "lpips_models" / "vgg.pth"

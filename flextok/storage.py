@@ -1,0 +1,153 @@
+"""Where a model's files lie (a folder, one file, the hub) and what they hold: JSON and tensors.
+
+Nothing read here is code: safetensors hold none, and pickles load with weights_only=True.
+"""
+
+import json
+import pickle
+import re
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+OLD_WEIGHTS = "pytorch_model.bin"  # what hub repositories held before safetensors
+PICKLES = (".bin", ".pt", ".pth")
+SUFFIXES = (".safetensors", *PICKLES)
+
+
+class CheckpointError(ValueError):
+    """A model that cannot be loaded; the message names the file and the remedy."""
+
+
+def resolve(path: str | Path, revision: str | None = None) -> Path:
+    """A local folder or file as it is; else, from the hub or its local cache, the snapshot of a
+    hub id owner/name or the file of owner/name/file.bin. Raises CheckpointError."""
+    place, name = Path(path), str(path)
+    if place.is_dir() or place.is_file():
+        return place
+    parts = name.split("/")
+    is_hub_file = len(parts) > 2 and name.endswith(SUFFIXES)
+    if name.startswith((".", "/", "~")) or not (len(parts) == 2 or is_hub_file):
+        raise CheckpointError(
+            f"no model at {name!r}: expected a folder with {CONFIG}, a weight file or a hub id"
+        )
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    repo = "/".join(parts[:2])
+    if is_hub_file:
+        file = "/".join(parts[2:])
+        return Path(_from_hub(name, lambda: hf_hub_download(repo, file, revision=revision)))
+
+    def snapshot(*patterns: str) -> Path:
+        return Path(
+            _from_hub(
+                name,
+                lambda: snapshot_download(repo, revision=revision, allow_patterns=list(patterns)),
+            )
+        )
+
+    folder = snapshot(WEIGHTS, CONFIG)
+    if not (folder / WEIGHTS).is_file():
+        folder = snapshot(OLD_WEIGHTS, CONFIG)
+    return folder
+
+
+def _from_hub(name: str, download: Callable[[], str]) -> str:
+    from huggingface_hub import constants, errors
+
+    try:
+        return download()
+    except Exception as error:  # the hub client raises many kinds, some of its dependencies' own
+        if constants.HF_HUB_OFFLINE:
+            hint = (
+                "HF_HUB_OFFLINE is set and the local cache does not hold it: download it once "
+                f"with `hf download {'/'.join(name.split('/')[:2])}` or unset the variable"
+            )
+        elif isinstance(error, errors.GatedRepoError):
+            hint = "its owner asks to accept terms first: do so on its page, then `hf auth login`"
+        elif isinstance(error, errors.RepositoryNotFoundError):
+            hint = "the hub knows no such model: check the name; for a private one, `hf auth login`"
+        elif isinstance(error, errors.RevisionNotFoundError):
+            hint = "the model has no such revision"
+        else:
+            reason = " ".join([type(error).__name__, *str(error).splitlines()[:1]])
+            hint = (
+                f"the hub does not give it ({reason}): check the name and the connection, or "
+                "download it elsewhere and pass its folder"
+            )
+        raise CheckpointError(f"no folder or file {name!r} here; {hint}") from error
+
+
+def find_weights(folder: Path) -> Path:
+    """The weight file of a folder: the one of the usual name, else the only one there is."""
+    for name in (WEIGHTS, OLD_WEIGHTS):
+        if (folder / name).is_file():
+            return folder / name
+    files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
+    if not files:
+        raise CheckpointError(f"{folder / WEIGHTS} is missing: the model folder is incomplete")
+    if len(files) > 1:
+        names = ", ".join(path.name for path in files)
+        raise CheckpointError(f"{folder} holds several weight files ({names}): name one of them")
+    return files[0]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The mapping in a JSON file. Raises CheckpointError when it is damaged or something else."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); write it again") from None
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{path} is not a flextok model's config, nor a published one's")
+    return document
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a file by name, memory-mapped where the format allows it, and a safetensors
+    file's metadata. Raises CheckpointError for anything else than plain tensors."""
+    if path.suffix in PICKLES:
+        return _read_pickle(path), {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            return {key: file.get_tensor(key) for key in file.keys()}, metadata  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is truncated or damaged ({error}); copy, download or export the model again"
+        ) from None
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    mmap = zipfile.is_zipfile(path)  # torch cannot map the format that it wrote before 1.6
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError as error:
+        # torch's message advises to allow code: ours names the culprit and advises not to
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"its pickle names {named[1]!r}" if named else "its pickle is damaged or hostile"
+        raise CheckpointError(
+            f"{path} is refused: {reason}, and only plain tensors are read. Nothing in it was run; "
+            "get the model from a source that you trust, best as safetensors"
+        ) from None
+    except Exception as error:  # zip, end-of-file and OS errors alike mean an unusable file
+        raise CheckpointError(
+            f"{path} is truncated or damaged ({type(error).__name__}); copy or download it again"
+        ) from None
+    for wrapper in ("state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not tensors by name")
+    for key, value in content.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise CheckpointError(
+                f"{path} holds a {type(value).__name__} under {key!r}, where only tensors are read"
+            )
+    return {key: value.detach() for key, value in content.items()}

@@ -1,0 +1,439 @@
+"""TiTok (arXiv 2406.07550): a picture as 32 to 256 codes without a grid, from a plain ViT.
+
+Patches and latent tokens attend to each other in the encoder; its latent outputs are quantized; the
+decoder rebuilds the picture from mask tokens beside the codes. Covers the paper's two-stage models,
+the later single-stage ones with VQ or KL, TA-TiTok (2501.07730: text in the decoder) and
+One-D-Piece (2501.10064: any prefix decodes). The networks take and give [0, 1]; the package's
+[-1, 1] is converted in the methods that meet pictures.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from flextok.hub import Pretrained
+from flextok.losses.perceptual import PerceptualLoss
+from flextok.nn.embeddings import patchify, unpatchify
+from flextok.nn.vit import ViTBlock
+from flextok.quantizers import KL, QUANTIZERS
+from flextok.schema import build
+from flextok.tokenizers.flextok import draw, run_block
+from flextok.tokenizers.nested_dropout import NESTED_DROPOUT
+from flextok.tokenizers.vqgan import (
+    ConvDecoder,
+    MaskGITVQGAN,
+    Reconstruction,
+    VQGANConfig,
+    check_images,
+    check_indices,
+    check_keep,
+    from_unit,
+    reconstruction_losses,
+    to_unit,
+)
+
+Stage = Literal["proxy", "finetune", "single"]
+
+
+@dataclass
+class TiTokConfig:
+    """Published sizes, dim x depth: small 512 x 8, base 768 x 12, large 1024 x 24.
+
+    stage: "proxy" learns the indices of a MaskGIT-VQGAN (paper's first stage), "finetune" its
+    pixels, by the decoder alone (second stage); "single" learns pixels from the start.
+    """
+
+    image_size: int = 256
+    patch_size: int = 16
+    num_tokens: int = 128  # K
+    head_dim: int = 64
+    encoder_dim: int = 512
+    encoder_depth: int = 8
+    decoder_dim: int = 512
+    decoder_depth: int = 8
+    quantizer: dict[str, Any] = field(
+        default_factory=lambda: {"name": "vq", "codebook_size": 4096, "dim": 12}
+    )
+    stage: Stage = "single"
+    proxy: VQGANConfig = field(default_factory=VQGANConfig)  # its image_size follows ours
+    legacy: bool = False  # the first releases' layout of the encoder's output, see TiTokEncoder
+    nested_dropout: str = "none"  # "uniform" = One-D-Piece's tail drop, one length a batch
+    text_length: int = 0  # TA-TiTok: text features that the decoder sees (77 of CLIP), 0 = none
+    text_dim: int = 768
+    perceptual: dict[str, Any] = field(default_factory=dict)  # weights by name; training only
+    checkpoint_blocks: bool = False  # recompute activations in the backward pass
+
+
+class TiTokEncoder(nn.Module):
+    """Pictures to K vectors, before quantization."""
+
+    def __init__(
+        self,
+        grid: int,
+        patch_size: int,
+        dim: int,
+        depth: int,
+        num_heads: int,
+        num_tokens: int,
+        out_dim: int,
+        legacy: bool,
+        checkpoint_blocks: bool,
+    ):
+        super().__init__()
+        self.patch_size, self.legacy, self.checkpoint_blocks = patch_size, legacy, checkpoint_blocks
+        self.patch_embed = nn.Linear(3 * patch_size**2, dim)
+        self.class_token = nn.Parameter(torch.empty(1, dim))
+        self.patch_pos = nn.Parameter(torch.empty(1 + grid**2, dim))
+        self.latent_tokens = nn.Parameter(torch.empty(num_tokens, dim))
+        self.latent_pos = nn.Parameter(torch.empty(num_tokens, dim))
+        self.norm_pre = nn.LayerNorm(dim)
+        self.blocks = nn.ModuleList(ViTBlock(dim, num_heads) for _ in range(depth))
+        self.norm_post = nn.LayerNorm(dim)
+        self.head = nn.Linear(dim, out_dim)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """pixels: (B, 3, H, W) in [0, 1]. Returns z (B, K, out_dim)."""
+        batch = len(pixels)
+        x = self.patch_embed(patchify(pixels, self.patch_size))  # (B, N, D)
+        patches = torch.cat([self.class_token.expand(batch, -1, -1).to(x.dtype), x], dim=1)
+        patches = patches + self.patch_pos
+        latents = (self.latent_tokens + self.latent_pos).expand(batch, -1, -1)
+        x = self.norm_pre(torch.cat([patches, latents.to(x.dtype)], dim=1))  # (B, 1+N+K, D)
+        for block in self.blocks:
+            x = run_block(block, x, checkpoint=self.checkpoint_blocks and self.training)
+        x = self.norm_post(x[:, patches.shape[1] :])  # (B, K, D)
+        if self.legacy:
+            # read as (D, K) without a transposition: each output mixes features of all latents.
+            # Official l32, b64 and s128 weights depend on it.
+            x = x.reshape(batch, x.shape[2], x.shape[1]).transpose(1, 2)
+        return self.head(x)
+
+
+class TiTokDecoder(nn.Module):
+    """Codes beside mask tokens, one for each patch, to the outputs of `head` at those patches."""
+
+    def __init__(
+        self,
+        grid: int,
+        dim: int,
+        depth: int,
+        num_heads: int,
+        num_tokens: int,
+        code_dim: int,
+        text_length: int,
+        text_dim: int,
+        head: nn.Module,
+        checkpoint_blocks: bool,
+    ):
+        super().__init__()
+        self.grid, self.checkpoint_blocks = grid, checkpoint_blocks
+        self.code_embed = nn.Linear(code_dim, dim)
+        self.class_token = nn.Parameter(torch.empty(1, dim))
+        self.mask_token = nn.Parameter(torch.empty(1, dim))
+        self.patch_pos = nn.Parameter(torch.empty(1 + grid**2, dim))
+        self.latent_pos = nn.Parameter(torch.empty(num_tokens, dim))
+        self.text_embed, self.text_pos = None, None
+        if text_length:
+            self.text_embed = nn.Linear(text_dim, dim)
+            self.text_pos = nn.Parameter(torch.empty(text_length, dim))
+        self.norm_pre = nn.LayerNorm(dim)
+        self.blocks = nn.ModuleList(ViTBlock(dim, num_heads) for _ in range(depth))
+        self.norm_post = nn.LayerNorm(dim)
+        self.head = head
+
+    def forward(
+        self, codes: Tensor, keep: Tensor | None = None, text: Tensor | None = None
+    ) -> Tensor:
+        """codes: (B, k, code_dim), k <= K; keep: (B,) long, codes in use of each (all if None);
+        text: (B, L, text_dim) float. Returns what the head makes of (B, N, D)."""
+        batch, k, _ = codes.shape
+        x = self.code_embed(codes.to(self.code_embed.weight.dtype))
+        latents = x + self.latent_pos[:k]
+        patches = torch.cat([self.class_token, self.mask_token.expand(self.grid**2, -1)])
+        patches = (patches + self.patch_pos).expand(batch, -1, -1)
+        parts = [patches.to(x.dtype), latents]
+        if self.text_embed is not None and self.text_pos is not None:
+            expected = (batch, len(self.text_pos), self.text_embed.in_features)
+            if text is None or tuple(text.shape) != expected:
+                got = None if text is None else tuple(text.shape)
+                raise ValueError(f"text must be features {expected}, got {got}")
+            parts.append(self.text_embed(text.to(x.dtype)) + self.text_pos)
+        elif text is not None:
+            raise ValueError("this TiTok has no text input (text_length is 0)")
+        x = self.norm_pre(torch.cat(parts, dim=1))  # (B, 1+N+k+L, D)
+        mask = None
+        if keep is not None:
+            seen = torch.ones(batch, x.shape[1], dtype=torch.bool, device=x.device)
+            first = patches.shape[1]
+            seen[:, first : first + k] = torch.arange(k, device=x.device) < keep[:, None]
+            mask = seen[:, None, None]
+        for block in self.blocks:
+            x = run_block(block, x, mask, checkpoint=self.checkpoint_blocks and self.training)
+        return self.head(self.norm_post(x[:, 1 : patches.shape[1]]))
+
+
+class PixelHead(nn.Module):
+    """Each patch's pixels, smoothed over patch borders by a 3x3 convolution."""
+
+    def __init__(self, dim: int, patch_size: int, grid: int):
+        super().__init__()
+        self.patch_size, self.grid = patch_size, grid
+        self.linear = nn.Linear(dim, 3 * patch_size**2)
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, N, D). Returns (B, 3, H, W), about [0, 1]."""
+        return self.conv(unpatchify(self.linear(x), self.patch_size, self.grid))
+
+
+class TiTok(Pretrained, nn.Module):
+    """The tokenizer: encode pictures to K indices, decode them (any prefix with nested dropout).
+
+    >>> tokenizer = TiTok.from_pretrained("outputs/titok/tokenizer")
+    >>> indices = tokenizer.encode(images)       # (B, K)
+    >>> pictures = tokenizer.decode(indices)
+    """
+
+    model_type = "titok"
+    config_class = TiTokConfig
+
+    def __init__(self, config: TiTokConfig):
+        super().__init__()
+        self.config = config
+        if config.image_size % config.patch_size:
+            raise ValueError(
+                f"image_size={config.image_size} must be a multiple of "
+                f"patch_size={config.patch_size}"
+            )
+        self.grid = config.image_size // config.patch_size
+        self.quantizer = build(QUANTIZERS, config.quantizer, "quantizer")
+        self.is_continuous = isinstance(self.quantizer, KL)
+        self.sample_keep = build(NESTED_DROPOUT, config.nested_dropout, "nested dropout")
+        self.perceptual: Callable[[Tensor, Tensor], Tensor] = PerceptualLoss(config.perceptual)
+        shared: dict[str, Any] = {
+            "grid": self.grid,
+            "num_tokens": config.num_tokens,
+            "checkpoint_blocks": config.checkpoint_blocks,
+        }
+        self.encoder = TiTokEncoder(
+            patch_size=config.patch_size,
+            dim=config.encoder_dim,
+            depth=config.encoder_depth,
+            num_heads=config.encoder_dim // config.head_dim,
+            out_dim=self.quantizer.dim * (2 if self.is_continuous else 1),  # mean and log-variance
+            legacy=config.legacy,
+            **shared,
+        )
+        self.decoder = TiTokDecoder(
+            dim=config.decoder_dim,
+            depth=config.decoder_depth,
+            num_heads=config.decoder_dim // config.head_dim,
+            code_dim=self.quantizer.dim,
+            text_length=config.text_length,
+            text_dim=config.text_dim,
+            head=self._build_head(),
+            **shared,
+        )
+        self.init_weights()
+
+    def _build_head(self) -> nn.Module:
+        """The decoder's head by stage; the second stage also gets its pixel decoder, and freezes
+        what the first one trained."""
+        config, dim = self.config, self.config.decoder_dim
+        self.proxy_vocab_size = 0
+        if config.stage == "single":
+            return PixelHead(dim, config.patch_size, self.grid)
+        proxy = config.proxy
+        downsample = 2 ** (len(proxy.multipliers) - 1)
+        if downsample != config.patch_size:
+            raise ValueError(
+                f"patch_size={config.patch_size} must be {downsample}: the head gives the proxy "
+                "one code for each patch"
+            )
+        quantizer = build(QUANTIZERS, proxy.quantizer, "quantizer")
+        self.proxy_vocab_size = quantizer.codebook_size
+        if config.stage == "finetune":
+            self.pixel_quantizer = quantizer
+            self.pixel_decoder = ConvDecoder(
+                proxy.dim, proxy.multipliers, proxy.num_blocks, quantizer.dim
+            )
+        return nn.Sequential(
+            nn.Linear(dim, 2 * dim), nn.Tanh(), nn.Linear(2 * dim, self.proxy_vocab_size)
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        return self.config.num_tokens
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of codes; 0 for a continuous (KL) bottleneck."""
+        return self.quantizer.codebook_size
+
+    @property
+    def image_size(self) -> int:
+        return self.config.image_size
+
+    def init_weights(self) -> None:
+        """Linear: N(0, 0.02), cut at 2, no bias. Tokens and positions: N(0, 1/D). The convolutions
+        and codebooks keep their own."""
+        for part in (self.encoder, self.decoder):
+            for module in part.modules():
+                if isinstance(module, nn.Linear):
+                    nn.init.trunc_normal_(module.weight, std=0.02)
+                    nn.init.zeros_(module.bias)
+            for name, parameter in part.named_parameters():
+                if name.endswith(("_token", "_tokens", "_pos")):
+                    nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+        if self.config.stage == "finetune":
+            self.encoder.requires_grad_(False)
+            self.quantizer.requires_grad_(False)
+
+    def attach_proxy(self, proxy: MaskGITVQGAN) -> None:
+        """Give a first-stage model the frozen VQGAN whose indices it learns. It becomes no part of
+        the state dict."""
+        theirs = (proxy.image_size, proxy.num_tokens, proxy.vocab_size)
+        ours = (self.image_size, self.grid**2, self.proxy_vocab_size)
+        if theirs != ours:
+            raise ValueError(
+                f"the proxy has (pixels, indices, codes) {theirs}, TiTok expects {ours}"
+            )
+        object.__setattr__(self, "_proxy", proxy.eval().requires_grad_(False))
+
+    @property
+    def proxy(self) -> MaskGITVQGAN:
+        attached: MaskGITVQGAN | None = self.__dict__.get("_proxy")
+        if attached is None:
+            raise ValueError(
+                "the first stage (stage: proxy) needs its MaskGIT-VQGAN: call attach_proxy(vqgan)"
+            )
+        return attached.to(self.encoder.head.weight.device)
+
+    def start_finetuning(self, first: "TiTok", proxy: MaskGITVQGAN) -> None:
+        """Fill this second-stage model with a first-stage one's weights, and with the proxy's
+        codebook and decoder for pixels."""
+        state = dict(first.state_dict())
+        for ours, part in (("pixel_quantizer", proxy.quantizer), ("pixel_decoder", proxy.decoder)):
+            state |= {f"{ours}.{key}": value for key, value in part.state_dict().items()}
+        self.load_state_dict(state, strict=True)
+
+    def loss(
+        self,
+        images: Tensor,
+        generator: torch.Generator | None = None,
+        text: Tensor | None = None,
+        proxy_indices: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """images: (B, 3, H, W) float in [-1, 1]; text: (B, L, text_dim) for TA-TiTok;
+        proxy_indices: (B, N) long, the first stage's targets if they are there already. Returns
+        scalars; "loss" is the total. All random draws come from `generator`."""
+        if self.config.stage != "proxy":
+            return self.reconstruction_losses(images, self.reconstruct(images, generator, text))
+        if proxy_indices is None:
+            proxy_indices = self.proxy.encode(images)
+        codes, aux = self._training_codes(images, generator)
+        logits = self.decoder(codes, text=text)  # (B, N, V)
+        losses = {
+            "proxy": F.cross_entropy(logits.flatten(0, 1).float(), proxy_indices.flatten()),
+            "quantizer": aux,
+        }
+        return {"loss": losses["proxy"] + aux, **losses}
+
+    def reconstruct(
+        self,
+        images: Tensor,
+        generator: torch.Generator | None = None,
+        text: Tensor | None = None,
+    ) -> Reconstruction:
+        """Arguments as in `loss`. Encodes and decodes with gradients; adversarial training adds a
+        loss on the images in between this and `reconstruction_losses`."""
+        codes, aux = self._training_codes(images, generator)
+        return Reconstruction(self.decode_codes(codes, text=text), aux)
+
+    def reconstruction_losses(
+        self, images: Tensor, reconstruction: Reconstruction
+    ) -> dict[str, Tensor]:
+        """images: (B, 3, H, W) in [-1, 1]. Returns scalars l2, perceptual, quantizer and loss."""
+        return reconstruction_losses(images, reconstruction, self.perceptual)
+
+    def _training_codes(
+        self, images: Tensor, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor]:
+        check_images(images, self.image_size)
+        codes, _, aux = self._quantize(images, generator)
+        if self.config.stage == "finetune":
+            aux = torch.zeros_like(aux)  # encoder and codebook are frozen
+        if self.config.nested_dropout != "none":
+            u = draw(torch.rand, (1,), generator, images.device)
+            keep = self.sample_keep(u, num_registers=self.num_tokens)
+            codes = codes[:, : int(keep)]
+        return codes, aux
+
+    def _quantize(
+        self, images: Tensor, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        z = self.encoder(to_unit(images).to(self.encoder.head.weight.dtype))
+        return self.quantizer(z, generator) if self.is_continuous else self.quantizer(z)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """images: (B, 3, H, W) float in [-1, 1]. Returns indices (B, K) long. Raises ValueError on
+        a wrong shape, dtype or range, and for a continuous bottleneck."""
+        self._check_discrete()
+        check_images(images, self.image_size, check_range=True)
+        return self._quantize(images)[1]
+
+    @torch.no_grad()
+    def encode_codes(self, images: Tensor) -> Tensor:
+        """images: (B, 3, H, W) float in [-1, 1]. Returns codes (B, K, C) float, quantized ones or,
+        for a continuous bottleneck in eval mode, the posterior's mean."""
+        check_images(images, self.image_size, check_range=True)
+        return self._quantize(images)[0]
+
+    @torch.no_grad()
+    def decode(
+        self, indices: Tensor, keep: Tensor | int | None = None, text: Tensor | None = None
+    ) -> Tensor:
+        """indices: (B, k) long; keep: how many of the k to use, an int or (B,) long if ragged;
+        text: (B, L, text_dim) for TA-TiTok. Returns images (B, 3, H, W) in [-1, 1].
+
+        Models trained with nested dropout decode any k in [1, K]; others need all K. Raises
+        ValueError on indices, keep or text that do not fit."""
+        self._check_discrete()
+        check_indices(indices, self.num_tokens, self.vocab_size)
+        device = self.encoder.head.weight.device
+        codes = self.quantizer.indices_to_codes(indices.to(device))
+        return self.decode_codes(codes, keep, text).float().clamp(-1, 1)
+
+    def decode_codes(
+        self, codes: Tensor, keep: Tensor | int | None = None, text: Tensor | None = None
+    ) -> Tensor:
+        """codes: (B, k, C) float; keep and text as in `decode`. Returns images (B, 3, H, W), about
+        [-1, 1], not clamped, with gradients."""
+        lengths = check_keep(keep, len(codes), codes.shape[1]).to(codes.device)
+        shortest, longest = (int(n) for n in lengths.aminmax())
+        if self.config.nested_dropout == "none" and shortest < self.num_tokens:
+            raise ValueError(
+                f"this TiTok decodes all {self.num_tokens} tokens only, got {shortest}: prefixes "
+                "need a model trained with nested_dropout (uniform = One-D-Piece's tail drop)"
+            )
+        ragged = shortest < longest
+        out = self.decoder(codes[:, :longest], lengths if ragged else None, text)
+        if self.config.stage == "single":
+            return from_unit(out)
+        probabilities = out.float().softmax(dim=-1)  # (B, N, V): a soft choice of proxy codes
+        if self.config.stage == "proxy":
+            codebook, decoder = self.proxy.quantizer.codebook, self.proxy.decoder
+        else:
+            codebook, decoder = self.pixel_quantizer.codebook, self.pixel_decoder
+        soft = rearrange(probabilities @ codebook.float(), "b (h w) c -> b c h w", h=self.grid)
+        return from_unit(decoder(soft.to(decoder.conv_in.weight.dtype)))
+
+    def _check_discrete(self) -> None:
+        if self.is_continuous:
+            raise ValueError("a KL bottleneck has no indices: use encode_codes and decode_codes")

@@ -1,0 +1,274 @@
+"""MaskGIT-VQGAN (arXiv 2202.04200, after 2012.09841): a purely convolutional VQ tokenizer.
+
+TiTok needs it twice: its indices are the proxy codes of TiTok's first training stage, and its
+decoder turns TiTok's soft codes into pixels. The networks work on [0, 1]; the package's [-1, 1] is
+converted in the two methods that meet pictures.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from flextok.hub import Pretrained
+from flextok.losses.perceptual import PerceptualLoss
+from flextok.quantizers import QUANTIZERS
+from flextok.schema import build
+
+
+@dataclass
+class VQGANConfig:
+    image_size: int = 256
+    dim: int = 128  # channels at full resolution
+    multipliers: list[int] = field(default_factory=lambda: [1, 1, 2, 2, 4])  # one a resolution
+    num_blocks: int = 2  # residual blocks a resolution
+    quantizer: dict[str, Any] = field(
+        default_factory=lambda: {
+            "name": "vq",
+            "codebook_size": 1024,
+            "dim": 256,
+            "l2_norm": False,
+        }
+    )
+    perceptual: dict[str, Any] = field(default_factory=dict)  # weights by name; training only
+
+
+class ResBlock(nn.Module):
+    """Two 3x3 convolutions in front of a residual sum."""
+
+    def __init__(self, channels: int, out_channels: int):
+        super().__init__()
+        self.norm1 = group_norm(channels)
+        self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1, bias=False)
+        self.norm2 = group_norm(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.shortcut = None
+        if channels != out_channels:
+            self.shortcut = nn.Conv2d(out_channels, out_channels, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, channels, h, w). Returns (B, out_channels, h, w)."""
+        y = self.conv1(F.silu(self.norm1(x)))
+        y = self.conv2(F.silu(self.norm2(y)))
+        # the published network feeds the branch, not x, to its shortcut, and weights depend on it
+        return y + (x if self.shortcut is None else self.shortcut(y))
+
+
+class ConvEncoder(nn.Module):
+    """Pictures to a grid of vectors, halved between resolutions."""
+
+    def __init__(self, dim: int, multipliers: list[int], num_blocks: int, out_dim: int):
+        super().__init__()
+        self.conv_in = nn.Conv2d(3, dim, 3, padding=1, bias=False)
+        self.down = nn.ModuleList()
+        width = dim
+        for multiplier in multipliers:
+            self.down.append(res_blocks(width, dim * multiplier, num_blocks))
+            width = dim * multiplier
+        self.mid = res_blocks(width, width, num_blocks)
+        self.norm_out = group_norm(width)
+        self.conv_out = nn.Conv2d(width, out_dim, 1)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """pixels: (B, 3, H, W) in [0, 1]. Returns (B, out_dim, H/f, W/f)."""
+        x = self.conv_in(pixels)
+        for i, blocks in enumerate(self.down):
+            x = blocks(x if i == 0 else F.avg_pool2d(x, 2))
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+
+
+class ConvDecoder(nn.Module):
+    """A grid of vectors to pictures, doubled between resolutions."""
+
+    def __init__(self, dim: int, multipliers: list[int], num_blocks: int, in_dim: int):
+        super().__init__()
+        width = dim * multipliers[-1]
+        self.conv_in = nn.Conv2d(in_dim, width, 3, padding=1)
+        self.mid = res_blocks(width, width, num_blocks)
+        self.up = nn.ModuleList()  # coarse to fine, as forward runs them
+        self.upsample_conv = nn.ModuleList()
+        for multiplier in reversed(multipliers):
+            self.up.append(res_blocks(width, dim * multiplier, num_blocks))
+            width = dim * multiplier
+            if len(self.up) < len(multipliers):
+                self.upsample_conv.append(nn.Conv2d(width, width, 3, padding=1))
+        self.norm_out = group_norm(width)
+        self.conv_out = nn.Conv2d(width, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, in_dim, h, w). Returns (B, 3, h f, w f), about [0, 1]."""
+        x = self.up[0](self.mid(self.conv_in(x)))
+        for conv, blocks in zip(self.upsample_conv, list(self.up)[1:], strict=True):
+            x = blocks(conv(F.interpolate(x, scale_factor=2.0, mode="nearest")))
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class Reconstruction(NamedTuple):
+    """What training compares with the pictures that went in."""
+
+    images: Tensor  # (B, 3, H, W), about [-1, 1], not clamped
+    aux: Tensor  # the quantizer's loss, a scalar
+
+
+class MaskGITVQGAN(Pretrained, nn.Module):
+    """The 16x-downsampling VQ tokenizer: 256 indices of 1024 a picture of 256 px, row by row."""
+
+    model_type = "maskgit_vqgan"
+    config_class = VQGANConfig
+
+    def __init__(self, config: VQGANConfig):
+        super().__init__()
+        self.config = config
+        self.downsample = 2 ** (len(config.multipliers) - 1)
+        if config.image_size % self.downsample:
+            raise ValueError(
+                f"image_size={config.image_size} must be a multiple of {self.downsample}"
+            )
+        self.quantizer = build(QUANTIZERS, config.quantizer, "quantizer")
+        shape = (config.dim, config.multipliers, config.num_blocks, self.quantizer.dim)
+        self.encoder = ConvEncoder(*shape)
+        self.decoder = ConvDecoder(*shape)
+        self.perceptual: Callable[[Tensor, Tensor], Tensor] = PerceptualLoss(config.perceptual)
+
+    @property
+    def grid(self) -> int:
+        return self.config.image_size // self.downsample
+
+    @property
+    def num_tokens(self) -> int:
+        return self.grid**2
+
+    @property
+    def vocab_size(self) -> int:
+        return self.quantizer.codebook_size
+
+    @property
+    def image_size(self) -> int:
+        return self.config.image_size
+
+    def loss(self, images: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """images: (B, 3, H, W) in [-1, 1]. Returns scalars; "loss" is the total. Draws nothing."""
+        return self.reconstruction_losses(images, self.reconstruct(images, generator))
+
+    def reconstruct(
+        self, images: Tensor, generator: torch.Generator | None = None
+    ) -> Reconstruction:
+        """images: (B, 3, H, W) in [-1, 1]. Encodes and decodes with gradients."""
+        check_images(images, self.image_size)
+        codes, _, aux = self.quantizer(self._latents(images))
+        return Reconstruction(self.decode_codes(codes), aux)
+
+    def reconstruction_losses(
+        self, images: Tensor, reconstruction: Reconstruction
+    ) -> dict[str, Tensor]:
+        return reconstruction_losses(images, reconstruction, self.perceptual)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """images: (B, 3, H, W) float in [-1, 1]. Returns indices (B, K) long, row by row."""
+        check_images(images, self.image_size, check_range=True)
+        return self.quantizer(self._latents(images))[1]
+
+    @torch.no_grad()
+    def decode(self, indices: Tensor) -> Tensor:
+        """indices: (B, K) long. Returns images (B, 3, H, W) in [-1, 1]."""
+        check_indices(indices, self.num_tokens, self.vocab_size)
+        if indices.shape[1] != self.num_tokens:
+            raise ValueError(
+                f"indices have shape {tuple(indices.shape)}, expected (B, {self.num_tokens}): a "
+                "grid of local codes has no meaningful prefix"
+            )
+        indices = indices.to(self.decoder.conv_in.weight.device)
+        return self.decode_codes(self.quantizer.indices_to_codes(indices)).float().clamp(-1, 1)
+
+    def decode_codes(self, codes: Tensor) -> Tensor:
+        """codes: (B, K, C), also soft. Returns images (B, 3, H, W), about [-1, 1], unclamped."""
+        x = rearrange(codes, "b (h w) c -> b c h w", h=self.grid)
+        return from_unit(self.decoder(x.to(self.decoder.conv_in.weight.dtype)))
+
+    def _latents(self, images: Tensor) -> Tensor:
+        z = self.encoder(to_unit(images).to(self.encoder.conv_in.weight.dtype))
+        return rearrange(z, "b c h w -> b (h w) c")
+
+
+def res_blocks(channels: int, out_channels: int, number: int) -> nn.Sequential:
+    widths = [channels] + [out_channels] * (number - 1)
+    return nn.Sequential(*(ResBlock(width, out_channels) for width in widths))
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(32, channels, eps=1e-6)
+
+
+def to_unit(images: Tensor) -> Tensor:
+    """[-1, 1] to [0, 1]."""
+    return (images + 1) / 2
+
+
+def from_unit(pixels: Tensor) -> Tensor:
+    """[0, 1] to [-1, 1]."""
+    return pixels * 2 - 1
+
+
+def reconstruction_losses(
+    images: Tensor, reconstruction: Reconstruction, perceptual: Callable[[Tensor, Tensor], Tensor]
+) -> dict[str, Tensor]:
+    """images: (B, 3, H, W) in [-1, 1]. Returns scalars: "l2" on [0, 1], as the published weights of
+    the other terms presume, "perceptual" already weighted, "quantizer", and their sum "loss"."""
+    losses = {
+        "l2": F.mse_loss(to_unit(reconstruction.images.float()), to_unit(images.float())),
+        "perceptual": perceptual(reconstruction.images, images),
+        "quantizer": reconstruction.aux,
+    }
+    return {"loss": sum(losses.values(), images.new_zeros(())), **losses}
+
+
+def check_images(images: Tensor, size: int, check_range: bool = False) -> None:
+    """Raise ValueError unless images are (B, 3, size, size) float, in [-1, 1] if asked."""
+    if images.ndim != 4 or tuple(images.shape[1:]) != (3, size, size):
+        raise ValueError(
+            f"images have shape {tuple(images.shape)}, expected (B, 3, {size}, {size}): resize "
+            "and crop first (flextok.data.transforms)"
+        )
+    if not images.is_floating_point():
+        raise ValueError(
+            f"images have dtype {images.dtype}, expected float in [-1, 1]: x / 127.5 - 1"
+        )
+    if check_range:
+        low, high = images.aminmax()
+        if not (low >= -1.001 and high <= 1.001):  # NaN fails too
+            raise ValueError(
+                f"images span [{low:.4g}, {high:.4g}], expected [-1, 1]: scale uint8 pictures with "
+                "x / 127.5 - 1"
+            )
+
+
+def check_indices(indices: Tensor, num_tokens: int, vocab_size: int) -> None:
+    """Raise ValueError unless indices are (B, k) integers, 1 <= k <= num_tokens, in range."""
+    if indices.ndim != 2 or not 1 <= indices.shape[1] <= num_tokens:
+        raise ValueError(
+            f"indices have shape {tuple(indices.shape)}, expected (B, k), k in [1, {num_tokens}]"
+        )
+    if indices.is_floating_point() or indices.dtype == torch.bool:
+        raise ValueError(f"indices have dtype {indices.dtype}, expected integers")
+    low, high = indices.aminmax()
+    if low < 0 or high >= vocab_size:
+        raise ValueError(
+            f"indices span [{low}, {high}], expected [0, {vocab_size - 1}]: were they made by "
+            "another tokenizer?"
+        )
+
+
+def check_keep(keep: Tensor | int | None, batch: int, k: int) -> Tensor:
+    """How many of k codes to use of each, (batch,) long: all for None. Raises ValueError outside
+    [1, k]."""
+    lengths = torch.as_tensor(k if keep is None else keep)
+    if lengths.is_floating_point() or lengths.shape not in ((), (batch,)):
+        raise ValueError(f"keep={keep} must be an int or a ({batch},) tensor of ints")
+    if lengths.min() < 1 or lengths.max() > k:
+        raise ValueError(f"keep={keep} must be in [1, {k}]")
+    return lengths.long().expand(batch)

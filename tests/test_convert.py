@@ -1,0 +1,286 @@
+"""Published layouts through from_pretrained: golden parity, round trips, full size."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from golden.titok.load import close, load_case
+from published import (
+    GOLDEN,
+    flextok_tree,
+    golden_flextok_weights,
+    measure,
+    memory,
+    tiny_tree,
+    titok_document,
+    write_flextok,
+    write_full_size,
+    write_titok,
+)
+from safetensors.torch import load_file, save_file
+
+from flextok import cli
+from flextok.generators import GPT, MaskGIT
+from flextok.hub import CheckpointError, fingerprint
+from flextok.pipeline import load_model
+from flextok.tokenizers import FlexTok, MaskGITVQGAN, TiTok
+
+
+@pytest.fixture(scope="module")
+def flextok_weights():
+    return golden_flextok_weights()
+
+
+@pytest.fixture(scope="module")
+def golden_flextok():
+    return load_file(GOLDEN / "flextok" / "tokenizer_golden.safetensors")
+
+
+@pytest.mark.parametrize("layout", ["one", "sections", "beside"])
+@torch.no_grad()
+def test_flextok_golden_parity(tmp_path, flextok_weights, golden_flextok, layout):
+    model = FlexTok.from_pretrained(write_flextok(tmp_path, flextok_weights, layout=layout))
+    golden = golden_flextok
+    codes, indices, _ = model.quantizer(model.encoder(golden["latents"]))
+    assert torch.equal(indices, golden["fsq_indices"])
+    keep = torch.tensor([64, 64])
+    registers, _ = model.decoder.embed_codes(codes, keep)
+    velocity = model.velocity(golden["flow_xt"], golden["flow_sigma"], registers)
+    close(velocity, golden["velocity_k64"], 1e-5)
+    pictures = model.decode(indices, noise=golden["ode_noise"], num_steps=4)
+    expected = model.vae.decode(golden["ode_s4_apg7.5_k64"]).clamp(-1, 1)  # APG 7.5 is our default
+    close(pictures, expected, 1e-4)
+    assert model.metadata["provenance"]["assumed"] == []
+
+
+@torch.no_grad()
+def test_flextok_max_timestep_comes_from_the_file_or_the_caller(
+    tmp_path, flextok_weights, golden_flextok, caplog
+):
+    golden, one = golden_flextok, tiny_tree()
+
+    def velocity(model):
+        registers, _ = model.decoder.embed_codes(golden["fsq_quant"], torch.tensor([64, 64]))
+        return model.velocity(golden["flow_xt"], golden["flow_sigma"], registers)
+
+    section = one["decoder"]["module_dict"]["dec_time_embedder"]
+    section["max_timestep"] = 1.0
+    expected = golden["velocity_k64_max_timestep_1"]
+    file = write_flextok(tmp_path / "one", flextok_weights, one)
+    close(velocity(FlexTok.from_pretrained(file)), expected, 1e-5)
+    file = write_flextok(tmp_path / "thousand", flextok_weights)
+    model = FlexTok.from_pretrained(file, overrides={"max_timestep": 1, "vae.scaling_factor": 0.5})
+    close(velocity(model), expected, 1e-5)
+    assert model.vae.scaling_factor == 0.5
+    del section["max_timestep"]
+    del one["vae"]["scaling_factor"]
+    file = write_flextok(tmp_path / "silent", flextok_weights, one)
+    with caplog.at_level("INFO"):
+        model = FlexTok.from_pretrained(file)
+    assert (model.config.max_timestep, model.vae.scaling_factor) == (1000.0, 1.0)
+    assert "max_timestep = 1000.0 (the published class's default)" in caplog.text
+    assert len(model.metadata["provenance"]["assumed"]) == 2
+    with pytest.raises(CheckpointError, match="unknown key 'max_timesteps'"):
+        FlexTok.from_pretrained(file, overrides={"max_timesteps": 1})
+
+
+def test_flextok_without_a_config_goes_by_its_shapes(tmp_path, flextok_weights):
+    save_file(flextok_weights, tmp_path / "plain.safetensors")
+    plain = FlexTok.from_pretrained(tmp_path / "plain.safetensors")
+    full = FlexTok.from_pretrained(write_flextok(tmp_path / "full", flextok_weights))
+    assert plain.config == full.config
+    assert len(plain.metadata["provenance"]["assumed"]) == 3
+
+
+def test_full_size_trees_give_the_published_configs():
+    tree = flextok_tree((1152, 18), (1792, 28))
+    assert tree["decoder"]["module_dict"]["dec_transformer"]["depth"] == 28
+    assert flextok_tree() == json.loads((GOLDEN / "flextok" / "config_d12_d12.json").read_text())
+
+
+@torch.no_grad()
+def test_titok_golden_parity(tmp_path):
+    weights, io = load_case("titok_tiny")
+    head_dim = {"head_dim": weights["latent_tokens"].shape[1] // 2}
+    write_titok(tmp_path, "titok_tiny", weights)
+    torch.save(weights, tmp_path / "tokenizer.bin")
+    torch.save({"model": weights}, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
+    for path in (tmp_path, tmp_path / "tokenizer.bin", tmp_path / "old.bin"):
+        model = TiTok.from_pretrained(path, overrides=head_dim)
+        assert torch.equal(model.encode(io["image"] * 2 - 1), io["indices"][:, 0])
+        codes = model.quantizer.indices_to_codes(io["indices"][:, 0])
+        close((model.decode_codes(codes)[..., ::4, ::4] + 1) / 2, io["decoded_4"], 1e-4)
+
+
+@pytest.mark.parametrize(
+    "name", ["titok_micro_vq_nonlegacy", "titok_micro_vae_nonlegacy", "tatitok_micro_vq"]
+)
+@torch.no_grad()
+def test_single_stage_titok_golden_parity(tmp_path, name):
+    weights, io = load_case(name)
+    head_dim = {"head_dim": weights["latent_tokens"].shape[1] // 2}
+    folder = write_titok(tmp_path, name, weights)
+    model = TiTok.from_pretrained(folder, overrides=head_dim)
+    image = io["image"] * 2 - 1
+    codes = model.encode_codes(image)
+    if not model.is_continuous:
+        assert torch.equal(model.encode(image), io["indices"][:, 0])
+    pictures = model.decode_codes(codes, text=io.get("text_guidance"))
+    close((pictures[..., ::2, ::2] + 1) / 2, io["decoded_2"], 1e-4)
+
+
+def test_first_stage_titok_and_the_legacy_flag(tmp_path):
+    weights, _ = load_case("titok_tiny")
+    weights = {k: v for k, v in weights.items() if not k.startswith("pixel_")}
+    folder = write_titok(tmp_path, "titok_tiny", weights, finetune_decoder=False)
+    model = load_model(folder)
+    assert (model.config.stage, model.config.legacy) == ("proxy", True)
+    folder = write_titok(tmp_path, "titok_tiny", weights, is_legacy=False)
+    assert not load_model(folder).config.legacy
+
+
+@torch.no_grad()
+def test_vqgan_golden_parity(tmp_path):
+    encoder, io = load_case("maskgit_vqgan_tiny_encoder")
+    titok, titok_io = load_case("titok_tiny")
+    names = {"pixel_decoder": "decoder", "pixel_quantize": "quantize"}
+    parts = ((key.partition("."), value) for key, value in titok.items())
+    state = {f"{names[p]}.{rest}": v for (p, _, rest), v in parts if p in names}
+    torch.save(encoder | state, tmp_path / "maskgit-vqgan.bin")
+    path = tmp_path / "maskgit-vqgan.bin"
+    model = MaskGITVQGAN.from_pretrained(path, overrides={"image_size": 64})
+    assert torch.equal(model.encode(titok_io["image"] * 2 - 1), io["codes"])
+
+
+@pytest.mark.parametrize("name", ["imagebert_tiny", "uvitbert_tiny"])
+@torch.no_grad()
+def test_maskgit_golden_parity(tmp_path, name):
+    weights, io = load_case(name)
+    model = MaskGIT.from_pretrained(write_titok(tmp_path, name, weights))
+    assert model.config.num_heads == 4  # which the shapes do not tell
+    close(model(io["input_ids"], io["labels"])[..., ::4], io["logits_cond_4"], 1e-4)
+
+
+@torch.no_grad()
+def test_ar_golden_parity(tmp_path):
+    golden = load_file(GOLDEN / "flextok" / "ar_golden.safetensors")
+    weights = load_file(GOLDEN / "flextok" / "ar_c2i_state_dict.safetensors")
+    save_file(weights, tmp_path / "ar.safetensors")
+    model = GPT.from_pretrained(tmp_path / "ar.safetensors")
+    greedy = model.generate(golden["class"], temperature=0, guidance_scale=1)
+    assert torch.equal(greedy, golden["greedy_no_cfg"])
+    assert "left_out" not in model.metadata["provenance"]
+    save_file(
+        {**weights, "models.image_tokenizer.encoder.x": torch.zeros(3)},
+        tmp_path / "with_tokenizer.safetensors",
+    )
+    both = GPT.from_pretrained(tmp_path / "with_tokenizer.safetensors")
+    assert fingerprint(both) == fingerprint(model)
+    assert both.metadata["provenance"]["left_out"] == "1 tensors of models.image_tokenizer.*"
+    weights["models.ar_image_model.trunk.blocks.0.cross_attn.Wk.weight"] = torch.zeros(32, 32)
+    save_file(weights, tmp_path / "text.safetensors")
+    with pytest.raises(CheckpointError, match="text-conditional"):
+        GPT.from_pretrained(tmp_path / "text.safetensors")
+
+
+@torch.no_grad()
+def test_flextok_round_trip_is_bit_identical(tmp_path, flextok_weights, capsys):
+    source = write_flextok(tmp_path / "published", flextok_weights)
+    assert cli.main(["convert", str(source), str(tmp_path / "ours")]) == 0
+    assert "wrote" in capsys.readouterr().out
+    ours = FlexTok.from_pretrained(tmp_path / "ours")
+    theirs = FlexTok.from_pretrained(source)
+    assert ours.config == theirs.config
+    assert ours.metadata == theirs.metadata
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    indices = theirs.encode(images)
+    assert torch.equal(ours.encode(images), indices)
+    first, second = (
+        model.decode(indices[:, :9], num_steps=2, generator=torch.Generator().manual_seed(0))
+        for model in (ours, theirs)
+    )
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("name", ["titok_tiny", "imagebert_tiny", "uvitbert_tiny"])
+@torch.no_grad()
+def test_round_trip_of_the_others_is_bit_identical(tmp_path, name):
+    weights, io = load_case(name)
+    torch.save(weights, tmp_path / "published.bin")
+    changed = {"head_dim": 32} if name == "titok_tiny" else {"num_heads": 4}
+    theirs = load_model(tmp_path / "published.bin", overrides=changed)
+    pairs = [f"{key}={value}" for key, value in changed.items()]
+    command = ["convert", str(tmp_path / "published.bin"), str(tmp_path / "ours"), *pairs]
+    assert cli.main(command) == 0
+    ours = load_model(tmp_path / "ours")
+    assert ours.config == theirs.config
+    if name == "titok_tiny":
+        images = io["image"] * 2 - 1
+        indices = theirs.encode(images)
+        assert torch.equal(ours.encode(images), indices)
+        assert torch.equal(ours.decode(indices), theirs.decode(indices))
+    else:
+        arguments = io["input_ids"], io["labels"]
+        assert torch.equal(ours(*arguments), theirs(*arguments))
+
+
+def test_info(tmp_path, flextok_weights, capsys):
+    folder = write_flextok(tmp_path / "published", flextok_weights)
+    assert cli.main(["info", str(folder), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["model_type"] == "flextok"
+    assert facts["vocab_size"] == 64_000
+    assert facts["bits_per_image"] == pytest.approx(64 * 15.9658, rel=1e-5)
+    assert facts["config"]["max_timestep"] == 1000
+    assert facts["parameters"]["total"] == sum(
+        facts["parameters"][part] for part in ("vae", "encoder", "decoder")
+    )
+    assert facts["metadata"]["provenance"]["source"] == "published"
+    assert cli.main(["info", str(folder)]) == 0
+    text = capsys.readouterr().out
+    for line in ("bits per image  1,022 (128 bytes)", "license         research use only"):
+        assert line in text
+    assert cli.main(["info", str(tmp_path)]) == 1
+    assert "is missing" in capsys.readouterr().err
+    assert cli.main(["convert", str(folder), str(tmp_path / "out"), "max_timestep"]) == 1
+    assert "must look like key=value" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["l32", "b64", "s128"])
+def test_titok_documents_agree_with_the_shapes(tmp_path, name):
+    write_full_size(tmp_path, f"titok_{name}", random=False)
+    model = load_model(tmp_path, "meta")
+    assert (model.num_tokens, model.config.stage) == (int(name[1:]), "finetune")
+    document = titok_document(name, codebook_size=8192)
+    (tmp_path / "config.json").write_text(json.dumps(document))
+    with pytest.raises(CheckpointError, match="codebook_size = 8192, the weights say 4096"):
+        load_model(tmp_path, "meta")
+
+
+linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+
+
+@pytest.mark.slow
+@linux
+@pytest.mark.parametrize("name", ["flextok_d12_d12", "titok_s128"])
+def test_full_size_models_load_encode_and_decode(tmp_path, name):
+    size = write_full_size(tmp_path, name)
+    result = measure(tmp_path, name)
+    assert result["peak"] - result["before"] < 1.1 * size
+    if name.startswith("titok"):  # diffusers imports it for the other
+        assert not result["compiler"], "building on meta imported PyTorch's compiler: 9 s"
+
+
+@pytest.mark.slow
+@linux
+def test_the_largest_model_loads_without_a_copy(tmp_path):
+    """d18-d28, 10 GB as a sparse file: weights stay pages of their file. published.py also reads
+    them all: the peak is then 1.09 of their size, libraries included."""
+    before = memory("RssAnon")
+    size = write_full_size(tmp_path, "flextok_d18_d28", random=False)
+    assert size > 10e9
+    model = load_model(tmp_path)
+    assert sum(p.numel() for p in model.parameters()) * 4 == size
+    assert model.config.decoder_dim == 1792
+    assert memory("RssAnon") - before < 0.05 * size
