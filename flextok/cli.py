@@ -17,8 +17,6 @@ def main(arguments: list[str] | None = None) -> int:
     # on a busy machine OpenMP's default of spinning threads can slow small models down 20 times
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for chatty in ("lightning.pytorch", "lightning.fabric", "httpx"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
     options = make_parser().parse_args(arguments)
     try:
         options.run(options)
@@ -110,6 +108,8 @@ def run_train(options: argparse.Namespace) -> None:
     from flextok.config import load_experiment
     from flextok.training.run import train
 
+    for chatty in ("lightning.pytorch", "lightning.fabric"):  # importing them set their level
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     folder = train(load_experiment(options.config, options.overrides))
     print(f"trained model in {folder}")
 

@@ -97,7 +97,7 @@ def build_token_cache(
             if batch:
                 indices.append(tokenizer.encode(batch["image"].to(device)).cpu())
                 labels.append(batch["label"])
-            progress.update(batch_size if batch else 0)
+            progress.update(min(batch_size, len(positions) - int(progress.n)))
         if not indices:
             continue
         tensors = {"indices": torch.cat(indices).to(dtype), "labels": torch.cat(labels)}

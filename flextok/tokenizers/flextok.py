@@ -96,9 +96,11 @@ class Encoder(nn.Module):
         num_patches, num_registers = x.shape[1], self.registers.shape[0]
         x = torch.cat([x, self.registers.expand(len(x), -1, -1).to(x.dtype)], dim=1)  # (B, N+K, D)
         mask = prefix_causal_mask(num_patches, num_registers).to(x.device)
-        for block in self.blocks:
+        *blocks, last = self.blocks
+        for block in blocks:
             x = run_block(block, x, mask, checkpoint=self.checkpoint_blocks and self.training)
-        return self.head(self.norm(x[:, num_patches:]))
+        x = last(x, mask[num_patches:], first=num_patches)  # nobody reads the patches after it
+        return self.head(self.norm(x))
 
 
 class DecoderOutput(NamedTuple):
