@@ -11,7 +11,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as recompute
 
 from flextok.flow.guidance import GUIDANCE, Scale
 from flextok.flow.path import TIME_SAMPLERS, interpolate, linear_times, velocity_target
@@ -23,6 +22,7 @@ from flextok.nn.blocks import AdaLNBlock, Block, LayerNorm, SegmentModulation, m
 from flextok.nn.embeddings import TimeEmbedding, patchify, sincos_2d, unpatchify
 from flextok.quantizers import QUANTIZERS
 from flextok.schema import build
+from flextok.tokenizers.common import check_images, check_indices, check_keep, draw, run_block
 from flextok.tokenizers.nested_dropout import NESTED_DROPOUT
 from flextok.vae import VAES
 
@@ -298,7 +298,7 @@ class FlexTok(Pretrained, nn.Module):
     def loss(self, images: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """images: (B, 3, H, W) float in [-1, 1]. Returns scalars; "loss" is the total. All random
         draws come from `generator`."""
-        self._check_images(images)
+        check_images(images, self.image_size)
         batch, device = len(images), images.device
         x0 = self.vae.encode(images, generator=generator)
         codes, _, aux = self.quantizer(self.encoder(x0))
@@ -335,13 +335,7 @@ class FlexTok(Pretrained, nn.Module):
 
         sample_posterior: draw the VAE's latents with `generator` in place of its posterior mode.
         Raises ValueError on a wrong shape, dtype or range."""
-        self._check_images(images)
-        low, high = images.aminmax()
-        if not (low >= -1.001 and high <= 1.001):  # NaN fails too
-            raise ValueError(
-                f"images span [{low:.4g}, {high:.4g}], expected [-1, 1]: scale uint8 pictures with "
-                "x / 127.5 - 1"
-            )
+        check_images(images, self.image_size, check_range=True)
         latents = self.vae.encode(images, sample_posterior, generator)
         weight = self.encoder.patch_embed.weight
         return self.quantizer(self.encoder(latents.to(weight.dtype)))[1]
@@ -367,7 +361,8 @@ class FlexTok(Pretrained, nn.Module):
         (B, C, h, w) is drawn from `generator` unless given. progress is called with the number of
         velocities evaluated so far. Raises ValueError on indices or keep out of range."""
         defaults = self.config.decode
-        keep = self._check_indices(indices, keep)
+        check_indices(indices, self.num_tokens, self.vocab_size)
+        keep = check_keep(keep, *indices.shape)
         device = self.decoder.head.weight.device
         indices, keep = indices.to(device), keep.to(device)
         codes = self.quantizer.indices_to_codes(indices)
@@ -398,55 +393,3 @@ class FlexTok(Pretrained, nn.Module):
         times = linear_times(num_steps if num_steps is not None else defaults.num_steps).to(device)
         x0 = solve(guide(conditional, unconditional, scale), noise.to(device), times)
         return self.vae.decode(x0).float().clamp(-1, 1)
-
-    def _check_images(self, images: Tensor) -> None:
-        size = self.image_size
-        if images.ndim != 4 or tuple(images.shape[1:]) != (3, size, size):
-            raise ValueError(
-                f"images have shape {tuple(images.shape)}, expected (B, 3, {size}, {size}): resize "
-                "and crop first (flextok.data.transforms)"
-            )
-        if not images.is_floating_point():
-            raise ValueError(
-                f"images have dtype {images.dtype}, expected float in [-1, 1]: x / 127.5 - 1"
-            )
-
-    def _check_indices(self, indices: Tensor, keep: Tensor | int | None) -> Tensor:
-        total = self.num_tokens
-        if indices.ndim != 2 or not 1 <= indices.shape[1] <= total:
-            raise ValueError(
-                f"indices have shape {tuple(indices.shape)}, expected (B, k) with k in [1, {total}]"
-            )
-        if indices.is_floating_point() or indices.dtype == torch.bool:
-            raise ValueError(f"indices have dtype {indices.dtype}, expected integers")
-        low, high = indices.aminmax()
-        if low < 0 or high >= self.vocab_size:
-            raise ValueError(
-                f"indices span [{low}, {high}], expected [0, {self.vocab_size - 1}]: were they "
-                "made by another tokenizer?"
-            )
-        batch, k = indices.shape
-        keep = torch.as_tensor(k if keep is None else keep, device=indices.device)
-        if keep.is_floating_point() or keep.shape not in ((), (batch,)):
-            raise ValueError(f"keep={keep.tolist()} must be an int or a ({batch},) tensor of ints")
-        if keep.min() < 1 or keep.max() > k:
-            raise ValueError(f"keep={keep.tolist()} must be in [1, {k}]")
-        return keep.long().expand(batch)
-
-
-def run_block(block: nn.Module, *args: Any, checkpoint: bool = False) -> Tensor:
-    if checkpoint:
-        return recompute(block, *args, use_reentrant=False)
-    return block(*args)
-
-
-def draw(
-    sampler: Callable[..., Tensor],
-    shape: tuple[int, ...],
-    generator: torch.Generator | None,
-    device: torch.device,
-) -> Tensor:
-    """torch.rand or torch.randn on the generator's device, moved to `device`: a CPU generator gives
-    the same draws whatever the model runs on."""
-    source = device if generator is None else generator.device
-    return sampler(shape, generator=generator, device=source).to(device)

@@ -22,16 +22,13 @@ from flextok.nn.embeddings import patchify, unpatchify
 from flextok.nn.vit import ViTBlock
 from flextok.quantizers import KL, QUANTIZERS
 from flextok.schema import build
-from flextok.tokenizers.flextok import draw, run_block
+from flextok.tokenizers.common import check_images, check_indices, check_keep, draw, run_block
 from flextok.tokenizers.nested_dropout import NESTED_DROPOUT
 from flextok.tokenizers.vqgan import (
     ConvDecoder,
     MaskGITVQGAN,
     Reconstruction,
     VQGANConfig,
-    check_images,
-    check_indices,
-    check_keep,
     from_unit,
     reconstruction_losses,
     to_unit,

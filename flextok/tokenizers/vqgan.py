@@ -18,6 +18,7 @@ from flextok.hub import Pretrained
 from flextok.losses.perceptual import PerceptualLoss
 from flextok.quantizers import QUANTIZERS
 from flextok.schema import build
+from flextok.tokenizers.common import check_images, check_indices
 
 
 @dataclass
@@ -225,50 +226,3 @@ def reconstruction_losses(
         "quantizer": reconstruction.aux,
     }
     return {"loss": sum(losses.values(), images.new_zeros(())), **losses}
-
-
-def check_images(images: Tensor, size: int, check_range: bool = False) -> None:
-    """Raise ValueError unless images are (B, 3, size, size) float, in [-1, 1] if asked."""
-    if images.ndim != 4 or tuple(images.shape[1:]) != (3, size, size):
-        raise ValueError(
-            f"images have shape {tuple(images.shape)}, expected (B, 3, {size}, {size}): resize "
-            "and crop first (flextok.data.transforms)"
-        )
-    if not images.is_floating_point():
-        raise ValueError(
-            f"images have dtype {images.dtype}, expected float in [-1, 1]: x / 127.5 - 1"
-        )
-    if check_range:
-        low, high = images.aminmax()
-        if not (low >= -1.001 and high <= 1.001):  # NaN fails too
-            raise ValueError(
-                f"images span [{low:.4g}, {high:.4g}], expected [-1, 1]: scale uint8 pictures with "
-                "x / 127.5 - 1"
-            )
-
-
-def check_indices(indices: Tensor, num_tokens: int, vocab_size: int) -> None:
-    """Raise ValueError unless indices are (B, k) integers, 1 <= k <= num_tokens, in range."""
-    if indices.ndim != 2 or not 1 <= indices.shape[1] <= num_tokens:
-        raise ValueError(
-            f"indices have shape {tuple(indices.shape)}, expected (B, k), k in [1, {num_tokens}]"
-        )
-    if indices.is_floating_point() or indices.dtype == torch.bool:
-        raise ValueError(f"indices have dtype {indices.dtype}, expected integers")
-    low, high = indices.aminmax()
-    if low < 0 or high >= vocab_size:
-        raise ValueError(
-            f"indices span [{low}, {high}], expected [0, {vocab_size - 1}]: were they made by "
-            "another tokenizer?"
-        )
-
-
-def check_keep(keep: Tensor | int | None, batch: int, k: int) -> Tensor:
-    """How many of k codes to use of each, (batch,) long: all for None. Raises ValueError outside
-    [1, k]."""
-    lengths = torch.as_tensor(k if keep is None else keep)
-    if lengths.is_floating_point() or lengths.shape not in ((), (batch,)):
-        raise ValueError(f"keep={keep} must be an int or a ({batch},) tensor of ints")
-    if lengths.min() < 1 or lengths.max() > k:
-        raise ValueError(f"keep={keep} must be in [1, {k}]")
-    return lengths.long().expand(batch)
