@@ -1,7 +1,7 @@
 """Conditions of a generator behind one small interface: conditioner(cond, drop) -> Condition.
 
 A class adds its embedding to the start token (as the published FlexTok AR models do); the null
-condition adds zero.
+condition adds zero, or an embedding of its own (as in the published MaskGIT models).
 """
 
 from typing import NamedTuple
@@ -16,6 +16,8 @@ class Condition(NamedTuple):
     """What a transformer needs of a condition."""
 
     start: Tensor  # (B, D), added to the start token
+    context: Tensor | None = None  # (B, L, D), features to attend to
+    context_mask: Tensor | None = None  # (B, L) bool, True = attend
 
 
 class NoConditioner(nn.Module):
@@ -35,17 +37,20 @@ class NoConditioner(nn.Module):
 class ClassConditioner(nn.Module):
     """Labels (B,) long in [0, num_classes), or -1 for the null condition."""
 
-    def __init__(self, dim: int, num_classes: int):
+    def __init__(self, dim: int, num_classes: int, learned_null: bool = False):
+        """learned_null: the null condition is one more embedding, the last, instead of zero."""
         super().__init__()
         if num_classes < 1:
             raise ValueError(f"num_classes={num_classes} must be at least 1")
-        self.num_classes = num_classes
-        self.embedding = nn.Embedding(num_classes, dim)
+        self.num_classes, self.learned_null = num_classes, learned_null
+        self.embedding = nn.Embedding(num_classes + learned_null, dim)
 
     def forward(self, cond: Tensor, drop: Tensor | None = None) -> Condition:
         """cond: (B,) labels; drop: (B,) bool, True = null condition. Returns Condition."""
         self._check(cond)
         null = cond == NULL_CLASS if drop is None else drop | (cond == NULL_CLASS)
+        if self.learned_null:
+            return Condition(self.embedding(cond.masked_fill(null, self.num_classes)))
         start = self.embedding(cond.clamp_min(0))
         return Condition(start.masked_fill(null[:, None], 0.0))
 
