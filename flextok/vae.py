@@ -15,6 +15,9 @@ class IdentityVAE(nn.Module):
 
     channels, downsample = 3, 1
 
+    def load_weights(self) -> None:
+        """There are none."""
+
     def encode(
         self, images: Tensor, sample: bool | None = None, generator: torch.Generator | None = None
     ) -> Tensor:

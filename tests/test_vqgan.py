@@ -245,7 +245,7 @@ def test_perceptual_networks(name, monkeypatch):
     assert value > 0
     assert a.grad.abs().sum() > 0
     assert a.grad.isfinite().all()
-    network = loss.networks[name]
+    network = loss.networks[name].network
     assert not network.training
     assert not any(p.requires_grad for p in network.parameters())
     close(value, 2 * network(a, b), 1e-6)

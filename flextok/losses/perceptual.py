@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flextok.nn.efficientnet import PACKAGE, efficientnet_lite0
+from flextok.nn.frozen import Frozen
 from flextok.schema import unknown_key
 
 log = logging.getLogger(__name__)
@@ -115,8 +116,7 @@ PERCEPTUAL: dict[str, Callable[[], nn.Module]] = {
 class PerceptualLoss:
     """A weighted sum of perceptual losses by name: {"lpips": 1.0, "convnext_s": 0.1}.
 
-    No nn.Module on purpose: its frozen networks belong to no state dict, and copies of the model
-    share them. Empty weights cost nothing and give zero.
+    No nn.Module on purpose: its frozen networks belong to no state dict. Empty weights cost nothing and give zero.
     """
 
     def __init__(self, weights: Mapping[str, float]):
@@ -124,10 +124,7 @@ class PerceptualLoss:
             if name not in PERCEPTUAL:
                 raise unknown_key("perceptual loss", name, list(PERCEPTUAL))
         self.weights = dict(weights)
-        self.networks: dict[str, nn.Module] = {}
-
-    def __deepcopy__(self, memo: object) -> "PerceptualLoss":
-        return self
+        self.networks: dict[str, Frozen] = {}
 
     def load(self) -> dict[str, str]:
         """Build the networks and load their weights, once; a call does it too. Returns, by name,
@@ -136,8 +133,8 @@ class PerceptualLoss:
         for name, weight in self.weights.items():
             is_new = name not in self.networks
             if is_new:
-                self.networks[name] = load_network(name)
-            used[name] = f"weight {weight:g}, from {self.networks[name].source}"
+                self.networks[name] = Frozen(load_network(name))
+            used[name] = f"weight {weight:g}, from {self.networks[name].network.source}"
             if is_new:
                 log.info("perceptual loss %s: %s", name, used[name])
         return used
@@ -153,16 +150,15 @@ class PerceptualLoss:
 
 
 def load_network(name: str) -> nn.Module:
-    """A perceptual network, frozen and in eval mode. Raises ValueError without its weights."""
+    """A perceptual network by name. Raises ValueError without its weights."""
     try:
-        network = PERCEPTUAL[name]()
+        return PERCEPTUAL[name]()
     except (OSError, RuntimeError) as error:  # no network, no file, or a damaged one
         raise ValueError(
             f"perceptual loss {name!r} needs pretrained weights that are not here ({error}). "
             f"Put them into torch's hub cache ({torch.hub.get_dir()}/checkpoints), or name another "
             f"one in the model's `perceptual`: efficientnet_lite0 needs no connection."
         ) from error
-    return network.eval().requires_grad_(False)
 
 
 def lpips_heads() -> Path:
