@@ -246,9 +246,11 @@ class MaskGIT(Pretrained, nn.Module):
         without null."""
         if weight == 0 or null is None:
             return self.logits(indices, condition).float()
-        pairs = zip(condition, null, strict=True)
-        both = Condition(*(None if a is None or b is None else torch.cat([a, b]) for a, b in pairs))
-        c, u = self.logits(indices.repeat(2, 1), both).float().chunk(2)
+        both: Any = [
+            None if c is None or u is None else torch.cat([c, u])
+            for c, u in zip(condition, null, strict=True)
+        ]
+        c, u = self.logits(indices.repeat(2, 1), Condition(*both)).float().chunk(2)
         return c + weight * (c - u)
 
 

@@ -116,7 +116,8 @@ PERCEPTUAL: dict[str, Callable[[], nn.Module]] = {
 class PerceptualLoss:
     """A weighted sum of perceptual losses by name: {"lpips": 1.0, "convnext_s": 0.1}.
 
-    No nn.Module on purpose: its frozen networks belong to no state dict. Empty weights cost nothing and give zero.
+    No nn.Module on purpose: its frozen networks belong to no state dict. Empty weights cost
+    nothing and give zero.
     """
 
     def __init__(self, weights: Mapping[str, float]):

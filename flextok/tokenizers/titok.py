@@ -381,7 +381,10 @@ class TiTok(Pretrained, nn.Module):
         text: Tensor | None = None,
     ) -> Reconstruction:
         """Arguments as in `loss`. Encodes and decodes with gradients; adversarial training adds a
-        loss on the images in between this and `reconstruction_losses`."""
+        loss on the images in between this and `reconstruction_losses`. Raises ValueError in the
+        first stage, which learns indices."""
+        if self.config.stage == "proxy":
+            raise ValueError("stage 'proxy' learns no pixels: leave `adversarial` to 'finetune'")
         codes, aux = self._training_codes(images, generator)
         return Reconstruction(self.decode_codes(codes, text=text), aux)
 
