@@ -60,7 +60,7 @@ class TrainingModule(L.LightningModule):
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["metadata"] = self.model.metadata
+        checkpoint["metadata"] = {**self.model.metadata, "step": self.global_step}
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         return make_optimizer(self.model, self.optim)
