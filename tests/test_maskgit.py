@@ -1,5 +1,7 @@
 """MaskGIT with its BERT-like and U-ViT backbones, against the published ones and in itself."""
 
+from typing import NamedTuple
+
 import pytest
 import torch
 from golden.titok.load import close, golden, load_case, published_shapes
@@ -203,7 +205,7 @@ def test_no_guidance_equals_the_conditional_model(scale, decay):
         )
 
     indices = run()
-    model.guided_logits = lambda indices, condition, null, weight: model.logits(indices, condition)
+    model.guided_logits = lambda indices, condition, both, weight: model.logits(indices, condition)
     assert torch.equal(indices, run())
 
 
@@ -213,7 +215,8 @@ def test_guided_logits_are_the_two_branches():
     indices = torch.full((2, 8), model.mask_index)
     c, u = model(indices, cond), model(indices, torch.full_like(cond, -1))
     condition, null = model.conditioner(cond), model.conditioner(torch.full_like(cond, -1))
-    close(model.guided_logits(indices, condition, null, 1.5), c + 1.5 * (c - u), 1e-5)
+    guided = model.guided_logits(indices, condition, condition.join(null), 1.5)
+    close(guided, c + 1.5 * (c - u), 1e-5)
 
 
 def test_both_guidance_conventions():
@@ -300,12 +303,23 @@ class Words(torch.nn.Module):
         super().__init__()
         self.embedding = torch.nn.Embedding(9, dim)
 
+    def prepare(self, cond, device):
+        return cond.to(device)
+
     def forward(self, cond, drop=None):
         words = self.embedding(cond.clamp_min(0))
-        return Condition(torch.zeros_like(words[:, 0]), words, cond >= 0)
+        return Condition(torch.zeros_like(words[:, 0]), Features(words, cond >= 0))
 
     def null_like(self, cond):
         return torch.zeros_like(cond)
+
+
+class Features(NamedTuple):
+    values: torch.Tensor
+    mask: torch.Tensor
+
+    def join(self, other):
+        return Features(*(torch.cat(pair) for pair in zip(self, other, strict=True)))
 
 
 @pytest.mark.parametrize("backbone", ["bert", "uvit"])

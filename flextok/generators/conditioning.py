@@ -2,9 +2,13 @@
 
 A class adds its embedding to the start token (as the published FlexTok AR models do); the null
 condition adds zero, or an embedding of its own (as in the published MaskGIT models).
+
+    cond = conditioner.prepare(raw, device)  # as a user or a batch gives them
+    condition = conditioner(cond, drop)      # what the transformer reads
+    null = conditioner.null_like(cond)       # for guidance
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +20,14 @@ class Condition(NamedTuple):
     """What a transformer needs of a condition."""
 
     start: Tensor  # (B, D), added to the start token
-    context: Tensor | None = None  # (B, L, D), features to attend to
-    context_mask: Tensor | None = None  # (B, L) bool, True = attend
+    context: Any = None  # values (B, L, D) to attend to, mask (B, L) bool, and their own join
+
+    def join(self, other: "Condition") -> "Condition":
+        """Both batches, one after the other."""
+        start = torch.cat([self.start, other.start])
+        if self.context is None or other.context is None:
+            return Condition(start)
+        return Condition(start, self.context.join(other.context))
 
 
 class NoConditioner(nn.Module):
@@ -26,6 +36,9 @@ class NoConditioner(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
         self.dim = dim
+
+    def prepare(self, cond: Tensor, device: torch.device) -> Tensor:
+        return cond.to(device)
 
     def forward(self, cond: Tensor, drop: Tensor | None = None) -> Condition:
         return Condition(torch.zeros(len(cond), self.dim, device=cond.device))
@@ -44,6 +57,11 @@ class ClassConditioner(nn.Module):
             raise ValueError(f"num_classes={num_classes} must be at least 1")
         self.num_classes, self.learned_null = num_classes, learned_null
         self.embedding = nn.Embedding(num_classes + learned_null, dim)
+
+    def prepare(self, cond: Tensor, device: torch.device) -> Tensor:
+        if not isinstance(cond, Tensor):
+            raise ValueError(f"this generator takes class labels, a (B,) tensor, not {cond!r}")
+        return cond.to(device)
 
     def forward(self, cond: Tensor, drop: Tensor | None = None) -> Condition:
         """cond: (B,) labels; drop: (B,) bool, True = null condition. Returns Condition."""

@@ -99,8 +99,11 @@ class MaskGIT(Pretrained, nn.Module):
         return self.config.num_tokens
 
     def init_weights(self) -> None:
-        """Linear, embeddings and positions: N(0, 0.02), cut at 2; biases: zero; norms: one."""
+        """Linear, embeddings and positions: N(0, 0.02), cut at 2; biases: zero; norms: one. An
+        encoder of the condition begins as it was made."""
         for name, parameter in self.named_parameters():
+            if name.startswith("conditioner.encoder."):
+                continue
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
             elif "norm" in name:
@@ -108,10 +111,11 @@ class MaskGIT(Pretrained, nn.Module):
             else:
                 nn.init.trunc_normal_(parameter, std=0.02)
 
-    def forward(self, indices: Tensor, cond: Tensor, drop: Tensor | None = None) -> Tensor:
+    def forward(self, indices: Tensor, cond: Any, drop: Tensor | None = None) -> Tensor:
         """indices: (B, k) long, k <= num_tokens, masked ones equal to `mask_index`; cond: what the
         conditioner takes, (B,) labels; drop: (B,) bool, True = null condition. Returns logits
         (B, k, V)."""
+        cond = self.conditioner.prepare(cond, self.positions.device)
         return self.logits(indices, self.conditioner(cond, drop))
 
     def logits(self, indices: Tensor, condition: Condition) -> Tensor:
@@ -120,9 +124,8 @@ class MaskGIT(Pretrained, nn.Module):
         x = torch.cat([condition.start[:, None], self.embedding(indices)], dim=1)
         x = x + self.positions[: 1 + k]  # (B, 1+k, D)
         if condition.context is not None:
-            x = torch.cat([x, condition.context.to(x.dtype)], dim=1)  # (B, 1+k+L, D)
-            if condition.context_mask is not None:
-                mask = F.pad(condition.context_mask, (1 + k, 0), value=True)[:, None, None]
+            x = torch.cat([x, condition.context.values.to(x.dtype)], dim=1)  # (B, 1+k+L, D)
+            mask = F.pad(condition.context.mask, (1 + k, 0), value=True)[:, None, None]
         if self.segments is not None:
             x = self.norm(x + self.segments[0])
         x = self.dropout(x)
@@ -139,7 +142,7 @@ class MaskGIT(Pretrained, nn.Module):
         return self.head(x[:, 1 : 1 + k])
 
     def loss(
-        self, indices: Tensor, cond: Tensor, generator: torch.Generator | None = None
+        self, indices: Tensor, cond: Any, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
         """indices: (B, k) long; cond: as in `forward`. Returns scalars: "loss", the weighted,
         label-smoothed cross-entropy over all positions, and "accuracy" on masked ones. All random
@@ -179,7 +182,7 @@ class MaskGIT(Pretrained, nn.Module):
     @torch.no_grad()
     def generate(
         self,
-        cond: Tensor,
+        cond: Any,
         num_tokens: int | None = None,
         generator: torch.Generator | None = None,
         num_steps: int | None = None,
@@ -214,16 +217,17 @@ class MaskGIT(Pretrained, nn.Module):
         anneal = own.anneal_logits if anneal_logits is None else anneal_logits
 
         device = self.positions.device
-        cond = cond.to(device)
-        condition, null = self.conditioner(cond), None
+        cond = self.conditioner.prepare(cond, device)
+        condition = self.conditioner(cond)
+        both = None
         if not isinstance(self.conditioner, NoConditioner):
-            null = self.conditioner(self.conditioner.null_like(cond))
+            both = condition.join(self.conditioner(self.conditioner.null_like(cond)))
         uniform = uniform or uniform_source(generator, device)
         indices = torch.full((len(condition.start), total), self.mask_index, device=device)
         for step, masked_left in enumerate(mask_schedule(total, steps)):
             rest = 1 - (step + 1) / steps  # 1 - r
             weight = guidance_weight(step / steps, scale, decay, power)
-            logits = self.guided_logits(indices, condition, null, weight)
+            logits = self.guided_logits(indices, condition, both, weight)
             if anneal:
                 logits = logits / (0.5 + 0.8 * rest)
             noise = rest * temperature
@@ -239,18 +243,14 @@ class MaskGIT(Pretrained, nn.Module):
         return indices
 
     def guided_logits(
-        self, indices: Tensor, condition: Condition, null: Condition | None, weight: float
+        self, indices: Tensor, condition: Condition, both: Condition | None, weight: float
     ) -> Tensor:
-        """indices: (B, k) with masks; null: the null condition. Returns c + weight (c - u) in fp32,
-        (B, k, V); both branches run in one batch, and only the conditional one at weight 0 or
-        without null."""
-        if weight == 0 or null is None:
+        """indices: (B, k) with masks; both: the condition and the null one, joined. Returns
+        c + weight (c - u) in fp32, (B, k, V); the two run in one batch, and the conditional one
+        alone at weight 0 or where there is no other."""
+        if weight == 0 or both is None:
             return self.logits(indices, condition).float()
-        both: Any = [
-            None if c is None or u is None else torch.cat([c, u])
-            for c, u in zip(condition, null, strict=True)
-        ]
-        c, u = self.logits(indices.repeat(2, 1), Condition(*both)).float().chunk(2)
+        c, u = self.logits(indices.repeat(2, 1), both).float().chunk(2)
         return c + weight * (c - u)
 
 
