@@ -65,9 +65,8 @@ class AdversarialModule(TokenizerModule):
     def discriminator_losses(self, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
         """real, fake: (B, 3, H, W) in [-1, 1]. Returns scalars; moves LeCam's averages."""
         logits = self.discriminator(torch.cat([real, fake]))
-        logits_real, logits_fake = logits.to(torch.promote_types(logits.dtype, torch.float)).chunk(
-            2
-        )
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # fp32 island
+        logits_real, logits_fake = logits.chunk(2)
         hinge = hinge_discriminator_loss(logits_real, logits_fake)
         lecam = self.lecam(logits_real, logits_fake)
         self.lecam.update(logits_real, logits_fake)
