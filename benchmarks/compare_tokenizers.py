@@ -3,11 +3,11 @@ grid, at 8, 16, 32 and 64 tokens of 9 bits on the emoji.
 
     python benchmarks/compare_tokenizers.py [--steps 600] [--json benchmarks/results/compare.json]
 
-All are trained on the same pictures for the same steps with the same batch, and have the same number
-of parameters within 10 %. FlexTok and tail drop are one model each for every length; TiTok and the
-grid are trained anew for each. Prints PSNR and a Frechet distance over the validation emoji. The
-distance is in the features of EfficientNet-Lite0 (ImageNet), which come from PyPI: it is no FID.
-Runs are kept in outputs/compare and go on where they stopped.
+All are trained on the same pictures for the same steps with the same batch, and have the same
+number of parameters within 10 %. FlexTok and tail drop are one model each for every length; TiTok
+and the grid are trained anew for each. Prints PSNR and a Frechet distance over the validation
+emoji. The distance is in the features of EfficientNet-Lite0 (ImageNet), which come from PyPI: it is
+no FID. Runs are kept in outputs/compare and go on where they stopped.
 """
 
 import argparse
@@ -69,8 +69,8 @@ def validation_pictures(size: int) -> Tensor:
 
 @torch.no_grad()
 def features(network: Any, images: Tensor) -> Tensor:
-    """images: (n, 3, H, W) in [-1, 1]. Returns pooled features (n, 1280) float64, of the pictures as
-    8 bits give them, enlarged to 224 px."""
+    """images: (n, 3, H, W) in [-1, 1]. Returns pooled features (n, 1280) float64, of the pictures
+    as 8 bits give them, enlarged to 224 px."""
     pixels = ((images.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
     pooled = [
         network.forward_head(
@@ -85,7 +85,7 @@ def features(network: Any, images: Tensor) -> Tensor:
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """a, b: (n, D) float64. |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^1/2) (arXiv 1706.08500)."""
+    """a, b: (n, D) float64. |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^1/2) (1706.08500)."""
     # the trace of the root is the nuclear norm of A B^T for centred, scaled samples A and B
     centred = [(x - x.mean(dim=0)) / (len(x) - 1) ** 0.5 for x in (a, b)]
     overlap = torch.linalg.matrix_norm(centred[0] @ centred[1].T, ord="nuc")

@@ -34,8 +34,13 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
 
     train = commands.add_parser("train", help="train a tokenizer or a generator from a config")
-    train.add_argument("config", help="a YAML file, see configs/")
-    train.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optim.lr=1e-4")
+    train.add_argument(
+        "arguments",
+        nargs="+",
+        metavar="CONFIG [key=value ...]",
+        help="a YAML file, see configs/, and what to change in it, e.g. optim.lr=1e-4; several "
+        "files, which take no changes, are trained one after the other",
+    )
     train.set_defaults(run=run_train)
 
     sample = commands.add_parser(
@@ -115,8 +120,13 @@ def run_train(options: argparse.Namespace) -> None:
 
     for chatty in ("lightning.pytorch", "lightning.fabric"):  # importing them set their level
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    folder = train(load_experiment(options.config, options.overrides))
-    print(f"trained model in {folder}")
+    # a file may have an = in its name
+    configs = [a for a in options.arguments if "=" not in a or Path(a).is_file()]
+    overrides = [a for a in options.arguments if a not in configs]
+    if not configs or (len(configs) > 1 and overrides):
+        raise ValueError("train takes one config with key=value changes, or several without")
+    for config in [load_experiment(path, overrides) for path in configs]:
+        print(f"trained model in {train(config)}")
 
 
 def run_sample(options: argparse.Namespace) -> None:

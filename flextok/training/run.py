@@ -141,6 +141,10 @@ def generator_run(config: ExperimentConfig, folder: Path) -> tuple[TrainingModul
         raise ConfigError(
             f"tokenizer={config.tokenizer!r} is continuous (KL): it has no indices to generate"
         )
+    if getattr(tokenizer.config, "stage", None) == "proxy":
+        raise ConfigError(
+            f"tokenizer={config.tokenizer!r} is a first stage, without pixels: train the second one"
+        )
     if config.start or config.adversarial:
         raise ConfigError("start and adversarial are for task tokenizer")
     cache = Path(config.data.token_cache or folder / "tokens")
