@@ -66,6 +66,31 @@ def make_parser() -> argparse.ArgumentParser:
     add_decoding(sweep)
     sweep.set_defaults(run=run_sweep)
 
+    tokenize = commands.add_parser(
+        "tokenize",
+        help="encode a data set once, for generators to train on",
+        description="Writes shards of indices, labels and captions. Run it again to continue; "
+        "torchrun or srun share the work. A generator reads the result by "
+        "data.train={name: tokens, path: <output>}.",
+    )
+    tokenize.add_argument("model", help="folder or hub id of a tokenizer")
+    tokenize.add_argument(
+        "data", help="a folder of pictures, emoji:train, shards (*.tar) or {name: folder, root: x}"
+    )
+    tokenize.add_argument("output", help="the folder to write")
+    tokenize.add_argument("--variants", type=int, default=1, help="encodings of each picture")
+    tokenize.add_argument("--crop", choices=("center", "random"), default="center")
+    tokenize.add_argument("--flip", action="store_true", help="mirror half of the variants")
+    tokenize.add_argument("--shift", type=float, default=0.0, help="as data.shift in configs")
+    tokenize.add_argument("--seed", type=int, default=0)
+    tokenize.add_argument("--part-size", type=int, default=16_384, help="encodings a shard")
+    tokenize.add_argument("--batch-size", type=int, default=64)
+    tokenize.add_argument("--num-workers", type=int, default=0)
+    tokenize.add_argument("--bf16", action="store_true", help="encode in bf16: GPUs only")
+    tokenize.add_argument("--device", help="by default this process's GPU, or the CPU")
+    tokenize.add_argument("--verify", action="store_true", help="then check all checksums")
+    tokenize.set_defaults(run=run_tokenize)
+
     info = commands.add_parser(
         "info", help="a model's config, sizes, vocabulary, bits per image and provenance"
     )
@@ -93,7 +118,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def add_decoding(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--data", metavar="SET", help="emoji:validation, emoji_scenes:train, or a picture folder"
+        "--data", metavar="SET", help="emoji:validation, emoji_scenes:train, a folder or *.tar"
     )
     parser.add_argument("--limit", type=int, help="take this many of --data, evenly spread")
     parser.add_argument("--num-tokens", type=int, nargs="+", help="default 1 2 4 ... all")
@@ -189,6 +214,49 @@ def run_sweep(options: argparse.Namespace) -> None:
         atomic_write(path, lambda p: p.write_text(text + "\n", encoding="utf-8"))
 
 
+def run_tokenize(options: argparse.Namespace) -> None:
+    from flextok.data.datasets import DATASETS
+    from flextok.data.processes import local_device
+    from flextok.data.tokens import (
+        build_token_cache,
+        cache_identity,
+        read_manifest,
+        verify_token_cache,
+    )
+    from flextok.data.transforms import ImageTransform
+    from flextok.pipeline import is_generator, load_model
+    from flextok.schema import build
+
+    tokenizer = load_model(options.model, pick_device(options.device or local_device()))
+    if is_generator(tokenizer):
+        raise ValueError(f"{options.model} is a generator: name the tokenizer to encode with")
+    spec = data_spec(options.data)
+    transform = ImageTransform(tokenizer.image_size, options.flip, options.crop, options.shift)
+    finished = build_token_cache(
+        options.output,
+        tokenizer,
+        build(DATASETS, spec, "dataset"),
+        transform,
+        cache_identity(tokenizer, spec, transform, options.bf16),
+        options.variants,
+        options.batch_size,
+        options.num_workers,
+        options.seed,
+        options.part_size,
+    )
+    if not finished:
+        print(f"this process's part of {options.output} is done, other processes' is not")
+        return
+    folder = Path(options.output)
+    manifest = verify_token_cache(folder) if options.verify else read_manifest(folder)
+    unreadable = sum(part["unreadable"] for part in manifest["parts"])
+    print(
+        f"{options.output}: {manifest['num_sequences']} sequences in {len(manifest['parts'])} parts"
+        + (f", {unreadable} pictures unreadable (see the parts' metadata)" if unreadable else "")
+        + (", all checksums agree" if options.verify else "")
+    )
+
+
 def run_info(options: argparse.Namespace) -> None:
     from flextok.card import model_facts, summary
     from flextok.pipeline import load_model
@@ -249,18 +317,34 @@ def decoding_options(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def open_data(name: str) -> Any:
-    """emoji, emoji:validation, emoji_scenes:train, or a folder of pictures."""
     from flextok.data.datasets import DATASETS
     from flextok.schema import build
 
+    return build(DATASETS, data_spec(name), "dataset")
+
+
+def data_spec(name: str) -> dict[str, Any]:
+    """emoji, emoji:validation, emoji_scenes:train, a folder of pictures, WebDataset shards (*.tar)
+    or a spec as in configs, {name: folder, root: pictures}."""
     if Path(name).is_dir():
-        return build(DATASETS, {"name": "folder", "root": name}, "dataset")
+        return {"name": "folder", "root": name}
+    if name.startswith("{"):
+        from omegaconf import OmegaConf
+
+        try:
+            spec: Any = OmegaConf.to_container(OmegaConf.create(name))
+        except Exception as error:  # a YAML parser's error type is its own
+            raise ValueError(f"data {name!r} is no valid YAML: {error}") from None
+        return spec
+    if ".tar" in name:
+        return {"name": "webdataset", "urls": name}
     dataset, _, split = name.partition(":")
     if dataset not in ("emoji", "emoji_scenes"):
         raise ValueError(
-            f"--data {name!r} is neither a folder nor emoji[:split] nor emoji_scenes[:split]"
+            f"--data {name!r} is neither a folder nor shards (*.tar) nor emoji[:split] nor "
+            "emoji_scenes[:split] nor {name: ...}"
         )
-    return build(DATASETS, {"name": dataset, "split": split or "validation"}, "dataset")
+    return {"name": dataset, "split": split or "validation"}
 
 
 def take(dataset: Any, limit: int | None) -> Any:

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import tempfile
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -257,12 +258,28 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def atomic_write(path: Path, write: Callable[[Path], Any]) -> None:
-    """Call write(temporary path), then rename: readers see the old file or the new one, whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Call write(temporary path), then rename: readers see the old file or the new one, whole, and
+    it outlasts a power cut. What a killed process left aside is cleared by clear_leftovers."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
+        sync(temporary)
         os.replace(temporary, path)
+        sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def clear_leftovers(path: Path) -> None:
+    """Remove what killed processes left of writing `path`. Only its one writer may call this."""
+    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
+        leftover.unlink(missing_ok=True)

@@ -19,10 +19,9 @@ from torch.utils.data import Dataset
 from webdataset.shardlists import expand_urls
 
 from flextok.data.emoji import Emoji, EmojiScenes
-from flextok.data.pictures import CorruptPicture, list_pictures, load_picture
+from flextok.data.pictures import UNLABELLED, CorruptPicture, list_pictures, load_picture
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
-UNLABELLED = "unlabelled"
 
 
 class ImageFolder(Dataset[dict[str, Any]]):

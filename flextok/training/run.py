@@ -1,6 +1,5 @@
 """One training run from an ExperimentConfig: build, train, export."""
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,14 @@ from torch.utils.data import ConcatDataset
 from flextok.config import ExperimentConfig, load_experiment, save_experiment
 from flextok.data.datamodule import DataModule, prepare_image, prepare_tokens
 from flextok.data.datasets import DATASETS
+from flextok.data.processes import local_device
 from flextok.data.stream import EvaluationSet, collate
-from flextok.data.tokens import TokenDataset, build_token_cache
+from flextok.data.tokens import (
+    TokenDataset,
+    build_token_cache,
+    cache_identity,
+    wait_until_finished,
+)
 from flextok.data.transforms import ImageTransform
 from flextok.generators import GENERATORS
 from flextok.hub import CheckpointError, atomic_write, fingerprint
@@ -142,23 +147,36 @@ def generator_run(config: ExperimentConfig, folder: Path) -> tuple[TrainingModul
 def cached_tokens(
     config: ExperimentConfig, tokenizer: Any, folder: Path, spec: Any, augment: bool = True
 ) -> TokenDataset:
+    if isinstance(spec, dict) and spec.get("name") == "tokens":
+        return ready_tokens(spec, tokenizer)
     transform = make_transform(config, tokenizer.image_size)
-    augmentation = {"flip": transform.flip, "crop": transform.crop, "shift": transform.shift}
+    wants_gpu = config.trainer.accelerator != "cpu" and torch.cuda.is_available()
+    tokenizer.to(local_device() if wants_gpu else "cpu")
     build_token_cache(
         folder,
         tokenizer,
         make_dataset(spec),
         transform,
-        identity={
-            "tokenizer_fingerprint": fingerprint(tokenizer),
-            "data": json.loads(json.dumps(spec)),
-            "augmentation": augmentation,
-        },
+        identity=cache_identity(tokenizer, spec, transform),
         variants=config.data.token_variants if augment else 1,
         num_workers=config.data.num_workers,
         seed=config.seed,
     )
+    tokenizer.to("cpu")
+    wait_until_finished(folder)
     return TokenDataset(folder)
+
+
+def ready_tokens(spec: dict[str, Any], tokenizer: Any) -> TokenDataset:
+    """What flextok tokenize wrote, if with this tokenizer. spec: {name: tokens, path: folder}."""
+    tokens: TokenDataset = build({"tokens": TokenDataset}, spec, "dataset")
+    made_by, ours = tokens.manifest["tokenizer_fingerprint"], fingerprint(tokenizer)
+    if made_by != ours:
+        raise ConfigError(
+            f"the tokens in {spec['path']} were made by another tokenizer (weights {made_by}, not "
+            f"{ours}): name that one, or run flextok tokenize with this one"
+        )
+    return tokens
 
 
 def make_transform(config: ExperimentConfig, size: int) -> ImageTransform:
