@@ -131,11 +131,17 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
 
 def run_train(options: argparse.Namespace) -> None:
     from flextok.config import load_experiment
+    from flextok.training.checkpoints import Interrupted, requeue
     from flextok.training.run import train
 
     for chatty in ("lightning.pytorch", "lightning.fabric"):  # importing them set their level
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    folder = train(load_experiment(options.config, options.overrides))
+    try:
+        folder = train(load_experiment(options.config, options.overrides))
+    except Interrupted as stop:
+        print(f"flextok: {stop}; run the same command again to continue", file=sys.stderr)
+        requeue(stop.signum)
+        raise SystemExit(128 + stop.signum) from None
     print(f"trained model in {folder}")
 
 

@@ -41,12 +41,14 @@ class TrainerConfig:
     accelerator: str = "auto"
     devices: int | str = "auto"
     num_nodes: int = 1
-    strategy: str = "auto"
+    strategy: str = "auto"  # ddp, fsdp2 (sharded, for 1B parameters and more), Lightning's others
     precision: str = "auto"  # bf16-mixed on a GPU that has it, else 32-true
     accumulate: int = 1
     log_every: int = 50
     validate_every: int = 1000
     checkpoint_every: int = 1000
+    keep_last: int = 2  # checkpoints kept, besides that of the best validation loss
+    max_nonfinite: int = 10  # steps in a row skipped for a loss that is not finite, before stopping
     num_pictures: int = 8  # in the grids drawn after each validation
     compile: bool = False  # torch.compile, for GPUs
 
@@ -63,7 +65,7 @@ class ExperimentConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     tokenizer: str | None = None  # generator: folder or hub id of its tokenizer
     seed: int = 0
-    resume: bool = True  # continue from <output_dir>/checkpoints/last.ckpt where there is one
+    resume: bool = True  # continue from the newest intact one of <output_dir>/checkpoints, if any
 
 
 def load_experiment(path: str | Path, overrides: list[str] | None = None) -> ExperimentConfig:

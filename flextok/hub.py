@@ -131,14 +131,17 @@ class Pretrained(nn.Module):
             )
         self.load_state_dict(state, strict=True, assign=True)
 
-    def save_pretrained(self, folder: str | Path) -> Path:
+    def save_pretrained(
+        self, folder: str | Path, state: Mapping[str, Tensor] | None = None
+    ) -> Path:
         """Write model.safetensors, config.json and a model card README.md, each whole or not at
-        all; a README.md of your own stays. Returns the folder."""
+        all; a README.md of your own stays. state: the weights, where not the model's own (those
+        of a sharded model, gathered). Returns the folder."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        state = {
+        tensors = {
             key: value.detach().contiguous().cpu()
-            for key, value in self.state_dict().items()
+            for key, value in (self.state_dict() if state is None else state).items()
             if not key.startswith(self.training_only)
         }
         dropped = {name.rstrip("."): None for name in self.training_only}
@@ -149,7 +152,7 @@ class Pretrained(nn.Module):
             "metadata": self.metadata,
         }
         text = json.dumps(header, indent=2)
-        atomic_write(folder / WEIGHTS, lambda path: save_file(state, path))
+        atomic_write(folder / WEIGHTS, lambda path: save_file(tensors, path))
         atomic_write(folder / CONFIG, lambda path: path.write_text(text + "\n", encoding="utf-8"))
         card = folder / CARD
         if not card.exists() or MARK in card.read_text(encoding="utf-8", errors="replace"):

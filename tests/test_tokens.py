@@ -65,7 +65,7 @@ def test_a_cache_holds_every_variant_of_every_picture_once(picture_folder, tmp_p
         image = transform(pictures[i // 3]["image"])[None]
         assert torch.equal(found[i]["indices"], tokenizer.encode(image)[0])
     first, variant = (
-        torch.stack([found[i + j]["indices"] for i in range(0, 18, 3)]) for j in (0, 1)
+        torch.stack([found[i]["indices"] for i in range(variant, 18, 3)]) for variant in (0, 1)
     )
     assert not torch.equal(first, variant)
     with pytest.raises(IndexError):

@@ -1,4 +1,4 @@
-"""Callbacks: averaged weights, picture grids, and the export of the model."""
+"""Callbacks: picture grids, and the export of the model."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,23 +6,11 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
 
 from flextok import viz
 from flextok.pipeline import decode_prefixes, generate_images, prefix_lengths
-
-
-def ema(decay: float) -> WeightAveraging:
-    """Exponential moving average of the weights, with the decay warmed up as
-    min(decay, (1 + n) / (10 + n)) so that early weights are forgotten (TiTok's recipe). Validation,
-    pictures and exports use the average."""
-
-    def average(averaged: Tensor, current: Tensor, count: Tensor | int) -> Tensor:
-        n = int(count)
-        return averaged.lerp(current, 1 - min(decay, (1 + n) / (10 + n)))
-
-    return WeightAveraging(avg_fn=average)
+from flextok.training.sharding import gather, is_sharded
 
 
 class Pictures(L.Callback):
@@ -33,10 +21,13 @@ class Pictures(L.Callback):
         self.folder, self.draw = folder, draw
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.sanity_checking or not trainer.is_global_zero:
+        # of a sharded model no process can draw alone
+        if trainer.sanity_checking or not (trainer.is_global_zero or is_sharded(pl_module)):
             return
         with torch.no_grad():
             picture = self.draw(pl_module.model)
+        if not trainer.is_global_zero:
+            return
         viz.save(picture, self.folder / f"step-{trainer.global_step:07d}.png")
         for logger in trainer.loggers:
             if isinstance(logger, L.pytorch.loggers.TensorBoardLogger):
@@ -80,11 +71,13 @@ class Export(L.Callback):
         self.folder = folder
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.sanity_checking or not trainer.is_global_zero:
-            return
-        export(pl_module.model, self.folder, trainer.global_step)
+        if not trainer.sanity_checking:
+            export(pl_module.model, self.folder, trainer.global_step, trainer.is_global_zero)
 
 
-def export(model: Any, folder: Path, step: int) -> None:
-    model.metadata["step"] = step
-    model.save_pretrained(folder)
+def export(model: Any, folder: Path, step: int, write: bool = True) -> None:
+    """Save a model, a sharded one too: then every process must call this, and one of them write."""
+    state = gather(model.state_dict(), keep=write) if is_sharded(model) else None
+    if write:
+        model.metadata["step"] = step
+        model.save_pretrained(folder, state)

@@ -1,19 +1,21 @@
 """One training run from an ExperimentConfig: build, train, export."""
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
+from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from lightning.pytorch.callbacks import LearningRateMonitor, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch.utils.data import ConcatDataset
 
 from flextok.config import ExperimentConfig, load_experiment, save_experiment
 from flextok.data.datamodule import DataModule, prepare_image, prepare_tokens
 from flextok.data.datasets import DATASETS
-from flextok.data.processes import local_device
+from flextok.data.processes import local_device, this_process
 from flextok.data.stream import EvaluationSet, collate
 from flextok.data.tokens import (
     TokenDataset,
@@ -23,19 +25,29 @@ from flextok.data.tokens import (
 )
 from flextok.data.transforms import ImageTransform
 from flextok.generators import GENERATORS
-from flextok.hub import CheckpointError, atomic_write, fingerprint
+from flextok.hub import atomic_write, fingerprint
 from flextok.pipeline import load_model, remember_tokenizer
 from flextok.schema import ConfigError, build, from_mapping, unknown_key
 from flextok.tokenizers import TOKENIZERS
+from flextok.training.average import Averaging, averaged
 from flextok.training.callbacks import (
     Export,
     Pictures,
     draw_generations,
     draw_reconstructions,
-    ema,
     export,
 )
+from flextok.training.checkpoints import (
+    Checkpoints,
+    WholeFiles,
+    find_checkpoint,
+    load_checkpoint,
+    set_aside,
+)
+from flextok.training.finite import SkipNonFinite
 from flextok.training.modules import GeneratorModule, TokenizerModule, TrainingModule
+from flextok.training.record import record_start
+from flextok.training.sharding import ShardedStrategy, read_sharded
 from flextok.vae import KLVAE
 
 log = logging.getLogger(__name__)
@@ -43,33 +55,38 @@ log = logging.getLogger(__name__)
 
 def train(config: ExperimentConfig) -> Path:
     """Train (or continue) the run that `config` describes. Returns its output_dir, which is a model
-    folder for from_pretrained and also holds checkpoints/, logs/, pictures/ and config.yaml."""
+    folder for from_pretrained and also holds checkpoints/, logs/, pictures/, starts/ (how it was
+    started each time) and config.yaml. Raises Interrupted when a signal stopped it, saved."""
     L.seed_everything(config.seed, verbose=False)
     folder = Path(config.output_dir)
-    last = folder / "checkpoints" / "last.ckpt"
-    resume = config.resume and last.exists()
-    state = None
-    if resume:
+    # LOCAL_RANK alone: Lightning started this process, torchrun or SLURM did not
+    leads = this_process().rank == 0 and int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if leads and not config.resume:
+        set_aside(folder / "checkpoints")
+    last = find_checkpoint(folder / "checkpoints") if config.resume else None
+    step = 0
+    if last is not None:
         check_same_model(folder / "config.yaml", config)
-        state = load_checkpoint(last)
-        log.info("continuing from %s, step %d", last, state["global_step"])
+        step = load_checkpoint(last)["global_step"]
+        log.info("continuing from %s, step %d", last, step)
     if config.task == "tokenizer":
         module, data, draw = tokenizer_run(config)
     else:
         module, data, draw = generator_run(config, folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    atomic_write(folder / "config.yaml", lambda p: save_experiment(config, p))
-    if state is not None and state["global_step"] >= config.trainer.max_steps:
-        module.load_state_dict(state["state_dict"])  # the averaged weights, if there is an average
-        export(module.model, folder, state["global_step"])
+    if leads:
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic_write(folder / "config.yaml", lambda p: save_experiment(config, p))
+        record_start(folder, config, step)
+    if last is not None and step >= config.trainer.max_steps:
+        if leads:
+            state = read_sharded(last) if last.is_dir() else load_checkpoint(last)["state_dict"]
+            module.model.load_state_dict(averaged(state))
+            export(module.model, folder, step)
         return folder
-    del state
     trainer = make_trainer(config, folder, draw)
-    trainer.fit(module, data, ckpt_path=str(last) if resume else None, weights_only=True)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
-    if trainer.is_global_zero:  # fit leaves the averaged weights in place
-        export(module.model, folder, trainer.global_step)
+    trainer.fit(module, data, ckpt_path=None if last is None else str(last), weights_only=True)
+    # fit leaves the averaged weights in place
+    export(module.model, folder, trainer.global_step, trainer.is_global_zero)
     return folder
 
 
@@ -135,6 +152,7 @@ def generator_run(config: ExperimentConfig, folder: Path) -> tuple[TrainingModul
     spec = {**derived, **config.model}
     if spec["conditioner"].get("name") == "class":
         spec["conditioner"] = {"num_classes": len(class_names), **spec["conditioner"]}
+    torch.manual_seed(config.seed)  # whether or not tokenizing took draws just now
     model = build_model(GENERATORS, spec)
     model.metadata["class_names"] = class_names
     remember_tokenizer(model, folder, tokenizer, config.tokenizer)
@@ -203,30 +221,28 @@ def make_trainer(config: ExperimentConfig, folder: Path, draw: Any) -> L.Trainer
         has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         precision = "bf16-mixed" if has_bf16 else "32-true"
     validates = config.data.validation is not None
-    checkpoint = ModelCheckpoint(
-        folder / "checkpoints",
-        filename="step-{step}",
-        auto_insert_metric_name=False,
-        every_n_train_steps=options.checkpoint_every,
-        save_top_k=1,
-        save_last="link",
-        save_on_exception=True,
-    )
     callbacks: list[L.Callback] = [
-        checkpoint,
         LearningRateMonitor("step"),
         TQDMProgressBar(refresh_rate=10),
+        SkipNonFinite(folder, options.max_nonfinite),
     ]
     if draw is not None:
         callbacks.append(Pictures(folder / "pictures", draw))
     callbacks.append(Export(folder))
     if config.optim.ema_decay > 0:
-        callbacks.append(ema(config.optim.ema_decay))
+        callbacks.append(Averaging())
+    checkpoints = folder / "checkpoints"
+    callbacks.append(Checkpoints(checkpoints, options.checkpoint_every, options.keep_last))
+    plugins: list[Any] = [] if options.strategy == "fsdp2" else [WholeFiles()]
+    if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
+        # Checkpoints saves on signals, between two steps
+        plugins.append(SLURMEnvironment(auto_requeue=False))
     return L.Trainer(
         accelerator=options.accelerator,
         devices=options.devices,
         num_nodes=options.num_nodes,
-        strategy=options.strategy,
+        strategy=ShardedStrategy() if options.strategy == "fsdp2" else options.strategy,
+        plugins=plugins,
         precision=precision,
         max_steps=options.max_steps,
         accumulate_grad_batches=options.accumulate,
@@ -256,14 +272,3 @@ def check_same_model(path: Path, config: ExperimentConfig) -> None:
             f"{path.parent} holds a run of another model: choose another output_dir, or pass "
             "resume=false to start over there"
         )
-
-
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """A training checkpoint, memory-mapped. Raises CheckpointError when it is damaged."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # zip, pickle and OS errors alike mean an unusable file
-        raise CheckpointError(
-            f"checkpoint {path} is truncated or damaged ({error}): remove it to start over, or "
-            "point last.ckpt at an older step-*.ckpt"
-        ) from None
