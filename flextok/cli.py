@@ -52,7 +52,12 @@ def make_parser() -> argparse.ArgumentParser:
     sample.add_argument("--temperature", type=float)
     sample.add_argument("--top-k", type=int)
     sample.add_argument("--top-p", type=float)
-    sample.add_argument("--class-guidance", type=float, help="generator's guidance, 1 = none")
+    sample.add_argument(
+        "--class-guidance",
+        type=float,
+        help="generator's guidance; none is 1, and 0 for a MaskGIT with linear or constant decay",
+    )
+    sample.add_argument("--generator-steps", type=int, help="MaskGIT's sampling steps")
     sample.add_argument("--output", default="outputs/sample.png", help="the PNG to write")
     add_decoding(sample)
     sample.set_defaults(run=run_sample)
@@ -96,7 +101,7 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
         "--data", metavar="SET", help="emoji:validation, emoji_scenes:train, or a picture folder"
     )
     parser.add_argument("--limit", type=int, help="take this many of --data, evenly spread")
-    parser.add_argument("--num-tokens", type=int, nargs="+", help="default 1 2 4 ... all")
+    parser.add_argument("--num-tokens", type=int, nargs="+", help="default 1 2 4 ... all, or all")
     parser.add_argument("--steps", type=int, help="decoder steps")
     parser.add_argument("--guidance-scale", type=float, help="decoder guidance, 1 = none")
     parser.add_argument("--solver", help="euler or heun")
@@ -118,43 +123,42 @@ def run_sample(options: argparse.Namespace) -> None:
     from flextok import viz
     from flextok.hub import resolve
     from flextok.pipeline import (
-        decode_prefixes,
         generate_images,
         is_generator,
         load_model,
         load_tokenizer_of,
+        reconstruct_prefixes,
     )
 
     model = load_model(options.model, pick_device(options.device))
-    if model.model_type not in ("flextok", "gpt"):
-        raise ValueError(
-            f"{options.model} is a {model.model_type!r} model: this command drives FlexTok and its "
-            "generators so far; use the model's encode, decode or generate from Python"
-        )
     device = next(model.parameters()).device
-    lengths = token_lengths(options.num_tokens, model.num_tokens)
     decoding = decoding_options(options)
     if is_generator(model):
         if options.images or options.data:
             raise ValueError("a generator makes pictures from --classes, not --images or --data")
         tokenizer = load_tokenizer_of(model, resolve(options.model), options.tokenizer, device)
+        lengths = token_lengths(options.num_tokens, tokenizer, model.num_tokens)
         cond, names = class_labels(model, options.classes, options.num_samples)
         sampling = {
             "temperature": options.temperature,
             "top_k": options.top_k,
             "top_p": options.top_p,
             "guidance_scale": options.class_guidance,
+            "num_steps": options.generator_steps,
         }
         pictures = generate_images(
             model, tokenizer, cond.to(device), lengths, options.seed, sampling, decoding
         )
-        picture = viz.coarse_to_fine(None, pictures, names)
+        if len(lengths) > 1:
+            picture = viz.coarse_to_fine(None, pictures, names)
+        else:
+            picture = viz.samples(pictures[lengths[0]], names, options.num_samples)
     else:
         if options.classes:
             raise ValueError("a tokenizer reconstructs --images or --data; it has no --classes")
+        lengths = token_lengths(options.num_tokens, model, model.num_tokens)
         images = read_images(options, model.image_size)
-        indices = model.encode(images.to(device))
-        decoded = decode_prefixes(model, indices, lengths, options.seed, decoding)
+        decoded = reconstruct_prefixes(model, images, lengths, options.seed, decoding)
         picture = viz.coarse_to_fine(images, decoded)
     print(f"wrote {viz.save(picture, options.output)}")
 
@@ -167,7 +171,7 @@ def run_sweep(options: argparse.Namespace) -> None:
     if not options.data:
         raise ValueError("name the pictures to measure on, e.g. --data emoji:validation")
     model = load_model(options.model, pick_device(options.device))
-    lengths = token_lengths(options.num_tokens, model.num_tokens)
+    lengths = token_lengths(options.num_tokens, model, model.num_tokens)
     dataset = take(open_data(options.data), options.limit)
     results = prefix_quality(
         model, dataset, lengths, options.seed, decoding_options(options), options.batch_size
@@ -231,10 +235,10 @@ def pick_device(name: str | None) -> str:
     return name or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def token_lengths(asked: list[int] | None, total: int) -> list[int]:
-    from flextok.pipeline import prefix_lengths
+def token_lengths(asked: list[int] | None, tokenizer: Any, total: int) -> list[int]:
+    from flextok.pipeline import decodable_lengths
 
-    lengths = sorted(set(asked or prefix_lengths(total)))
+    lengths = sorted(set(asked or decodable_lengths(tokenizer, total)))
     if bad := [k for k in lengths if not 1 <= k <= total]:
         raise ValueError(f"--num-tokens {bad[0]} must be in [1, {total}]")
     return lengths

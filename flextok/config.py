@@ -29,6 +29,9 @@ class OptimConfig:
     lr_scale: dict[str, float] = field(default_factory=dict)  # {encoder: 0.1}: of a model's part
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     weight_decay: float = 0.05
+    no_decay: list[str] = field(  # parameters spared by name; vectors (biases, norms) always are
+        default_factory=lambda: ["embedding", "registers", "positions", "_pos", "token", "start"]
+    )
     warmup_steps: int = 1000
     final_lr: float = 0.01  # of lr, at max_steps (cosine)
     grad_clip: float = 1.0
@@ -49,6 +52,20 @@ class TrainerConfig:
     checkpoint_every: int = 1000
     num_pictures: int = 8  # in the grids drawn after each validation
     compile: bool = False  # torch.compile, for GPUs
+    revive_every: int = 0  # steps between revivals of a VQ's unused codes; 0 = never
+
+
+@dataclass
+class AdversarialConfig:
+    """A patch discriminator trained along with a tokenizer (TiTok's second stage)."""
+
+    weight: float = 0.01  # of the adversarial loss, in the tokenizer's
+    start: int = 20_000  # the step from which on it counts, and the discriminator learns
+    lecam: float = 1e-3  # weight of the LeCam regularization, in the discriminator's loss
+    lecam_decay: float = 0.999
+    dim: int = 128  # channels of the discriminator's first stage
+    num_stages: int = 3
+    lr: float | None = None  # the discriminator's; by default the tokenizer's
 
 
 @dataclass
@@ -62,6 +79,9 @@ class ExperimentConfig:
     trainer: TrainerConfig
     optim: OptimConfig = field(default_factory=OptimConfig)
     tokenizer: str | None = None  # generator: folder or hub id of its tokenizer
+    # tokenizer: trained models that it starts from, {proxy: folder or hub id}; see prepare_training
+    start: dict[str, str] = field(default_factory=dict)
+    adversarial: AdversarialConfig | None = None  # tokenizer: none for FlexTok
     seed: int = 0
     resume: bool = True  # continue from <output_dir>/checkpoints/last.ckpt where there is one
 

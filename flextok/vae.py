@@ -25,6 +25,9 @@ class IdentityVAE(nn.Module):
             raise ValueError(f"scale={scale} must be positive: it multiplies the pixels")
         self.shift, self.scale = shift, scale
 
+    def load_weights(self) -> None:
+        """There are none."""
+
     def encode(
         self, images: Tensor, sample: bool | None = None, generator: torch.Generator | None = None
     ) -> Tensor:

@@ -64,6 +64,12 @@ def coarse_to_fine(
     return grid(rows, labels, names, scale=max(1, 128 // rows[0].shape[-1]))
 
 
+def samples(images: Tensor, names: list[str], per_row: int) -> Image.Image:
+    """images: (n, 3, H, W) in [-1, 1]; names: a label for each. One row of `per_row` a label."""
+    rows = list(images.split(per_row))
+    return grid(rows, row_labels=names[::per_row], scale=max(1, 128 // images.shape[-1]))
+
+
 def save(picture: Image.Image, path: str | Path) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,17 +2,21 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from conftest import TINY, tiny_tokenizer
+from conftest import TINY, TITOK, VQGAN, tiny_tokenizer
 
 from flextok.config import OptimConfig, load_experiment
+from flextok.generators import GENERATORS
 from flextok.hub import CheckpointError
+from flextok.losses import perceptual
 from flextok.pipeline import load_model
 from flextok.schema import ConfigError
+from flextok.tokenizers import TOKENIZERS, MaskGITVQGAN, VQGANConfig
 from flextok.training.optim import parameter_groups, warmup_cosine
 from flextok.training.run import build_model, train
 
@@ -221,6 +225,17 @@ def test_missing_and_broken_config_files(tmp_path):
         load_experiment(tmp_path / "broken.yaml")
 
 
+PUBLISHED_SIZES = {  # parameters of the published checkpoints
+    "maskgit_vqgan": 54_515_587,
+    "titok_s128_stage2": 83_674_639,
+    "titok_b64_stage2": 204_814_095,
+    "titok_l32_stage2": 641_054_735,
+    "titok_bl128_vq8k": 390_179_988,
+    "titok_bl128_vae_c16": 389_581_940,
+    "maskgit_titok_l32": 177_202_432,
+    "maskgit_titok_b64": 177_227_008,
+    "maskgit_titok_s128": 294_990_848,
+}
 SHRUNKEN = {
     "flextok": [
         "model.image_size=32",
@@ -231,7 +246,20 @@ SHRUNKEN = {
         "model.num_registers=8",
     ],
     "gpt": ["model.depth=2", "model.dim=32"],
+    "maskgit": ["model.depth=3", "model.dim=32", "model.num_heads=2"],
+    "maskgit_vqgan": [f"model.{key}={value}" for key, value in VQGAN.items()],
+    "titok": [f"model.{key}={value}" for key, value in TITOK.items() if key != "quantizer"]
+    + [f"model.proxy={VQGAN}"],
 }
+
+
+class Difference(torch.nn.Module):
+    """In place of a perceptual loss whose weights are not here."""
+
+    source = "nowhere"
+
+    def forward(self, images, targets):
+        return (images - targets).abs().mean()
 
 
 @pytest.mark.slow
@@ -268,6 +296,18 @@ def test_every_config_takes_a_training_step_when_shrunk(
     if spec["model"].get("repa"):
         repa = "{model: vit_tiny_patch16_224, pretrained: false, hidden_dim: 16}"
         overrides.append(f"model.repa={repa}")
+    if spec["model"].get("perceptual"):
+        for loss in spec["model"]["perceptual"]:
+            monkeypatch.setitem(perceptual.PERCEPTUAL, loss, Difference)
+    if spec.get("adversarial"):
+        overrides.append("adversarial={start: 0, dim: 32, num_stages: 1}")
+    if "proxy" in spec.get("start", {}):
+        MaskGITVQGAN(VQGANConfig(**VQGAN)).save_pretrained(tmp_path / "proxy")
+        overrides.append(f"start.proxy={tmp_path / 'proxy'}")
+    if "first" in spec.get("start", {}):
+        config = load_experiment(path, [*overrides, "model.stage=proxy"])
+        build_model(TOKENIZERS, config.model).save_pretrained(tmp_path / "first")
+        overrides.append(f"start.first={tmp_path / 'first'}")
     train(load_experiment(path, [*overrides, "trainer.log_every=1"]))
     losses = logged_losses(tmp_path / "run")
     assert list(losses) == [0]
@@ -277,17 +317,19 @@ def test_every_config_takes_a_training_step_when_shrunk(
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_every_config_builds_at_full_size(path):
-    from flextok.generators import GENERATORS
-    from flextok.tokenizers import TOKENIZERS
-
     config = load_experiment(path)
     spec = {**config.model}
     registry = TOKENIZERS if config.task == "tokenizer" else GENERATORS
     if config.task == "generator":
         spec["conditioner"] = {"name": "class", "num_classes": 10, **spec.get("conditioner", {})}
+        num_tokens = re.fullmatch(r"maskgit_titok_.(\d+)", path.stem)
+        sizes = {"vocab_size": 4096, "num_tokens": int(num_tokens[1])} if num_tokens else {}
+        spec |= sizes  # those of its tokenizer
     with torch.device("meta"):
         model = build_model(registry, spec)
-    assert sum(p.numel() for p in model.parameters()) > 1e5
+    size = sum(p.numel() for p in model.parameters())
+    assert size == PUBLISHED_SIZES.get(path.stem, size)
+    assert size > 1e5
 
 
 def test_kl_vae_without_weights_is_not_trained_on_noise(picture_folder, tmp_path):

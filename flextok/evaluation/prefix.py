@@ -11,7 +11,7 @@ from flextok.data.datamodule import prepare_image
 from flextok.data.stream import EvaluationSet, collate
 from flextok.data.transforms import ImageTransform
 from flextok.evaluation.metrics import mse, psnr
-from flextok.pipeline import decode_prefixes
+from flextok.pipeline import reconstruct_prefixes
 
 
 @dataclass
@@ -46,9 +46,7 @@ def prefix_quality(
             if not batch:
                 continue
             images = batch["image"].to(device)
-            decoded = decode_prefixes(
-                tokenizer, tokenizer.encode(images), lengths, seed + number, decoding
-            )
+            decoded = reconstruct_prefixes(tokenizer, images, lengths, seed + number, decoding)
             for k, pictures in decoded.items():
                 scores[k].append(torch.stack([psnr(pictures, images), mse(pictures, images)]))
     if not any(scores.values()):

@@ -1,5 +1,6 @@
 """Callbacks: averaged weights, picture grids, and the export of the model."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,11 @@ from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
 
 from flextok import viz
-from flextok.pipeline import decode_prefixes, generate_images, prefix_lengths
+from flextok.data.stream import derived_generator
+from flextok.pipeline import decodable_lengths, generate_images, reconstruct_prefixes
+from flextok.quantizers.vq import codebook_usage, count_codes
+
+log = logging.getLogger(__name__)
 
 
 def ema(decay: float) -> WeightAveraging:
@@ -23,6 +28,79 @@ def ema(decay: float) -> WeightAveraging:
         return averaged.lerp(current, 1 - min(decay, (1 + n) / (10 + n)))
 
     return WeightAveraging(avg_fn=average)
+
+
+class CodebookUsage(L.Callback):
+    """Logs how much of the tokenizer's codebook is in use: the fraction of codes chosen at all and
+    the perplexity, in training over the last `every` steps and over each validation.
+
+    revive: also moves codes that those steps never chose onto encoder outputs of the last one.
+    """
+
+    def __init__(self, every: int, revive: bool = False, seed: int = 0):
+        self.every, self.revive, self.seed = every, revive, seed
+        self.counts: Tensor | None = None  # of the codes in whole steps since the last log
+        self.pending: Tensor | None = None  # in the step at work
+        self.validation_counts: Tensor | None = None
+        self.step = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self.hook = pl_module.model.quantizer.register_forward_hook(self.count)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self.hook.remove()
+
+    def count(self, quantizer: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        counts = count_codes(output[1], quantizer.codebook_size)
+        if quantizer.training:
+            self.pending = counts if self.pending is None else self.pending + counts
+            self.z = inputs[0].detach()
+        elif self.validation_counts is not None:
+            self.validation_counts += counts
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
+        if trainer.global_step == self.step or self.pending is None:
+            return  # gradients are being accumulated
+        self.step = trainer.global_step
+        if self.counts is not None:
+            self.pending += self.counts.to(self.pending.device)
+        self.counts, self.pending = self.pending, None
+        if self.step % self.every:
+            return
+        counts = trainer.strategy.reduce(self.counts, reduce_op="sum")
+        self.log_usage(pl_module, "train", counts)
+        if self.revive:
+            draws = derived_generator(self.seed, 5, self.step)
+            z = trainer.strategy.broadcast(self.z)  # every process moves the codes alike
+            revived = pl_module.model.quantizer.revive(z, counts, generator=draws)
+            pl_module.log("train/codes_revived", float(revived))
+        self.counts = None
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self.validation_counts = torch.zeros(
+            pl_module.model.vocab_size, dtype=torch.long, device=pl_module.device
+        )
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        counts = trainer.strategy.reduce(self.validation_counts, reduce_op="sum")
+        used, perplexity = self.log_usage(pl_module, "val", counts)
+        self.validation_counts = None
+        size = pl_module.model.vocab_size
+        text = f"{used:.1%} of {size} codes in use, perplexity {perplexity:.0f}"
+        pl_module.model.metadata["codebook"] = text
+        log.info("step %d: codebook: %s, over the validation set", trainer.global_step, text)
+
+    def log_usage(self, pl_module: Any, stage: str, counts: Tensor) -> tuple[float, float]:
+        used, perplexity = (float(value) for value in codebook_usage(counts))
+        pl_module.log(f"{stage}/codes_used", used)
+        pl_module.log(f"{stage}/perplexity", perplexity)
+        return used, perplexity
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"counts": self.counts, "step": self.step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.counts, self.step = state_dict["counts"], state_dict["step"]
 
 
 class Pictures(L.Callback):
@@ -51,9 +129,8 @@ def draw_reconstructions(images: Tensor) -> Callable[[Any], Any]:
     """images: (n, 3, H, W) in [-1, 1], encoded and decoded at 1, 2, 4, ... tokens."""
 
     def draw(tokenizer: Any) -> Any:
-        indices = tokenizer.encode(images.to(next(tokenizer.parameters()).device))
-        lengths = prefix_lengths(tokenizer.num_tokens)
-        return viz.coarse_to_fine(images, decode_prefixes(tokenizer, indices, lengths))
+        lengths = decodable_lengths(tokenizer)
+        return viz.coarse_to_fine(images, reconstruct_prefixes(tokenizer, images, lengths))
 
     return draw
 
@@ -64,7 +141,7 @@ def draw_generations(tokenizer: Any, cond: Tensor) -> Callable[[Any], Any]:
     def draw(generator: Any) -> Any:
         device = next(generator.parameters()).device
         tokenizer.to(device)
-        lengths = prefix_lengths(generator.num_tokens)
+        lengths = decodable_lengths(tokenizer, generator.num_tokens)
         return viz.coarse_to_fine(
             None, generate_images(generator, tokenizer, cond.to(device), lengths)
         )

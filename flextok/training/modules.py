@@ -14,7 +14,7 @@ from flextok.training.optim import make_optimizer, warmup_cosine
 class TrainingModule(L.LightningModule):
     """Trains a model whose loss(*inputs, generator=) returns a dict of scalars with "loss".
 
-    Every random draw of a step comes from a generator seeded by (seed, step, rank): a resumed run
+    Every random draw of a step comes from generators seeded by (seed, step, rank): a resumed run
     repeats exactly what an uninterrupted one would have drawn.
     """
 
@@ -26,11 +26,16 @@ class TrainingModule(L.LightningModule):
         raise NotImplementedError
 
     def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
-        micro = batch_index % self.trainer.accumulate_grad_batches
-        draws = derived_generator(self.seed, 3, self.global_step, micro, self.global_rank)
-        losses = self.model.loss(*self.inputs(batch), generator=draws)
+        losses = self.model.loss(*self.inputs(batch), generator=self.draws(batch_index))
         self.log_losses("train", losses, len(next(iter(batch.values()))))
         return losses["loss"]
+
+    def draws(self, batch_index: int) -> torch.Generator:
+        """The generator of a training step. Seeds the global one too, for dropout layers."""
+        micro = batch_index % self.trainer.accumulate_grad_batches
+        draws = derived_generator(self.seed, 3, self.global_step, micro, self.global_rank)
+        torch.manual_seed(draws.initial_seed())
+        return draws
 
     def validation_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
         if not batch:
@@ -54,8 +59,14 @@ class TrainingModule(L.LightningModule):
                 **options,
             )
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["metadata"] = {**self.model.metadata, "step": self.global_step}
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        return make_optimizer(self.model, self.optim)
+
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
-        optimizer = make_optimizer(self.model, self.optim)
+        optimizer = self.make_optimizer()
         factor = warmup_cosine(self.optim.warmup_steps, self.max_steps, self.optim.final_lr)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {

@@ -1,5 +1,6 @@
 """One training run from an ExperimentConfig: build, train, export."""
 
+import inspect
 import json
 import logging
 from pathlib import Path
@@ -22,7 +23,9 @@ from flextok.hub import CheckpointError, atomic_write, fingerprint
 from flextok.pipeline import load_model, remember_tokenizer
 from flextok.schema import ConfigError, build, from_mapping, unknown_key
 from flextok.tokenizers import TOKENIZERS
+from flextok.training.adversarial import AdversarialModule
 from flextok.training.callbacks import (
+    CodebookUsage,
     Export,
     Pictures,
     draw_generations,
@@ -31,7 +34,6 @@ from flextok.training.callbacks import (
     export,
 )
 from flextok.training.modules import GeneratorModule, TokenizerModule, TrainingModule
-from flextok.vae import KLVAE
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +61,7 @@ def train(config: ExperimentConfig) -> Path:
         export(module.model, folder, state["global_step"])
         return folder
     del state
-    trainer = make_trainer(config, folder, draw)
+    trainer = make_trainer(config, folder, module.model, draw)
     trainer.fit(module, data, ckpt_path=str(last) if resume else None, weights_only=True)
     if trainer.interrupted:
         raise KeyboardInterrupt
@@ -90,16 +92,14 @@ def build_model(registry: dict[str, Any], spec: dict[str, Any]) -> Any:
 
 def tokenizer_run(config: ExperimentConfig) -> tuple[TrainingModule, DataModule, Any]:
     model = build_model(TOKENIZERS, config.model)
-    if isinstance(model.vae, KLVAE):
-        model.vae.load_weights()
-    model.prepare_training()
+    prepare_training(model, config.start)
     transform = make_transform(config, model.image_size)
     train_set = make_dataset(config.data.train)
     validation = make_dataset(config.data.validation) if config.data.validation else None
     model.metadata["class_names"] = list(train_set.class_names)
     prepare = prepare_image(transform)
     data = make_data(config, train_set, validation, prepare)
-    module = TokenizerModule(model, config.optim, config.trainer.max_steps, config.seed)
+    module = tokenizer_module(config, model)
     draw = None
     if validation is not None:
         count = min(config.trainer.num_pictures, len(validation))
@@ -109,11 +109,40 @@ def tokenizer_run(config: ExperimentConfig) -> tuple[TrainingModule, DataModule,
     return module, data, draw
 
 
+def prepare_training(model: Any, start: dict[str, str]) -> None:
+    """Hand a tokenizer the trained models that config.start names, and note which they were."""
+    known = list(inspect.signature(model.prepare_training).parameters)
+    for name in start:
+        if name not in known:
+            raise unknown_key("model to start from", name, known, "start")
+    trained = {name: load_model(path) for name, path in start.items()}
+    if trained:
+        model.metadata["start"] = {
+            name: f"{path} (weights {fingerprint(trained[name])})" for name, path in start.items()
+        }
+    model.prepare_training(**trained)
+
+
+def tokenizer_module(config: ExperimentConfig, model: Any) -> TrainingModule:
+    arguments = (model, config.optim, config.trainer.max_steps)
+    if config.adversarial is None:
+        return TokenizerModule(*arguments, seed=config.seed)
+    if not hasattr(model, "reconstruct"):
+        raise ConfigError(f"adversarial: a {model.model_type} has no reconstruction in training")
+    return AdversarialModule(*arguments, adversarial=config.adversarial, seed=config.seed)
+
+
 def generator_run(config: ExperimentConfig, folder: Path) -> tuple[TrainingModule, DataModule, Any]:
     assert config.tokenizer is not None
     tokenizer = load_model(config.tokenizer)
     if tokenizer.model_type not in TOKENIZERS:
         raise ConfigError(f"tokenizer={config.tokenizer!r} holds a {tokenizer.model_type} model")
+    if not tokenizer.vocab_size:
+        raise ConfigError(
+            f"tokenizer={config.tokenizer!r} is continuous (KL): it has no indices to generate"
+        )
+    if config.start or config.adversarial:
+        raise ConfigError("start and adversarial are for task tokenizer")
     cache = Path(config.data.token_cache or folder / "tokens")
     train_set = cached_tokens(config, tokenizer, cache / "train", config.data.train)
     validation = None
@@ -178,7 +207,17 @@ def make_data(
     )
 
 
-def make_trainer(config: ExperimentConfig, folder: Path, draw: Any) -> L.Trainer:
+def codebook_callbacks(config: ExperimentConfig, model: Any) -> list[L.Callback]:
+    quantizer, revive_every = getattr(model, "quantizer", None), config.trainer.revive_every
+    if revive_every and not hasattr(quantizer, "revive"):
+        raise ConfigError(f"trainer.revive_every={revive_every} needs a learned codebook (vq)")
+    if quantizer is None or not quantizer.codebook_size:
+        return []
+    every = revive_every or config.trainer.log_every
+    return [CodebookUsage(every, bool(revive_every), config.seed)]
+
+
+def make_trainer(config: ExperimentConfig, folder: Path, model: Any, draw: Any) -> L.Trainer:
     options = config.trainer
     precision: Any = options.precision
     if precision == "auto":
@@ -198,6 +237,7 @@ def make_trainer(config: ExperimentConfig, folder: Path, draw: Any) -> L.Trainer
         checkpoint,
         LearningRateMonitor("step"),
         TQDMProgressBar(refresh_rate=10),
+        *codebook_callbacks(config, model),
     ]
     if draw is not None:
         callbacks.append(Pictures(folder / "pictures", draw))
@@ -233,7 +273,8 @@ def check_same_model(path: Path, config: ExperimentConfig) -> None:
     if not path.exists():
         return
     found = load_experiment(path)
-    if found.model != config.model or found.task != config.task:
+    same = ("task", "model", "adversarial")
+    if any(getattr(found, key) != getattr(config, key) for key in same):
         raise ConfigError(
             f"{path.parent} holds a run of another model: choose another output_dir, or pass "
             "resume=false to start over there"
