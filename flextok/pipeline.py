@@ -66,16 +66,16 @@ def load_tokenizer_of(
 def generate_images(
     generator: Any,
     tokenizer: Any,
-    cond: Tensor,
+    cond: Any,
     num_tokens: list[int] | None = None,
     seed: int = 0,
     sampling: dict[str, Any] | None = None,
     decoding: dict[str, Any] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> dict[int, Tensor]:
-    """cond: (B,) labels. Generates max(num_tokens) indices once and decodes each prefix length with
-    the same initial noise. sampling and decoding go to generate() and decode(). Returns prefix
-    length -> (B, 3, H, W) in [-1, 1], shortest first."""
+    """cond: (B,) labels or B prompts. Generates max(num_tokens) indices once and decodes each
+    prefix length with the same initial noise. sampling and decoding go to generate() and decode().
+    Returns prefix length -> (B, 3, H, W) in [-1, 1], shortest first."""
     lengths = sorted(set(num_tokens or [generator.num_tokens]))
     draws = torch.Generator().manual_seed(seed)
     indices = generator.generate(

@@ -112,7 +112,8 @@ class GPT(Pretrained, nn.Module):
         """Keys and values of the context for each block's cross-attention, None without one."""
         if condition.context is None:
             return [None] * len(self.blocks)
-        return [block.cross_attn.keys_values(condition.context) for block in self.blocks]
+        blocks: Any = self.blocks
+        return [block.cross_attn.keys_values(condition.context.values) for block in blocks]
 
     def embed(self, indices: Tensor, cond: Any, drop: Tensor | None = None) -> Tensor:
         """Returns the input embeddings (B, k+1, D): the start token with its condition, then one
@@ -127,8 +128,8 @@ class GPT(Pretrained, nn.Module):
     def loss(
         self, indices: Tensor, cond: Any, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
-        """indices: (B, K) long; cond: as in forward. Returns scalars; "loss" is the cross-entropy in
-        nats an index. `generator` draws which conditions are dropped."""
+        """indices: (B, K) long; cond: as in forward. Returns scalars; "loss" is the
+        cross-entropy in nats an index. `generator` draws which conditions are dropped."""
         self._check_indices(indices)
         drop = None
         if self.training and self.config.cond_drop > 0:
@@ -235,4 +236,4 @@ class GPT(Pretrained, nn.Module):
 
 def context_mask(condition: Condition) -> Tensor | None:
     """(B, 1, 1, L) bool for cross-attention, or None without a context."""
-    return None if condition.mask is None else condition.mask[:, None, None, :]
+    return None if condition.context is None else condition.context.mask[:, None, None, :]

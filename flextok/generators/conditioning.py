@@ -24,17 +24,14 @@ class Condition(NamedTuple):
     """What a transformer needs of a condition."""
 
     start: Tensor  # (B, D), added to the start token
-    context: Tensor | None = None  # (B, L, D), read by cross-attention
-    mask: Tensor | None = None  # (B, L) bool, True = a token of the context
+    context: Text | None = None  # values (B, L, D), read by cross-attention
 
     def join(self, other: "Condition") -> "Condition":
-        """Both batches, one after the other; contexts padded to the same length."""
+        """Both batches, one after the other."""
         start = torch.cat([self.start, other.start])
         if self.context is None or other.context is None:
             return Condition(start)
-        assert self.mask is not None and other.mask is not None, "a context comes with its mask"
-        both = Text(self.context, self.mask).join(Text(other.context, other.mask))
-        return Condition(start, both.values, both.mask)
+        return Condition(start, self.context.join(other.context))
 
 
 class NoConditioner(nn.Module):
@@ -120,6 +117,15 @@ class TextConditioner(nn.Module):
             self.project = nn.Sequential(nn.Linear(width, hidden), gelu, nn.Linear(hidden, dim))
         self.null_row: Tensor | None = None  # "" as the encoder's rows give it, once known
 
+    def pinned(self, spec: Mapping[str, Any]) -> dict[str, Any]:
+        """A config of this conditioner with what a frozen encoder was found to be written out, so
+        that a saved generator gets the same one."""
+        encoder = spec.get("encoder", "bytes")
+        encoder = {"name": encoder} if isinstance(encoder, str) else dict(encoder)
+        if self.encoder.frozen:
+            encoder |= {"dim": self.encoder.dim, "revision": self.encoder.identity()["revision"]}
+        return {**spec, "encoder": encoder}
+
     def rows(self, prompts: Sequence[str], device: torch.device | str = "cpu") -> list[Tensor]:
         """The encoder's rows, each different prompt encoded once."""
         check_prompts(prompts)
@@ -145,7 +151,7 @@ class TextConditioner(nn.Module):
         context = self.encoder(cond)
         if isinstance(self.project, nn.Sequential):  # cached embeddings are in half precision
             context = self.project(context.to(self.project[0].weight.dtype))
-        return Condition(context.new_zeros(len(cond), self.dim), context, cond.mask)
+        return Condition(context.new_zeros(len(cond), self.dim), Text(context, cond.mask))
 
     def null_like(self, cond: Text) -> Text:
         return Text.pad([self.null(cond.values)] * len(cond))

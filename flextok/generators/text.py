@@ -182,7 +182,8 @@ class PretrainedEncoder(TextEncoder):
         return load_encoder(self.model, self.revision)[1]
 
     def identity(self) -> dict[str, Any]:
-        revision = resolved_revision(encoder_folder(self.model, self.revision))
+        folder = encoder_folder(self.model, self.revision, config_only=True)
+        revision = resolved_revision(folder)
         return {"encoder": self.model, "revision": revision, "max_length": self.max_length}
 
     @torch.no_grad()
@@ -257,9 +258,10 @@ def load_encoder(model: str, revision: str | None) -> tuple[Any, Any]:
     return network.eval().requires_grad_(False), tokenizer
 
 
-def encoder_folder(model: str, revision: str | None = None) -> Path:
-    """Where an encoder's files lie: a folder of the user's, or the hub's snapshot. Raises
-    CheckpointError, also when a folder is not of the revision."""
+def encoder_folder(model: str, revision: str | None = None, config_only: bool = False) -> Path:
+    """Where an encoder's files lie: a folder of the user's, or the hub's snapshot, of which
+    config_only spares the weights. Raises CheckpointError, also when a folder is not of the
+    revision."""
     place = Path(model).expanduser()
     if place.is_dir():
         if revision is not None and (found := resolved_revision(place)) != revision:
@@ -270,16 +272,18 @@ def encoder_folder(model: str, revision: str | None = None) -> Path:
         return place
     from huggingface_hub import snapshot_download
 
-    def snapshot(weights: str) -> Path:
-        patterns = [*_FILES, weights]
+    def snapshot(*patterns: str) -> Path:
         folder = from_hub(
-            model, lambda: snapshot_download(model, revision=revision, allow_patterns=patterns)
+            model,
+            lambda: snapshot_download(model, revision=revision, allow_patterns=list(patterns)),
         )
         return Path(folder)
 
     try:
-        folder = snapshot(_WEIGHTS)
-        return folder if list(folder.glob(_WEIGHTS)) else snapshot(_OLD_WEIGHTS)
+        if config_only:
+            return snapshot("config.json")
+        folder = snapshot(*_FILES, _WEIGHTS)
+        return folder if list(folder.glob(_WEIGHTS)) else snapshot(*_FILES, _OLD_WEIGHTS)
     except CheckpointError as error:
         raise CheckpointError(
             f"text encoder: {error}. Without any download works "
@@ -297,7 +301,7 @@ def read_config(folder: Path) -> Any:
 
 def hidden_size(model: str, revision: str | None) -> int:
     """The width of an encoder's embeddings, from its config alone."""
-    folder = encoder_folder(model, revision)
+    folder = encoder_folder(model, revision, config_only=True)
     try:
         return int(read_config(folder).hidden_size)
     except (OSError, ValueError, AttributeError) as error:
