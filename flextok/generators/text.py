@@ -44,6 +44,9 @@ class Text:
     def __len__(self) -> int:
         return len(self.mask)
 
+    def __getitem__(self, some: slice) -> "Text":
+        return Text(self.values[some], self.mask[some])
+
     def to(self, device: torch.device | str, **options: Any) -> "Text":
         return Text(self.values.to(device, **options), self.mask.to(device, **options))
 
