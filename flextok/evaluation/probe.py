@@ -124,9 +124,10 @@ def train_probe(
     seed: int = 0,
     device: str | torch.device = "cpu",
 ) -> Probe:
-    """A probe for pictures of image_size, in eval mode. It learns from scenes blurred and with
+    """A probe for pictures of image_size, in eval mode. It learns from scenes, blurred and with
     noise in random measure, since generated pictures are not as crisp as real ones."""
-    images, facts, _ = read_scenes(scenes, image_size, num_scenes)
+    number = min(num_scenes, steps * batch_size)
+    images, facts, _ = read_scenes(scenes, image_size, number)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         probe = Probe(image_size, fact_sizes(scenes)).to(device)
