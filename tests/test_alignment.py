@@ -18,7 +18,7 @@ from flextok.evaluation.probe import (
 )
 
 OPTIONS = {"max_objects": 2, "vocabulary": "basic"}
-SIZE, NUMBER = 32, 96
+SIZE, NUMBER = 32, 64
 
 
 @pytest.fixture(scope="module")
