@@ -5,10 +5,12 @@ import json
 import logging
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 DESCRIPTION = "Images as short, ordered token sequences."
+TEXT_MODEL = "outputs/quickstart_text/generator"  # what make quickstart-text trains
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -40,20 +42,28 @@ def make_parser() -> argparse.ArgumentParser:
 
     sample = commands.add_parser(
         "sample",
-        help="reconstruct pictures or generate by class, as a coarse-to-fine grid",
+        help="reconstruct pictures, or generate by class or prompt, as a coarse-to-fine grid",
         description="With a tokenizer: reconstruct --images or --data at each of --num-tokens. "
-        "With a generator: generate --classes.",
+        "With a generator: generate --classes, or --prompt, --prompts-file or the captions of "
+        "--data; prompts also get their last pictures as files beside the grid.",
     )
-    sample.add_argument("model", help="folder or hub id of a tokenizer or a generator")
+    sample.add_argument(
+        "model",
+        nargs="?",
+        help=f"folder or hub id of a tokenizer or a generator; for prompts default {TEXT_MODEL}",
+    )
     sample.add_argument("--images", nargs="+", metavar="FILE", help="picture files or folders")
     sample.add_argument("--classes", nargs="+", metavar="CLASS", help="names or numbers; 'none'")
-    sample.add_argument("--num-samples", type=int, default=1, help="pictures a class")
+    sample.add_argument("--prompt", nargs="+", metavar="TEXT", help="texts; '' = none")
+    sample.add_argument("--prompts-file", metavar="FILE", help="one prompt a line")
+    sample.add_argument("--num-samples", type=int, default=1, help="pictures a class or prompt")
     sample.add_argument("--tokenizer", help="generator: another place to find its tokenizer")
     sample.add_argument("--temperature", type=float)
     sample.add_argument("--top-k", type=int)
     sample.add_argument("--top-p", type=float)
     sample.add_argument(
-        "--class-guidance",
+        *("--class-guidance", "--text-guidance"),
+        dest="cond_guidance",
         type=float,
         help="generator's guidance; none is 1, and 0 for a MaskGIT with linear or constant decay",
     )
@@ -70,6 +80,20 @@ def make_parser() -> argparse.ArgumentParser:
     sweep.add_argument("--batch-size", type=int, default=64)
     add_decoding(sweep)
     sweep.set_defaults(run=run_sweep)
+
+    align = commands.add_parser(
+        "align",
+        help="how well generated emoji scenes show their prompts, against the number of tokens",
+        description="A small classifier, trained on real scenes, reads generated ones; the same "
+        "pictures scored against shuffled prompts are the control.",
+    )
+    align.add_argument("model", help="folder or hub id of a generator")
+    align.add_argument("--tokenizer", help="another place to find its tokenizer")
+    align.add_argument("--probe", metavar="FILE", help="keep the classifier here, or take it")
+    align.add_argument("--probe-steps", type=int, default=1500, help="its training, if needed")
+    align.add_argument("--json", metavar="FILE", help="also write the figures to a JSON file")
+    add_decoding(align)
+    align.set_defaults(run=run_align)
 
     info = commands.add_parser(
         "info", help="a model's config, sizes, vocabulary, bits per image and provenance"
@@ -98,7 +122,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 def add_decoding(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--data", metavar="SET", help="emoji:validation, emoji_scenes:train, or a picture folder"
+        "--data",
+        metavar="SET",
+        help="emoji:validation, emoji_scenes:train, a picture folder, or {name: ...} as in configs",
     )
     parser.add_argument("--limit", type=int, help="take this many of --data, evenly spread")
     parser.add_argument("--num-tokens", type=int, nargs="+", help="default 1 2 4 ... all, or all")
@@ -121,6 +147,7 @@ def run_train(options: argparse.Namespace) -> None:
 
 def run_sample(options: argparse.Namespace) -> None:
     from flextok import viz
+    from flextok.generators.conditioning import TextConditioner
     from flextok.hub import resolve
     from flextok.pipeline import (
         generate_images,
@@ -130,32 +157,47 @@ def run_sample(options: argparse.Namespace) -> None:
         reconstruct_prefixes,
     )
 
+    if options.model is None:
+        if not (options.prompt or options.prompts_file):
+            raise ValueError("name a model: the folder or hub id of a tokenizer or a generator")
+        options.model = TEXT_MODEL
     model = load_model(options.model, pick_device(options.device))
     device = next(model.parameters()).device
     decoding = decoding_options(options)
     if is_generator(model):
-        if options.images or options.data:
+        by_text = isinstance(model.conditioner, TextConditioner)
+        if by_text:
+            cond = names = read_prompts(options)
+        elif options.images or options.data:
             raise ValueError("a generator makes pictures from --classes, not --images or --data")
+        elif options.prompt or options.prompts_file:
+            raise ValueError(f"{options.model} knows classes, not prompts: use --classes")
+        else:
+            cond, names = class_labels(model, options.classes, options.num_samples)
+            cond = cond.to(device)
         tokenizer = load_tokenizer_of(model, resolve(options.model), options.tokenizer, device)
         lengths = token_lengths(options.num_tokens, tokenizer, model.num_tokens)
-        cond, names = class_labels(model, options.classes, options.num_samples)
         sampling = {
             "temperature": options.temperature,
             "top_k": options.top_k,
             "top_p": options.top_p,
-            "guidance_scale": options.class_guidance,
+            "guidance_scale": options.cond_guidance,
             "num_steps": options.generator_steps,
         }
         pictures = generate_images(
-            model, tokenizer, cond.to(device), lengths, options.seed, sampling, decoding
+            model, tokenizer, cond, lengths, options.seed, sampling, decoding
         )
         if len(lengths) > 1:
             picture = viz.coarse_to_fine(None, pictures, names)
         else:
             picture = viz.samples(pictures[lengths[0]], names, options.num_samples)
+        if by_text:
+            save_each(pictures[lengths[-1]], Path(options.output))
     else:
-        if options.classes:
-            raise ValueError("a tokenizer reconstructs --images or --data; it has no --classes")
+        if options.classes or options.prompt or options.prompts_file:
+            raise ValueError(
+                "a tokenizer reconstructs --images or --data; it has no --classes or prompts"
+            )
         lengths = token_lengths(options.num_tokens, model, model.num_tokens)
         images = read_images(options, model.image_size)
         decoded = reconstruct_prefixes(model, images, lengths, options.seed, decoding)
@@ -165,7 +207,6 @@ def run_sample(options: argparse.Namespace) -> None:
 
 def run_sweep(options: argparse.Namespace) -> None:
     from flextok.evaluation.prefix import format_table, prefix_quality
-    from flextok.hub import atomic_write
     from flextok.pipeline import load_model
 
     if not options.data:
@@ -178,19 +219,63 @@ def run_sweep(options: argparse.Namespace) -> None:
     )
     print(format_table(results))
     if options.json:
-        path = Path(options.json)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(
-            {
-                "model": options.model,
-                "data": options.data,
-                "seed": options.seed,
-                **decoding_options(options),
-                "results": [r.as_dict() for r in results],
-            },
-            indent=2,
-        )
-        atomic_write(path, lambda p: p.write_text(text + "\n", encoding="utf-8"))
+        content = {
+            "model": options.model,
+            "data": options.data,
+            "seed": options.seed,
+            **decoding_options(options),
+            "results": [r.as_dict() for r in results],
+        }
+        write_json(options.json, content)
+
+
+def run_align(options: argparse.Namespace) -> None:
+    from flextok.data.datasets import DATASETS
+    from flextok.data.emoji import EmojiScenes
+    from flextok.evaluation.alignment import alignment, format_report
+    from flextok.evaluation.probe import Probe, train_probe
+    from flextok.hub import resolve
+    from flextok.pipeline import is_generator, load_model, load_tokenizer_of
+    from flextok.schema import build
+
+    spec = data_spec(options.data or "emoji_scenes:validation")
+    scenes = build(DATASETS, spec, "dataset")
+    if not isinstance(scenes, EmojiScenes):
+        raise ValueError("--data must be emoji_scenes: the classifier reads those")
+    generator = load_model(options.model, pick_device(options.device))
+    if not is_generator(generator):
+        raise ValueError(f"{options.model} is a {generator.model_type} model, not a generator")
+    device = next(generator.parameters()).device
+    tokenizer = load_tokenizer_of(generator, resolve(options.model), options.tokenizer, device)
+    if options.probe and Path(options.probe).is_file():
+        probe = Probe.load(options.probe).to(device)
+    else:
+        known = {"split": "train", "prompts": "train" if scenes.prompts == "held_out" else "all"}
+        real = build(DATASETS, {**spec, **known}, "dataset")
+        probe = train_probe(real, tokenizer.image_size, options.probe_steps, device=device)
+        if options.probe:
+            probe.save(options.probe)
+    report = alignment(
+        generator,
+        tokenizer,
+        probe,
+        scenes,
+        token_lengths(options.num_tokens, generator.num_tokens),
+        options.limit or 256,
+        options.seed,
+        decoding=decoding_options(options),
+    )
+    print(format_report(report))
+    if options.json:
+        write_json(options.json, {"model": options.model, "data": spec, **asdict(report)})
+
+
+def write_json(path: str, content: dict[str, Any]) -> None:
+    from flextok.hub import atomic_write
+
+    text = json.dumps(content, indent=2)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(Path(path), lambda p: p.write_text(text + "\n", encoding="utf-8"))
 
 
 def run_info(options: argparse.Namespace) -> None:
@@ -253,18 +338,33 @@ def decoding_options(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def open_data(name: str) -> Any:
-    """emoji, emoji:validation, emoji_scenes:train, or a folder of pictures."""
     from flextok.data.datasets import DATASETS
     from flextok.schema import build
 
+    return build(DATASETS, data_spec(name), "dataset")
+
+
+def data_spec(name: str) -> dict[str, Any]:
+    """emoji, emoji:validation, emoji_scenes:train, a folder of pictures, or {name: ..., ...} as in
+    a config."""
+    if name.startswith("{"):
+        from omegaconf import OmegaConf
+        from omegaconf.errors import OmegaConfBaseException
+        from yaml import YAMLError
+
+        try:
+            spec: Any = OmegaConf.to_container(OmegaConf.create(name))
+        except (OmegaConfBaseException, YAMLError) as error:
+            raise ValueError(f"--data {name!r} is no mapping: {error}") from None
+        return spec
     if Path(name).is_dir():
-        return build(DATASETS, {"name": "folder", "root": name}, "dataset")
+        return {"name": "folder", "root": name}
     dataset, _, split = name.partition(":")
     if dataset not in ("emoji", "emoji_scenes"):
         raise ValueError(
             f"--data {name!r} is neither a folder nor emoji[:split] nor emoji_scenes[:split]"
         )
-    return build(DATASETS, {"name": dataset, "split": split or "validation"}, "dataset")
+    return {"name": dataset, "split": split or "validation"}
 
 
 def take(dataset: Any, limit: int | None) -> Any:
@@ -295,6 +395,48 @@ def read_images(options: argparse.Namespace, size: int) -> Any:
     if not batch:
         raise ValueError("none of the pictures could be read; see the warnings above")
     return batch["image"]
+
+
+def read_prompts(options: argparse.Namespace) -> list[str]:
+    """--prompt, --prompts-file or the captions of --data, each --num-samples times."""
+    if options.images or options.classes:
+        raise ValueError("this generator makes pictures from prompts, not --images or --classes")
+    given = [bool(x) for x in (options.prompt, options.prompts_file, options.data)]
+    if sum(given) != 1:
+        raise ValueError("name the prompts: --prompt TEXT ..., --prompts-file FILE or --data SET")
+    if options.num_samples < 1:
+        raise ValueError(f"--num-samples {options.num_samples} must be at least 1")
+    if options.prompt:
+        prompts = options.prompt
+    elif options.prompts_file:
+        prompts = read_lines(Path(options.prompts_file))
+    else:
+        dataset = take(open_data(options.data), 8 if options.limit is None else options.limit)
+        prompts = [dataset[i]["caption"] for i in range(len(dataset))]
+    return [prompt for prompt in prompts for _ in range(options.num_samples)]
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file that are not blank."""
+    if not path.is_file():
+        raise ValueError(f"--prompts-file {path}: there is no such file")
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompts-file {path} is not UTF-8 text ({error})") from None
+    if not any(lines):
+        raise ValueError(f"--prompts-file {path} is empty: write one prompt a line")
+    return [line for line in lines if line]
+
+
+def save_each(pictures: Any, output: Path) -> None:
+    """(n, 3, H, W) -> <output>-1.png, <output>-2.png, ... beside the grid."""
+    from flextok import viz
+    from flextok.data.transforms import to_image
+
+    for number, picture in enumerate(pictures, 1):
+        path = viz.save(to_image(picture), output.with_name(f"{output.stem}-{number}.png"))
+        print(f"wrote {path}")
 
 
 def class_labels(model: Any, classes: list[str] | None, num_samples: int) -> tuple[Any, list[str]]:

@@ -1,5 +1,6 @@
 """Picture grids and coarse-to-fine strips, as PNG files."""
 
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch import Tensor
 from flextok.data.transforms import to_uint8
 
 MARGIN, GAP, HEADER = 6, 4, 18
+LABEL_WIDTH = 32  # characters
 
 
 def grid(
@@ -19,12 +21,15 @@ def grid(
     scale: int = 1,
 ) -> Image.Image:
     """rows: a (n, 3, H, W) tensor in [-1, 1] for each row, rows may differ in n. scale: enlarges
-    each pixel. Returns an RGB picture with labels above the columns and left of the rows."""
+    each pixel. Returns an RGB picture with labels above the columns and left of the rows, where
+    long ones are wrapped."""
     font = ImageFont.load_default(size=12)
     height, width = (side * scale for side in rows[0].shape[-2:])
     left = MARGIN
     if row_labels:
-        left += int(max(font.getlength(label) for label in row_labels)) + 2 * GAP
+        row_labels = [textwrap.fill(label, LABEL_WIDTH) for label in row_labels]
+        lines = (line for label in row_labels for line in label.splitlines())
+        left += int(max((font.getlength(line) for line in lines), default=0)) + 2 * GAP
     top = MARGIN + (HEADER if column_labels else 0)
     columns = max(len(row) for row in rows)
     size = (
@@ -39,7 +44,8 @@ def grid(
     for j, row in enumerate(rows):
         y = top + j * (height + GAP)
         if row_labels:
-            pen.text((MARGIN, y + height // 2), row_labels[j], fill="black", font=font, anchor="lm")
+            place = (MARGIN, y + height // 2)
+            pen.multiline_text(place, row_labels[j], fill="black", font=font, anchor="lm")
         for i, pixels in enumerate(to_uint8(row)):
             picture = Image.fromarray(np.asarray(pixels))
             picture = picture.resize((width, height), Image.Resampling.NEAREST)

@@ -15,8 +15,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from flextok.data.datasets import UNLABELLED
 from flextok.data.pictures import CorruptPicture
 from flextok.data.stream import Item, SkipCounter, collate, derived_generator
+from flextok.data.text import TextCache, pack, unpack
 from flextok.data.transforms import ImageTransform
 from flextok.hub import atomic_write
 
@@ -39,7 +41,7 @@ class _Variants(Dataset):
         generator = derived_generator(self.seed, index, variant) if variant else None
         try:
             item = self.dataset[index]
-            return {"image": self.transform(item["image"], generator), "label": item["label"]}
+            return {**item_labels(item), "image": self.transform(item["image"], generator)}
         except CorruptPicture as error:
             self.skips.skip(error)
             return None
@@ -56,8 +58,10 @@ def build_token_cache(
     num_workers: int = 0,
     seed: int = 0,
     part_size: int = 16_384,
+    captions: bool = False,
 ) -> Path:
-    """Encode a data set with `tokenizer`, `variants` times each picture, into `folder`.
+    """Encode a data set with `tokenizer`, `variants` times each picture, into `folder`; with
+    `captions` if asked, "" for pictures without one.
 
     identity: what the cache was made from (tokenizer fingerprint, data, augmentation). A folder
     made from something else is refused with ValueError; parts already there are kept.
@@ -65,6 +69,8 @@ def build_token_cache(
     folder = Path(folder)
     manifest = {**identity, "variants": variants, "seed": seed, "part_size": part_size}
     manifest |= {"num_samples": len(dataset), "class_names": list(dataset.class_names)}
+    if captions:
+        manifest["captions"] = True
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / MANIFEST
     if path.exists():
@@ -92,27 +98,38 @@ def build_token_cache(
             num_workers=num_workers,
             collate_fn=collate,
         )
-        indices, labels = [], []
+        indices, labels, texts = [], [], []
         for batch in loader:
             if batch:
                 indices.append(tokenizer.encode(batch["image"].to(device)).cpu())
                 labels.append(batch["label"])
+                texts += batch["caption"]
             progress.update(min(batch_size, len(positions) - int(progress.n)))
         if not indices:
             continue
         tensors = {"indices": torch.cat(indices).to(dtype), "labels": torch.cat(labels)}
+        if captions:
+            tensors["captions"], tensors["caption_ends"] = pack(texts)
         atomic_write(part, lambda p, t=tensors: save_file(t, p))  # type: ignore[misc]
     progress.close()
     return folder
 
 
+def item_labels(item: Item) -> Item:
+    caption = item["caption"]
+    return {"label": item["label"], "caption": "" if caption == UNLABELLED else caption}
+
+
 class TokenDataset(Dataset):
-    """The sequences of a token cache: items {"indices": (K,) long, "label": () long}."""
+    """The sequences of a token cache: items {"indices": (K,) long, "label": () long}, and "text",
+    the row of its caption, once `text` is set."""
 
     def __init__(self, folder: str | Path):
         folder = Path(folder)
         self.manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         self.class_names: list[str] = self.manifest["class_names"]
+        self.captions: list[str] = []  # one a sequence, if the cache holds them
+        self.text: TextCache | None = None
         parts = sorted(folder.glob("part-*.safetensors"))
         if not parts:
             raise ValueError(f"the token cache {folder} has no parts: build it again")
@@ -121,10 +138,16 @@ class TokenDataset(Dataset):
             with safe_open(part, framework="pt") as file:
                 indices.append(file.get_tensor("indices"))
                 labels.append(file.get_tensor("labels"))
+                if self.manifest.get("captions"):
+                    packed = file.get_tensor("captions"), file.get_tensor("caption_ends")
+                    self.captions += unpack(*packed)
         self.indices, self.labels = torch.cat(indices), torch.cat(labels)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
-        return {"indices": self.indices[i].long(), "label": self.labels[i]}
+        item = {"indices": self.indices[i].long(), "label": self.labels[i]}
+        if self.text is not None:
+            item["text"] = self.text[self.captions[i]]
+        return item

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flextok import viz
 from flextok.data.stream import derived_generator
+from flextok.generators.text import Text
 from flextok.pipeline import decodable_lengths, generate_images, reconstruct_prefixes
 from flextok.quantizers.vq import codebook_usage, count_codes
 
@@ -135,16 +136,17 @@ def draw_reconstructions(images: Tensor) -> Callable[[Any], Any]:
     return draw
 
 
-def draw_generations(tokenizer: Any, cond: Tensor) -> Callable[[Any], Any]:
-    """cond: (n,) labels, one picture each, decoded at 1, 2, 4, ... tokens."""
+def draw_generations(
+    tokenizer: Any, cond: Tensor | Text, names: list[str] | None = None
+) -> Callable[[Any], Any]:
+    """cond: (n,) labels or n prompts, one picture each, decoded at 1, 2, 4, ... tokens."""
 
     def draw(generator: Any) -> Any:
         device = next(generator.parameters()).device
         tokenizer.to(device)
         lengths = decodable_lengths(tokenizer, generator.num_tokens)
-        return viz.coarse_to_fine(
-            None, generate_images(generator, tokenizer, cond.to(device), lengths)
-        )
+        pictures = generate_images(generator, tokenizer, cond.to(device), lengths)
+        return viz.coarse_to_fine(None, pictures, names)
 
     return draw
 

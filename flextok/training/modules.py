@@ -82,4 +82,4 @@ class TokenizerModule(TrainingModule):
 
 class GeneratorModule(TrainingModule):
     def inputs(self, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        return batch["indices"], batch["label"]
+        return batch["indices"], batch["text" if "text" in batch else "label"]

@@ -3,6 +3,7 @@
 import inspect
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,12 @@ from flextok.config import ExperimentConfig, load_experiment, save_experiment
 from flextok.data.datamodule import DataModule, prepare_image, prepare_tokens
 from flextok.data.datasets import DATASETS
 from flextok.data.stream import EvaluationSet, collate
+from flextok.data.text import build_text_cache
 from flextok.data.tokens import TokenDataset, build_token_cache
 from flextok.data.transforms import ImageTransform
 from flextok.generators import GENERATORS
+from flextok.generators.conditioning import TextConditioner
+from flextok.generators.text import Text, load_encoder
 from flextok.hub import CheckpointError, atomic_write, fingerprint
 from flextok.pipeline import load_model, remember_tokenizer
 from flextok.schema import ConfigError, build, from_mapping, unknown_key
@@ -143,33 +147,71 @@ def generator_run(config: ExperimentConfig, folder: Path) -> tuple[TrainingModul
         )
     if config.start or config.adversarial:
         raise ConfigError("start and adversarial are for task tokenizer")
-    cache = Path(config.data.token_cache or folder / "tokens")
-    train_set = cached_tokens(config, tokenizer, cache / "train", config.data.train)
-    validation = None
-    if config.data.validation:
-        validation = cached_tokens(
-            config, tokenizer, cache / "validation", config.data.validation, augment=False
-        )
-    class_names = train_set.class_names
     derived: dict[str, Any] = {
         "vocab_size": tokenizer.vocab_size,
         "num_tokens": tokenizer.num_tokens,
         "conditioner": {"name": "class"},
     }
     spec = {**derived, **config.model}
+    captions = spec["conditioner"].get("name") == "text"
+    cache = Path(config.data.token_cache or folder / "tokens")
+    train_set = cached_tokens(config, tokenizer, cache / "train", config.data.train, captions)
+    validation = None
+    if config.data.validation:
+        place, data_spec = cache / "validation", config.data.validation
+        validation = cached_tokens(config, tokenizer, place, data_spec, captions, augment=False)
+    class_names = train_set.class_names
     if spec["conditioner"].get("name") == "class":
         spec["conditioner"] = {"num_classes": len(class_names), **spec["conditioner"]}
     model = build_model(GENERATORS, spec)
+    if captions:
+        model.config.conditioner = model.conditioner.pinned(model.config.conditioner)
     model.metadata["class_names"] = class_names
     remember_tokenizer(model, folder, tokenizer, config.tokenizer)
+    number = config.trainer.num_pictures
+    cond: torch.Tensor | Text = torch.arange(number) % max(1, len(class_names))
+    names = None
+    if captions:
+        for part, tokens in {"train": train_set, "validation": validation}.items():
+            if tokens is not None:
+                add_text(model.conditioner, cache / part / "text", tokens, config)
+        load_encoder.cache_clear()  # from here on the cached rows do
+        shown = validation or train_set
+        assert shown.text is not None, "add_text sets it"
+        names = list(dict.fromkeys(shown.captions))[:number]
+        cond = Text.pad([shown.text[name] for name in names])
     data = make_data(config, train_set, validation, prepare_tokens)
     module = GeneratorModule(model, config.optim, config.trainer.max_steps, config.seed)
-    cond = torch.arange(config.trainer.num_pictures) % max(1, len(class_names))
-    return module, data, draw_generations(tokenizer, cond)
+    return module, data, draw_generations(tokenizer, cond, names)
+
+
+def add_text(
+    conditioner: TextConditioner, folder: Path, tokens: TokenDataset, config: ExperimentConfig
+) -> None:
+    """Give a token data set the rows of its captions, cached in `folder`."""
+    without = tokens.captions.count("")
+    if without == len(tokens):
+        raise ConfigError(
+            "no picture has a caption: a text conditioner needs them (.txt files beside pictures, "
+            "a caption column or key), or choose conditioner {name: class}"
+        )
+    if without:
+        log.warning("%d of %d pictures have no caption: null text", without, len(tokens))
+    sided = sum(bool(re.search(r"\b(left|right)\b", caption)) for caption in tokens.captions)
+    if config.data.flip and sided:
+        log.warning("data.flip=true mirrors pictures, and %d captions say left or right", sided)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokens.text = build_text_cache(folder, conditioner.encoder, tokens.captions, device)
+    conditioner.null_row = tokens.text[""]
 
 
 def cached_tokens(
-    config: ExperimentConfig, tokenizer: Any, folder: Path, spec: Any, augment: bool = True
+    config: ExperimentConfig,
+    tokenizer: Any,
+    folder: Path,
+    spec: Any,
+    captions: bool = False,
+    augment: bool = True,
 ) -> TokenDataset:
     transform = make_transform(config, tokenizer.image_size)
     augmentation = {"flip": transform.flip, "crop": transform.crop, "shift": transform.shift}
@@ -186,6 +228,7 @@ def cached_tokens(
         variants=config.data.token_variants if augment else 1,
         num_workers=config.data.num_workers,
         seed=config.seed,
+        captions=captions,
     )
     return TokenDataset(folder)
 
