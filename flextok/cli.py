@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from flextok.cli_evaluation import add_commands as add_evaluation_commands
+
 DESCRIPTION = "Images as short, ordered token sequences."
 
 
@@ -57,14 +59,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_decoding(sample)
     sample.set_defaults(run=run_sample)
 
-    sweep = commands.add_parser(
-        "sweep", help="reconstruction quality against the number of tokens, as a table"
-    )
-    sweep.add_argument("model", help="folder or hub id of a tokenizer")
-    sweep.add_argument("--json", metavar="FILE", help="also write the figures to a JSON file")
-    sweep.add_argument("--batch-size", type=int, default=64)
-    add_decoding(sweep)
-    sweep.set_defaults(run=run_sweep)
+    add_evaluation_commands(commands)
 
     info = commands.add_parser(
         "info", help="a model's config, sizes, vocabulary, bits per image and provenance"
@@ -157,36 +152,6 @@ def run_sample(options: argparse.Namespace) -> None:
         decoded = decode_prefixes(model, indices, lengths, options.seed, decoding)
         picture = viz.coarse_to_fine(images, decoded)
     print(f"wrote {viz.save(picture, options.output)}")
-
-
-def run_sweep(options: argparse.Namespace) -> None:
-    from flextok.evaluation.prefix import format_table, prefix_quality
-    from flextok.hub import atomic_write
-    from flextok.pipeline import load_model
-
-    if not options.data:
-        raise ValueError("name the pictures to measure on, e.g. --data emoji:validation")
-    model = load_model(options.model, pick_device(options.device))
-    lengths = token_lengths(options.num_tokens, model.num_tokens)
-    dataset = take(open_data(options.data), options.limit)
-    results = prefix_quality(
-        model, dataset, lengths, options.seed, decoding_options(options), options.batch_size
-    )
-    print(format_table(results))
-    if options.json:
-        path = Path(options.json)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(
-            {
-                "model": options.model,
-                "data": options.data,
-                "seed": options.seed,
-                **decoding_options(options),
-                "results": [r.as_dict() for r in results],
-            },
-            indent=2,
-        )
-        atomic_write(path, lambda p: p.write_text(text + "\n", encoding="utf-8"))
 
 
 def run_info(options: argparse.Namespace) -> None:

@@ -1,10 +1,10 @@
 import pytest
 import torch
 from conftest import tiny_tokenizer
+from flextok.evaluation.prefix import prefix_quality
 
 from flextok.data.datasets import ImageFolder
 from flextok.evaluation.metrics import mse, psnr
-from flextok.evaluation.prefix import prefix_quality
 
 
 def test_psnr_of_a_known_error():

@@ -84,7 +84,7 @@ def kernel_distance(
         raise ValueError("a kernel distance needs at least 2 pictures a side")
     if size == len(generated) == len(real):
         subsets = 1  # they would all be the same
-    draws = np.random.RandomState(seed)  # noqa: NPY002
+    draws = np.random.RandomState(seed)
     distances = []
     for _ in range(subsets):
         x = generated[draws.choice(len(generated), size, replace=False)].double()
@@ -138,7 +138,7 @@ def covered(points: Rows, centres: Rows, neighbours: int) -> float:
 
 def shuffled_splits(count: int, splits: int = 10, seed: int = 2020) -> np.ndarray:
     """torch-fidelity's split of each of `count` pictures, (count,): ten, after a seeded shuffle."""
-    order = np.random.RandomState(seed).permutation(count)  # noqa: NPY002
+    order = np.random.RandomState(seed).permutation(count)
     splits = min(splits, count)
     split = np.empty(count, dtype=np.int64)
     for i in range(splits):

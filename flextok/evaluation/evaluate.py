@@ -1,7 +1,7 @@
 """Evaluations: load the networks, run the pass, score the rows, write report.json."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory

@@ -12,14 +12,16 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from flextok.losses.perceptual import LPIPS, load_network
 from flextok.schema import unknown_key
 from flextok.storage import read_tensors
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
-INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
+INCEPTION_URL = (
+    f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
+)
 INCEPTION_SHA256 = "6726825d"  # its beginning, as in the file's name
 
 
@@ -135,7 +137,7 @@ def load_networks(
     dtype: torch.dtype = torch.float64,
     inception_weights: str | Path | None = None,
 ) -> Networks:
-    """The networks by name, frozen; dtype float64, or else float32. Raises ValueError for an unknown
+    """The networks by name, frozen; dtype float64, else float32. Raises ValueError for an unknown
     name and for weights that are not on this machine, with the way to get them."""
     features: list[FeatureNetwork] = []
     lpips = None

@@ -1,13 +1,13 @@
 """The streaming pass: pictures or prompts in, a row of measurements for each out.
 
-Every random draw belongs to a picture's number, never to a batch. In float64 a row is therefore the
-same for any batch size and any number of processes; in float32, kernels for another batch size round
+Every random draw belongs to a picture's number, never to a batch. So in float64 a row is the same
+for any batch size and any number of processes; in float32, kernels for another batch size round
 differently (about 1e-6 of a feature) and now and then tip a pixel's rounding.
 """
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -80,6 +80,19 @@ def collect(records: Records, source: Dataset, compute: Compute, job: Job, what:
             records.add(asked, {k: v.cpu() for k, v in compute(batch).items()} if batch else {})
             progress.update(len(asked))
     return time.perf_counter() - started
+
+
+def batches(source: Dataset, options: Options, what: str) -> Iterator[dict[str, Tensor]]:
+    """All readable items of a source in order, on one process, with a progress bar."""
+    loader = DataLoader(
+        source,
+        batch_size=options.batch_size,
+        num_workers=options.num_workers,
+        collate_fn=collate,
+    )
+    for batch in tqdm(loader, desc=what, unit="batch"):
+        if batch:
+            yield batch
 
 
 def reconstruction(job: Job) -> Compute:

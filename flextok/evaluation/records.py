@@ -1,9 +1,9 @@
 """What an evaluation has measured so far, by picture, on disk.
 
-Rows lie in parts of consecutive pictures; each part is written whole by one process. So memory stays
-flat however many pictures there are, an interrupted evaluation continues after its last part, every
-picture counts once whatever the number of processes, and the scores, computed from the rows in the
-pictures' order, cannot depend on batches.
+Rows lie in parts of consecutive pictures; each part is written whole by one process. So memory
+stays flat however many pictures there are, an interrupted evaluation continues after its last part,
+every picture counts once whatever the number of processes, and the scores, computed from the rows
+in the pictures' order, cannot depend on batches.
 """
 
 import json

@@ -1,7 +1,7 @@
 """A stored reference for FID: the ADM evaluator's .npz (guided-diffusion), or one of our own.
 
-ADM's holds `mu` and `sigma` of Inception's features over the whole training set and, as `arr_0`, ten
-thousand pictures for precision and recall. Ours says besides what it was made of.
+ADM's holds `mu` and `sigma` of Inception's features over the whole training set and, as `arr_0`,
+ten thousand pictures for precision and recall. Ours says besides what it was made of.
 """
 
 import zipfile
@@ -18,6 +18,7 @@ from flextok.evaluation.features import FeatureNetwork, file_hash
 from flextok.hub import atomic_write
 
 SUFFIX = ".npz"
+FACTS = ("count", "image_size", "network", "weights")  # that our files state
 
 
 class Reference:
@@ -34,21 +35,21 @@ class Reference:
         self.hash = file_hash(self.path)
         with np.load(self.path, allow_pickle=False) as file:
             self.names = set(file.files)
-            facts = {k: file[k].item() for k in ("count", "image_size", "network", "weights") if k in file}
-            moments = [file[k] for k in ("mu", "sigma") if k in file]
+            facts = {k: file[k].item() for k in FACTS if k in file}
+            moments = (file["mu"], file["sigma"]) if {"mu", "sigma"} <= self.names else None
         self._check_network(facts)
         self.pictures = self._pictures_shape()
         size = facts.get("image_size", self.pictures[1] if self.pictures else None)
         if size is None:
             self.warnings.append(
-                f"reference {path} does not say its picture size and crop: nothing could be compared"
+                f"reference {path} does not say its picture size and crop: unchecked"
             )
         elif int(size) != image_size:
             raise ValueError(
                 f"reference {path} is of {size} px pictures, the model's have {image_size} px: "
                 "scores against it would mean nothing"
             )
-        if len(moments) == 2:
+        if moments is not None:
             self.statistics = self._checked(*moments, facts.get("count"))
         elif self.pictures:
             self.statistics = statistics(self.features())
@@ -79,8 +80,8 @@ class Reference:
             raise ValueError(f"reference {self.path} holds values that are not finite: damaged")
         if not np.allclose(covariance, covariance.T, rtol=1e-3, atol=1e-6):
             raise ValueError(f"reference {self.path}: sigma is not symmetric, so no covariance")
-        tensors = (torch.from_numpy(a.astype(np.float64)) for a in (mean, covariance))
-        return Statistics(*tensors, None if count is None else int(count))
+        mu, sigma = (torch.from_numpy(a.astype(np.float64)) for a in (mean, covariance))
+        return Statistics(mu, sigma, None if count is None else int(count))
 
     def _pictures_shape(self) -> tuple[int, ...] | None:
         if "arr_0" not in self.names:
@@ -109,8 +110,9 @@ class Reference:
 
 
 def read_header(stream: Any) -> tuple[tuple[int, ...], np.dtype]:
-    major, _ = np.lib.format.read_magic(stream)
-    read = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
+    formats = np.lib.format
+    major, _ = formats.read_magic(stream)
+    read = formats.read_array_header_1_0 if major == 1 else formats.read_array_header_2_0
     shape, fortran, dtype = read(stream)
     if fortran:
         raise ValueError("arr_0 is stored in Fortran order: save it again with np.savez")
@@ -138,6 +140,6 @@ def save_reference(
 
 def few_pictures(what: str, count: int, dim: int) -> str:
     return (
-        f"{what}: {count} pictures for {dim} features; below that number the covariance is singular "
-        "and the Frechet distance is biased upwards"
+        f"{what}: {count} pictures for {dim} features; below that number the covariance is "
+        "singular and the Frechet distance is biased upwards"
     )

@@ -87,8 +87,8 @@ def result(
     scores: dict[str, float] = {}
     if job.generator is None:
         for name in (*METRICS, *(["lpips"] if job.networks.lpips is not None else [])):
-            column = made.column(f"{number}/{name}")[:].double()
-            scores[name] = float(column.clamp_max(MAX_PSNR).mean() if name == "psnr" else column.mean())
+            values = made.column(f"{number}/{name}")[:].double()
+            scores[name] = float(values.clamp_max(MAX_PSNR if name == "psnr" else math.inf).mean())
     for network in job.networks.features:
         scores |= set_scores(job, measured, number, network)
     defaults = getattr(job.tokenizer.config, "decode", None)  # of FlexTok
@@ -225,14 +225,16 @@ def peak_memory() -> float | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-def write_report(report: dict[str, Any], folder: Path) -> Path:
+def write_report(report: dict[str, Any], place: Path) -> Path:
+    """place: a folder, for its report.json, or a .json file."""
     try:
         text = json.dumps(report, indent=2, allow_nan=False)
     except ValueError:
         raise ValueError(
             f"a score is not finite: {[r['scores'] for r in report['results']]}"
         ) from None
-    path = folder / REPORT
+    path = place if place.suffix == ".json" else place / REPORT
+    path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, lambda p: p.write_text(text + "\n", encoding="utf-8"))
     return path
 

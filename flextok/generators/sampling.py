@@ -32,15 +32,15 @@ def sample(
     top_p: float = 0.0,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
 ) -> Tensor:
-    """logits: (B, V). Returns indices (B,) long; temperature 0 takes the most likely one. generator:
-    one for all rows, or one for each, whose draws then do not depend on the rows beside it."""
+    """logits: (B, V). Returns indices (B,) long; temperature 0 takes the most likely one.
+    generator: one for all rows, or one for each, which then do not depend on one another."""
     if temperature == 0:
         return logits.argmax(dim=-1)
     probabilities = filtered_probabilities(logits, temperature, top_k, top_p)
     if isinstance(generator, Sequence):
         rows = zip(probabilities.split(1), generator, strict=True)
-        drawn = [torch.multinomial(row.to(g.device), 1, generator=g) for row, g in rows]
-        return torch.cat(drawn)[:, 0].to(logits.device)
+        each = [torch.multinomial(row.to(g.device), 1, generator=g) for row, g in rows]
+        return torch.cat(each)[:, 0].to(logits.device)
     if generator is not None:  # draws happen where the generator lives
         drawn = torch.multinomial(probabilities.to(generator.device), 1, generator=generator)
         return drawn[:, 0].to(logits.device)
