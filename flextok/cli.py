@@ -228,22 +228,12 @@ def open_data(name: str) -> Any:
     return build(DATASETS, {"name": dataset, "split": split or "validation"}, "dataset")
 
 
-def take(dataset: Any, limit: int | None) -> Any:
-    from torch.utils.data import Subset
-
-    if limit is None or limit >= len(dataset):
-        return dataset
-    if limit < 1:
-        raise ValueError(f"--limit {limit} must be at least 1")
-    return Subset(dataset, [i * len(dataset) // limit for i in range(limit)])
-
-
 def read_images(options: argparse.Namespace, size: int) -> Any:
     """--images or --data as (n, 3, size, size) in [-1, 1]; unreadable ones are skipped."""
     from torch.utils.data import DataLoader
 
     from flextok.data.datamodule import prepare_image
-    from flextok.data.datasets import PictureFiles
+    from flextok.data.datasets import PictureFiles, take
     from flextok.data.stream import EvaluationSet, collate
     from flextok.data.transforms import ImageTransform
 

@@ -105,7 +105,8 @@ def add_measuring(parser: argparse.ArgumentParser, networks: list[str] | None) -
 
 
 def run_evaluate(options: argparse.Namespace) -> None:
-    from flextok.cli import open_data, take
+    from flextok.cli import open_data
+    from flextok.data.datasets import take
     from flextok.evaluation import processes
     from flextok.evaluation.evaluate import evaluate_generator, evaluate_tokenizer
     from flextok.evaluation.job import Cell
@@ -148,7 +149,8 @@ def run_evaluate(options: argparse.Namespace) -> None:
 
 
 def run_sweep(options: argparse.Namespace) -> None:
-    from flextok.cli import open_data, take, token_lengths
+    from flextok.cli import open_data, token_lengths
+    from flextok.data.datasets import take
     from flextok.evaluation.report import write_report
     from flextok.evaluation.sweep import format_table, sweep
 
@@ -174,7 +176,8 @@ def run_sweep(options: argparse.Namespace) -> None:
 
 
 def run_adaptive(options: argparse.Namespace) -> None:
-    from flextok.cli import open_data, take
+    from flextok.cli import open_data
+    from flextok.data.datasets import take
     from flextok.evaluation.adaptive import Target, relate
 
     target = Target.parse(options.target)
@@ -200,7 +203,8 @@ def run_adaptive(options: argparse.Namespace) -> None:
 
 
 def run_probe(options: argparse.Namespace) -> None:
-    from flextok.cli import open_data, take, token_lengths
+    from flextok.cli import open_data, token_lengths
+    from flextok.data.datasets import take
     from flextok.evaluation.probe import format_table, linear_probe
 
     model = load_for_measuring(options)

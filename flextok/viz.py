@@ -105,7 +105,9 @@ def curves(
         for name, points in lines.items():
             axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name)
         if logarithmic:
+            places = sorted({x for points in lines.values() for x, _ in points})
             axes.set_xscale("log", base=2)
+            axes.set_xticks(places, [f"{x:.3g}" for x in places])
         axes.set(xlabel=x_label, ylabel=y_label)
         axes.grid(alpha=0.3)
         if len(lines) > 1:

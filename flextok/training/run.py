@@ -13,16 +13,20 @@ from torch.utils.data import ConcatDataset
 
 from flextok.config import ExperimentConfig, load_experiment, save_experiment
 from flextok.data.datamodule import DataModule, prepare_image, prepare_tokens
-from flextok.data.datasets import DATASETS
+from flextok.data.datasets import DATASETS, take
 from flextok.data.stream import EvaluationSet, collate
 from flextok.data.tokens import TokenDataset, build_token_cache
 from flextok.data.transforms import ImageTransform
+from flextok.evaluation.evaluate import evaluate_generator, evaluate_tokenizer
+from flextok.evaluation.features import load_networks
+from flextok.evaluation.job import Cell, Options
 from flextok.generators import GENERATORS
 from flextok.hub import CheckpointError, atomic_write, fingerprint
 from flextok.pipeline import load_model, remember_tokenizer
 from flextok.schema import ConfigError, build, from_mapping, unknown_key
 from flextok.tokenizers import TOKENIZERS
 from flextok.training.callbacks import (
+    Evaluation,
     Export,
     Pictures,
     draw_generations,
@@ -50,8 +54,11 @@ def train(config: ExperimentConfig) -> Path:
         log.info("continuing from %s, step %d", last, state["global_step"])
     if config.task == "tokenizer":
         module, data, draw = tokenizer_run(config)
+        evaluate = evaluation(config, None)
     else:
-        module, data, draw = generator_run(config, folder)
+        tokenizer = load_tokenizer(config)
+        module, data, draw = generator_run(config, folder, tokenizer)
+        evaluate = evaluation(config, tokenizer)
     folder.mkdir(parents=True, exist_ok=True)
     atomic_write(folder / "config.yaml", lambda p: save_experiment(config, p))
     if state is not None and state["global_step"] >= config.trainer.max_steps:
@@ -59,7 +66,7 @@ def train(config: ExperimentConfig) -> Path:
         export(module.model, folder, state["global_step"])
         return folder
     del state
-    trainer = make_trainer(config, folder, draw)
+    trainer = make_trainer(config, folder, draw, evaluate)
     trainer.fit(module, data, ckpt_path=str(last) if resume else None, weights_only=True)
     if trainer.interrupted:
         raise KeyboardInterrupt
@@ -109,11 +116,18 @@ def tokenizer_run(config: ExperimentConfig) -> tuple[TrainingModule, DataModule,
     return module, data, draw
 
 
-def generator_run(config: ExperimentConfig, folder: Path) -> tuple[TrainingModule, DataModule, Any]:
+def load_tokenizer(config: ExperimentConfig) -> Any:
     assert config.tokenizer is not None
     tokenizer = load_model(config.tokenizer)
     if tokenizer.model_type not in TOKENIZERS:
         raise ConfigError(f"tokenizer={config.tokenizer!r} holds a {tokenizer.model_type} model")
+    return tokenizer
+
+
+def generator_run(
+    config: ExperimentConfig, folder: Path, tokenizer: Any
+) -> tuple[TrainingModule, DataModule, Any]:
+    assert config.tokenizer is not None
     cache = Path(config.data.token_cache or folder / "tokens")
     train_set = cached_tokens(config, tokenizer, cache / "train", config.data.train)
     validation = None
@@ -137,6 +151,27 @@ def generator_run(config: ExperimentConfig, folder: Path) -> tuple[TrainingModul
     module = GeneratorModule(model, config.optim, config.trainer.max_steps, config.seed)
     cond = torch.arange(config.trainer.num_pictures) % max(1, len(class_names))
     return module, data, draw_generations(tokenizer, cond)
+
+
+def evaluation(config: ExperimentConfig, tokenizer: Any) -> Any:
+    """What the Evaluation callback runs: (model, folder) -> report. None where none is asked."""
+    asked = config.evaluation
+    if asked is None:
+        return None
+    assert config.data.validation is not None
+    pictures = take(make_dataset(config.data.validation), asked.limit)
+    options = Options(networks=tuple(asked.networks), batch_size=asked.batch_size, seed=config.seed)
+    load_networks(options.networks)  # missing weights are told before training
+    names = {"model": config.output_dir, "data": json.dumps(config.data.validation)}
+
+    def evaluate(model: Any, folder: Path) -> dict[str, Any]:
+        cells = [Cell(k) for k in asked.num_tokens or [model.num_tokens]]
+        if tokenizer is None:
+            return evaluate_tokenizer(model, pictures, cells, options, folder, names)
+        tokenizer.to(next(model.parameters()).device)
+        return evaluate_generator(model, tokenizer, pictures, cells, options, folder, names)
+
+    return evaluate
 
 
 def cached_tokens(
@@ -178,7 +213,7 @@ def make_data(
     )
 
 
-def make_trainer(config: ExperimentConfig, folder: Path, draw: Any) -> L.Trainer:
+def make_trainer(config: ExperimentConfig, folder: Path, draw: Any, evaluate: Any) -> L.Trainer:
     options = config.trainer
     precision: Any = options.precision
     if precision == "auto":
@@ -201,6 +236,8 @@ def make_trainer(config: ExperimentConfig, folder: Path, draw: Any) -> L.Trainer
     ]
     if draw is not None:
         callbacks.append(Pictures(folder / "pictures", draw))
+    if config.evaluation is not None:
+        callbacks.append(Evaluation(folder / "evaluation", evaluate, config.evaluation.every))
     callbacks.append(Export(folder))
     if config.optim.ema_decay > 0:
         callbacks.append(ema(config.optim.ema_decay))
