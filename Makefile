@@ -33,7 +33,8 @@ quickstart: setup
 	    $(if $(TOKENIZER_STEPS),trainer.max_steps=$(TOKENIZER_STEPS))
 	$(BIN)/python sample.py $(OUT)/tokenizer --data emoji:validation --limit 8 \
 	    --output $(OUT)/coarse_to_fine.png
-	$(BIN)/python -m flextok.cli sweep $(OUT)/tokenizer --data emoji:validation --json $(OUT)/psnr.json
+	$(BIN)/python -m flextok.cli sweep $(OUT)/tokenizer --data emoji:validation \
+	    --dtype float32 --output $(OUT)/sweep
 	$(BIN)/python train.py configs/quickstart_generator.yaml output_dir=$(OUT)/generator \
 	    tokenizer=$(OUT)/tokenizer $(if $(GENERATOR_STEPS),trainer.max_steps=$(GENERATOR_STEPS))
 	$(BIN)/python sample.py $(OUT)/generator --num-samples 1 --output $(OUT)/generated.png

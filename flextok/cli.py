@@ -9,6 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from flextok.cli_evaluation import add_commands as add_evaluation_commands
+
 DESCRIPTION = "Images as short, ordered token sequences."
 TEXT_MODEL = "outputs/quickstart_text/generator"  # what make quickstart-text trains
 
@@ -72,14 +74,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_decoding(sample)
     sample.set_defaults(run=run_sample)
 
-    sweep = commands.add_parser(
-        "sweep", help="reconstruction quality against the number of tokens, as a table"
-    )
-    sweep.add_argument("model", help="folder or hub id of a tokenizer")
-    sweep.add_argument("--json", metavar="FILE", help="also write the figures to a JSON file")
-    sweep.add_argument("--batch-size", type=int, default=64)
-    add_decoding(sweep)
-    sweep.set_defaults(run=run_sweep)
+    add_evaluation_commands(commands)
 
     align = commands.add_parser(
         "align",
@@ -205,35 +200,11 @@ def run_sample(options: argparse.Namespace) -> None:
     print(f"wrote {viz.save(picture, options.output)}")
 
 
-def run_sweep(options: argparse.Namespace) -> None:
-    from flextok.evaluation.prefix import format_table, prefix_quality
-    from flextok.pipeline import load_model
-
-    if not options.data:
-        raise ValueError("name the pictures to measure on, e.g. --data emoji:validation")
-    model = load_model(options.model, pick_device(options.device))
-    lengths = token_lengths(options.num_tokens, model, model.num_tokens)
-    dataset = take(open_data(options.data), options.limit)
-    results = prefix_quality(
-        model, dataset, lengths, options.seed, decoding_options(options), options.batch_size
-    )
-    print(format_table(results))
-    if options.json:
-        content = {
-            "model": options.model,
-            "data": options.data,
-            "seed": options.seed,
-            **decoding_options(options),
-            "results": [r.as_dict() for r in results],
-        }
-        write_json(options.json, content)
-
-
 def run_align(options: argparse.Namespace) -> None:
     from flextok.data.datasets import DATASETS
     from flextok.data.emoji import EmojiScenes
     from flextok.evaluation.alignment import alignment, format_report
-    from flextok.evaluation.probe import Probe, train_probe
+    from flextok.evaluation.scene_probe import Probe, train_probe
     from flextok.hub import resolve
     from flextok.pipeline import is_generator, load_model, load_tokenizer_of
     from flextok.schema import build
@@ -260,7 +231,7 @@ def run_align(options: argparse.Namespace) -> None:
         tokenizer,
         probe,
         scenes,
-        token_lengths(options.num_tokens, generator.num_tokens),
+        token_lengths(options.num_tokens, tokenizer, generator.num_tokens),
         options.limit or 256,
         options.seed,
         decoding=decoding_options(options),
@@ -367,22 +338,12 @@ def data_spec(name: str) -> dict[str, Any]:
     return {"name": dataset, "split": split or "validation"}
 
 
-def take(dataset: Any, limit: int | None) -> Any:
-    from torch.utils.data import Subset
-
-    if limit is None or limit >= len(dataset):
-        return dataset
-    if limit < 1:
-        raise ValueError(f"--limit {limit} must be at least 1")
-    return Subset(dataset, [i * len(dataset) // limit for i in range(limit)])
-
-
 def read_images(options: argparse.Namespace, size: int) -> Any:
     """--images or --data as (n, 3, size, size) in [-1, 1]; unreadable ones are skipped."""
     from torch.utils.data import DataLoader
 
     from flextok.data.datamodule import prepare_image
-    from flextok.data.datasets import PictureFiles
+    from flextok.data.datasets import PictureFiles, take
     from flextok.data.stream import EvaluationSet, collate
     from flextok.data.transforms import ImageTransform
 
@@ -411,6 +372,8 @@ def read_prompts(options: argparse.Namespace) -> list[str]:
     elif options.prompts_file:
         prompts = read_lines(Path(options.prompts_file))
     else:
+        from flextok.data.datasets import take
+
         dataset = take(open_data(options.data), 8 if options.limit is None else options.limit)
         prompts = [dataset[i]["caption"] for i in range(len(dataset))]
     return [prompt for prompt in prompts for _ in range(options.num_samples)]

@@ -69,6 +69,17 @@ class AdversarialConfig:
 
 
 @dataclass
+class EvaluationConfig:
+    """Periodic evaluation on the validation pictures, in the model's own precision."""
+
+    every: int = 1  # at every so many validations
+    limit: int | None = 1000  # pictures, evenly spread; null = all
+    num_tokens: list[int] | None = None  # prefix lengths to decode; null = all tokens only
+    networks: list[str] = field(default_factory=list)  # inception, efficientnet_lite0, lpips
+    batch_size: int = 32
+
+
+@dataclass
 class ExperimentConfig:
     """One training run. `task` says which of the two models `model` configures."""
 
@@ -82,6 +93,7 @@ class ExperimentConfig:
     # tokenizer: trained models that it starts from, {proxy: folder or hub id}; see prepare_training
     start: dict[str, str] = field(default_factory=dict)
     adversarial: AdversarialConfig | None = None  # tokenizer: none for FlexTok
+    evaluation: EvaluationConfig | None = None
     seed: int = 0
     resume: bool = True  # continue from <output_dir>/checkpoints/last.ckpt where there is one
 
@@ -114,6 +126,10 @@ def load_experiment(path: str | Path, overrides: list[str] | None = None) -> Exp
         raise ConfigError(
             "task generator needs tokenizer=<folder or hub id of a trained tokenizer>"
         )
+    if config.evaluation is not None and config.data.validation is None:
+        raise ConfigError("evaluation needs data.validation: the pictures to evaluate on")
+    if config.evaluation is not None and config.evaluation.every < 1:
+        raise ConfigError(f"evaluation.every={config.evaluation.every} must be at least 1")
     return config
 
 

@@ -7,7 +7,7 @@ from conftest import tiny_gpt
 
 from flextok.data.emoji import EmojiScenes
 from flextok.evaluation.alignment import alignment, derangement, format_report
-from flextok.evaluation.probe import (
+from flextok.evaluation.scene_probe import (
     GRIDS,
     Probe,
     degrade,

@@ -221,7 +221,7 @@ def test_bad_pictures_are_skipped_and_counted(models, picture_folder, caplog, ca
             ["--data", "emoji", "--num-tokens", "9"],
             r"--num-tokens 9 must be in [1, 8]",
         ),
-        ("tokenizer", ["--data", "emoji", "--limit", "0"], "--limit 0"),
+        ("tokenizer", ["--data", "emoji", "--limit", "0"], "limit 0"),
         ("tokenizer", ["--data", "emoji", "--classes", "1"], "has no --classes"),
         ("tokenizer", ["--data", "emoji", "--device", "abacus"], "--device abacus"),
         ("gpt", ["--classes", "unicorns"], "unknown class 'unicorns'; known: cats, dogs"),

@@ -13,10 +13,13 @@ from conftest import TINY, TITOK, VQGAN, tiny_tokenizer
 from test_text import save_encoder
 
 from flextok.config import OptimConfig, load_experiment
+from flextok.data.datasets import ImageFolder, take
 from flextok.data.text import TextCache
 from flextok.data.tokens import TokenDataset
+from flextok.evaluation.evaluate import evaluate_tokenizer
+from flextok.evaluation.job import Cell, Options
 from flextok.generators import GENERATORS
-from flextok.hub import CheckpointError
+from flextok.hub import CheckpointError, fingerprint
 from flextok.losses import perceptual
 from flextok.pipeline import load_model
 from flextok.schema import ConfigError
@@ -230,6 +233,32 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_to_the_last_bit(
         assert torch.equal(weights(tmp_path / "run")[key], value), key
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["tokenizer", "generator"])
+def test_periodic_evaluation_is_the_commands_on_the_exported_model(uninterrupted, tmp_path, task):
+    folder = tmp_path / "run"
+    evaluation = "evaluation={every: 2, num_tokens: [1, 8], limit: 4, batch_size: 3}"
+    train(load_experiment(uninterrupted / f"{task}.yaml", [f"output_dir={folder}", evaluation]))
+    reports = list((folder / "evaluation").glob("*/*"))
+    assert [p.relative_to(folder).as_posix() for p in reports] == [
+        "evaluation/step-0000006/report.json"  # of the validations at 3 and 6 the second
+    ]
+    report = json.loads(reports[0].read_text())
+    assert [r["num_tokens"] for r in report["results"]] == [1, 8]
+    assert report["settings"]["sample_count"] == 4
+    assert report["settings"]["model_hash"] == fingerprint(load_model(folder))
+    if task == "tokenizer":
+        pictures = take(ImageFolder(uninterrupted / "pictures"), 4)
+        again = evaluate_tokenizer(
+            load_model(folder), pictures, [Cell(1), Cell(8)], Options(networks=(), batch_size=3)
+        )
+        scores = [r["scores"] for r in again["results"]]
+        assert scores == [r["scores"] for r in report["results"]]
+        (logs,) = folder.glob("logs/csv/version_*/metrics.csv")
+        logged = [row for row in csv.DictReader(logs.open()) if row.get("eval/psnr@8")]
+        assert [float(row["eval/psnr@8"]) for row in logged] == [scores[1]["psnr"]]
+
+
 def test_a_finished_run_started_again_changes_nothing(uninterrupted):
     before = weights(uninterrupted / "generator")
     train(load_experiment(uninterrupted / "generator.yaml"))
@@ -273,6 +302,9 @@ def test_a_token_cache_of_something_else_is_refused(uninterrupted, tmp_path):
         ("data.train.root=/nowhere", "root='/nowhere' is not a folder"),
         ("optim.lr=fast", "optim.lr='fast' must be of type float"),
         ("task=both", "task='both' must be one of"),
+        ("evaluation={evry: 1}", "unknown key 'evry' in 'evaluation'.*Did you mean 'every'"),
+        ("evaluation={networks: [incepton]}", "unknown network 'incepton'"),
+        ("evaluation={every: 0}", "evaluation.every=0 must be at least 1"),
         ("lonely", "must look like key=value"),
     ],
 )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flextok.data.emoji import EmojiScenes
-from flextok.evaluation.probe import UNKNOWN, Probe, fact_sizes, read_scenes
+from flextok.evaluation.scene_probe import UNKNOWN, Probe, fact_sizes, read_scenes
 from flextok.generators.conditioning import ClassConditioner, TextConditioner
 from flextok.pipeline import decode_prefixes, generate_images
 

@@ -5,7 +5,7 @@ positions; pre-norm blocks with SwiGLU. Position j reads the start token and ind
 predicts index j.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -148,7 +148,7 @@ class GPT(Pretrained, nn.Module):
         top_k: int | None = None,
         top_p: float | None = None,
         guidance_scale: float | None = None,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
         prefix: Tensor | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> Tensor:
@@ -157,7 +157,8 @@ class GPT(Pretrained, nn.Module):
 
         num_tokens in [1, K], all by default. Guidance is u + scale (c - u) on logits, both branches
         in one batch; 1 = none. prefix: (B, p) indices to continue from, part of the result.
-        Defaults come from config.generate. progress is called with the number of indices so far."""
+        Defaults come from config.generate. generator: one, or one for each row, which makes a row
+        independent of its batch. progress is called with the number of indices so far."""
         defaults = self.config.generate
         total = self.num_tokens if num_tokens is None else num_tokens
         if not 1 <= total <= self.num_tokens:

@@ -291,6 +291,12 @@ class FlexTok(Pretrained, nn.Module):
     def decodes_prefixes(self) -> bool:
         return self.config.token_grid is None or self.config.nested_dropout != "none"
 
+    @property
+    def noise_shape(self) -> tuple[int, int, int]:
+        """Of the noise that decode() begins with, for one picture: (C, h, w) of the latents."""
+        side = self.image_size // self.vae.downsample
+        return self.vae.channels, side, side
+
     def init_weights(self) -> None:
         """Linear: Xavier, no bias. Tokens and positions: N(0, config.token_std). Zero: modulations
         and the decoder's head, so that every block starts as the identity (adaLN-zero)."""
@@ -404,7 +410,7 @@ class FlexTok(Pretrained, nn.Module):
         indices, keep = indices.to(device), keep.to(device)
         codes = self.quantizer.indices_to_codes(indices)
         batch = len(indices)
-        shape = (batch, self.vae.channels, *[self.image_size // self.vae.downsample] * 2)
+        shape = (batch, *self.noise_shape)
         if noise is None:
             noise = draw(torch.randn, shape, generator, device)
         elif tuple(noise.shape) != shape:

@@ -15,11 +15,14 @@ from torch.utils.data import ConcatDataset
 
 from flextok.config import ExperimentConfig, load_experiment, save_experiment
 from flextok.data.datamodule import DataModule, prepare_image, prepare_tokens
-from flextok.data.datasets import DATASETS
+from flextok.data.datasets import DATASETS, take
 from flextok.data.stream import EvaluationSet, collate
 from flextok.data.text import build_text_cache
 from flextok.data.tokens import TokenDataset, build_token_cache
 from flextok.data.transforms import ImageTransform
+from flextok.evaluation.evaluate import evaluate_generator, evaluate_tokenizer
+from flextok.evaluation.features import load_networks
+from flextok.evaluation.job import Cell, Options
 from flextok.generators import GENERATORS
 from flextok.generators.conditioning import TextConditioner
 from flextok.generators.text import Text, load_encoder
@@ -30,6 +33,7 @@ from flextok.tokenizers import TOKENIZERS
 from flextok.training.adversarial import AdversarialModule
 from flextok.training.callbacks import (
     CodebookUsage,
+    Evaluation,
     Export,
     Pictures,
     draw_generations,
@@ -56,8 +60,11 @@ def train(config: ExperimentConfig) -> Path:
         log.info("continuing from %s, step %d", last, state["global_step"])
     if config.task == "tokenizer":
         module, data, draw = tokenizer_run(config)
+        evaluate = evaluation(config, None)
     else:
-        module, data, draw = generator_run(config, folder)
+        tokenizer = load_tokenizer(config)
+        module, data, draw = generator_run(config, folder, tokenizer)
+        evaluate = evaluation(config, tokenizer)
     folder.mkdir(parents=True, exist_ok=True)
     atomic_write(folder / "config.yaml", lambda p: save_experiment(config, p))
     if state is not None and state["global_step"] >= config.trainer.max_steps:
@@ -65,7 +72,7 @@ def train(config: ExperimentConfig) -> Path:
         export(module.model, folder, state["global_step"])
         return folder
     del state
-    trainer = make_trainer(config, folder, module.model, draw)
+    trainer = make_trainer(config, folder, module.model, draw, evaluate)
     trainer.fit(module, data, ckpt_path=str(last) if resume else None, weights_only=True)
     if trainer.interrupted:
         raise KeyboardInterrupt
@@ -136,7 +143,7 @@ def tokenizer_module(config: ExperimentConfig, model: Any) -> TrainingModule:
     return AdversarialModule(*arguments, adversarial=config.adversarial, seed=config.seed)
 
 
-def generator_run(config: ExperimentConfig, folder: Path) -> tuple[TrainingModule, DataModule, Any]:
+def load_tokenizer(config: ExperimentConfig) -> Any:
     assert config.tokenizer is not None
     tokenizer = load_model(config.tokenizer)
     if tokenizer.model_type not in TOKENIZERS:
@@ -145,6 +152,13 @@ def generator_run(config: ExperimentConfig, folder: Path) -> tuple[TrainingModul
         raise ConfigError(
             f"tokenizer={config.tokenizer!r} is continuous (KL): it has no indices to generate"
         )
+    return tokenizer
+
+
+def generator_run(
+    config: ExperimentConfig, folder: Path, tokenizer: Any
+) -> tuple[TrainingModule, DataModule, Any]:
+    assert config.tokenizer is not None
     if config.start or config.adversarial:
         raise ConfigError("start and adversarial are for task tokenizer")
     derived: dict[str, Any] = {
@@ -205,6 +219,27 @@ def add_text(
     conditioner.null_row = tokens.text[""]
 
 
+def evaluation(config: ExperimentConfig, tokenizer: Any) -> Any:
+    """What the Evaluation callback runs: (model, folder) -> report. None where none is asked."""
+    asked = config.evaluation
+    if asked is None:
+        return None
+    assert config.data.validation is not None
+    pictures = take(make_dataset(config.data.validation), asked.limit)
+    options = Options(networks=tuple(asked.networks), batch_size=asked.batch_size, seed=config.seed)
+    load_networks(options.networks)  # missing weights are told before training
+    names = {"model": config.output_dir, "data": json.dumps(config.data.validation)}
+
+    def evaluate(model: Any, folder: Path) -> dict[str, Any]:
+        cells = [Cell(k) for k in asked.num_tokens or [model.num_tokens]]
+        if tokenizer is None:
+            return evaluate_tokenizer(model, pictures, cells, options, folder, names)
+        tokenizer.to(next(model.parameters()).device)
+        return evaluate_generator(model, tokenizer, pictures, cells, options, folder, names)
+
+    return evaluate
+
+
 def cached_tokens(
     config: ExperimentConfig,
     tokenizer: Any,
@@ -260,7 +295,9 @@ def codebook_callbacks(config: ExperimentConfig, model: Any) -> list[L.Callback]
     return [CodebookUsage(every, bool(revive_every), config.seed)]
 
 
-def make_trainer(config: ExperimentConfig, folder: Path, model: Any, draw: Any) -> L.Trainer:
+def make_trainer(
+    config: ExperimentConfig, folder: Path, model: Any, draw: Any, evaluate: Any
+) -> L.Trainer:
     options = config.trainer
     precision: Any = options.precision
     if precision == "auto":
@@ -284,6 +321,8 @@ def make_trainer(config: ExperimentConfig, folder: Path, model: Any, draw: Any) 
     ]
     if draw is not None:
         callbacks.append(Pictures(folder / "pictures", draw))
+    if config.evaluation is not None:
+        callbacks.append(Evaluation(folder / "evaluation", evaluate, config.evaluation.every))
     callbacks.append(Export(folder))
     if config.optim.ema_decay > 0:
         callbacks.append(ema(config.optim.ema_decay))
