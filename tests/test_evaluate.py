@@ -101,7 +101,8 @@ def test_generation_scores_do_not_depend_on_the_batch_size(kind):
     if kind == "gpt":
         generator = tiny_gpt().double()
     else:
-        config = MaskGITConfig(200, 8, dim=32, depth=2, num_heads=2, num_classes=5)
+        classes = {"name": "class", "num_classes": 5, "learned_null": True}
+        config = MaskGITConfig(200, 8, dim=32, depth=2, num_heads=2, conditioner=classes)
         generator = MaskGIT(config).double().eval()
     model, data = tokenizer(), emoji(9)
     cells = [Cell(8, 1)]
