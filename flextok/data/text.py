@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from flextok.generators.text import PretrainedEncoder, TextEncoder
+from flextok.generators.text import TextEncoder
 from flextok.hub import atomic_write
 
 MANIFEST = "manifest.json"
@@ -68,13 +68,12 @@ def build_text_cache(
         check_manifest(folder, manifest)
     text = json.dumps(manifest, indent=2)
     atomic_write(folder / MANIFEST, lambda p: p.write_text(text, encoding="utf-8"))
-    options: dict[str, Any] = {"device": device} if isinstance(encoder, PretrainedEncoder) else {}
     progress = tqdm(total=len(different), desc="reading captions", unit="caption")
     for number, first in enumerate(range(0, len(different), part_size)):
         some = different[first : first + part_size]
         path = folder / f"part-{number:05d}.safetensors"
         if not path.exists():
-            rows = encoder.rows(some, **options)
+            rows = encoder.rows(some, device)
             tensors = {"row_ends": torch.tensor([len(row) for row in rows]).cumsum(0)}
             tensors["rows"] = compact(torch.cat(rows).cpu())
             tensors["captions"], tensors["caption_ends"] = pack(some)

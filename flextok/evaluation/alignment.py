@@ -60,7 +60,8 @@ def alignment(
     count = facts[:, 0] + 1
     device = next(generator.parameters()).device
     cond: Any = captions
-    if isinstance(generator.conditioner, ClassConditioner):
+    conditioner = getattr(generator, "conditioner", None)
+    if isinstance(conditioner, ClassConditioner):
         known = generator.metadata.get("class_names")
         if known != scenes.class_names:
             raise ValueError(
@@ -70,7 +71,7 @@ def alignment(
         cond = facts[:, 0].to(device)
         facts = facts.clone()
         facts[:, 1:] = UNKNOWN  # a class says how many, nothing else
-    elif not isinstance(generator.conditioner, TextConditioner):
+    elif not isinstance(conditioner, TextConditioner):
         raise ValueError("an unconditional generator has nothing to be aligned with")
     generated = generate_images(generator, tokenizer, cond, lengths, seed, sampling, decoding)
     others = derangement(number, seed)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from flextok.generators.text import TEXT_ENCODERS, PretrainedEncoder, Text, check_prompts
+from flextok.generators.text import TEXT_ENCODERS, Text, check_prompts
 from flextok.schema import build
 
 NULL_CLASS = -1  # as a label: no condition
@@ -134,9 +134,7 @@ class TextConditioner(nn.Module):
         """The encoder's rows, each different prompt encoded once."""
         check_prompts(prompts)
         different = list(dict.fromkeys(prompts))
-        options = {"device": device} if isinstance(self.encoder, PretrainedEncoder) else {}
-        found = self.encoder.rows(different, **options)
-        by_prompt = dict(zip(different, found, strict=True))
+        by_prompt = dict(zip(different, self.encoder.rows(different, device), strict=True))
         return [by_prompt[prompt] for prompt in prompts]
 
     def prepare(self, cond: Sequence[str] | Text, device: torch.device) -> Text:

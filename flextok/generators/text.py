@@ -24,6 +24,7 @@ from flextok.storage import CheckpointError, from_hub
 log = logging.getLogger(__name__)
 _WEIGHTS, _OLD_WEIGHTS = "*.safetensors", "*.bin"
 _FILES = ("*.json", "*.txt", "*.model")
+_BATCH = 32  # prompts that a frozen encoder reads at once
 
 
 @dataclass
@@ -83,8 +84,9 @@ class TextEncoder(nn.Module):
     def tokenizer(self) -> Any:
         raise NotImplementedError
 
-    def rows(self, prompts: Sequence[str]) -> list[Tensor]:
-        """One (L,) or (L, E) tensor a prompt, 1 <= L <= max_length. "" is the null text."""
+    def rows(self, prompts: Sequence[str], device: torch.device | str = "cpu") -> list[Tensor]:
+        """One (L,) or (L, E) tensor a prompt, on device, 1 <= L <= max_length. "" is the null
+        text."""
         raise NotImplementedError
 
     def identity(self) -> dict[str, Any]:
@@ -148,8 +150,8 @@ class ByteEncoder(TextEncoder):
     def tokenizer(self) -> Any:
         return byte_tokenizer()
 
-    def rows(self, prompts: Sequence[str]) -> list[Tensor]:
-        return [torch.tensor(ids) for ids in self.tokenize(prompts)]
+    def rows(self, prompts: Sequence[str], device: torch.device | str = "cpu") -> list[Tensor]:
+        return [torch.tensor(ids, device=device) for ids in self.tokenize(prompts)]
 
     def identity(self) -> dict[str, Any]:
         return {"encoder": "bytes", "max_length": self.max_length}
@@ -190,15 +192,13 @@ class PretrainedEncoder(TextEncoder):
         return {"encoder": self.model, "revision": revision, "max_length": self.max_length}
 
     @torch.no_grad()
-    def rows(
-        self, prompts: Sequence[str], device: torch.device | str = "cpu", batch_size: int = 32
-    ) -> list[Tensor]:
+    def rows(self, prompts: Sequence[str], device: torch.device | str = "cpu") -> list[Tensor]:
         network, tokenizer = load_encoder(self.model, self.revision)
         network.to(device)
         found: list[Tensor] = []
         indices = self.tokenize(prompts)
-        for start in range(0, len(indices), batch_size):
-            some = indices[start : start + batch_size]
+        for start in range(0, len(indices), _BATCH):
+            some = indices[start : start + _BATCH]
             # an encoder without marks of its own makes nothing of "": one padding token stands in
             some = [ids or [tokenizer.pad_token_id] for ids in some]
             batch = tokenizer.pad({"input_ids": some}, return_tensors="pt").to(device)
