@@ -1,7 +1,6 @@
 """`flextok evaluate | sweep | adaptive | probe`: the commands that measure."""
 
 import argparse
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -199,7 +198,7 @@ def run_adaptive(options: argparse.Namespace) -> None:
         f"{report['count']} pictures, {report['met']} meet {report['target']}; "
         f"{report['mean_tokens']:.1f} tokens each, at most {report['decodes_per_picture']} decodes"
     )
-    write_measured(report, options)
+    write_measured(report, model, options)
 
 
 def run_probe(options: argparse.Namespace) -> None:
@@ -212,7 +211,7 @@ def run_probe(options: argparse.Namespace) -> None:
     lengths = token_lengths(options.num_tokens, model, model.num_tokens)
     report = linear_probe(model, train, test, measuring_options(options), lengths)
     print(format_table(report))
-    write_measured(report, options)
+    write_measured(report, model, options)
 
 
 def load_for_measuring(options: argparse.Namespace) -> Any:
@@ -265,14 +264,10 @@ def print_warnings(report: dict[str, Any]) -> None:
         print(f"note: {warning}")
 
 
-def write_measured(report: dict[str, Any], options: argparse.Namespace) -> None:
+def write_measured(report: dict[str, Any], model: Any, options: argparse.Namespace) -> None:
     """report.json of a command that is not one of the passes, with what it was asked."""
-    import flextok
-    from flextok.hub import atomic_write
+    from flextok.evaluation.report import model_settings, write_report
 
-    asked = {k: v for k, v in vars(options).items() if k != "run"}
-    document = {"settings": {**asked, "flextok_version": flextok.__version__}, **report}
-    path = Path(options.output) / "report.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, lambda p: p.write_text(json.dumps(document, indent=2) + "\n"))
-    print(f"wrote {path}")
+    asked = {k: v for k, v in vars(options).items() if k not in ("run", "dtype")}
+    document = {"settings": {**asked, **model_settings(model, model)}, **report}
+    print(f"wrote {write_report(document, Path(options.output))}")

@@ -24,7 +24,8 @@ from flextok.evaluation.passes import (
 )
 from flextok.evaluation.records import Records
 from flextok.evaluation.reference import Reference, save_reference
-from flextok.evaluation.report import Measured, make_report, read_report, write_report
+from flextok.evaluation.report import REPORT, make_report, read_report, write_report
+from flextok.evaluation.scores import Measured
 from flextok.generators.conditioning import NULL_CLASS
 
 
@@ -142,6 +143,8 @@ def class_of_each(generator: Any, number: int, real: Records | None, options: Op
 def folder_of(output: str | Path | None) -> Iterator[Path]:
     if output is not None:
         Path(output).mkdir(parents=True, exist_ok=True)
+        if processes.rank() == 0:  # what lies there until this one is done would be another's
+            (Path(output) / REPORT).unlink(missing_ok=True)
         yield Path(output)
     elif processes.count() > 1:
         raise ValueError("several processes need an output folder, which they share")

@@ -6,53 +6,29 @@ import math
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 import flextok
 from flextok.evaluation import processes
 from flextok.evaluation.codes import code_report
-from flextok.evaluation.distances import (
-    Rows,
-    chunks_in_order,
-    class_score,
-    frechet_distance,
-    kernel_distance,
-    precision_recall,
-    shuffled_splits,
-    statistics,
-)
-from flextok.evaluation.features import FeatureNetwork
 from flextok.evaluation.job import Job
 from flextok.evaluation.metrics import METRICS
 from flextok.evaluation.records import Records
-from flextok.evaluation.reference import Reference, few_pictures
+from flextok.evaluation.reference import few_pictures
+from flextok.evaluation.scores import (
+    KID_SUBSET,
+    Compared,
+    Measured,
+    compared_with,
+    proper_names,
+    set_scores,
+)
 from flextok.hub import atomic_write, fingerprint
 
 REPORT = "report.json"
 MAX_PSNR = 100.0  # dB, of a picture that comes back without any error; 8 bits cannot come near it
-KID_SUBSET = 1000
-# what the distances are called when the features are Inception's own; others carry their network
-INCEPTION_NAMES = {
-    "kernel": "kid",
-    "kernel_std": "kid_std",
-    "class_score_10_shuffled": "inception_score_10_shuffled",  # torch-fidelity
-    "class_score_10_shuffled_std": "inception_score_10_shuffled_std",
-    "class_score_chunks_of_5000": "inception_score_chunks_of_5000",  # ADM
-    "precision": "precision",
-    "recall": "recall",
-}
-
-
-class Measured(NamedTuple):
-    """What a pass leaves behind."""
-
-    made: Records  # rows of decoded pictures
-    real: Records | None  # rows of the pictures that they are compared with
-    references: dict[str, Reference]  # by network
-    asked: int  # pictures of the data set, unreadable ones too
-    seconds: float
 
 
 def make_report(job: Job, measured: Measured) -> dict[str, Any]:
@@ -64,9 +40,11 @@ def make_report(job: Job, measured: Measured) -> dict[str, Any]:
     if job.tokenizer.vocab_size:
         length = made.column("indices")[:1].shape[1]
         codes = code_report(made.column("indices"), length, job.tokenizer.vocab_size)
+    compared = [compared_with(measured, network) for network in job.networks.features]
+    cells = range(len(job.cells))
     return {
         "settings": settings(job, measured),
-        "results": [result(job, measured, number, codes) for number in range(len(job.cells))],
+        "results": [result(job, measured, number, codes, compared) for number in cells],
         "codes": codes,
         "warnings": warnings(job, measured),
         "run": {
@@ -80,7 +58,11 @@ def make_report(job: Job, measured: Measured) -> dict[str, Any]:
 
 
 def result(
-    job: Job, measured: Measured, number: int, codes: dict[str, Any] | None
+    job: Job,
+    measured: Measured,
+    number: int,
+    codes: dict[str, Any] | None,
+    compared: list[Compared],
 ) -> dict[str, Any]:
     """One cell: how it decodes, what that costs, how good it is."""
     cell, made = job.cells[number], measured.made
@@ -89,8 +71,9 @@ def result(
         for name in (*METRICS, *(["lpips"] if job.networks.lpips is not None else [])):
             values = made.column(f"{number}/{name}")[:].double()
             scores[name] = float(values.clamp_max(MAX_PSNR if name == "psnr" else math.inf).mean())
-    for network in job.networks.features:
-        scores |= set_scores(job, measured, number, network)
+    for network, other in zip(job.networks.features, compared, strict=True):
+        found = set_scores(measured.made, number, network, other)
+        scores |= proper_names(found, network, "rfid" if job.generator is None else "gfid")
     defaults = getattr(job.tokenizer.config, "decode", None)  # of FlexTok
     steps, scale = cell.num_steps, cell.guidance_scale
     if defaults is not None:
@@ -114,65 +97,26 @@ def result(
     }
 
 
-def set_scores(
-    job: Job, measured: Measured, number: int, network: FeatureNetwork
-) -> dict[str, float]:
-    """Distances between all decoded pictures and all real ones, under their proper names."""
-    made: Rows = measured.made.column(f"{number}/{network.name}")
-    logits = measured.made.column(f"{number}/{network.name}/logits")
-    reference = measured.references.get(network.name)
-    ours = statistics(made)
-    found: dict[str, float] = {}
-    real: Rows | None = None
-    if measured.real is not None:
-        real = measured.real.column(f"real/{network.name}")
-        found["frechet"] = frechet_distance(ours, statistics(real))
-    if reference is not None:
-        key = "frechet" if real is None else "frechet_to_reference"
-        found[key] = frechet_distance(ours, reference.statistics)
-        if real is None and reference.pictures is not None:
-            real = reference.features()
-    if real is not None:
-        found["kernel"], found["kernel_std"] = kernel_distance(made, real, subset_size=KID_SUBSET)
-        found["precision"], found["recall"] = precision_recall(made, real)
-    shuffled = class_score(logits, shuffled_splits(len(logits)))
-    found["class_score_10_shuffled"], found["class_score_10_shuffled_std"] = shuffled
-    found["class_score_chunks_of_5000"], _ = class_score(logits, chunks_in_order(len(logits)))
-    if network.name != "inception":
-        return {f"{score}_{network.name}": value for score, value in found.items()}
-    frechet = "rfid" if job.generator is None else "gfid"
-    names = {"frechet": frechet, "frechet_to_reference": "fid_to_reference", **INCEPTION_NAMES}
-    return {names[score]: value for score, value in found.items()}
-
-
 def settings(job: Job, measured: Measured) -> dict[str, Any]:
     """All that the scores depend on."""
     tokenizer, options = job.tokenizer, job.options
-    model = tokenizer if job.generator is None else job.generator
     defaults = getattr(tokenizer.config, "decode", None)
-    reference: dict[str, Any] = {"reference": job.names.get("data"), "reference_hash": None}
+    reference: dict[str, Any] = {"reference": job.names.get("data")}
+    stored = next(iter(measured.references.values()), None)
+    if stored is not None:
+        reference["stored_reference"] = str(stored.path)
+        reference["reference_hash"] = reference["stored_reference_hash"] = stored.hash
+        reference["stored_reference_count"] = stored.statistics.count
     if measured.real is not None:  # the very pictures, as they were compared
         pictures = measured.real.column("picture")[:].numpy().tobytes()
         reference["reference_hash"] = hashlib.sha256(pictures).hexdigest()[:16]
         reference["reference_count"] = len(pictures) // 8
-    stored = next(iter(measured.references.values()), None)
-    if stored is not None:
-        reference["stored_reference"] = str(stored.path)
-        reference["stored_reference_hash"] = stored.hash
-        reference["stored_reference_count"] = stored.statistics.count
     return {
         "task": "reconstruction" if job.generator is None else "generation",
         "model": job.names.get("model"),
-        "model_type": model.model_type,
-        "model_hash": fingerprint(model),
-        "tokenizer_hash": fingerprint(tokenizer),
+        **model_settings(tokenizer if job.generator is None else job.generator, tokenizer),
         "data": job.names.get("data"),
         **reference,
-        "image_size": tokenizer.image_size,
-        "crop": "center, after the shorter side was resized",
-        "interpolation": "bicubic, antialiased (PIL)",
-        "pixels": "clamped, rounded to 8 bits, both sides alike",
-        "dtype": str(job.dtype).removeprefix("torch."),
         "statistics_dtype": "float64",
         "seed": options.seed,
         "solver": options.solver or getattr(defaults, "solver", None),
@@ -181,6 +125,20 @@ def settings(job: Job, measured: Measured) -> dict[str, Any]:
         "sample_count": len(measured.made.column("index")),
         "labels": label_balance(measured.made),
         "networks": job.networks.identity(),
+    }
+
+
+def model_settings(model: Any, tokenizer: Any) -> dict[str, Any]:
+    """Which model saw the pictures how, and the versions of the code."""
+    return {
+        "model_type": model.model_type,
+        "model_hash": fingerprint(model),
+        "tokenizer_hash": fingerprint(tokenizer),
+        "image_size": tokenizer.image_size,
+        "crop": "center, after the shorter side was resized",
+        "interpolation": "bicubic, antialiased (PIL)",
+        "pixels": "clamped, rounded to 8 bits, both sides alike",
+        "dtype": str(next(tokenizer.parameters()).dtype).removeprefix("torch."),
         "flextok_version": flextok.__version__,
         "torch_version": torch.__version__,
     }
@@ -230,9 +188,7 @@ def write_report(report: dict[str, Any], place: Path) -> Path:
     try:
         text = json.dumps(report, indent=2, allow_nan=False)
     except ValueError:
-        raise ValueError(
-            f"a score is not finite: {[r['scores'] for r in report['results']]}"
-        ) from None
+        raise ValueError(f"a score is not finite: {report.get('results')}") from None
     path = place if place.suffix == ".json" else place / REPORT
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, lambda p: p.write_text(text + "\n", encoding="utf-8"))
