@@ -51,7 +51,7 @@ quickstart-text: setup
 	$(BIN)/python train.py configs/quickstart_tokenizer.yaml output_dir=$(OUT_TEXT)/tokenizer \
 	    "data.train={$(SCENES), prompts: train, length: $(NUM_SCENES)}" "data.validation=$(HELD_OUT)" \
 	    data.shift=0 "model.vae={name: identity, shift: 0.09, scale: 1.69}" \
-	    $(if $(TOKENIZER_STEPS),trainer.max_steps=$(TOKENIZER_STEPS))
+	    trainer.max_steps=$(or $(TOKENIZER_STEPS),2800)
 	$(BIN)/python train.py configs/quickstart_text.yaml output_dir=$(OUT_TEXT)/generator \
 	    tokenizer=$(OUT_TEXT)/tokenizer data.train.length=$(NUM_SCENES) \
 	    $(if $(GENERATOR_STEPS),trainer.max_steps=$(GENERATOR_STEPS))
