@@ -1,9 +1,15 @@
 """Text encoders, frozen ones and the one over bytes, and the cache of what they make."""
 
+import io
+import json
 import shutil
+import tarfile
 
 import pytest
 import torch
+from conftest import tiny_tokenizer
+from test_datasets import encoded
+from torch.utils.data import Subset
 from transformers import (
     BartConfig,
     BartModel,
@@ -16,7 +22,11 @@ from transformers import (
     T5EncoderModel,
 )
 
+from flextok.data.datasets import DATASETS, HuggingFaceImages, WebDatasetImages
+from flextok.data.stream import collate
 from flextok.data.text import TextCache, build_text_cache, pack, unpack
+from flextok.data.tokens import TokenDataset, build_token_cache
+from flextok.data.transforms import ImageTransform
 from flextok.generators.text import ByteEncoder, PretrainedEncoder, Text, load_encoder
 from flextok.hub import CheckpointError
 
@@ -205,6 +215,50 @@ def test_cached_rows_are_the_encoders(t5_folder, tmp_path, kind, monkeypatch):
     again = build_text_cache(tmp_path, encoder, captions, part_size=2)
     assert asked == ["a bomb left of a whale", "a key"]
     assert torch.equal(again["a key"], cache["a key"])
+
+
+@pytest.mark.parametrize("kind", ["emoji", "emoji_scenes", "webdataset", "huggingface"])
+def test_captions_of_every_data_set_reach_the_cache(tmp_path, kind):
+    """Those of folders: test_training.py."""
+    if kind == "webdataset":
+        with tarfile.open(tmp_path / "shard.tar", "w") as tar:
+            for name, content in {
+                "a.png": encoded(),
+                "a.txt": b"a caf\xc3\xa9",
+                "b.png": encoded(),
+                "b.json": json.dumps({"caption": "two words"}).encode(),
+                "c.png": encoded(),
+            }.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+        dataset = WebDatasetImages(str(tmp_path / "shard.tar"), label_key=None)
+        expected = ["a café", "two words", ""]
+    elif kind == "huggingface":
+        datasets = pytest.importorskip("datasets")
+        pictures = [{"bytes": encoded(), "path": None}] * 3
+        words = [["one", "another"], [], None]
+        table = datasets.Dataset.from_dict({"image": pictures, "words": words})
+        table.cast_column("image", datasets.Image()).save_to_disk(str(tmp_path / "saved"))
+        dataset = HuggingFaceImages(
+            str(tmp_path / "saved"), label_column=None, caption_column="words"
+        )
+        expected = ["one", "", ""]
+    else:
+        full = DATASETS[kind](split="validation")
+        dataset = Subset(full, range(3))
+        dataset.class_names = full.class_names
+        expected = [full[i]["caption"] for i in range(3)]
+        assert len(set(expected)) == 3
+    tokenizer, transform = tiny_tokenizer(), ImageTransform(16)
+    build_token_cache(tmp_path / "tokens", tokenizer, dataset, transform, {}, captions=True)
+    tokens = TokenDataset(tmp_path / "tokens")
+    assert tokens.captions == expected
+    encoder = ByteEncoder(dim=16, depth=1, num_heads=2)
+    tokens.text = build_text_cache(tmp_path / "text", encoder, tokens.captions)
+    batch = collate([tokens[i] for i in range(3)])
+    for caption, row, mask in zip(expected, batch["text"].values, batch["text"].mask, strict=True):
+        assert row[mask].tolist() == [b + 3 for b in caption.encode()] + [1]
 
 
 def test_a_cache_made_by_another_encoder_is_refused(t5_folder, tmp_path):
