@@ -283,12 +283,14 @@ class TiTok(Pretrained, nn.Module):
         return self.config.nested_dropout != "none"
 
     def init_weights(self) -> None:
-        """Linear: N(0, 0.02), cut at 2, no bias. Tokens and positions: N(0, 1/D). The convolutions
-        and codebooks keep their own."""
+        """Linear: N(0, 0.02), cut at 2, no bias; wider in models narrower than the published ones,
+        which would hardly see the picture at first. Tokens and positions: N(0, 1/D). The
+        convolutions and codebooks keep their own."""
         for part in (self.encoder, self.decoder):
+            std = max(0.02, 0.45 * part.class_token.shape[-1] ** -0.5)  # 0.02 from D = 512 on
             for module in part.modules():
                 if isinstance(module, nn.Linear):
-                    nn.init.trunc_normal_(module.weight, std=0.02)
+                    nn.init.trunc_normal_(module.weight, std=std)
                     nn.init.zeros_(module.bias)
             for name, parameter in part.named_parameters():
                 if name.endswith(("_token", "_tokens", "_pos")):
