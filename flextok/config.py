@@ -132,6 +132,14 @@ def load_experiment(path: str | Path, overrides: list[str] | None = None) -> Exp
         raise ConfigError("evaluation needs data.validation: the pictures to evaluate on")
     if config.evaluation is not None and config.evaluation.every < 1:
         raise ConfigError(f"evaluation.every={config.evaluation.every} must be at least 1")
+    whole = {
+        "adversarial": config.adversarial,
+        "evaluation": config.evaluation,
+        "trainer.revive_every": config.trainer.revive_every,
+    }
+    if config.trainer.strategy == "fsdp2" and any(whole.values()):
+        asked = ", ".join(name for name, value in whole.items() if value)
+        raise ConfigError(f"trainer.strategy=fsdp2 shards the model, {asked} needs it whole: ddp?")
     return config
 
 

@@ -307,6 +307,15 @@ def test_config_mistakes_are_told_before_training(uninterrupted, tmp_path, overr
         )
 
 
+@pytest.mark.parametrize("asked", ["adversarial={}", "evaluation={}", "trainer.revive_every=5"])
+def test_what_a_sharded_model_cannot_do_is_refused(uninterrupted, asked):
+    source = uninterrupted / "tokenizer.yaml"
+    load_experiment(source, [asked])
+    name = asked.split("=")[0]
+    with pytest.raises(ConfigError, match=f"fsdp2 shards the model, {name} needs it whole"):
+        load_experiment(source, ["trainer.strategy=fsdp2", asked])
+
+
 def test_missing_and_broken_config_files(tmp_path):
     with pytest.raises(ConfigError, match="no config file"):
         load_experiment(tmp_path / "nothing.yaml")
