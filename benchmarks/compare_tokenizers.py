@@ -6,8 +6,8 @@ grid, at 8, 16, 32 and 64 tokens of 9 bits on the emoji.
 All are trained on the same pictures for the same steps with the same batch, and have the same
 number of parameters within 10 %. FlexTok and tail drop are one model each for every length; TiTok
 and the grid are trained anew for each. Prints PSNR and a Frechet distance over the validation
-emoji. The distance is in the features of EfficientNet-Lite0 (ImageNet), which come from PyPI: it is
-no FID. Runs are kept in outputs/compare and go on where they stopped.
+emoji. The distance is in the features of EfficientNet-Lite0 (ImageNet), which come from PyPI: it
+is no FID. Runs are kept in outputs/compare and go on where they stopped.
 """
 
 import argparse
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -25,8 +24,9 @@ from flextok.config import load_experiment
 from flextok.data.datamodule import prepare_image
 from flextok.data.stream import EvaluationSet, collate
 from flextok.data.transforms import ImageTransform
+from flextok.evaluation.distances import Statistics, frechet_distance, statistics
+from flextok.evaluation.features import EfficientNetLite0
 from flextok.evaluation.metrics import psnr
-from flextok.nn.efficientnet import efficientnet_lite0
 from flextok.pipeline import load_model, reconstruct_prefixes
 from flextok.training.run import make_dataset, train
 
@@ -67,30 +67,10 @@ def validation_pictures(size: int) -> Tensor:
     return next(iter(DataLoader(pictures, batch_size=len(pictures), collate_fn=collate)))["image"]
 
 
-@torch.no_grad()
-def features(network: Any, images: Tensor) -> Tensor:
-    """images: (n, 3, H, W) in [-1, 1]. Returns pooled features (n, 1280) float64, of the pictures
-    as 8 bits give them, enlarged to 224 px."""
-    pixels = ((images.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
-    pooled = [
-        network.forward_head(
-            network.forward_features(
-                F.interpolate(part, (224, 224), mode="bicubic", antialias=True)
-            ),
-            pre_logits=True,
-        )
-        for part in pixels.split(16)
-    ]
-    return torch.cat(pooled).double()
-
-
-def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """a, b: (n, D) float64. |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^1/2) (1706.08500)."""
-    # the trace of the root is the nuclear norm of A B^T for centred, scaled samples A and B
-    centred = [(x - x.mean(dim=0)) / (len(x) - 1) ** 0.5 for x in (a, b)]
-    overlap = torch.linalg.matrix_norm(centred[0] @ centred[1].T, ord="nuc")
-    spread = sum(x.square().sum() for x in centred) - 2 * overlap
-    return float((a.mean(dim=0) - b.mean(dim=0)).square().sum() + spread)
+def features(network: Any, images: Tensor) -> Statistics:
+    """images: (n, 3, H, W) in [-1, 1]. Statistics of the features of the pictures as 8 bits."""
+    pixels = ((images.clamp(-1, 1) + 1) * 127.5).round()
+    return statistics(torch.cat([network(part).pooled for part in pixels.split(16)]))
 
 
 def main() -> None:
@@ -99,7 +79,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("outputs/compare"))
     parser.add_argument("--json", type=Path, help="also write the figures there")
     options = parser.parse_args()
-    images, network = validation_pictures(32), efficientnet_lite0()
+    images, network = validation_pictures(32), EfficientNetLite0("cpu", torch.float32)
     real = features(network, images)
     rows = []
     for layout, models in runs().items():

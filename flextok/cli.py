@@ -5,10 +5,14 @@ import json
 import logging
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from flextok.cli_evaluation import add_commands as add_evaluation_commands
+
 DESCRIPTION = "Images as short, ordered token sequences."
+TEXT_MODEL = "outputs/quickstart_text/generator"  # what make quickstart-text trains
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -45,20 +49,28 @@ def make_parser() -> argparse.ArgumentParser:
 
     sample = commands.add_parser(
         "sample",
-        help="reconstruct pictures or generate by class, as a coarse-to-fine grid",
+        help="reconstruct pictures, or generate by class or prompt, as a coarse-to-fine grid",
         description="With a tokenizer: reconstruct --images or --data at each of --num-tokens. "
-        "With a generator: generate --classes.",
+        "With a generator: generate --classes, or --prompt, --prompts-file or the captions of "
+        "--data; prompts also get their last pictures as files beside the grid.",
     )
-    sample.add_argument("model", help="folder or hub id of a tokenizer or a generator")
+    sample.add_argument(
+        "model",
+        nargs="?",
+        help=f"folder or hub id of a tokenizer or a generator; for prompts default {TEXT_MODEL}",
+    )
     sample.add_argument("--images", nargs="+", metavar="FILE", help="picture files or folders")
     sample.add_argument("--classes", nargs="+", metavar="CLASS", help="names or numbers; 'none'")
-    sample.add_argument("--num-samples", type=int, default=1, help="pictures a class")
+    sample.add_argument("--prompt", nargs="+", metavar="TEXT", help="texts; '' = none")
+    sample.add_argument("--prompts-file", metavar="FILE", help="one prompt a line")
+    sample.add_argument("--num-samples", type=int, default=1, help="pictures a class or prompt")
     sample.add_argument("--tokenizer", help="generator: another place to find its tokenizer")
     sample.add_argument("--temperature", type=float)
     sample.add_argument("--top-k", type=int)
     sample.add_argument("--top-p", type=float)
     sample.add_argument(
-        "--class-guidance",
+        *("--class-guidance", "--text-guidance"),
+        dest="cond_guidance",
         type=float,
         help="generator's guidance; none is 1, and 0 for a MaskGIT with linear or constant decay",
     )
@@ -67,14 +79,46 @@ def make_parser() -> argparse.ArgumentParser:
     add_decoding(sample)
     sample.set_defaults(run=run_sample)
 
-    sweep = commands.add_parser(
-        "sweep", help="reconstruction quality against the number of tokens, as a table"
+    add_evaluation_commands(commands)
+
+    align = commands.add_parser(
+        "align",
+        help="how well generated emoji scenes show their prompts, against the number of tokens",
+        description="A small classifier, trained on real scenes, reads generated ones; the same "
+        "pictures scored against shuffled prompts are the control.",
     )
-    sweep.add_argument("model", help="folder or hub id of a tokenizer")
-    sweep.add_argument("--json", metavar="FILE", help="also write the figures to a JSON file")
-    sweep.add_argument("--batch-size", type=int, default=64)
-    add_decoding(sweep)
-    sweep.set_defaults(run=run_sweep)
+    align.add_argument("model", help="folder or hub id of a generator")
+    align.add_argument("--tokenizer", help="another place to find its tokenizer")
+    align.add_argument("--probe", metavar="FILE", help="keep the classifier here, or take it")
+    align.add_argument("--probe-steps", type=int, default=1500, help="its training, if needed")
+    align.add_argument("--json", metavar="FILE", help="also write the figures to a JSON file")
+    add_decoding(align)
+    align.set_defaults(run=run_align)
+
+    tokenize = commands.add_parser(
+        "tokenize",
+        help="encode a data set once, for generators to train on",
+        description="Writes shards of indices, labels and captions. Run it again to continue; "
+        "torchrun or srun share the work. A generator reads the result by "
+        "data.train={name: tokens, path: <output>}.",
+    )
+    tokenize.add_argument("model", help="folder or hub id of a tokenizer")
+    tokenize.add_argument(
+        "data", help="a folder of pictures, emoji:train, shards (*.tar) or {name: folder, root: x}"
+    )
+    tokenize.add_argument("output", help="the folder to write")
+    tokenize.add_argument("--variants", type=int, default=1, help="encodings of each picture")
+    tokenize.add_argument("--crop", choices=("center", "random"), default="center")
+    tokenize.add_argument("--flip", action="store_true", help="mirror half of the variants")
+    tokenize.add_argument("--shift", type=float, default=0.0, help="as data.shift in configs")
+    tokenize.add_argument("--seed", type=int, default=0)
+    tokenize.add_argument("--part-size", type=int, default=16_384, help="encodings a shard")
+    tokenize.add_argument("--batch-size", type=int, default=64)
+    tokenize.add_argument("--num-workers", type=int, default=0)
+    tokenize.add_argument("--bf16", action="store_true", help="encode in bf16: GPUs only")
+    tokenize.add_argument("--device", help="by default this process's GPU, or the CPU")
+    tokenize.add_argument("--verify", action="store_true", help="then check all checksums")
+    tokenize.set_defaults(run=run_tokenize)
 
     info = commands.add_parser(
         "info", help="a model's config, sizes, vocabulary, bits per image and provenance"
@@ -103,7 +147,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 def add_decoding(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--data", metavar="SET", help="emoji:validation, emoji_scenes:train, or a picture folder"
+        "--data",
+        metavar="SET",
+        help="emoji:validation, emoji_scenes:train, a picture folder, shards (*.tar), or "
+        "{name: ...} as in configs",
     )
     parser.add_argument("--limit", type=int, help="take this many of --data, evenly spread")
     parser.add_argument("--num-tokens", type=int, nargs="+", help="default 1 2 4 ... all, or all")
@@ -116,6 +163,7 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
 
 def run_train(options: argparse.Namespace) -> None:
     from flextok.config import load_experiment
+    from flextok.training.checkpoints import Interrupted, requeue
     from flextok.training.run import train
 
     for chatty in ("lightning.pytorch", "lightning.fabric"):  # importing them set their level
@@ -125,12 +173,18 @@ def run_train(options: argparse.Namespace) -> None:
     overrides = [a for a in options.arguments if a not in configs]
     if not configs or (len(configs) > 1 and overrides):
         raise ValueError("train takes one config with key=value changes, or several without")
-    for config in [load_experiment(path, overrides) for path in configs]:
-        print(f"trained model in {train(config)}")
+    try:
+        for config in [load_experiment(path, overrides) for path in configs]:
+            print(f"trained model in {train(config)}")
+    except Interrupted as stop:
+        print(f"flextok: {stop}; run the same command again to continue", file=sys.stderr)
+        requeue(stop.signum)
+        raise SystemExit(128 + stop.signum) from None
 
 
 def run_sample(options: argparse.Namespace) -> None:
     from flextok import viz
+    from flextok.generators.conditioning import TextConditioner
     from flextok.hub import resolve
     from flextok.pipeline import (
         generate_images,
@@ -140,32 +194,47 @@ def run_sample(options: argparse.Namespace) -> None:
         reconstruct_prefixes,
     )
 
+    if options.model is None:
+        if not (options.prompt or options.prompts_file):
+            raise ValueError("name a model: the folder or hub id of a tokenizer or a generator")
+        options.model = TEXT_MODEL
     model = load_model(options.model, pick_device(options.device))
     device = next(model.parameters()).device
     decoding = decoding_options(options)
     if is_generator(model):
-        if options.images or options.data:
+        by_text = isinstance(model.conditioner, TextConditioner)
+        if by_text:
+            cond = names = read_prompts(options)
+        elif options.images or options.data:
             raise ValueError("a generator makes pictures from --classes, not --images or --data")
+        elif options.prompt or options.prompts_file:
+            raise ValueError(f"{options.model} knows classes, not prompts: use --classes")
+        else:
+            cond, names = class_labels(model, options.classes, options.num_samples)
+            cond = cond.to(device)
         tokenizer = load_tokenizer_of(model, resolve(options.model), options.tokenizer, device)
         lengths = token_lengths(options.num_tokens, tokenizer, model.num_tokens)
-        cond, names = class_labels(model, options.classes, options.num_samples)
         sampling = {
             "temperature": options.temperature,
             "top_k": options.top_k,
             "top_p": options.top_p,
-            "guidance_scale": options.class_guidance,
+            "guidance_scale": options.cond_guidance,
             "num_steps": options.generator_steps,
         }
         pictures = generate_images(
-            model, tokenizer, cond.to(device), lengths, options.seed, sampling, decoding
+            model, tokenizer, cond, lengths, options.seed, sampling, decoding
         )
         if len(lengths) > 1:
             picture = viz.coarse_to_fine(None, pictures, names)
         else:
             picture = viz.samples(pictures[lengths[0]], names, options.num_samples)
+        if by_text:
+            save_each(pictures[lengths[-1]], Path(options.output))
     else:
-        if options.classes:
-            raise ValueError("a tokenizer reconstructs --images or --data; it has no --classes")
+        if options.classes or options.prompt or options.prompts_file:
+            raise ValueError(
+                "a tokenizer reconstructs --images or --data; it has no --classes or prompts"
+            )
         lengths = token_lengths(options.num_tokens, model, model.num_tokens)
         images = read_images(options, model.image_size)
         decoded = reconstruct_prefixes(model, images, lengths, options.seed, decoding)
@@ -173,34 +242,96 @@ def run_sample(options: argparse.Namespace) -> None:
     print(f"wrote {viz.save(picture, options.output)}")
 
 
-def run_sweep(options: argparse.Namespace) -> None:
-    from flextok.evaluation.prefix import format_table, prefix_quality
-    from flextok.hub import atomic_write
-    from flextok.pipeline import load_model
+def run_align(options: argparse.Namespace) -> None:
+    from flextok.data.datasets import DATASETS
+    from flextok.data.emoji import EmojiScenes
+    from flextok.evaluation.alignment import alignment, format_report
+    from flextok.evaluation.scene_probe import Probe, train_probe
+    from flextok.hub import resolve
+    from flextok.pipeline import is_generator, load_model, load_tokenizer_of
+    from flextok.schema import build
 
-    if not options.data:
-        raise ValueError("name the pictures to measure on, e.g. --data emoji:validation")
-    model = load_model(options.model, pick_device(options.device))
-    lengths = token_lengths(options.num_tokens, model, model.num_tokens)
-    dataset = take(open_data(options.data), options.limit)
-    results = prefix_quality(
-        model, dataset, lengths, options.seed, decoding_options(options), options.batch_size
+    spec = data_spec(options.data or "emoji_scenes:validation")
+    scenes = build(DATASETS, spec, "dataset")
+    if not isinstance(scenes, EmojiScenes):
+        raise ValueError("--data must be emoji_scenes: the classifier reads those")
+    generator = load_model(options.model, pick_device(options.device))
+    if not is_generator(generator):
+        raise ValueError(f"{options.model} is a {generator.model_type} model, not a generator")
+    device = next(generator.parameters()).device
+    tokenizer = load_tokenizer_of(generator, resolve(options.model), options.tokenizer, device)
+    if options.probe and Path(options.probe).is_file():
+        probe = Probe.load(options.probe).to(device)
+    else:
+        known = {"split": "train", "prompts": "train" if scenes.prompts == "held_out" else "all"}
+        real = build(DATASETS, {**spec, **known}, "dataset")
+        probe = train_probe(real, tokenizer.image_size, options.probe_steps, device=device)
+        if options.probe:
+            probe.save(options.probe)
+    report = alignment(
+        generator,
+        tokenizer,
+        probe,
+        scenes,
+        token_lengths(options.num_tokens, tokenizer, generator.num_tokens),
+        options.limit or 256,
+        options.seed,
+        decoding=decoding_options(options),
     )
-    print(format_table(results))
+    print(format_report(report))
     if options.json:
-        path = Path(options.json)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(
-            {
-                "model": options.model,
-                "data": options.data,
-                "seed": options.seed,
-                **decoding_options(options),
-                "results": [r.as_dict() for r in results],
-            },
-            indent=2,
-        )
-        atomic_write(path, lambda p: p.write_text(text + "\n", encoding="utf-8"))
+        write_json(options.json, {"model": options.model, "data": spec, **asdict(report)})
+
+
+def write_json(path: str, content: dict[str, Any]) -> None:
+    from flextok.hub import atomic_write
+
+    text = json.dumps(content, indent=2)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(Path(path), lambda p: p.write_text(text + "\n", encoding="utf-8"))
+
+
+def run_tokenize(options: argparse.Namespace) -> None:
+    from flextok.data.datasets import DATASETS
+    from flextok.data.processes import local_device
+    from flextok.data.tokens import (
+        build_token_cache,
+        cache_identity,
+        read_manifest,
+        verify_token_cache,
+    )
+    from flextok.data.transforms import ImageTransform
+    from flextok.pipeline import is_generator, load_model
+    from flextok.schema import build
+
+    tokenizer = load_model(options.model, pick_device(options.device or local_device()))
+    if is_generator(tokenizer):
+        raise ValueError(f"{options.model} is a generator: name the tokenizer to encode with")
+    spec = data_spec(options.data)
+    transform = ImageTransform(tokenizer.image_size, options.flip, options.crop, options.shift)
+    finished = build_token_cache(
+        options.output,
+        tokenizer,
+        build(DATASETS, spec, "dataset"),
+        transform,
+        cache_identity(tokenizer, spec, transform, options.bf16),
+        options.variants,
+        options.batch_size,
+        options.num_workers,
+        options.seed,
+        options.part_size,
+    )
+    if not finished:
+        print(f"this process's part of {options.output} is done, other processes' is not")
+        return
+    folder = Path(options.output)
+    manifest = verify_token_cache(folder) if options.verify else read_manifest(folder)
+    unreadable = sum(part["unreadable"] for part in manifest["parts"])
+    print(
+        f"{options.output}: {manifest['num_sequences']} sequences in {len(manifest['parts'])} parts"
+        + (f", {unreadable} pictures unreadable (see the parts' metadata)" if unreadable else "")
+        + (", all checksums agree" if options.verify else "")
+    )
 
 
 def run_info(options: argparse.Namespace) -> None:
@@ -263,28 +394,36 @@ def decoding_options(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def open_data(name: str) -> Any:
-    """emoji, emoji:validation, emoji_scenes:train, or a folder of pictures."""
     from flextok.data.datasets import DATASETS
     from flextok.schema import build
 
+    return build(DATASETS, data_spec(name), "dataset")
+
+
+def data_spec(name: str) -> dict[str, Any]:
+    """emoji, emoji:validation, emoji_scenes:train, a folder of pictures, WebDataset shards (*.tar)
+    or a spec as in configs, {name: folder, root: pictures}."""
+    if name.startswith("{"):
+        from omegaconf import OmegaConf
+        from omegaconf.errors import OmegaConfBaseException
+        from yaml import YAMLError
+
+        try:
+            spec: Any = OmegaConf.to_container(OmegaConf.create(name))
+        except (OmegaConfBaseException, YAMLError) as error:
+            raise ValueError(f"--data {name!r} is no mapping: {error}") from None
+        return spec
     if Path(name).is_dir():
-        return build(DATASETS, {"name": "folder", "root": name}, "dataset")
+        return {"name": "folder", "root": name}
+    if ".tar" in name:
+        return {"name": "webdataset", "urls": name}
     dataset, _, split = name.partition(":")
     if dataset not in ("emoji", "emoji_scenes"):
         raise ValueError(
-            f"--data {name!r} is neither a folder nor emoji[:split] nor emoji_scenes[:split]"
+            f"--data {name!r} is neither a folder nor shards (*.tar) nor emoji[:split] nor "
+            "emoji_scenes[:split] nor {name: ...}"
         )
-    return build(DATASETS, {"name": dataset, "split": split or "validation"}, "dataset")
-
-
-def take(dataset: Any, limit: int | None) -> Any:
-    from torch.utils.data import Subset
-
-    if limit is None or limit >= len(dataset):
-        return dataset
-    if limit < 1:
-        raise ValueError(f"--limit {limit} must be at least 1")
-    return Subset(dataset, [i * len(dataset) // limit for i in range(limit)])
+    return {"name": dataset, "split": split or "validation"}
 
 
 def read_images(options: argparse.Namespace, size: int) -> Any:
@@ -292,7 +431,7 @@ def read_images(options: argparse.Namespace, size: int) -> Any:
     from torch.utils.data import DataLoader
 
     from flextok.data.datamodule import prepare_image
-    from flextok.data.datasets import PictureFiles
+    from flextok.data.datasets import PictureFiles, take
     from flextok.data.stream import EvaluationSet, collate
     from flextok.data.transforms import ImageTransform
 
@@ -305,6 +444,50 @@ def read_images(options: argparse.Namespace, size: int) -> Any:
     if not batch:
         raise ValueError("none of the pictures could be read; see the warnings above")
     return batch["image"]
+
+
+def read_prompts(options: argparse.Namespace) -> list[str]:
+    """--prompt, --prompts-file or the captions of --data, each --num-samples times."""
+    if options.images or options.classes:
+        raise ValueError("this generator makes pictures from prompts, not --images or --classes")
+    given = [bool(x) for x in (options.prompt, options.prompts_file, options.data)]
+    if sum(given) != 1:
+        raise ValueError("name the prompts: --prompt TEXT ..., --prompts-file FILE or --data SET")
+    if options.num_samples < 1:
+        raise ValueError(f"--num-samples {options.num_samples} must be at least 1")
+    if options.prompt:
+        prompts = options.prompt
+    elif options.prompts_file:
+        prompts = read_lines(Path(options.prompts_file))
+    else:
+        from flextok.data.datasets import take
+
+        dataset = take(open_data(options.data), 8 if options.limit is None else options.limit)
+        prompts = [dataset[i]["caption"] for i in range(len(dataset))]
+    return [prompt for prompt in prompts for _ in range(options.num_samples)]
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file that are not blank."""
+    if not path.is_file():
+        raise ValueError(f"--prompts-file {path}: there is no such file")
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompts-file {path} is not UTF-8 text ({error})") from None
+    if not any(lines):
+        raise ValueError(f"--prompts-file {path} is empty: write one prompt a line")
+    return [line for line in lines if line]
+
+
+def save_each(pictures: Any, output: Path) -> None:
+    """(n, 3, H, W) -> <output>-1.png, <output>-2.png, ... beside the grid."""
+    from flextok import viz
+    from flextok.data.transforms import to_image
+
+    for number, picture in enumerate(pictures, 1):
+        path = viz.save(to_image(picture), output.with_name(f"{output.stem}-{number}.png"))
+        print(f"wrote {path}")
 
 
 def class_labels(model: Any, classes: list[str] | None, num_samples: int) -> tuple[Any, list[str]]:

@@ -44,12 +44,14 @@ class TrainerConfig:
     accelerator: str = "auto"
     devices: int | str = "auto"
     num_nodes: int = 1
-    strategy: str = "auto"
+    strategy: str = "auto"  # ddp, fsdp2 (sharded, for 1B parameters and more), Lightning's others
     precision: str = "auto"  # bf16-mixed on a GPU that has it, else 32-true
     accumulate: int = 1
     log_every: int = 50
     validate_every: int = 1000
     checkpoint_every: int = 1000
+    keep_last: int = 2  # checkpoints kept, besides that of the best validation loss
+    max_nonfinite: int = 10  # steps in a row skipped for a loss that is not finite, before stopping
     num_pictures: int = 8  # in the grids drawn after each validation
     compile: bool = False  # torch.compile, for GPUs
     revive_every: int = 0  # steps between revivals of a VQ's unused codes; 0 = never
@@ -69,6 +71,17 @@ class AdversarialConfig:
 
 
 @dataclass
+class EvaluationConfig:
+    """Periodic evaluation on the validation pictures, in the model's own precision."""
+
+    every: int = 1  # at every so many validations
+    limit: int | None = 1000  # pictures, evenly spread; null = all
+    num_tokens: list[int] | None = None  # prefix lengths to decode; null = all tokens only
+    networks: list[str] = field(default_factory=list)  # inception, efficientnet_lite0, lpips
+    batch_size: int = 32
+
+
+@dataclass
 class ExperimentConfig:
     """One training run. `task` says which of the two models `model` configures."""
 
@@ -82,8 +95,9 @@ class ExperimentConfig:
     # tokenizer: trained models that it starts from, {proxy: folder or hub id}; see prepare_training
     start: dict[str, str] = field(default_factory=dict)
     adversarial: AdversarialConfig | None = None  # tokenizer: none for FlexTok
+    evaluation: EvaluationConfig | None = None
     seed: int = 0
-    resume: bool = True  # continue from <output_dir>/checkpoints/last.ckpt where there is one
+    resume: bool = True  # continue from the newest intact one of <output_dir>/checkpoints, if any
 
 
 def load_experiment(path: str | Path, overrides: list[str] | None = None) -> ExperimentConfig:
@@ -114,6 +128,18 @@ def load_experiment(path: str | Path, overrides: list[str] | None = None) -> Exp
         raise ConfigError(
             "task generator needs tokenizer=<folder or hub id of a trained tokenizer>"
         )
+    if config.evaluation is not None and config.data.validation is None:
+        raise ConfigError("evaluation needs data.validation: the pictures to evaluate on")
+    if config.evaluation is not None and config.evaluation.every < 1:
+        raise ConfigError(f"evaluation.every={config.evaluation.every} must be at least 1")
+    whole = {
+        "adversarial": config.adversarial,
+        "evaluation": config.evaluation,
+        "trainer.revive_every": config.trainer.revive_every,
+    }
+    if config.trainer.strategy == "fsdp2" and any(whole.values()):
+        asked = ", ".join(name for name, value in whole.items() if value)
+        raise ConfigError(f"trainer.strategy=fsdp2 shards the model, {asked} needs it whole: ddp?")
     return config
 
 

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import tempfile
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -130,14 +131,17 @@ class Pretrained(nn.Module):
             )
         self.load_state_dict(state, strict=True, assign=True)
 
-    def save_pretrained(self, folder: str | Path) -> Path:
+    def save_pretrained(
+        self, folder: str | Path, state: Mapping[str, Tensor] | None = None
+    ) -> Path:
         """Write model.safetensors, config.json and a model card README.md, each whole or not at
-        all; a README.md of your own stays. Returns the folder."""
+        all; a README.md of your own stays. state: the weights, where not the model's own (those
+        of a sharded model, gathered). Returns the folder."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        state = {
+        tensors = {
             key: value.detach().contiguous().cpu()
-            for key, value in self.state_dict().items()
+            for key, value in (self.state_dict() if state is None else state).items()
             if not key.startswith(self.training_only)
         }
         dropped = {name.rstrip("."): None for name in self.training_only}
@@ -148,7 +152,7 @@ class Pretrained(nn.Module):
             "metadata": self.metadata,
         }
         text = json.dumps(header, indent=2)
-        atomic_write(folder / WEIGHTS, lambda path: save_file(state, path))
+        atomic_write(folder / WEIGHTS, lambda path: save_file(tensors, path))
         atomic_write(folder / CONFIG, lambda path: path.write_text(text + "\n", encoding="utf-8"))
         card = folder / CARD
         if not card.exists() or MARK in card.read_text(encoding="utf-8", errors="replace"):
@@ -257,12 +261,28 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def atomic_write(path: Path, write: Callable[[Path], Any]) -> None:
-    """Call write(temporary path), then rename: readers see the old file or the new one, whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Call write(temporary path), then rename: readers see the old file or the new one, whole, and
+    it outlasts a power cut. What a killed process left aside is cleared by clear_leftovers."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
+        sync(temporary)
         os.replace(temporary, path)
+        sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def clear_leftovers(path: Path) -> None:
+    """Remove what killed processes left of writing `path`. Only its one writer may call this."""
+    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
+        leftover.unlink(missing_ok=True)

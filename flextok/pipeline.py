@@ -74,23 +74,31 @@ def load_tokenizer_of(
 def generate_images(
     generator: Any,
     tokenizer: Any,
-    cond: Tensor,
+    cond: Any,
     num_tokens: list[int] | None = None,
     seed: int = 0,
     sampling: dict[str, Any] | None = None,
     decoding: dict[str, Any] | None = None,
     progress: Callable[[int], None] | None = None,
+    batch_size: int = 64,
 ) -> dict[int, Tensor]:
-    """cond: (B,) labels. Generates max(num_tokens) indices once and decodes each prefix length with
-    the same initial noise. sampling and decoding go to generate() and decode(), None = the model's
-    own. Returns prefix length -> (B, 3, H, W) in [-1, 1], shortest first."""
+    """cond: (B,) labels or B prompts. Generates max(num_tokens) indices once and decodes each
+    prefix length with the same initial noise. sampling and decoding go to generate() and decode(),
+    None = the model's own. Returns prefix length -> (B, 3, H, W) in [-1, 1], shortest first."""
     lengths = sorted(set(num_tokens or [generator.num_tokens]))
-    draws = torch.Generator().manual_seed(seed)
     options = given(generator.generate, sampling, f"{generator.model_type} sampling option")
-    indices = generator.generate(
-        cond, num_tokens=lengths[-1], generator=draws, progress=progress, **options
-    )
-    return decode_prefixes(tokenizer, indices, lengths, seed, decoding)
+    batches = []
+    for start in range(0, len(cond), batch_size):
+        draws = torch.Generator().manual_seed(seed + start)
+        indices = generator.generate(
+            cond[start : start + batch_size],
+            num_tokens=lengths[-1],
+            generator=draws,
+            progress=progress,
+            **options,
+        )
+        batches.append(decode_prefixes(tokenizer, indices, lengths, seed + start, decoding))
+    return {k: torch.cat([batch[k] for batch in batches]) for k in lengths}
 
 
 def decode_prefixes(

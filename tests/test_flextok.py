@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -6,6 +7,7 @@ from conftest import tiny_tokenizer
 
 from flextok.nn.embeddings import patchify, unpatchify
 from flextok.tokenizers import FlexTok, FlexTokConfig
+from flextok.vae import IdentityVAE
 
 
 def seeded(seed=0):
@@ -262,6 +264,31 @@ def test_bad_images_are_refused(images, change, message):
 def test_bad_indices_and_options_are_refused(indices, options, message):
     with pytest.raises(ValueError, match=message):
         tiny_tokenizer().decode(indices, **{"num_steps": 1, **options})
+
+
+def test_pixels_are_standardised_and_brought_back(images):
+    plain, scaled = tiny_tokenizer(), tiny_tokenizer()
+    scaled.load_state_dict(plain.state_dict())
+    scaled.vae = IdentityVAE(shift=0.5, scale=0.5)
+    assert torch.equal(scaled.encode(images), plain.encode((images - 0.5) * 0.5))
+    torch.testing.assert_close(scaled.vae.decode(scaled.vae.encode(images)), images)
+    with pytest.raises(ValueError, match="must be positive"):
+        tiny_tokenizer(vae={"name": "identity", "scale": 0.0})
+
+
+def test_a_small_position_temperature_sets_neighbouring_patches_apart():
+    def likeness(temperature):
+        positions = tiny_tokenizer(position_temperature=temperature).encoder.patch_pos
+        return torch.cosine_similarity(positions[0, :, 0, 0], positions[0, :, 0, 1], dim=0)
+
+    assert likeness(10.0) < likeness(10_000.0) < 1
+
+
+def test_token_std_sets_the_learned_tokens_spread():
+    model = FlexTok(FlexTokConfig(image_size=32, encoder_dim=256, vae={"name": "identity"}))
+    wide = FlexTok(dataclasses.replace(model.config, token_std=1.0))
+    assert model.encoder.registers.std().item() == pytest.approx(0.02, rel=0.05)
+    assert wide.encoder.registers.std().item() == pytest.approx(1.0, rel=0.05)
 
 
 def test_an_image_size_that_does_not_divide_is_refused():

@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 from webdataset.shardlists import expand_urls
 
 from flextok.data.emoji import Emoji, EmojiScenes
-from flextok.data.pictures import CorruptPicture, list_pictures, load_picture
+from flextok.data.pictures import UNLABELLED, CorruptPicture, list_pictures, load_picture
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
-UNLABELLED = "unlabelled"
 
 
 class ImageFolder(Dataset[dict[str, Any]]):
@@ -222,6 +221,17 @@ DATASETS: dict[str, Callable[..., Dataset[dict[str, Any]]]] = {
     "huggingface": HuggingFaceImages,
     "webdataset": WebDatasetImages,
 }
+
+
+def take(dataset: Any, limit: int | None) -> Any:
+    """At most `limit` items of a data set, evenly spread; None takes all."""
+    if limit is None or limit >= len(dataset):
+        return dataset
+    if limit < 1:
+        raise ValueError(f"limit {limit} must be at least 1")
+    chosen: Any = Subset(dataset, [i * len(dataset) // limit for i in range(limit)])
+    chosen.class_names = dataset.class_names
+    return chosen
 
 
 def index_labels(

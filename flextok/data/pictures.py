@@ -10,6 +10,7 @@ from typing import IO
 import numpy as np
 from PIL import Image, ImageOps
 
+UNLABELLED = "unlabelled"  # the class of pictures without one
 PictureSource = str | os.PathLike[str] | bytes | IO[bytes]
 
 # What Pillow raises on damaged files of one format or another; opening a picture does nothing else.

@@ -1,30 +1,42 @@
 """A token cache: every picture of a data set as indices, in several augmented variants.
 
-A folder of parts (safetensors) and a manifest. Parts are written whole, so an interrupted run
-continues after the last one.
+A folder of parts (safetensors) and a manifest. A part holds a fixed range of positions, encoded in
+one order by one process: any number of processes gives the same files, byte for byte. It is written
+aside and renamed, so a part that is there is whole and never made again. Once all are there, the
+manifest lists their counts and checksums.
 """
 
+import hashlib
 import json
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from flextok.data.pictures import CorruptPicture
+from flextok.data.pictures import UNLABELLED, CorruptPicture
+from flextok.data.processes import Process, this_process
 from flextok.data.stream import Item, SkipCounter, collate, derived_generator
+from flextok.data.text import TextCache, pack, unpack
 from flextok.data.transforms import ImageTransform
-from flextok.hub import atomic_write
+from flextok.hub import atomic_write, clear_leftovers, fingerprint
 
 MANIFEST = "manifest.json"
+log = logging.getLogger(__name__)
 
 
 class _Variants(Dataset):
-    """Position p is variant p % variants of sample p // variants; variant 0 is not augmented."""
+    """Position p is variant p % variants of sample p // variants; variant 0 is not augmented. What
+    cannot be read gives its CorruptPicture."""
 
     def __init__(self, dataset: Any, transform: ImageTransform, variants: int, seed: int):
         self.dataset, self.transform = dataset, transform
@@ -34,15 +46,42 @@ class _Variants(Dataset):
     def __len__(self) -> int:
         return len(self.dataset) * self.variants
 
-    def __getitem__(self, position: int) -> Item | None:
+    def __getitem__(self, position: int) -> Item | CorruptPicture:
         index, variant = divmod(position, self.variants)
         generator = derived_generator(self.seed, index, variant) if variant else None
         try:
             item = self.dataset[index]
-            return {"image": self.transform(item["image"], generator), "label": item["label"]}
+            image = self.transform(item["image"], generator)
         except CorruptPicture as error:
             self.skips.skip(error)
-            return None
+            return error
+        caption = "" if item["caption"] == UNLABELLED else item["caption"]
+        facts = {"label": item["label"], "caption": caption, "position": position}
+        return {"image": image, **facts}
+
+
+class _Batches:
+    """The batches of positions of several parts; none crosses the end of its part."""
+
+    def __init__(self, parts: Sequence[range], batch_size: int):
+        self.parts, self.batch_size = parts, batch_size
+
+    def __iter__(self) -> Iterator[range]:
+        for part in self.parts:
+            for first in range(0, len(part), self.batch_size):
+                yield part[first : first + self.batch_size]
+
+
+def cache_identity(
+    tokenizer: Any, spec: Any, transform: ImageTransform, bf16: bool = False
+) -> dict[str, Any]:
+    """What a cache is made from: the tokenizer's weights, the data set's spec, the augmentation."""
+    return {
+        "tokenizer_fingerprint": fingerprint(tokenizer),
+        "data": json.loads(json.dumps(spec)),
+        "augmentation": {"flip": transform.flip, "crop": transform.crop, "shift": transform.shift},
+        **({"precision": "bf16"} if bf16 else {}),
+    }
 
 
 def build_token_cache(
@@ -56,75 +95,221 @@ def build_token_cache(
     num_workers: int = 0,
     seed: int = 0,
     part_size: int = 16_384,
-) -> Path:
-    """Encode a data set with `tokenizer`, `variants` times each picture, into `folder`.
+    process: Process | None = None,
+) -> bool:
+    """Encode a data set with `tokenizer`, `variants` times each picture, into `folder`: this
+    process's parts of it, less those already there; captions too, "" for pictures without one.
+    Returns whether the whole cache is finished.
 
-    identity: what the cache was made from (tokenizer fingerprint, data, augmentation). A folder
-    made from something else is refused with ValueError; parts already there are kept.
-    """
-    folder = Path(folder)
+    identity: what the cache is made from, by cache_identity. A folder made from something else is
+    refused with ValueError."""
+    if not tokenizer.vocab_size:
+        raise ValueError("the tokenizer is continuous (KL): it has no indices to cache")
+    for name, value in {"variants": variants, "part_size": part_size}.items():
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+    folder, process = Path(folder), process or this_process()
     manifest = {**identity, "variants": variants, "seed": seed, "part_size": part_size}
     manifest |= {"num_samples": len(dataset), "class_names": list(dataset.class_names)}
+    manifest["captions"] = True
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / MANIFEST
-    if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
+    if (folder / MANIFEST).exists():
+        found = read_manifest(folder)
         if different := sorted(k for k in manifest if found.get(k) != manifest[k]):
             raise ValueError(
                 f"the token cache {folder} was made from something else ({', '.join(different)} "
                 "differ): delete it, or name another data.token_cache"
             )
-    atomic_write(path, lambda p: p.write_text(json.dumps(manifest, indent=2), encoding="utf-8"))
+        if is_finished(folder):
+            return True
+    else:
+        write_manifest(folder, manifest)
     positions = _Variants(dataset, transform, variants, seed)
-    dtype = torch.uint16 if tokenizer.vocab_size <= 2**16 else torch.int32
-    device = next(tokenizer.parameters()).device
-    progress = tqdm(total=len(positions), desc="tokenizing", unit="img")
-    for number, first in enumerate(range(0, len(positions), part_size)):
-        part = folder / f"part-{number:05d}.safetensors"
-        subset = range(first, min(first + part_size, len(positions)))
-        if part.exists():
-            progress.update(len(subset))
-            continue
-        loader = DataLoader(
-            positions,
-            batch_size=batch_size,
-            sampler=subset,
-            num_workers=num_workers,
-            collate_fn=collate,
-        )
-        indices, labels = [], []
-        for batch in loader:
-            if batch:
-                indices.append(tokenizer.encode(batch["image"].to(device)).cpu())
-                labels.append(batch["label"])
-            progress.update(min(batch_size, len(positions) - int(progress.n)))
-        if not indices:
-            continue
-        tensors = {"indices": torch.cat(indices).to(dtype), "labels": torch.cat(labels)}
-        atomic_write(part, lambda p, t=tensors: save_file(t, p))  # type: ignore[misc]
+    parts = {
+        folder / f"part-{number:05d}.safetensors": range(len(positions))[first : first + part_size]
+        for number, first in enumerate(range(0, len(positions), part_size))
+    }
+    mine = dict(list(parts.items())[process.rank :: process.world_size])
+    missing = {path: part for path, part in mine.items() if not path.exists()}
+    loader = DataLoader(
+        positions,
+        batch_sampler=_Batches(list(missing.values()), batch_size),  # type: ignore[arg-type]
+        num_workers=num_workers,
+        collate_fn=list,
+    )
+    total, done = sum(map(len, mine.values())), sum(map(len, missing.values()))
+    progress = tqdm(total=total, initial=total - done, desc="tokenizing", unit="img")
+    batches = iter(loader)
+    for path, part in missing.items():
+        encoded, unreadable = [], []
+        for _ in range(0, len(part), batch_size):
+            items = next(batches)
+            encoded.append(encode(tokenizer, items, bool(manifest.get("precision"))))
+            unreadable += [str(item) for item in items if isinstance(item, CorruptPicture)]
+            progress.update(len(items))
+        clear_leftovers(path)
+        write_part(path, encoded, list(dict.fromkeys(unreadable)), tokenizer)
     progress.close()
-    return folder
+    return finish(folder, manifest, list(parts))
+
+
+def encode(tokenizer: Any, items: list[Any], bf16: bool) -> dict[str, Any]:
+    """Items or their errors -> the batch's indices (n, K) long, label (n,), position (n,) and
+    captions; {} if none could be read."""
+    batch = collate([None if isinstance(item, CorruptPicture) else item for item in items])
+    if not batch:
+        return {}
+    device = next(tokenizer.parameters()).device
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        batch["indices"] = tokenizer.encode(batch.pop("image").to(device)).cpu()
+    return batch
+
+
+def write_part(
+    path: Path, encoded: list[dict[str, Any]], unreadable: list[str], tokenizer: Any
+) -> None:
+    dtype = torch.uint16 if tokenizer.vocab_size <= 2**16 else torch.uint32
+    batches = [batch for batch in encoded if batch]
+    none = torch.empty(0, dtype=torch.long)
+    no_indices = none.view(0, tokenizer.num_tokens)
+    captions, ends = pack([caption for batch in batches for caption in batch["caption"]])
+    tensors = {
+        "indices": torch.cat([no_indices, *(b["indices"] for b in batches)]).to(dtype),
+        "labels": torch.cat([none, *(b["label"] for b in batches)]),
+        "positions": torch.cat([none, *(b["position"] for b in batches)]),
+        "captions": captions,
+        "caption_ends": ends,
+    }
+    record = {
+        "sequences": len(tensors["labels"]),
+        "unreadable": unreadable,
+        "sha256": checksum(tensors),
+    }
+    # one entry: safetensors writes several in no fixed order
+    metadata = {"part": json.dumps(record)}
+    atomic_write(path, lambda p: save_file(tensors, p, metadata))
+
+
+def finish(folder: Path, manifest: dict[str, Any], parts: list[Path]) -> bool:
+    """Complete the manifest if all parts are there. Whichever process comes last does it."""
+    if not all(path.exists() for path in parts):
+        return False
+    records = []
+    for path in parts:
+        _, record = read_part(path)
+        records.append({"file": path.name, **record, "unreadable": len(record["unreadable"])})
+    whole = {"num_sequences": sum(record["sequences"] for record in records), "parts": records}
+    write_manifest(folder, {**manifest, **whole})
+    return True
+
+
+def wait_until_finished(folder: Path, poll: float = 1.0) -> None:
+    """Wait for the parts that other processes are making."""
+    while not is_finished(folder):
+        log.info("waiting for the other processes' parts of %s", folder)
+        time.sleep(poll)
+        poll = min(2 * poll, 30)
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    text = json.dumps(manifest, indent=2) + "\n"
+    atomic_write(folder / MANIFEST, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    if not path.exists():
+        raise ValueError(f"{folder} is no token cache: it has no {MANIFEST}; see flextok tokenize")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def is_finished(folder: Path) -> bool:
+    parts = read_manifest(folder).get("parts")
+    return parts is not None and all((folder / part["file"]).exists() for part in parts)
+
+
+def read_part(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A part's tensors, memory-mapped, and its record: sequences, unreadable, sha256."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            return tensors, json.loads(file.metadata()["part"])
+    except (SafetensorError, OSError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is missing, damaged or of an older version ({error}): remove it and run the "
+            "same flextok tokenize, or the same training, again"
+        ) from None
+
+
+def verify_token_cache(folder: str | Path) -> dict[str, Any]:
+    """Check every part against the manifest's checksums, and that no position is there twice.
+    Returns the manifest. Raises ValueError naming the part that differs."""
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    if not is_finished(folder):
+        raise ValueError(f"{folder} is not finished: run the same flextok tokenize again")
+    last = -1
+    for part in manifest["parts"]:
+        tensors, _ = read_part(folder / part["file"])
+        positions = tensors["positions"]
+        ascending = bool((positions.diff() > 0).all())
+        if checksum(tensors) != part["sha256"] or len(positions) != part["sequences"]:
+            raise ValueError(f"{folder / part['file']} fails its checksum: remove it and run again")
+        if len(positions):
+            if not ascending or positions[0] <= last:
+                raise ValueError(f"{folder / part['file']} holds a position twice: remove {folder}")
+            last = int(positions[-1])
+    return manifest
+
+
+def checksum(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
+        digest.update(tensor.contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 class TokenDataset(Dataset):
-    """The sequences of a token cache: items {"indices": (K,) long, "label": () long}."""
+    """The sequences of a finished token cache, memory-mapped: items {"indices": (K,) long, "label":
+    () long}, and "text", the row of its caption, once `text` is set."""
 
-    def __init__(self, folder: str | Path):
-        folder = Path(folder)
-        self.manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    def __init__(self, path: str | Path):
+        folder = Path(path)
+        self.manifest = read_manifest(folder)
+        if not is_finished(folder):
+            raise ValueError(f"the token cache {folder} is unfinished: run flextok tokenize again")
         self.class_names: list[str] = self.manifest["class_names"]
-        parts = sorted(folder.glob("part-*.safetensors"))
-        if not parts:
-            raise ValueError(f"the token cache {folder} has no parts: build it again")
-        indices, labels = [], []
-        for part in parts:
-            with safe_open(part, framework="pt") as file:
-                indices.append(file.get_tensor("indices"))
-                labels.append(file.get_tensor("labels"))
-        self.indices, self.labels = torch.cat(indices), torch.cat(labels)
+        self.text: TextCache | None = None
+        self.parts = []
+        for part in self.manifest["parts"]:
+            tensors, record = read_part(folder / part["file"])
+            if record["sha256"] != part["sha256"]:
+                raise ValueError(
+                    f"{folder / part['file']} is not the part that {MANIFEST} lists: remove it and "
+                    "run flextok tokenize again"
+                )
+            self.parts.append(tensors)
+        self.starts = np.cumsum([0, *(part["sequences"] for part in self.manifest["parts"])])
+
+    @cached_property
+    def captions(self) -> list[str]:
+        """One a sequence, "" where there is none."""
+        return [
+            caption
+            for part in self.parts
+            for caption in unpack(part["captions"], part["caption_ends"])
+        ]
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return int(self.starts[-1])
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
-        return {"indices": self.indices[i].long(), "label": self.labels[i]}
+        if not 0 <= i < len(self):
+            raise IndexError(f"index={i} must be in [0, {len(self)})")
+        part = int(np.searchsorted(self.starts, i, side="right")) - 1
+        tensors, row = self.parts[part], i - int(self.starts[part])
+        item = {"indices": tensors["indices"][row].long(), "label": tensors["labels"][row]}
+        if self.text is not None:
+            item["text"] = self.text[self.captions[i]]
+        return item

@@ -5,7 +5,7 @@ The sequence is [condition, indices, features of the condition if it has any (te
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -184,7 +184,7 @@ class MaskGIT(Pretrained, nn.Module):
         self,
         cond: Any,
         num_tokens: int | None = None,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
         num_steps: int | None = None,
         temperature: float | None = None,
         guidance_scale: float | None = None,
@@ -197,9 +197,10 @@ class MaskGIT(Pretrained, nn.Module):
         """cond: what the conditioner takes, (B,) labels, -1 = none. Returns indices
         (B, num_tokens) long, all by default.
 
-        Defaults come from config.generate; guidance_scale as in `guidance_weight`. uniform: a
-        source of draws in [0, 1) by shape in place of `generator`; a step draws (B, N, V) for the
-        indices, then (B, N) for the confidence. progress is called with the number of steps done.
+        Defaults come from config.generate; guidance_scale as in `guidance_weight`. generator: one,
+        or one for each row, which makes a row independent of its batch. uniform: a source of draws
+        in [0, 1) by shape in place of `generator`; a step draws (B, N, V) for the indices, then
+        (B, N) for the confidence. progress is called with the number of steps done.
         """
         own = self.config.generate
         total = self.num_tokens if num_tokens is None else num_tokens
@@ -292,9 +293,12 @@ def gumbel(u: Tensor) -> Tensor:
 
 
 def uniform_source(
-    generator: torch.Generator | None, device: torch.device
+    generator: torch.Generator | Sequence[torch.Generator] | None, device: torch.device
 ) -> Callable[[tuple[int, ...]], Tensor]:
     """torch.rand on the generator's device, moved to `device`: a CPU generator gives the same draws
-    whatever the model runs on."""
+    whatever the model runs on. Of several generators, each draws its row."""
+    if isinstance(generator, Sequence):
+        sources = [uniform_source(one, device) for one in generator]
+        return lambda shape: torch.stack([source(shape[1:]) for source in sources])
     source = device if generator is None else generator.device
     return lambda shape: torch.rand(shape, generator=generator, device=source).to(device)

@@ -43,14 +43,18 @@ class LPIPS(nn.Module):
 
     def forward(self, images: Tensor, targets: Tensor) -> Tensor:
         """images, targets: (B, 3, H, W) in [-1, 1]. Returns the mean distance, a scalar."""
+        return self.distances(images, targets).mean()
+
+    def distances(self, images: Tensor, targets: Tensor) -> Tensor:
+        """images, targets: (B, 3, H, W) in [-1, 1]. Returns each pair's distance, (B,)."""
         x = (torch.cat([images, targets]) - self.shift) / self.scale
-        total = x.new_zeros(())
+        total = x.new_zeros(len(images))
         for i, layer in enumerate(self.features):
             x = layer(x)
             if i in self.layers:
                 ours, theirs = unit_length(x).chunk(2)
                 head = getattr(self, f"head{self.layers.index(i)}")
-                total = total + F.conv2d((ours - theirs).square(), head).mean()
+                total = total + F.conv2d((ours - theirs).square(), head).mean(dim=(1, 2, 3))
             if i == self.layers[-1]:
                 break
         return total

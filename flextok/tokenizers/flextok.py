@@ -55,6 +55,9 @@ class FlexTokConfig:
     quantizer: dict[str, Any] = field(
         default_factory=lambda: {"name": "fsq", "levels": [8, 8, 8, 5, 5, 5]}
     )
+    # small grids want a small temperature (10 to 100): at 10000 neighbouring patches look alike
+    position_temperature: float = 10_000.0
+    token_std: float = 0.02  # of the learned tokens at the start; 1 sets registers apart sooner
     nested_dropout: str = "pow2"
     drop_mode: Literal["mask", "truncate"] = "mask"  # mask token, or leave the sequence
     null_prob: float = 0.2  # how often all codes become the null condition in training
@@ -84,13 +87,15 @@ class Encoder(nn.Module):
         num_registers: int,
         out_dim: int,
         token_grid: tuple[int, int] | None = None,
+        position_temperature: float = 10_000.0,
         checkpoint_blocks: bool = False,
     ):
         super().__init__()
         self.patch_size, self.checkpoint_blocks = patch_size, checkpoint_blocks
         self.token_grid = token_grid
         self.patch_embed = nn.Linear(channels * patch_size**2, dim)
-        self.patch_pos = nn.Parameter(sincos_2d(dim, grid, grid), requires_grad=False)
+        positions = sincos_2d(dim, grid, grid, position_temperature)
+        self.patch_pos = nn.Parameter(positions, requires_grad=False)
         self.registers = None
         if token_grid is None:
             self.registers = nn.Parameter(torch.empty(num_registers, dim))
@@ -138,6 +143,7 @@ class FlowDecoder(nn.Module):
         num_heads: int,
         num_registers: int,
         code_dim: int,
+        position_temperature: float = 10_000.0,
         max_timestep: float = 1000.0,
         drop_mode: Literal["mask", "truncate"] = "mask",
         checkpoint_blocks: bool = False,
@@ -150,7 +156,8 @@ class FlowDecoder(nn.Module):
         self.mask_token = nn.Parameter(torch.empty(dim))  # stands for every dropped register
         self.null_token = nn.Parameter(torch.empty(dim))  # stands for all of them: no condition
         self.patch_embed = nn.Linear(channels * patch_size**2, dim)
-        self.patch_pos = nn.Parameter(sincos_2d(dim, grid, grid), requires_grad=False)
+        positions = sincos_2d(dim, grid, grid, position_temperature)
+        self.patch_pos = nn.Parameter(positions, requires_grad=False)
         self.time_embed = TimeEmbedding(dim, max_timestep)
         self.blocks = nn.ModuleList(AdaLNBlock(dim, num_heads) for _ in range(depth))
         self.norm = LayerNorm(dim)
@@ -236,6 +243,7 @@ class FlexTok(Pretrained, nn.Module):
             "grid": grid,
             "patch_size": config.patch_size,
             "num_registers": config.num_registers,
+            "position_temperature": config.position_temperature,
             "checkpoint_blocks": config.checkpoint_blocks,
         }
         self.encoder = Encoder(
@@ -283,9 +291,15 @@ class FlexTok(Pretrained, nn.Module):
     def decodes_prefixes(self) -> bool:
         return self.config.token_grid is None or self.config.nested_dropout != "none"
 
+    @property
+    def noise_shape(self) -> tuple[int, int, int]:
+        """Of the noise that decode() begins with, for one picture: (C, h, w) of the latents."""
+        side = self.image_size // self.vae.downsample
+        return self.vae.channels, side, side
+
     def init_weights(self) -> None:
-        """Linear: Xavier, no bias. Tokens and positions: N(0, 0.02). Zero: modulations and the
-        decoder's head, so that every block starts as the identity (adaLN-zero)."""
+        """Linear: Xavier, no bias. Tokens and positions: N(0, config.token_std). Zero: modulations
+        and the decoder's head, so that every block starts as the identity (adaLN-zero)."""
         for part in (self.encoder, self.decoder):
             for module in part.modules():
                 if isinstance(module, nn.Linear):
@@ -303,7 +317,7 @@ class FlexTok(Pretrained, nn.Module):
         )
         for token in tokens:
             if token is not None:
-                nn.init.normal_(token, std=0.02)
+                nn.init.normal_(token, std=self.config.token_std)
         nn.init.zeros_(self.decoder.head.weight)
 
     def velocity(
@@ -396,7 +410,7 @@ class FlexTok(Pretrained, nn.Module):
         indices, keep = indices.to(device), keep.to(device)
         codes = self.quantizer.indices_to_codes(indices)
         batch = len(indices)
-        shape = (batch, self.vae.channels, *[self.image_size // self.vae.downsample] * 2)
+        shape = (batch, *self.noise_shape)
         if noise is None:
             noise = draw(torch.randn, shape, generator, device)
         elif tuple(noise.shape) != shape:

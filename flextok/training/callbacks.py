@@ -1,4 +1,4 @@
-"""Callbacks: averaged weights, picture grids, and the export of the model."""
+"""Callbacks: picture grids, and the export of the model."""
 
 import logging
 from collections.abc import Callable
@@ -7,27 +7,16 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
 
 from flextok import viz
 from flextok.data.stream import derived_generator
+from flextok.generators.text import Text
 from flextok.pipeline import decodable_lengths, generate_images, reconstruct_prefixes
 from flextok.quantizers.vq import codebook_usage, count_codes
+from flextok.training.sharding import gather, is_sharded
 
 log = logging.getLogger(__name__)
-
-
-def ema(decay: float) -> WeightAveraging:
-    """Exponential moving average of the weights, with the decay warmed up as
-    min(decay, (1 + n) / (10 + n)) so that early weights are forgotten (TiTok's recipe). Validation,
-    pictures and exports use the average."""
-
-    def average(averaged: Tensor, current: Tensor, count: Tensor | int) -> Tensor:
-        n = int(count)
-        return averaged.lerp(current, 1 - min(decay, (1 + n) / (10 + n)))
-
-    return WeightAveraging(avg_fn=average)
 
 
 class CodebookUsage(L.Callback):
@@ -111,10 +100,13 @@ class Pictures(L.Callback):
         self.folder, self.draw = folder, draw
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.sanity_checking or not trainer.is_global_zero:
+        # of a sharded model no process can draw alone
+        if trainer.sanity_checking or not (trainer.is_global_zero or is_sharded(pl_module)):
             return
         with torch.no_grad():
             picture = self.draw(pl_module.model)
+        if not trainer.is_global_zero:
+            return
         viz.save(picture, self.folder / f"step-{trainer.global_step:07d}.png")
         for logger in trainer.loggers:
             if isinstance(logger, L.pytorch.loggers.TensorBoardLogger):
@@ -135,18 +127,47 @@ def draw_reconstructions(images: Tensor) -> Callable[[Any], Any]:
     return draw
 
 
-def draw_generations(tokenizer: Any, cond: Tensor) -> Callable[[Any], Any]:
-    """cond: (n,) labels, one picture each, decoded at 1, 2, 4, ... tokens."""
+def draw_generations(
+    tokenizer: Any, cond: Tensor | Text, names: list[str] | None = None
+) -> Callable[[Any], Any]:
+    """cond: (n,) labels or n prompts, one picture each, decoded at 1, 2, 4, ... tokens."""
 
     def draw(generator: Any) -> Any:
         device = next(generator.parameters()).device
         tokenizer.to(device)
         lengths = decodable_lengths(tokenizer, generator.num_tokens)
-        return viz.coarse_to_fine(
-            None, generate_images(generator, tokenizer, cond.to(device), lengths)
-        )
+        pictures = generate_images(generator, tokenizer, cond.to(device), lengths)
+        return viz.coarse_to_fine(None, pictures, names)
 
     return draw
+
+
+class Evaluation(L.Callback):
+    """At every so many validations runs `evaluate(model, folder)` on all processes, the code of the
+    command, which writes <folder>/step-<n>/report.json; its scores go to the logs as
+    eval/<score>@<tokens>. Listed before the averaging callback, so that it sees the average."""
+
+    def __init__(self, folder: Path, evaluate: Callable[[Any, Path], dict[str, Any]], every: int):
+        self.folder, self.evaluate, self.every = folder, evaluate, every
+        self.validations = 0
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
+        self.validations += 1
+        if self.validations % self.every:
+            return
+        report = self.evaluate(pl_module.model, self.folder / f"step-{trainer.global_step:07d}")
+        for result in report["results"]:
+            scores = {f"eval/{k}@{result['num_tokens']}": v for k, v in result["scores"].items()}
+            for logger in trainer.loggers:  # these write on the first process only
+                logger.log_metrics(scores, trainer.global_step)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"validations": self.validations}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.validations = state_dict["validations"]
 
 
 class Export(L.Callback):
@@ -157,11 +178,13 @@ class Export(L.Callback):
         self.folder = folder
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.sanity_checking or not trainer.is_global_zero:
-            return
-        export(pl_module.model, self.folder, trainer.global_step)
+        if not trainer.sanity_checking:
+            export(pl_module.model, self.folder, trainer.global_step, trainer.is_global_zero)
 
 
-def export(model: Any, folder: Path, step: int) -> None:
-    model.metadata["step"] = step
-    model.save_pretrained(folder)
+def export(model: Any, folder: Path, step: int, write: bool = True) -> None:
+    """Save a model, a sharded one too: then every process must call this, and one of them write."""
+    state = gather(model.state_dict(), keep=write) if is_sharded(model) else None
+    if write:
+        model.metadata["step"] = step
+        model.save_pretrained(folder, state)

@@ -8,19 +8,33 @@ from torch import Tensor
 
 from flextok.config import OptimConfig
 from flextok.data.stream import derived_generator
+from flextok.training.average import Average
 from flextok.training.optim import make_optimizer, warmup_cosine
+from flextok.training.sharding import is_sharded, shard
 
 
 class TrainingModule(L.LightningModule):
     """Trains a model whose loss(*inputs, generator=) returns a dict of scalars with "loss".
 
-    Every random draw of a step comes from generators seeded by (seed, step, rank): a resumed run
-    repeats exactly what an uninterrupted one would have drawn.
+    Every random draw of a step comes from a generator seeded by (seed, step, piece), the pieces
+    being all batches of the step, over gradient accumulation and processes: a resumed run repeats
+    exactly what an uninterrupted one would have drawn, and n processes do what one does with n
+    times the accumulation.
     """
 
     def __init__(self, model: Any, optim: OptimConfig, max_steps: int, seed: int = 0):
         super().__init__()
         self.model, self.optim, self.max_steps, self.seed = model, optim, max_steps, seed
+        self.average: Average | None = None
+
+    def configure_model(self) -> None:
+        if self.average is not None or is_sharded(self.model):
+            return
+        if self.device_mesh is not None:
+            bf16 = self.trainer.precision == "bf16-mixed"
+            shard(self.model, self.device_mesh["data_parallel"], bf16)
+        if self.optim.ema_decay > 0:
+            self.average = Average(self.model, self.optim.ema_decay)
 
     def inputs(self, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
         raise NotImplementedError
@@ -33,7 +47,8 @@ class TrainingModule(L.LightningModule):
     def draws(self, batch_index: int) -> torch.Generator:
         """The generator of a training step. Seeds the global one too, for dropout layers."""
         micro = batch_index % self.trainer.accumulate_grad_batches
-        draws = derived_generator(self.seed, 3, self.global_step, micro, self.global_rank)
+        piece = micro * self.trainer.world_size + self.global_rank
+        draws = derived_generator(self.seed, 3, self.global_step, piece, 0)
         torch.manual_seed(draws.initial_seed())
         return draws
 
@@ -82,4 +97,4 @@ class TokenizerModule(TrainingModule):
 
 class GeneratorModule(TrainingModule):
     def inputs(self, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        return batch["indices"], batch["label"]
+        return batch["indices"], batch["text" if "text" in batch else "label"]

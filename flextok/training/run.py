@@ -3,70 +3,104 @@
 import inspect
 import json
 import logging
+import os
+import re
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
+from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from lightning.pytorch.callbacks import LearningRateMonitor, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch.utils.data import ConcatDataset
 
 from flextok.config import ExperimentConfig, load_experiment, save_experiment
 from flextok.data.datamodule import DataModule, prepare_image, prepare_tokens
-from flextok.data.datasets import DATASETS
+from flextok.data.datasets import DATASETS, take
+from flextok.data.processes import local_device, this_process
 from flextok.data.stream import EvaluationSet, collate
-from flextok.data.tokens import TokenDataset, build_token_cache
+from flextok.data.text import build_text_cache
+from flextok.data.tokens import (
+    TokenDataset,
+    build_token_cache,
+    cache_identity,
+    wait_until_finished,
+)
 from flextok.data.transforms import ImageTransform
+from flextok.evaluation.evaluate import evaluate_generator, evaluate_tokenizer
+from flextok.evaluation.features import load_networks
+from flextok.evaluation.job import Cell, Options
 from flextok.generators import GENERATORS
-from flextok.hub import CheckpointError, atomic_write, fingerprint
+from flextok.generators.conditioning import TextConditioner
+from flextok.generators.text import Text, load_encoder
+from flextok.hub import atomic_write, fingerprint
 from flextok.pipeline import load_model, remember_tokenizer
 from flextok.schema import ConfigError, build, from_mapping, unknown_key
 from flextok.tokenizers import TOKENIZERS
 from flextok.training.adversarial import AdversarialModule
+from flextok.training.average import Averaging, averaged
 from flextok.training.callbacks import (
     CodebookUsage,
+    Evaluation,
     Export,
     Pictures,
     draw_generations,
     draw_reconstructions,
-    ema,
     export,
 )
+from flextok.training.checkpoints import (
+    Checkpoints,
+    WholeFiles,
+    find_checkpoint,
+    load_checkpoint,
+    set_aside,
+)
+from flextok.training.finite import SkipNonFinite
 from flextok.training.modules import GeneratorModule, TokenizerModule, TrainingModule
+from flextok.training.record import record_start
+from flextok.training.sharding import ShardedStrategy, read_sharded
 
 log = logging.getLogger(__name__)
 
 
 def train(config: ExperimentConfig) -> Path:
     """Train (or continue) the run that `config` describes. Returns its output_dir, which is a model
-    folder for from_pretrained and also holds checkpoints/, logs/, pictures/ and config.yaml."""
+    folder for from_pretrained and also holds checkpoints/, logs/, pictures/, starts/ (how it was
+    started each time) and config.yaml. Raises Interrupted when a signal stopped it, saved."""
     L.seed_everything(config.seed, verbose=False)
     folder = Path(config.output_dir)
-    last = folder / "checkpoints" / "last.ckpt"
-    resume = config.resume and last.exists()
-    state = None
-    if resume:
+    # LOCAL_RANK alone: Lightning started this process, torchrun or SLURM did not
+    leads = this_process().rank == 0 and int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if leads and not config.resume:
+        set_aside(folder / "checkpoints")
+    last = find_checkpoint(folder / "checkpoints") if config.resume else None
+    step = 0
+    if last is not None:
         check_same_model(folder / "config.yaml", config)
-        state = load_checkpoint(last)
-        log.info("continuing from %s, step %d", last, state["global_step"])
+        step = load_checkpoint(last)["global_step"]
+        log.info("continuing from %s, step %d", last, step)
     if config.task == "tokenizer":
         module, data, draw = tokenizer_run(config)
+        evaluate = evaluation(config, None)
     else:
-        module, data, draw = generator_run(config, folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    atomic_write(folder / "config.yaml", lambda p: save_experiment(config, p))
-    if state is not None and state["global_step"] >= config.trainer.max_steps:
-        module.load_state_dict(state["state_dict"])  # the averaged weights, if there is an average
-        export(module.model, folder, state["global_step"])
+        tokenizer = load_tokenizer(config)
+        module, data, draw = generator_run(config, folder, tokenizer)
+        evaluate = evaluation(config, tokenizer)
+    if leads:
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic_write(folder / "config.yaml", lambda p: save_experiment(config, p))
+        record_start(folder, config, step)
+    if last is not None and step >= config.trainer.max_steps:
+        if leads:
+            state = read_sharded(last) if last.is_dir() else load_checkpoint(last)["state_dict"]
+            module.model.load_state_dict(averaged(state))
+            export(module.model, folder, step)
         return folder
-    del state
-    trainer = make_trainer(config, folder, module.model, draw)
-    trainer.fit(module, data, ckpt_path=str(last) if resume else None, weights_only=True)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
-    if trainer.is_global_zero:  # fit leaves the averaged weights in place
-        export(module.model, folder, trainer.global_step)
+    trainer = make_trainer(config, folder, module.model, draw, evaluate)
+    trainer.fit(module, data, ckpt_path=None if last is None else str(last), weights_only=True)
+    # fit leaves the averaged weights in place
+    export(module.model, folder, trainer.global_step, trainer.is_global_zero)
     return folder
 
 
@@ -132,7 +166,7 @@ def tokenizer_module(config: ExperimentConfig, model: Any) -> TrainingModule:
     return AdversarialModule(*arguments, adversarial=config.adversarial, seed=config.seed)
 
 
-def generator_run(config: ExperimentConfig, folder: Path) -> tuple[TrainingModule, DataModule, Any]:
+def load_tokenizer(config: ExperimentConfig) -> Any:
     assert config.tokenizer is not None
     tokenizer = load_model(config.tokenizer)
     if tokenizer.model_type not in TOKENIZERS:
@@ -145,53 +179,132 @@ def generator_run(config: ExperimentConfig, folder: Path) -> tuple[TrainingModul
         raise ConfigError(
             f"tokenizer={config.tokenizer!r} is a first stage, without pixels: train the second one"
         )
+    return tokenizer
+
+
+def generator_run(
+    config: ExperimentConfig, folder: Path, tokenizer: Any
+) -> tuple[TrainingModule, DataModule, Any]:
+    assert config.tokenizer is not None
     if config.start or config.adversarial:
         raise ConfigError("start and adversarial are for task tokenizer")
-    cache = Path(config.data.token_cache or folder / "tokens")
-    train_set = cached_tokens(config, tokenizer, cache / "train", config.data.train)
-    validation = None
-    if config.data.validation:
-        validation = cached_tokens(
-            config, tokenizer, cache / "validation", config.data.validation, augment=False
-        )
-    class_names = train_set.class_names
     derived: dict[str, Any] = {
         "vocab_size": tokenizer.vocab_size,
         "num_tokens": tokenizer.num_tokens,
         "conditioner": {"name": "class"},
     }
     spec = {**derived, **config.model}
+    captions = spec["conditioner"].get("name") == "text"
+    cache = Path(config.data.token_cache or folder / "tokens")
+    train_set = cached_tokens(config, tokenizer, cache / "train", config.data.train)
+    validation = None
+    if config.data.validation:
+        place, data_spec = cache / "validation", config.data.validation
+        validation = cached_tokens(config, tokenizer, place, data_spec, augment=False)
+    class_names = train_set.class_names
     if spec["conditioner"].get("name") == "class":
         spec["conditioner"] = {"num_classes": len(class_names), **spec["conditioner"]}
+    torch.manual_seed(config.seed)  # whether or not tokenizing took draws just now
     model = build_model(GENERATORS, spec)
+    if captions:
+        model.config.conditioner = model.conditioner.pinned(model.config.conditioner)
     model.metadata["class_names"] = class_names
     remember_tokenizer(model, folder, tokenizer, config.tokenizer)
+    number = config.trainer.num_pictures
+    cond: torch.Tensor | Text = torch.arange(number) % max(1, len(class_names))
+    names = None
+    if captions:
+        for part, tokens in {"train": train_set, "validation": validation}.items():
+            if tokens is not None:
+                add_text(model.conditioner, cache / part / "text", tokens, config)
+        load_encoder.cache_clear()  # from here on the cached rows do
+        shown = validation or train_set
+        assert shown.text is not None, "add_text sets it"
+        names = list(dict.fromkeys(shown.captions))[:number]
+        cond = Text.pad([shown.text[name] for name in names])
     data = make_data(config, train_set, validation, prepare_tokens)
     module = GeneratorModule(model, config.optim, config.trainer.max_steps, config.seed)
-    cond = torch.arange(config.trainer.num_pictures) % max(1, len(class_names))
-    return module, data, draw_generations(tokenizer, cond)
+    return module, data, draw_generations(tokenizer, cond, names)
+
+
+def add_text(
+    conditioner: TextConditioner, folder: Path, tokens: TokenDataset, config: ExperimentConfig
+) -> None:
+    """Give a token data set the rows of its captions, cached in `folder`."""
+    without = tokens.captions.count("")
+    if without == len(tokens):
+        raise ConfigError(
+            "no picture has a caption: a text conditioner needs them (.txt files beside pictures, "
+            "a caption column or key), or choose conditioner {name: class}"
+        )
+    if without:
+        log.warning("%d of %d pictures have no caption: null text", without, len(tokens))
+    sided = sum(bool(re.search(r"\b(left|right)\b", caption)) for caption in tokens.captions)
+    if config.data.flip and sided:
+        log.warning("data.flip=true mirrors pictures, and %d captions say left or right", sided)
+    encoder = conditioner.encoder
+    tokens.text = build_text_cache(folder, encoder, tokens.captions, cache_device(config))
+    conditioner.null_row = tokens.text[""]
+
+
+def evaluation(config: ExperimentConfig, tokenizer: Any) -> Any:
+    """What the Evaluation callback runs: (model, folder) -> report. None where none is asked."""
+    asked = config.evaluation
+    if asked is None:
+        return None
+    assert config.data.validation is not None
+    pictures = take(make_dataset(config.data.validation), asked.limit)
+    options = Options(networks=tuple(asked.networks), batch_size=asked.batch_size, seed=config.seed)
+    load_networks(options.networks)  # missing weights are told before training
+    names = {"model": config.output_dir, "data": json.dumps(config.data.validation)}
+
+    def evaluate(model: Any, folder: Path) -> dict[str, Any]:
+        cells = [Cell(k) for k in asked.num_tokens or [model.num_tokens]]
+        if tokenizer is None:
+            return evaluate_tokenizer(model, pictures, cells, options, folder, names)
+        tokenizer.to(next(model.parameters()).device)
+        return evaluate_generator(model, tokenizer, pictures, cells, options, folder, names)
+
+    return evaluate
 
 
 def cached_tokens(
     config: ExperimentConfig, tokenizer: Any, folder: Path, spec: Any, augment: bool = True
 ) -> TokenDataset:
+    if isinstance(spec, dict) and spec.get("name") == "tokens":
+        return ready_tokens(spec, tokenizer)
     transform = make_transform(config, tokenizer.image_size)
-    augmentation = {"flip": transform.flip, "crop": transform.crop, "shift": transform.shift}
+    tokenizer.to(cache_device(config))
     build_token_cache(
         folder,
         tokenizer,
         make_dataset(spec),
         transform,
-        identity={
-            "tokenizer_fingerprint": fingerprint(tokenizer),
-            "data": json.loads(json.dumps(spec)),
-            "augmentation": augmentation,
-        },
+        identity=cache_identity(tokenizer, spec, transform),
         variants=config.data.token_variants if augment else 1,
         num_workers=config.data.num_workers,
         seed=config.seed,
     )
+    tokenizer.to("cpu")
+    wait_until_finished(folder)
     return TokenDataset(folder)
+
+
+def cache_device(config: ExperimentConfig) -> str:
+    """Where tokenizer and text encoder fill the caches: this process's GPU, if it trains on one."""
+    return "cpu" if config.trainer.accelerator == "cpu" else local_device()
+
+
+def ready_tokens(spec: dict[str, Any], tokenizer: Any) -> TokenDataset:
+    """What flextok tokenize wrote, if with this tokenizer. spec: {name: tokens, path: folder}."""
+    tokens: TokenDataset = build({"tokens": TokenDataset}, spec, "dataset")
+    made_by, ours = tokens.manifest["tokenizer_fingerprint"], fingerprint(tokenizer)
+    if made_by != ours:
+        raise ConfigError(
+            f"the tokens in {spec['path']} were made by another tokenizer (weights {made_by}, not "
+            f"{ours}): name that one, or run flextok tokenize with this one"
+        )
+    return tokens
 
 
 def make_transform(config: ExperimentConfig, size: int) -> ImageTransform:
@@ -221,38 +334,40 @@ def codebook_callbacks(config: ExperimentConfig, model: Any) -> list[L.Callback]
     return [CodebookUsage(every, bool(revive_every), config.seed)]
 
 
-def make_trainer(config: ExperimentConfig, folder: Path, model: Any, draw: Any) -> L.Trainer:
+def make_trainer(
+    config: ExperimentConfig, folder: Path, model: Any, draw: Any, evaluate: Any
+) -> L.Trainer:
     options = config.trainer
     precision: Any = options.precision
     if precision == "auto":
         has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         precision = "bf16-mixed" if has_bf16 else "32-true"
     validates = config.data.validation is not None
-    checkpoint = ModelCheckpoint(
-        folder / "checkpoints",
-        filename="step-{step}",
-        auto_insert_metric_name=False,
-        every_n_train_steps=options.checkpoint_every,
-        save_top_k=1,
-        save_last="link",
-        save_on_exception=True,
-    )
     callbacks: list[L.Callback] = [
-        checkpoint,
         LearningRateMonitor("step"),
         TQDMProgressBar(refresh_rate=10),
+        SkipNonFinite(folder, options.max_nonfinite),
         *codebook_callbacks(config, model),
     ]
     if draw is not None:
         callbacks.append(Pictures(folder / "pictures", draw))
+    if config.evaluation is not None:
+        callbacks.append(Evaluation(folder / "evaluation", evaluate, config.evaluation.every))
     callbacks.append(Export(folder))
     if config.optim.ema_decay > 0:
-        callbacks.append(ema(config.optim.ema_decay))
+        callbacks.append(Averaging())
+    checkpoints = folder / "checkpoints"
+    callbacks.append(Checkpoints(checkpoints, options.checkpoint_every, options.keep_last))
+    plugins: list[Any] = [] if options.strategy == "fsdp2" else [WholeFiles()]
+    if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
+        # Checkpoints saves on signals, between two steps
+        plugins.append(SLURMEnvironment(auto_requeue=False))
     return L.Trainer(
         accelerator=options.accelerator,
         devices=options.devices,
         num_nodes=options.num_nodes,
-        strategy=options.strategy,
+        strategy=ShardedStrategy() if options.strategy == "fsdp2" else options.strategy,
+        plugins=plugins,
         precision=precision,
         max_steps=options.max_steps,
         accumulate_grad_batches=options.accumulate,
@@ -283,14 +398,3 @@ def check_same_model(path: Path, config: ExperimentConfig) -> None:
             f"{path.parent} holds a run of another model: choose another output_dir, or pass "
             "resume=false to start over there"
         )
-
-
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """A training checkpoint, memory-mapped. Raises CheckpointError when it is damaged."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # zip, pickle and OS errors alike mean an unusable file
-        raise CheckpointError(
-            f"checkpoint {path} is truncated or damaged ({error}): remove it to start over, or "
-            "point last.ckpt at an older step-*.ckpt"
-        ) from None

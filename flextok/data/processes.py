@@ -1,0 +1,34 @@
+"""Which of several processes this one is, as torchrun or SLURM says."""
+
+import os
+from typing import NamedTuple
+
+import torch
+
+
+class Process(NamedTuple):
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0  # on its machine
+
+
+def this_process() -> Process:
+    """By torchrun's variables, else by those of a SLURM step (srun), else alone. A SLURM batch
+    script that runs a command without srun is one process."""
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        found = Process(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)))
+    elif int(env.get("SLURM_STEP_ID", 2**32)) < 2**31:  # batch and interactive steps count down
+        tasks = env.get("SLURM_STEP_NUM_TASKS") or env["SLURM_NTASKS"]
+        found = Process(int(env["SLURM_PROCID"]), int(tasks), int(env["SLURM_LOCALID"]))
+    else:
+        found = Process()
+    if not 0 <= found.rank < found.world_size:
+        raise ValueError(f"the environment says: process {found.rank} of {found.world_size}")
+    return found
+
+
+def local_device() -> str:
+    """This process's GPU where the machine has any, else the CPU."""
+    gpus = torch.cuda.device_count()
+    return f"cuda:{this_process().local_rank % gpus}" if gpus else "cpu"

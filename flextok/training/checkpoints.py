@@ -1,0 +1,254 @@
+"""Training checkpoints that outlast kills and bad disks: written whole, verified before they are
+trusted; the last few and the best are kept; a signal to stop saves one first."""
+
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.callbacks import Checkpoint
+
+from flextok.data.processes import this_process
+from flextok.hub import CheckpointError, atomic_write
+
+BEST = "best.json"
+CHECKSUMS = "checksums-*.json"  # of a checkpoint that is a folder, one a process
+# kill and Ctrl-C; what SLURM can send before a job's time is over (--signal=USR1@120)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+log = logging.getLogger(__name__)
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop, and its state is saved."""
+
+    def __init__(self, signum: int, step: int) -> None:
+        super().__init__(f"{signal.Signals(signum).name}: stopped after step {step}, saved")
+        self.signum, self.step = signum, step
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Writes checkpoints beside their place, then renames them. Lightning's own way goes through
+    /tmp, from where a file on another disk arrives bit by bit."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, lambda p: torch.save(checkpoint, p))
+
+
+class Checkpoints(Checkpoint):
+    """Saves step-<n>.ckpt every `every` steps, at the last one, whenever the validation loss is the
+    best so far, and when a signal asks to stop. Keeps the newest `keep_last` and the best;
+    last.ckpt is a link to the newest, for people."""
+
+    def __init__(self, folder: Path, every: int, keep_last: int = 2):
+        if every < 1 or keep_last < 1:
+            raise ValueError(f"checkpoint_every={every} and keep_last={keep_last} must be positive")
+        self.folder, self.every, self.keep_last = folder, every, keep_last
+        self.step = 0  # the last one seen
+        self.saved: int | None = None
+        self.received: int | None = None  # the signal
+        self.previous: dict[int, Any] = {}  # signal handlers
+        self.best: dict[str, Any] | None = None  # step and loss
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.step = trainer.global_step
+        self.best = self.read_best(trainer.global_step)
+        self.previous = catch(self.receive)
+
+    def receive(self, signum: int, frame: Any) -> None:
+        if self.received is not None:  # asked twice: without goodbye
+            self.restore_handlers()
+            raise KeyboardInterrupt
+        self.received = signum
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
+        step = trainer.global_step
+        if step == self.step:
+            return  # gradients are being accumulated
+        self.step = step
+        stop = trainer.strategy.reduce_boolean_decision(self.received is not None, all=False)
+        if stop or step % self.every == 0 or step == trainer.max_steps:
+            self.save(trainer)
+        if stop:
+            raise Interrupted(self.received or signal.SIGTERM, step)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        loss = trainer.callback_metrics.get("val/loss")
+        if trainer.sanity_checking or loss is None or not loss.isfinite():
+            return
+        if self.best is None or loss < self.best["loss"]:
+            self.best = {"step": trainer.global_step, "loss": float(loss)}
+            self.save(trainer)
+            if trainer.is_global_zero:
+                text = json.dumps(self.best) + "\n"
+                atomic_write(self.folder / BEST, lambda path: path.write_text(text))
+
+    def save(self, trainer: L.Trainer) -> None:
+        step = trainer.global_step
+        if self.saved != step:
+            path = self.folder / f"step-{step:07d}.ckpt"
+            for logger in trainer.loggers:
+                logger.save()  # what a checkpoint covers is logged too
+            trainer.save_checkpoint(path)
+            self.saved = step
+            if trainer.is_global_zero:
+                link(self.folder / "last.ckpt", path.name)
+        if trainer.is_global_zero:
+            self.prune(step)
+
+    def prune(self, step: int) -> None:
+        """Remove all but the newest and the best. What is newer than the run itself was found
+        damaged when the run began."""
+        found = list_checkpoints(self.folder)
+        kept = {n for n in found if n <= step}
+        kept = {*sorted(kept)[-self.keep_last :], self.best["step"] if self.best else step}
+        for other in found.keys() - kept:
+            remove(found[other])
+        for leftover in self.folder.glob(".step-*.tmp"):  # of a run killed while it saved
+            remove(leftover)
+
+    def read_best(self, step: int) -> dict[str, Any] | None:
+        path = self.folder / BEST
+        best = json.loads(path.read_text()) if path.exists() else None
+        return best if best is not None and best["step"] <= step else None
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.restore_handlers()
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        self.restore_handlers()
+
+    def restore_handlers(self) -> None:
+        for signum, handler in self.previous.items():
+            signal.signal(signum, handler)
+        self.previous = {}
+
+
+def catch(handler: Callable[[int, Any], None]) -> dict[int, Any]:
+    """Have `handler` called for each of SIGNALS. Returns the handlers that were there before."""
+    try:
+        return {signum: signal.signal(signum, handler) for signum in SIGNALS}
+    except ValueError:  # only a program's main thread may: a notebook's server keeps its own
+        log.warning("not in the main thread: signals will not save a checkpoint")
+        return {}
+
+
+def requeue(signum: int) -> None:
+    """In a SLURM job that SIGUSR1 stopped, its time being up, ask for another. SIGTERM comes from
+    scancel, or from a preemption after which SLURM itself requeues the job."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if signum != signal.SIGUSR1 or job is None or this_process().rank != 0:
+        return
+    done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"scontrol requeue {job} failed ({done.stderr.strip()}): submit it again")
+    log.info("requeued SLURM job %s", job)
+
+
+def list_checkpoints(folder: Path) -> dict[int, Path]:
+    """step -> its checkpoint in `folder`, a file or, with sharded weights, a folder."""
+    matches = {path: re.fullmatch(r"step-(\d+)\.ckpt", path.name) for path in folder.glob("*")}
+    return {int(match[1]): path for path, match in matches.items() if match}
+
+
+def find_checkpoint(folder: Path) -> Path | None:
+    """The newest intact checkpoint; None if there is none at all. Damaged ones are passed over with
+    a warning; CheckpointError if all are."""
+    damage = []
+    for _, path in sorted(list_checkpoints(folder).items(), reverse=True):
+        try:
+            verify(path)
+        except CheckpointError as error:
+            log.warning("%s; looking for an older one", error)
+            damage.append(str(error))
+        else:
+            return path
+    if damage:
+        raise CheckpointError(
+            f"no checkpoint of {folder} is intact: remove them to start over. {damage[0]}"
+        )
+    return None
+
+
+def verify(path: Path) -> None:
+    """Read a checkpoint whole against its checksums. Raises CheckpointError naming what differs."""
+    try:
+        if path.is_dir():
+            return verify_folder(path)
+        with zipfile.ZipFile(path) as file:  # torch.save's format, which torch.load never checks
+            damaged = file.testzip()
+    except (zipfile.BadZipFile, OSError, ValueError, EOFError, zlib.error) as error:
+        raise CheckpointError(f"checkpoint {path} is truncated or damaged ({error})") from None
+    if damaged is not None:
+        raise CheckpointError(f"checkpoint {path} is damaged: {damaged} fails its checksum")
+
+
+def verify_folder(path: Path) -> None:
+    listed: dict[str, int] = {}
+    records = [json.loads(file.read_text()) for file in path.glob(CHECKSUMS)]
+    if not records or len(records) != records[0]["world_size"]:
+        raise CheckpointError(f"checkpoint {path} is incomplete: it lacks checksums")
+    for record in records:
+        listed |= record["files"]
+    for name, expected in listed.items():
+        if crc32(path / name) != expected:
+            raise CheckpointError(f"checkpoint {path} is damaged: {name} fails its checksum")
+
+
+def crc32(path: Path) -> int:
+    value = 0
+    with open(path, "rb") as file:
+        while block := file.read(2**24):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def load_checkpoint(path: Path) -> Mapping[str, Any]:
+    """A verified checkpoint's content: of a file all, memory-mapped, of a folder all but weights
+    and optimizer."""
+    source = path / "meta.pt" if path.is_dir() else path
+    return torch.load(source, map_location="cpu", weights_only=True, mmap=True)
+
+
+def link(path: Path, target: str) -> None:
+    """Make `path` a symbolic link to its sibling `target`; where there are none, do without."""
+    aside = path.with_name(f".{path.name}.tmp")
+    try:
+        aside.unlink(missing_ok=True)
+        aside.symlink_to(target)
+        aside.replace(path)
+    except OSError as error:
+        log.debug("no link %s: %s", path, error)
+
+
+def remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def set_aside(folder: Path) -> None:
+    """Rename a folder of checkpoints, so that a run which starts over never finds them."""
+    if folder.exists():
+        number = 1
+        while (aside := folder.with_name(f"{folder.name}-{number}")).exists():
+            number += 1
+        folder.rename(aside)
+        log.info("the checkpoints of the run before are in %s", aside)

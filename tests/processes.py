@@ -1,0 +1,64 @@
+"""Commands of flextok in processes of their own, to be killed or to work together, without paying
+for the imports each time: a fork server has done them."""
+
+import multiprocessing
+import os
+import socket
+import sys
+from pathlib import Path
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["flextok.training.run", "flextok.data.tokens", "flextok.cli"])
+
+
+def _run(arguments: list[str], variables: dict[str, str], log: str) -> None:
+    os.environ.update(variables)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    from flextok.cli import main
+
+    sys.argv = ["flextok", *arguments]
+    sys.exit(main(arguments))
+
+
+def start(arguments, log: Path, **variables: object):
+    """Start `flextok <arguments>`, its output appended to `log`. Returns the process."""
+    texts = {name: str(value) for name, value in variables.items()}
+    texts.setdefault("OMP_NUM_THREADS", "1")
+    process = CONTEXT.Process(target=_run, args=([str(a) for a in arguments], texts, str(log)))
+    process.start()
+    return process
+
+
+def start_ranks(count: int, arguments, log: Path):
+    """Start `count` processes as torchrun would. Returns them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [
+        start(
+            arguments,
+            log.with_suffix(f".{rank}.log"),
+            RANK=rank,
+            LOCAL_RANK=rank,
+            WORLD_SIZE=count,
+            LOCAL_WORLD_SIZE=count,
+            GROUP_RANK=0,
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=port,
+            TORCHELASTIC_RUN_ID="test",
+        )
+        for rank in range(count)
+    ]
+
+
+def finish(*processes, timeout: float = 180) -> list[int | None]:
+    """Wait for processes, at most `timeout` seconds. Returns their exit codes, None = killed."""
+    for process in processes:
+        process.join(timeout)
+    for process in processes:
+        if process.is_alive():
+            process.kill()
+            process.join()
+    return [process.exitcode for process in processes]

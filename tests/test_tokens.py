@@ -1,0 +1,241 @@
+"""The token cache: the same files from any number of processes, however often they die."""
+
+import json
+import random
+import time
+
+import pytest
+import torch
+from conftest import tiny_tokenizer
+from processes import finish, start, start_ranks
+
+from flextok.cli import main
+from flextok.data import tokens
+from flextok.data.datasets import ImageFolder
+from flextok.data.processes import Process, this_process
+from flextok.data.text import pack, unpack
+from flextok.data.tokens import (
+    TokenDataset,
+    build_token_cache,
+    cache_identity,
+    is_finished,
+    verify_token_cache,
+)
+from flextok.data.transforms import ImageTransform
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+def cache(folder, tokenizer, pictures, **options):
+    transform = ImageTransform(16, flip=True, crop="random")
+    spec = {"name": "folder", "root": str(pictures)}
+    defaults = {"variants": 3, "part_size": 4, "batch_size": 3}
+    return build_token_cache(
+        folder,
+        tokenizer,
+        ImageFolder(pictures),
+        transform,
+        cache_identity(tokenizer, spec, transform),
+        **{**defaults, **options},
+    )
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_cache_holds_every_variant_of_every_picture_once(picture_folder, tmp_path, tokenizer):
+    pictures = ImageFolder(picture_folder)
+    assert cache(tmp_path / "tokens", tokenizer, picture_folder)
+    found = TokenDataset(tmp_path / "tokens")
+    assert len(found) == 18
+    assert verify_token_cache(tmp_path / "tokens")["num_sequences"] == 18
+    positions = torch.cat([part["positions"] for part in found.parts])
+    assert positions.tolist() == list(range(18))
+    assert found.captions == [pictures[i // 3]["caption"] for i in range(18)]
+    transform = ImageTransform(16)
+    for i in (0, 7, 17):
+        assert found[i]["label"] == pictures[i // 3]["label"]
+        assert found[i]["indices"].dtype == torch.long
+    for i in (0, 9, 15):  # variants without augmentation
+        image = transform(pictures[i // 3]["image"])[None]
+        assert torch.equal(found[i]["indices"], tokenizer.encode(image)[0])
+    first, variant = (
+        torch.stack([found[i]["indices"] for i in range(variant, 18, 3)]) for variant in (0, 1)
+    )
+    assert not torch.equal(first, variant)
+    with pytest.raises(IndexError):
+        found[18]
+
+
+def test_any_number_of_processes_gives_the_same_files(picture_folder, tmp_path, tokenizer):
+    (picture_folder / "cats" / "1.png").write_bytes(b"nothing")
+    assert cache(tmp_path / "1", tokenizer, picture_folder)
+    for count in (2, 3):
+        finished = [
+            cache(tmp_path / str(count), tokenizer, picture_folder, process=Process(rank, count))
+            for rank in range(count)
+        ]
+        assert finished == [False] * (count - 1) + [True]
+        assert files(tmp_path / str(count)) == files(tmp_path / "1")
+    manifest = verify_token_cache(tmp_path / "1")
+    assert manifest["num_sequences"] == 15
+    assert sum(part["unreadable"] for part in manifest["parts"]) >= 1
+    _, record = tokens.read_part(tmp_path / "1" / "part-00000.safetensors")
+    assert "1.png" in record["unreadable"][0]
+
+
+def test_finished_parts_are_never_made_again(picture_folder, tmp_path, tokenizer, monkeypatch):
+    cache(tmp_path / "whole", tokenizer, picture_folder)
+    again = tmp_path / "again"
+    cache(again, tokenizer, picture_folder, process=Process(0, 2))
+    before = {path.name: path.stat().st_ino for path in again.glob("part-*")}
+    assert before
+    written = []
+    write = tokens.write_part
+    monkeypatch.setattr(tokens, "write_part", lambda p, *a: (written.append(p.name), write(p, *a)))
+    assert cache(again, tokenizer, picture_folder)
+    assert set(written).isdisjoint(before)
+    assert {n: (again / n).stat().st_ino for n in before} == before
+    assert files(again) == files(tmp_path / "whole")
+    written.clear()
+    assert cache(again, tokenizer, picture_folder)
+    assert not written
+
+
+def test_damaged_and_exchanged_parts_are_named(picture_folder, tmp_path, tokenizer):
+    folder = tmp_path / "tokens"
+    cache(folder, tokenizer, picture_folder)
+    part = folder / "part-00001.safetensors"
+    whole = part.read_bytes()
+    part.write_bytes(whole[:-5])
+    for read in (TokenDataset, verify_token_cache):
+        with pytest.raises(ValueError, match=r"part-00001\.safetensors is missing, damaged"):
+            read(folder)
+    part.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(ValueError, match=r"part-00001\.safetensors fails its checksum"):
+        verify_token_cache(folder)
+    part.write_bytes((folder / "part-00000.safetensors").read_bytes())
+    with pytest.raises(ValueError, match=r"part-00001\.safetensors is not the part"):
+        TokenDataset(folder)
+    part.unlink()
+    with pytest.raises(ValueError, match="unfinished: run flextok tokenize again"):
+        TokenDataset(folder)
+    assert cache(folder, tokenizer, picture_folder)
+    assert part.read_bytes() == whole
+
+
+def test_large_codebooks_need_wider_integers(tmp_path):
+    class Wide:
+        vocab_size, num_tokens = 2**17, 2
+
+    indices = torch.tensor([[2**17 - 1, 0]])
+    facts = {"label": torch.tensor([1]), "position": torch.tensor([0]), "caption": ["x"]}
+    tokens.write_part(tmp_path / "part", [{"indices": indices, **facts}, {}], [], Wide())
+    part, _ = tokens.read_part(tmp_path / "part")
+    assert part["indices"].dtype == torch.uint32
+    assert torch.equal(part["indices"].long(), indices)
+
+
+def test_captions_survive_packing():
+    for texts in (["a cat", "", "naïve 猫"], [""], []):
+        assert unpack(*pack(texts)) == texts
+
+
+def test_mistakes(picture_folder, tmp_path, tokenizer):
+    cache(tmp_path / "t", tokenizer, picture_folder)
+    with pytest.raises(ValueError, match=r"made from something else \(seed, variants differ\)"):
+        cache(tmp_path / "t", tokenizer, picture_folder, variants=2, seed=1)
+    with pytest.raises(ValueError, match="variants=0 must be at least 1"):
+        cache(tmp_path / "u", tokenizer, picture_folder, variants=0)
+    with pytest.raises(ValueError, match="is no token cache"):
+        TokenDataset(picture_folder)
+
+
+def test_torchrun_and_slurm_say_which_process_this_is(monkeypatch):
+    def place(**variables):
+        for name in (
+            *("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_STEP_ID", "SLURM_PROCID"),
+            *("SLURM_NTASKS", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS"),
+        ):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, str(value))
+        return tuple(this_process())
+
+    slurm = {"SLURM_PROCID": 5, "SLURM_NTASKS": 16, "SLURM_LOCALID": 1}
+    assert place() == (0, 1, 0)
+    assert place(RANK=3, WORLD_SIZE=8, LOCAL_RANK=1, **slurm) == (3, 8, 1)
+    assert place(**slurm, SLURM_STEP_ID=0) == (5, 16, 1)
+    assert place(**slurm, SLURM_STEP_ID=2, SLURM_STEP_NUM_TASKS=8) == (5, 8, 1)
+    assert place(**slurm) == (0, 1, 0)  # the batch script itself
+    assert place(**slurm, SLURM_STEP_ID=4294967290) == (0, 1, 0)  # an interactive shell
+    with pytest.raises(ValueError, match="process 8 of 8"):
+        place(RANK=8, WORLD_SIZE=8)
+
+
+@pytest.fixture
+def command(picture_folder, tmp_path, tokenizer):
+    tokenizer.save_pretrained(tmp_path / "model")
+
+    def make(output, part_size=8, variants=8):
+        return [
+            *("tokenize", tmp_path / "model", picture_folder, output, "--flip", "--batch-size", 2),
+            *("--variants", variants, "--part-size", part_size),
+        ]
+
+    return make
+
+
+@pytest.mark.slow
+def test_killed_and_shared_runs_of_the_command_lose_and_repeat_nothing(
+    command, picture_folder, tmp_path, capsys
+):
+    log = tmp_path / "log"
+    finish(start(["--help"], log))  # the fork server's imports
+    begun = time.perf_counter()
+    assert finish(start(command(tmp_path / "whole"), log)) == [0]
+    duration = time.perf_counter() - begun
+    ranks = start_ranks(2, command(tmp_path / "shared"), log)
+    draws = random.Random(0)
+    for _ in range(3):
+        process = start(command(tmp_path / "killed"), log)
+        time.sleep(draws.uniform(0.3, 1) * duration)
+        process.kill()
+        process.join()
+    assert finish(*ranks) == [0, 0]
+    assert main([str(a) for a in [*command(tmp_path / "killed"), "--verify"]]) == 0
+    assert "48 sequences in 6 parts, all checksums agree" in capsys.readouterr().out
+    expected = files(tmp_path / "whole")
+    assert files(tmp_path / "shared") == expected
+    found = files(tmp_path / "killed")
+    assert {name: found[name] for name in expected} == expected
+    assert is_finished(tmp_path / "killed")
+
+
+def test_a_generator_as_tokenizer_and_other_mistakes_of_the_command(command, tmp_path, capsys):
+    from conftest import tiny_gpt
+
+    tiny_gpt().save_pretrained(tmp_path / "gpt")
+    arguments = [str(a) for a in command(tmp_path / "out")]
+    for changes, message in (
+        ({1: str(tmp_path / "gpt")}, "is a generator"),
+        ({2: "nowhere"}, "neither a folder"),
+        ({2: "{name: folders}"}, "unknown dataset 'folders'"),
+        ({2: "{name: [}"}, "is no mapping"),
+    ):
+        changed = [changes.get(i, a) for i, a in enumerate(arguments)]
+        assert main(changed) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_data_may_be_a_spec(command, picture_folder, tmp_path):
+    arguments = [str(a) for a in command(tmp_path / "out")]
+    arguments[2] = f"{{name: folder, root: {picture_folder}, label_from: none}}"
+    assert main(arguments) == 0
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["class_names"] == ["unlabelled"]
+    assert manifest["data"]["label_from"] == "none"
