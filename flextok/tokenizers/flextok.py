@@ -18,8 +18,8 @@ from flextok.flow.path import TIME_SAMPLERS, interpolate, linear_times, velocity
 from flextok.flow.solvers import SOLVERS
 from flextok.hub import Pretrained
 from flextok.losses import RepresentationAlignment
-from flextok.nn.attention import prefix_causal_mask
-from flextok.nn.blocks import AdaLNBlock, Block, LayerNorm, SegmentModulation, modulate, per_segment
+from flextok.nn.attention import register_mask
+from flextok.nn.blocks import AdaLNBlock, Block, LayerNorm, SegmentModulation, modulate
 from flextok.nn.embeddings import TimeEmbedding, patchify, sincos_2d, unpatchify
 from flextok.quantizers import QUANTIZERS
 from flextok.schema import build
@@ -115,11 +115,12 @@ class Encoder(nn.Module):
             return self.head(self.norm(x))
         num_patches, num_registers = x.shape[1], self.registers.shape[0]
         x = torch.cat([x, self.registers.expand(len(x), -1, -1).to(x.dtype)], dim=1)  # (B, N+K, D)
-        mask = prefix_causal_mask(num_patches, num_registers).to(x.device)
+        mask = register_mask(num_patches, num_registers).to(x.device)
+        checkpoint = self.checkpoint_blocks and self.training
         *blocks, last = self.blocks
         for block in blocks:
-            x = run_block(block, x, mask, checkpoint=self.checkpoint_blocks and self.training)
-        x = last(x, mask[num_patches:], first=num_patches)  # nobody reads the patches after it
+            x = run_block(block, x, mask, prefix=num_patches, checkpoint=checkpoint)
+        x = last(x, mask, first=num_patches)  # nobody reads the patches after it
         return self.head(self.norm(x))
 
 
@@ -168,27 +169,42 @@ class FlowDecoder(nn.Module):
         self, codes: Tensor, keep: Tensor | None = None, null: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """codes: (B, k, code_dim) with k <= K; keep: (B,) long, tokens kept of each (default k);
-        null: (B,) bool, True = no condition. Returns registers (B, K', D) and an attention mask
-        (B, 1, 1, N+K') or None; both serve every step of a solve.
+        null: (B,) bool, True = no condition. Returns registers (B, K', D) and an additive attention
+        bias (B, 1, 1, N+K') or None; both serve every step of a solve.
 
-        Mask mode: K' = K, a dropped register is the mask token without a position. Truncate mode:
-        dropped registers leave the sequence, K' = max(keep)."""
+        Mask mode: the sequence has K registers, a dropped one is the mask token without a position.
+        Truncate mode: it has `keep`. The null token stands for all. Equal tokens stay equal
+        from block to block, so outside training one stands for them: log(their number) on its
+        attention logit says how many they are, and K' is as many different tokens as there are."""
         batch, k, _ = codes.shape
         total = self.register_pos.shape[0]
         if keep is None:
             keep = torch.full((batch,), k, device=codes.device)
-        length = int(keep.max()) if self.drop_mode == "truncate" else total
+        truncates = self.drop_mode == "truncate"
+        size = keep if truncates else torch.full_like(keep, total)  # registers of the sequence
+        real = keep if null is None else keep.masked_fill(null, 0)  # those that are codes
+        length = longest = int(keep.max()) if truncates else total
+        if not self.training:
+            length = int((real + (real < size)).max())
         x = self.code_embed(codes[:, :length].to(self.code_embed.weight.dtype))
         x = x + self.register_pos[: x.shape[1]].to(x.dtype)
         x = F.pad(x, (0, 0, 0, length - x.shape[1]))
-        kept = torch.arange(length, device=codes.device) < keep[:, None]  # (B, K')
-        x = torch.where(kept[..., None], x, self.mask_token.to(x.dtype))
+        filler = self.mask_token.to(x.dtype)
         if null is not None:
-            x = torch.where(null[:, None, None], self.null_token.to(x.dtype), x)
-        if self.drop_mode == "mask" or bool(kept.all()):
+            filler = torch.where(null[:, None, None], self.null_token.to(x.dtype), filler)
+        slots = torch.arange(length, device=codes.device)
+        x = torch.where((slots < real[:, None])[..., None], x, filler)
+        if length < longest:
+            copies = torch.where(slots == real[:, None], (size - real)[:, None], 0)
+            count = torch.where(slots < real[:, None], 1, copies)  # (B, K')
+        elif truncates:
+            count = (slots < size[:, None]).long()
+        else:
             return x, None
-        patches = kept.new_ones(batch, self.grid**2)
-        return x, torch.cat([patches, kept], dim=1)[:, None, None]
+        if bool((count == 1).all()):
+            return x, None
+        bias = F.pad(count.log(), (self.grid**2, 0))  # 0 for each patch, -inf: not there
+        return x, bias.to(x.dtype)[:, None, None]
 
     def forward(
         self, x_t: Tensor, t: Tensor, registers: Tensor, mask: Tensor | None = None
@@ -197,17 +213,17 @@ class FlowDecoder(nn.Module):
         x = self.patch_embed(patchify(x_t.to(self.patch_embed.weight.dtype), self.patch_size))
         x = x + self.patch_pos.flatten(2).transpose(1, 2).to(x.dtype)
         lengths = (x.shape[1], registers.shape[1])
-        condition = self.time_embed(t.to(x.device).expand(len(x)))
+        condition = self.time_embed(t.to(x.device).view(-1))  # (B, D), or (1, D) for all
         x = torch.cat([x, registers.to(x.dtype)], dim=1)  # (B, N+K', D)
         features = x
-        for i, block in enumerate(self.blocks):
-            checkpoint = self.checkpoint_blocks and self.training
-            x = run_block(block, x, condition, lengths, mask, checkpoint=checkpoint)
-            if i == self.feature_block:
+        checkpoint = self.checkpoint_blocks and self.training
+        for i, block in enumerate(self.blocks, start=1):
+            last = i == len(self.blocks)  # nobody reads the registers after it
+            x = run_block(block, x, condition, lengths, mask, last, checkpoint=checkpoint)
+            if i == self.feature_block + 1:
                 features = x
-        x = self.norm(x[:, : lengths[0]])
-        shift, scale = (per_segment(m, lengths[:1]) for m in self.modulation(condition))
-        x = self.head(modulate(x, shift, scale))
+        shift, scale = self.modulation(condition)
+        x = self.head(modulate(self.norm(x), shift, scale, lengths[:1]))
         prediction = unpatchify(x, self.patch_size, self.grid)
         return DecoderOutput(prediction, features[:, : lengths[0]])
 
