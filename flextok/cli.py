@@ -151,7 +151,11 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-tokens", type=int, nargs="+", help="default 1 2 4 ... all, or all")
     parser.add_argument("--steps", type=int, help="decoder steps")
     parser.add_argument("--guidance-scale", type=float, help="decoder guidance, 1 = none")
-    parser.add_argument("--solver", help="euler or heun")
+    parser.add_argument("--solver", help="euler, heun or ab2")
+    parser.add_argument(
+        "--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="guided times"
+    )
+    parser.add_argument("--time-shift", type=float, help="> 1: more steps near the noise")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default=None, help="cpu, cuda, ...; a GPU where there is one")
 
@@ -380,6 +384,8 @@ def decoding_options(options: argparse.Namespace) -> dict[str, Any]:
         "num_steps": options.steps,
         "guidance_scale": options.guidance_scale,
         "solver": options.solver,
+        "guidance_interval": options.guidance_interval,
+        "time_shift": options.time_shift,
     }
 
 

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from flextok.flow.guidance import GUIDANCE, Scale
-from flextok.flow.path import TIME_SAMPLERS, interpolate, linear_times, velocity_target
+from flextok.flow.guidance import GUIDANCE, Scale, within
+from flextok.flow.path import TIME_SAMPLERS, interpolate, linear_times, shift_times, velocity_target
 from flextok.flow.solvers import SOLVERS
 from flextok.hub import Pretrained
 from flextok.losses import RepresentationAlignment
@@ -36,6 +36,8 @@ class DecodeConfig:
     solver: str = "euler"
     guidance: dict[str, Any] = field(default_factory=lambda: {"name": "apg"})
     guidance_scale: float = 7.5
+    guidance_interval: list[float] | None = None  # times [low, high] that are guided; None = all
+    time_shift: float = 1.0  # > 1: more of the steps near the noise, see flow.path.shift_times
 
 
 @dataclass
@@ -403,6 +405,8 @@ class FlexTok(Pretrained, nn.Module):
         guidance_scale: Scale | None = None,
         guidance: dict[str, Any] | str | None = None,
         solver: str | None = None,
+        guidance_interval: tuple[float, float] | list[float] | None = None,
+        time_shift: float | None = None,
         generator: torch.Generator | None = None,
         noise: Tensor | None = None,
         progress: Callable[[int], None] | None = None,
@@ -410,8 +414,9 @@ class FlexTok(Pretrained, nn.Module):
         """indices: (B, k) long, any 1 <= k <= K; keep: how many of the k to use, an int or
         (B,) long if ragged. Returns images (B, 3, H, W) in [-1, 1].
 
-        num_steps, solver ("euler", "heun"), guidance ("apg", "cfg") and guidance_scale (1 = none; a
-        number or a function of t) default to the model's config.decode. The initial noise
+        num_steps, solver ("euler", "heun", "ab2"), guidance ("apg", "cfg"), guidance_scale (1 =
+        none; a number or a function of t), guidance_interval (times [low, high] that are guided)
+        and time_shift default to the model's config.decode. The initial noise
         (B, C, h, w) is drawn from `generator` unless given. progress is called with the number of
         velocities evaluated so far. Raises ValueError on indices or keep out of range."""
         defaults = self.config.decode
@@ -449,7 +454,12 @@ class FlexTok(Pretrained, nn.Module):
         scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
         guide = build(GUIDANCE, guidance or defaults.guidance, "guidance")
         solve = build(SOLVERS, solver or defaults.solver, "solver")
-        times = linear_times(num_steps if num_steps is not None else defaults.num_steps).to(device)
+        interval = defaults.guidance_interval if guidance_interval is None else guidance_interval
+        if interval is not None:
+            scale = within(scale, *interval)
+        # the times stay on the CPU: reading one never waits for a GPU
+        times = linear_times(defaults.num_steps if num_steps is None else num_steps)
+        times = shift_times(times, defaults.time_shift if time_shift is None else time_shift)
         x0 = solve(guide(conditional, unconditional, scale), noise.to(device), times)
         return self.vae.decode(x0).float().clamp(-1, 1)
 
