@@ -115,6 +115,23 @@ def make_parser() -> argparse.ArgumentParser:
     tokenize.add_argument("--verify", action="store_true", help="then check all checksums")
     tokenize.set_defaults(run=run_tokenize)
 
+    bench = commands.add_parser(
+        "bench",
+        help="seconds, FLOP/s, memory of encoding, decoding, generating and a training step",
+        description="Random weights at named sizes, beside the machine's own best rates; on a CPU, "
+        "compare CPU seconds with --threads 1.",
+    )
+    bench.add_argument("sizes", nargs="*", metavar="SIZE", help="names, all, or config files")
+    bench.add_argument("--only", default="", metavar="TEXT", help="rows whose name holds this")
+    bench.add_argument("--batch", type=int, nargs="+", help="in place of a size's own")
+    bench.add_argument("--steps", type=int, default=4, help="of FlexTok's decoder")
+    bench.add_argument("--repeats", type=int, default=3, help="the best of these counts")
+    bench.add_argument("--threads", type=int, help="of the CPU")
+    bench.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    bench.add_argument("--device", help="cpu, cuda, ...; a GPU where there is one")
+    bench.add_argument("--json", metavar="FILE", help="also write the figures to a JSON file")
+    bench.set_defaults(run=run_bench)
+
     info = commands.add_parser(
         "info", help="a model's config, sizes, vocabulary, bits per image and provenance"
     )
@@ -326,6 +343,30 @@ def run_tokenize(options: argparse.Namespace) -> None:
         + (f", {unreadable} pictures unreadable (see the parts' metadata)" if unreadable else "")
         + (", all checksums agree" if options.verify else "")
     )
+
+
+def run_bench(options: argparse.Namespace) -> None:
+    import torch
+
+    from flextok.bench import DEFAULT_SIZES, HEADER, SIZES, bench, format_machine, format_result
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    sizes = list(SIZES) if options.sizes == ["all"] else options.sizes or list(DEFAULT_SIZES)
+    print(HEADER)
+    report = bench(
+        sizes,
+        options.only,
+        pick_device(options.device),
+        options.dtype,
+        options.repeats,
+        options.batch,
+        options.steps,
+        report=lambda result: print(format_result(result), flush=True),
+    )
+    print(format_machine(report["machine"]))
+    if options.json:
+        write_json(options.json, report)
 
 
 def run_info(options: argparse.Namespace) -> None:
