@@ -5,7 +5,7 @@ decoder that rebuilds a plausible picture from any prefix. Time: t=1 is noise (f
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -21,9 +21,12 @@ from flextok.losses import RepresentationAlignment
 from flextok.nn.attention import register_mask
 from flextok.nn.blocks import AdaLNBlock, Block, LayerNorm, SegmentModulation, modulate
 from flextok.nn.embeddings import TimeEmbedding, patchify, sincos_2d, unpatchify
+from flextok.nn.frozen import Frozen
 from flextok.quantizers import QUANTIZERS
-from flextok.schema import build
+from flextok.quantizers import QUANTIZERS
+from flextok.schema import ConfigError, build
 from flextok.tokenizers.common import check_images, check_indices, check_keep, draw, run_block
+from flextok.tokenizers.distillation import DistillConfig, distillation_loss
 from flextok.tokenizers.nested_dropout import NESTED_DROPOUT
 from flextok.vae import VAES
 
@@ -70,6 +73,7 @@ class FlexTokConfig:
     repa: dict[str, Any] | None = None  # see losses.RepresentationAlignment; training only
     checkpoint_blocks: bool = False  # recompute activations in the backward pass
     decode: DecodeConfig = field(default_factory=DecodeConfig)
+    distill: DistillConfig | None = None  # a few-step decoder, trained from a teacher
 
 
 class Encoder(nn.Module):
@@ -205,8 +209,8 @@ class FlowDecoder(nn.Module):
             return x, None
         if bool((count == 1).all()):
             return x, None
-        bias = F.pad(count.log(), (self.grid**2, 0))  # 0 for each patch, -inf: not there
-        return x, bias.to(x.dtype)[:, None, None]
+        bias = F.pad(count.to(x.dtype).log(), (self.grid**2, 0))  # 0: a patch; -inf: not there
+        return x, bias[:, None, None]
 
     def forward(
         self, x_t: Tensor, t: Tensor, registers: Tensor, mask: Tensor | None = None
@@ -245,6 +249,10 @@ class FlexTok(Pretrained, nn.Module):
     def __init__(self, config: FlexTokConfig):
         super().__init__()
         self.config = config
+        if config.distill is not None:
+            steps = {"num_steps": config.distill.num_steps, "solver": "euler"}
+            fixed: dict[str, Any] = {**steps, "guidance_scale": 1.0, "guidance_interval": None}
+            config.decode = replace(config.decode, **fixed)
         self.vae = build(VAES, config.vae, "vae")
         self.quantizer = build(QUANTIZERS, config.quantizer, "quantizer")
         self.sample_keep = build(NESTED_DROPOUT, config.nested_dropout, "nested dropout")
@@ -282,16 +290,34 @@ class FlexTok(Pretrained, nn.Module):
             **shared,
         )
         self.repa: RepresentationAlignment | None = None  # see prepare_training
+        self.teacher: Frozen | None = None  # likewise
         self.init_weights()
 
-    def prepare_training(self) -> None:
+    def prepare_training(self, teacher: Any = None) -> None:
         """Load the VAE, and add what only training needs: the representation alignment that
         config.repa asks for, with its pretrained backbone. Without it the model is exactly the
-        published one."""
+        published one. With config.distill: begin as `teacher`, and learn its decoder only.
+        Raises ConfigError where the teacher is missing, not asked for, or of other sizes."""
+        if (teacher is None) != (self.config.distill is None):
+            raise ConfigError("a few-step decoder needs both model.distill and start.teacher")
+        if teacher is not None:
+            self._begin_as(teacher)
+            return
         self.vae.load_weights()
         if self.config.repa and self.repa is None:
             dim = self.decoder.head.in_features
             self.repa = RepresentationAlignment(dim, **self.config.repa)
+
+    def _begin_as(self, teacher: Any) -> None:
+        if not isinstance(teacher, FlexTok) or self.config.repa:
+            raise ConfigError("the teacher must be a flextok tokenizer, and model.repa be left out")
+        try:
+            self.load_state_dict(teacher.state_dict())
+        except RuntimeError as error:
+            raise ConfigError(f"model must have its teacher's sizes: {error}") from None
+        self.encoder.requires_grad_(False)
+        self.decoder.null_token.requires_grad_(False)  # guidance is the teacher's
+        self.teacher = Frozen(teacher)
 
     @property
     def num_tokens(self) -> int:
@@ -354,14 +380,16 @@ class FlexTok(Pretrained, nn.Module):
     def loss(self, images: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """images: (B, 3, H, W) float in [-1, 1]. Returns scalars; "loss" is the total. All random
         draws come from `generator`."""
+        if self.config.distill is not None:
+            if self.teacher is None:
+                raise ValueError("config.distill is set: call prepare_training(teacher) before")
+            return distillation_loss(self, self.teacher.to(images.device), images, generator)
         check_images(images, self.image_size)
         batch, device = len(images), images.device
         x0 = self.vae.encode(images, generator=generator)
         codes, _, aux = self.quantizer(self.encoder(x0))
         u_keep, u_null, u_time = draw(torch.rand, (3, batch), generator, device)
-        if self.config.drop_mode == "truncate":
-            u_keep = u_keep[:1].expand(batch)  # one length a batch, so that a short one costs less
-        keep = self.sample_keep(u_keep, num_registers=self.num_tokens)
+        keep = self.draw_keep(u_keep)
         registers, mask = self.decoder.embed_codes(codes, keep, u_null < self.config.null_prob)
         noise = draw(torch.randn, tuple(x0.shape), generator, device).to(x0.dtype)
         t = self.sample_times(u_time)
@@ -379,6 +407,12 @@ class FlexTok(Pretrained, nn.Module):
             losses["repa"] = self.repa(output.features, images)
             total = total + self.repa.weight * losses["repa"]
         return {"loss": total, **losses}
+
+    def draw_keep(self, u: Tensor) -> Tensor:
+        """u: (B,) uniform in [0, 1). Returns keep (B,) long: nested dropout in training."""
+        if self.config.drop_mode == "truncate":
+            u = u[:1].expand(len(u))  # one length a batch, so that a short one costs less
+        return self.sample_keep(u, num_registers=self.num_tokens)
 
     @torch.no_grad()
     def encode(
@@ -427,17 +461,47 @@ class FlexTok(Pretrained, nn.Module):
                 f"this 2D grid decodes all {self.num_tokens} tokens only, got {int(keep.min())}: "
                 "the first ones are just its upper rows"
             )
+        if self.config.distill is not None:
+            asked = {"num_steps": num_steps, "guidance_scale": guidance_scale, "solver": solver}
+            for key, value in {**asked, "time_shift": time_shift}.items():
+                if value is not None and value != getattr(defaults, key):
+                    raise ValueError(
+                        f"{key}={value} must be {getattr(defaults, key)} or left out: this decoder "
+                        "was distilled to its few Euler steps, guidance included"
+                    )
         device = self.decoder.head.weight.device
         indices, keep = indices.to(device), keep.to(device)
-        codes = self.quantizer.indices_to_codes(indices)
-        batch = len(indices)
-        shape = (batch, *self.noise_shape)
+        shape = (len(indices), *self.noise_shape)
         if noise is None:
             noise = draw(torch.randn, shape, generator, device)
         elif tuple(noise.shape) != shape:
             raise ValueError(f"noise has shape {tuple(noise.shape)}, expected {shape}")
+        # the times stay on the CPU: reading one never waits for a GPU
+        times = linear_times(defaults.num_steps if num_steps is None else num_steps)
+        times = shift_times(times, defaults.time_shift if time_shift is None else time_shift)
+        codes = self.quantizer.indices_to_codes(indices)
+        options = (guidance_scale, guidance, solver, guidance_interval, progress)
+        x0 = self.solve(noise.to(device), times, codes, keep, *options)
+        return self.vae.decode(x0).float().clamp(-1, 1)
+
+    @torch.no_grad()
+    def solve(
+        self,
+        x: Tensor,
+        times: Tensor,
+        codes: Tensor,
+        keep: Tensor,
+        guidance_scale: Scale | None = None,
+        guidance: dict[str, Any] | str | None = None,
+        solver: str | None = None,
+        guidance_interval: tuple[float, float] | list[float] | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> Tensor:
+        """x: latents (B, C, h, w) at times[0]; times: (S+1,), decreasing; codes: (B, k, code_dim);
+        keep: (B,) long. All else as in decode. Returns latents at times[-1]."""
+        defaults = self.config.decode
         registers, mask = self.decoder.embed_codes(codes, keep)
-        everyone = torch.ones(batch, dtype=torch.bool, device=device)
+        everyone = torch.ones_like(keep, dtype=torch.bool)
         null_registers, null_mask = self.decoder.embed_codes(codes[:, :1], keep * 0 + 1, everyone)
         calls = 0
 
@@ -452,16 +516,12 @@ class FlexTok(Pretrained, nn.Module):
             return self.velocity(x, t, null_registers, null_mask)
 
         scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
-        guide = build(GUIDANCE, guidance or defaults.guidance, "guidance")
-        solve = build(SOLVERS, solver or defaults.solver, "solver")
         interval = defaults.guidance_interval if guidance_interval is None else guidance_interval
         if interval is not None:
             scale = within(scale, *interval)
-        # the times stay on the CPU: reading one never waits for a GPU
-        times = linear_times(defaults.num_steps if num_steps is None else num_steps)
-        times = shift_times(times, defaults.time_shift if time_shift is None else time_shift)
-        x0 = solve(guide(conditional, unconditional, scale), noise.to(device), times)
-        return self.vae.decode(x0).float().clamp(-1, 1)
+        guide = build(GUIDANCE, guidance or defaults.guidance, "guidance")
+        solve = build(SOLVERS, solver or defaults.solver, "solver")
+        return solve(guide(conditional, unconditional, scale), x, times)
 
 
 def check_token_grid(
