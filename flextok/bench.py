@@ -293,9 +293,16 @@ def measure_row(row: Row, machine: Machine, repeats: int) -> Result:
     share = None if row.bytes_read is None else row.bytes_read / seconds / machine.bandwidth
     rate = flops / seconds
     return Result(
-        *(row.name, wall, cpu, flops, rate, rate / machine.matmul_flops, row.items / seconds, share),
-        peak_memory(device),
-        PUBLISHED.get(row.name),
+        row=row.name,
+        wall=wall,
+        cpu=cpu,
+        flops=flops,
+        flops_per_second=rate,
+        matmul_share=rate / machine.matmul_flops,
+        items_per_second=row.items / seconds,
+        bandwidth_share=share,
+        peak_memory=peak_memory(device),
+        published_cpu=PUBLISHED.get(row.name),
     )
 
 
@@ -333,7 +340,7 @@ def measure_machine(device: torch.device, dtype: torch.dtype) -> Machine:
 
     best = 0.0
     for m, k, n in [(8192, 8192, 8192)] if on_gpu else [(2048,) * 3, (512, 768, 2048)]:
-        a, b = torch.randn(m, k, device=device).to(dtype), torch.randn(k, n, device=device).to(dtype)
+        a, b = (torch.ones(*shape, device=device, dtype=dtype) for shape in ((m, k), (k, n)))
         repeat = 1 if on_gpu else max(1, 2048**3 // (m * k * n))
         took = seconds(lambda a=a, b=b, repeat=repeat: [a @ b for _ in range(repeat)])  # type: ignore[misc]
         best = max(best, 2.0 * m * k * n * repeat / took)

@@ -52,7 +52,10 @@ def test_command_writes_what_it_prints(tmp_path, capsys):
     command = ["bench", "quickstart", "--only", "encode B1", "--repeats", "1", "--device", "cpu"]
     assert main([*command, "--json", str(file)]) == 0
     report = json.loads(file.read_text())
-    assert [r["row"] for r in report["results"]] == ["quickstart encode B1", "quickstart encode B16"]
+    assert [r["row"] for r in report["results"]] == [
+        "quickstart encode B1",
+        "quickstart encode B16",
+    ]
     assert report["machine"]["matmul_flops"] > 1e9
     printed = capsys.readouterr().out
     assert all(r["row"] in printed for r in report["results"])

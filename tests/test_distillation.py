@@ -32,8 +32,8 @@ def pictures(seed: int, batch: int = 16) -> torch.Tensor:
 
 
 def error(student: FlexTok, teacher: FlexTok) -> float:
-    """Of the student's two steps against the teacher's eight, on unseen codes and noise, relative to
-    how far the teacher's solution moves from the noise."""
+    """Of the student's two steps against the teacher's eight, on unseen codes and noise, relative
+    to how far the teacher's solution moves from the noise."""
     codes = teacher.quantizer.indices_to_codes(teacher.encode(pictures(7)))
     noise = torch.randn(16, 3, 16, 16, generator=torch.Generator().manual_seed(8))
     keep = torch.tensor([1, 2, 4, 8] * 4)

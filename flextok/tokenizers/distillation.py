@@ -3,10 +3,10 @@
 Progressive distillation (arXiv 2202.00512) done in one stage, with guidance taken in as in arXiv
 2210.03142. The student begins as its teacher; its velocity at the start of each of its steps learns
 the mean velocity of the teacher's own, guided solution over that step. The start is the student's
-own: it walks there from noise, so it learns to mend what its earlier steps left wrong, and needs no
-noised pictures. Why not a consistency, shortcut or MeanFlow model: those need the step's
-length as a new input or derivatives through the network; here the target is an exact function of the
-input, the model and its sampler stay as they are, and a teacher's checkpoint loads as the student.
+own: it walks there from noise, so it learns to mend what its earlier steps left wrong. Why not a
+consistency, shortcut or MeanFlow model: those need the step's length as a new input, or derivatives
+through the network; here the target is an exact function of the input, model and sampler stay as
+they are, and a teacher's checkpoint loads as the student.
 """
 
 from dataclasses import dataclass
@@ -35,9 +35,9 @@ class DistillConfig:
 def distillation_loss(
     student: Any, teacher: Any, images: Tensor, generator: torch.Generator | None
 ) -> dict[str, Tensor]:
-    """images: (B, 3, H, W) in [-1, 1]: their codes are the condition. student, teacher: FlexTok with
-    the same encoder; the teacher solves as its config.decode says. One of the student's steps is
-    drawn for the whole batch. Returns scalars; "loss" is the error of the mean velocity, squared."""
+    """images: (B, 3, H, W) in [-1, 1]: their codes are the condition. student, teacher: FlexTok
+    with the same encoder; the teacher solves as its config.decode says. One of the student's steps
+    is drawn for the whole batch. Returns scalars; "loss" is the mean velocity's squared error."""
     config = student.config.distill
     check_images(images, student.image_size)
     batch, device = len(images), images.device

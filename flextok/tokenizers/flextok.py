@@ -23,7 +23,6 @@ from flextok.nn.blocks import AdaLNBlock, Block, LayerNorm, SegmentModulation, m
 from flextok.nn.embeddings import TimeEmbedding, patchify, sincos_2d, unpatchify
 from flextok.nn.frozen import Frozen
 from flextok.quantizers import QUANTIZERS
-from flextok.quantizers import QUANTIZERS
 from flextok.schema import ConfigError, build
 from flextok.tokenizers.common import check_images, check_indices, check_keep, draw, run_block
 from flextok.tokenizers.distillation import DistillConfig, distillation_loss
