@@ -120,6 +120,23 @@ def make_parser() -> argparse.ArgumentParser:
     tokenize.add_argument("--verify", action="store_true", help="then check all checksums")
     tokenize.set_defaults(run=run_tokenize)
 
+    bench = commands.add_parser(
+        "bench",
+        help="seconds, FLOP/s, memory of encoding, decoding, generating and a training step",
+        description="Random weights at named sizes, beside the machine's own best rates; on a CPU, "
+        "compare CPU seconds with --threads 1.",
+    )
+    bench.add_argument("sizes", nargs="*", metavar="SIZE", help="names, all, or config files")
+    bench.add_argument("--only", default="", metavar="TEXT", help="rows whose name holds this")
+    bench.add_argument("--batch", type=int, nargs="+", help="in place of a size's own")
+    bench.add_argument("--steps", type=int, default=4, help="of FlexTok's decoder")
+    bench.add_argument("--repeats", type=int, default=3, help="the best of these counts")
+    bench.add_argument("--threads", type=int, help="of the CPU")
+    bench.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    bench.add_argument("--device", help="cpu, cuda, ...; a GPU where there is one")
+    bench.add_argument("--json", metavar="FILE", help="also write the figures to a JSON file")
+    bench.set_defaults(run=run_bench)
+
     info = commands.add_parser(
         "info", help="a model's config, sizes, vocabulary, bits per image and provenance"
     )
@@ -156,7 +173,11 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-tokens", type=int, nargs="+", help="default 1 2 4 ... all, or all")
     parser.add_argument("--steps", type=int, help="decoder steps")
     parser.add_argument("--guidance-scale", type=float, help="decoder guidance, 1 = none")
-    parser.add_argument("--solver", help="euler or heun")
+    parser.add_argument("--solver", help="euler, heun or ab2")
+    parser.add_argument(
+        "--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="guided times"
+    )
+    parser.add_argument("--time-shift", type=float, help="> 1: more steps near the noise")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default=None, help="cpu, cuda, ...; a GPU where there is one")
 
@@ -334,6 +355,30 @@ def run_tokenize(options: argparse.Namespace) -> None:
     )
 
 
+def run_bench(options: argparse.Namespace) -> None:
+    import torch
+
+    from flextok.bench import DEFAULT_SIZES, HEADER, SIZES, bench, format_machine, format_result
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    sizes = list(SIZES) if options.sizes == ["all"] else options.sizes or list(DEFAULT_SIZES)
+    print(HEADER)
+    report = bench(
+        sizes,
+        options.only,
+        pick_device(options.device),
+        options.dtype,
+        options.repeats,
+        options.batch,
+        options.steps,
+        report=lambda result: print(format_result(result), flush=True),
+    )
+    print(format_machine(report["machine"]))
+    if options.json:
+        write_json(options.json, report)
+
+
 def run_info(options: argparse.Namespace) -> None:
     from flextok.card import model_facts, summary
     from flextok.pipeline import load_model
@@ -390,6 +435,8 @@ def decoding_options(options: argparse.Namespace) -> dict[str, Any]:
         "num_steps": options.steps,
         "guidance_scale": options.guidance_scale,
         "solver": options.solver,
+        "guidance_interval": options.guidance_interval,
+        "time_shift": options.time_shift,
     }
 
 

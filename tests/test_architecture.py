@@ -15,7 +15,7 @@ FLOORS = [
     {"pipeline", "data", "evaluation", "viz"},
     {"config"},
     {"training"},
-    {"cli", "cli_evaluation"},
+    {"cli", "cli_evaluation", "bench"},
 ]
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}
 MODULES = sorted(PACKAGE.rglob("*.py"))
