@@ -7,12 +7,12 @@ import logging
 import os
 import sys
 
-from flextok.cli import align, measure, models, reconstruct, sample, training
+from flextok.cli import align, demo, measure, models, reconstruct, sample, training
 from flextok.cli.common import write_json
 
 DESCRIPTION = "Images as short, ordered token sequences."
 EXIT = "exit codes: 0 well, 1 a mistake told in one line, 2 wrong usage, 130 interrupted"
-GROUPS = (training, sample, reconstruct, measure, align, models)
+GROUPS = (training, sample, reconstruct, measure, align, demo, models)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,10 +1,11 @@
 """What the commands share: their style, devices, data and JSON."""
 
 import argparse
+import contextlib
 import json
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,19 +62,19 @@ def write_json(path: str, content: Any) -> None:
     atomic_write(Path(path), lambda p: p.write_text(text, encoding="utf-8"))
 
 
-def load(name: str, device: str | None = None) -> Any:
-    """The model of that name on its device, a GPU where there is one."""
+@contextlib.contextmanager
+def need_model(names: list[str]) -> Iterator[None]:
+    """Around loading models: says what to do where the default one is missing."""
     from flextok.hub import CheckpointError
-    from flextok.pipeline import load_model
 
     try:
-        return load_model(name, pick_device(device))
+        yield
     except CheckpointError as error:
-        if name != DEFAULT_MODEL:
+        if DEFAULT_MODEL not in names:
             raise
         raise ValueError(
-            f"{error}. This installation brings no model of its own: name one with --model, such "
-            "as outputs/quickstart/tokenizer after `make quickstart`"
+            f"{error}. This installation brings no model of its own: name one, such as "
+            "outputs/quickstart/tokenizer after `make quickstart`"
         ) from None
 
 

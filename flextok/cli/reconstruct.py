@@ -14,7 +14,8 @@ from flextok.cli.common import (
     add_json,
     check_lengths,
     decoding_options,
-    load,
+    need_model,
+    pick_device,
 )
 
 FOLDER = "outputs/reconstructed"
@@ -57,13 +58,14 @@ def run_reconstruct(options: argparse.Namespace) -> list[dict[str, Any]]:
     from flextok.data.transforms import ImageTransform, to_image
     from flextok.evaluation.metrics import psnr
     from flextok.evaluation.report import MAX_PSNR
-    from flextok.pipeline import is_generator, reconstruct_prefixes
+    from flextok.pipeline import is_generator, load_model, reconstruct_prefixes
 
     sources = dict(list_sources(options.pictures))
     number = len(sources) * len(set(options.num_tokens or [0]))
     output = options.output or ("-" if options.pictures == ["-"] else FOLDER)
     check_output(output, number, options.json == "-")
-    model = load(options.model, options.device)
+    with need_model([options.model]):
+        model = load_model(options.model, pick_device(options.device))
     if is_generator(model):
         raise ValueError(f"{options.model} is a generator: name the tokenizer that it speaks")
     lengths = check_lengths(options.num_tokens or [model.num_tokens], model.num_tokens)
