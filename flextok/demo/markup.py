@@ -9,7 +9,7 @@ from PIL import Image
 
 CSS = """
 .ft-strip { display: flex; flex-wrap: wrap; gap: 0.8rem; align-items: flex-end; }
-.ft-strip figure { margin: 0; text-align: center; }
+.ft-strip figure { margin: 0; text-align: center; align-self: flex-start; }
 .ft-strip img { image-rendering: pixelated; border-radius: 6px; display: block; }
 .ft-strip figcaption { font-size: 0.85rem; padding-top: 0.25rem; }
 """
@@ -25,9 +25,9 @@ def figure(image: Image.Image, caption: str, width: int = 128, download: str = "
     """A picture `width` pixels wide with its caption; download: a file name, for a link to it."""
     url, text = data_url(image), html.escape(caption)
     name = html.escape(download, quote=True)
-    link = f' · <a href="{url}" download="{name}">download</a>' if download else ""
+    link = f'<br><a href="{url}" download="{name}">download</a>' if download else ""
     return (
-        f'<figure><img src="{url}" alt="{text}" width="{width}">'
+        f'<figure style="width: {width}px"><img src="{url}" alt="{text}" width="{width}">'
         f"<figcaption>{text}{link}</figcaption></figure>"
     )
 
@@ -48,8 +48,8 @@ DROP = """
 DROP_CSS = """
 .ft-drop { display: flex; flex-direction: column; gap: 0.4rem; align-items: center;
   padding: 1.6rem; border: 2px dashed #999; border-radius: 10px; cursor: pointer; }
-.ft-drop:hover, .ft-drop.over { border-color: #e80; }
-input { max-width: 100%; }
+.ft-drop:hover, .ft-drop:focus-within { border-color: #e80; }
+input { opacity: 0; height: 1px; width: 1px; }
 .ft-note { color: #c00; }
 """
 DROP_SCRIPT = """

@@ -47,7 +47,8 @@ def serve(
     page.launch(
         server_name=host,
         server_port=port,
-        prevent_thread_lock=not block,
+        prevent_thread_lock=True,
+        quiet=True,
         share=False,
         run_history=False,
         enable_monitoring=False,
@@ -61,6 +62,9 @@ def serve(
         theme=gr.themes.Default(**SYSTEM_FONTS),
         css=CSS,
     )
+    if block:
+        print(f"open {page.local_url} in a browser; Ctrl-C ends it", flush=True)
+        page.block_thread()
     return page
 
 
@@ -93,6 +97,7 @@ def reconstruct_tab(studio: Studio, limits: Limits) -> None:
     total, width = studio.tokenizer.num_tokens, shown(studio.tokenizer)
     emoji = Emoji("validation")
     image = gr.State()  # the crop that the model sees; nothing larger is kept
+    next_emoji = gr.State(0)
     with gr.Row():
         with gr.Column(scale=1):
             drop = drop_field(limits)
@@ -119,8 +124,8 @@ def reconstruct_tab(studio: Studio, limits: Limits) -> None:
         yield studio.crop(read_picture(data, limits))
 
     @told
-    def take_emoji(seed: Any) -> Iterator[Any]:
-        yield studio.crop(emoji[int(Settings(seed).seed) % len(emoji)]["image"])
+    def take_emoji(number: int) -> Iterator[Any]:
+        yield studio.crop(emoji[number % len(emoji)]["image"]), number + 29
 
     @told
     def show(crop: Any, k: Any, *wishes: Any) -> Iterator[str]:
@@ -155,7 +160,7 @@ def reconstruct_tab(studio: Studio, limits: Limits) -> None:
 
     taken = [
         drop.submit(take, drop, image, **ONE_AT_A_TIME),
-        example.click(take_emoji, settings[0], image, **ONE_AT_A_TIME),
+        example.click(take_emoji, next_emoji, [image, next_emoji], **ONE_AT_A_TIME),
     ]
     shown_once: dict[str, Any] = {"fn": show, "inputs": [image, slider, *settings]}
     for event in taken:
