@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= outputs/quickstart
 OUT_TEXT ?= outputs/quickstart_text
+SITE ?= outputs/site
 # the quickstarts' length; CI runs a handful of steps
 TOKENIZER_STEPS ?=
 GENERATOR_STEPS ?=
@@ -11,7 +12,7 @@ PROBE_STEPS ?= 1000
 NUM_SCENES ?= 16000
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: setup test quickstart quickstart-text lint types
+.PHONY: setup test quickstart quickstart-text lint types notebooks docs package
 
 setup: $(VENV)/.installed
 
@@ -30,6 +31,17 @@ lint: setup
 
 types: setup
 	$(BIN)/mypy
+
+# on the quickstarts' models where they are, else on models trained for a moment
+notebooks: setup
+	$(BIN)/python -m pytest --nbmake notebooks
+
+docs: setup
+	$(BIN)/mkdocs build --strict --site-dir $(SITE)
+
+# wheel and sdist; the wheel into an empty environment elsewhere, and at work there
+package: setup
+	scripts/check_package.sh $(BIN)/python $(OUT)/tokenizer
 
 quickstart: setup
 	$(BIN)/python train.py configs/quickstart_tokenizer.yaml output_dir=$(OUT)/tokenizer \

@@ -52,14 +52,17 @@ def remember_tokenizer(generator: Pretrained, folder: Path, tokenizer: Any, sour
 
 
 def load_tokenizer_of(
-    generator: Any, folder: Path, override: str | None = None, device: str | torch.device = "cpu"
+    generator: Any,
+    folder: str | Path,
+    override: str | None = None,
+    device: str | torch.device = "cpu",
 ) -> Any:
     """The tokenizer that a generator, loaded from `folder`, was trained on. A different one is
     refused with CheckpointError."""
     reference = override or generator.metadata.get("tokenizer")
     if reference is None:
         raise CheckpointError(f"{folder} does not say which tokenizer it needs: name one")
-    beside = folder / reference
+    beside = Path(folder) / reference
     tokenizer = load_model(beside if override is None and beside.exists() else reference, device)
     expected = generator.metadata.get("tokenizer_fingerprint")
     if expected is not None and (found := fingerprint(tokenizer)) != expected:
