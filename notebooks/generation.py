@@ -39,8 +39,6 @@ print("classes:", ", ".join(names))
 # %%
 label = torch.tensor([names.index("Food & Drink")])
 frames = dict(grow_images(generator, tokenizer, label, list(range(1, 17)), seed=1))
-for k in (1, 4, 16):
-    print(k, "tokens: values in", [round(x, 2) for x in frames[k].aminmax()])
 display(viz.grid([torch.cat(list(frames.values()))], [f"{k}" for k in frames]))
 
 # %% [markdown]

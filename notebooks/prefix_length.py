@@ -39,7 +39,7 @@ pictures = take(Emoji("validation"), 24)  # evenly spread over the set
 output = Path(tempfile.mkdtemp())
 
 # %%
-report = sweep(tokenizer, pictures, Options(), output, num_pictures=3, num_draws=4)
+report = sweep(tokenizer, pictures, Options(networks=()), output, num_pictures=3, num_draws=4)
 print(format_table(report))
 display(Image(output / "tokens.png", width=500))
 
