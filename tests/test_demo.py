@@ -4,6 +4,7 @@ import asyncio
 import base64
 import io
 import struct
+import sys
 import zlib
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from conftest import TITOK, tiny_gpt, tiny_tokenizer
 from PIL import Image
 
+from flextok.cli import main
 from flextok.demo.guard import Guard
 from flextok.demo.markup import figure
 from flextok.demo.studio import Settings, Studio
@@ -277,3 +279,47 @@ def test_markup_escapes_names(studio):
     text = figure(Image.new("RGB", (2, 2)), "<script>alert(1)</script>", 8, '"><b>.png')
     assert "<script>" not in text
     assert "<b>" not in text
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def test_the_command_serves_this_machine_only_and_passes_limits_on(models, monkeypatch):
+    pytest.importorskip("gradio", reason="needs pip install 'flextok[demo]'")
+    served: list = []
+    made: list = []
+    monkeypatch.setattr("flextok.demo.server.serve", lambda *arguments: served.append(arguments))
+    monkeypatch.setattr("flextok.demo.page.make_app", lambda *arguments: made.append(arguments))
+    names = [str(models / "tokenizer"), str(models / "by_class")]
+    assert main(["demo", *names, "--max-megabytes", "0.5", "--queue", "3"]) == 0
+    ((studio, limits, queue),) = made
+    assert [voice.name for voice in studio.voices] == names[1:]
+    assert (limits.max_bytes, limits.max_pixels) == (2**19, 40_000_000)
+    assert queue == 3
+    assert served == [(None, "127.0.0.1", None)]
+
+
+def test_a_taken_port_is_a_mistake_told_in_one_line():
+    server = pytest.importorskip("flextok.demo.server", reason="needs pip install 'flextok[demo]'")
+    with server.listen("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=f"port {port}.*choose another --port"):
+            server.listen("127.0.0.1", port)
+    with server.listen("127.0.0.1", None) as first, server.listen("127.0.0.1", None) as second:
+        assert 7860 <= first.getsockname()[1] < second.getsockname()[1]
+
+
+@pytest.mark.parametrize("command", [["demo"], ["reconstruct", "{picture}", "--model"]])
+def test_a_missing_default_model_names_the_remedy(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("flextok.cli.common.DEFAULT_MODEL", "not_there")
+    (tmp_path / "picture.png").write_bytes(png())
+    words = [word.format(picture=tmp_path / "picture.png") for word in command]
+    assert main([*words, "not_there"]) == 1
+    assert "outputs/quickstart/tokenizer after `make quickstart`" in capsys.readouterr().err
+
+
+def test_without_gradio_the_command_says_what_to_install(models, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.delitem(sys.modules, "flextok.demo.page", raising=False)
+    assert main(["demo", str(models / "tokenizer")]) == 1
+    assert "pip install 'flextok[demo]'" in capsys.readouterr().err

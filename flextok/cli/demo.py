@@ -38,10 +38,11 @@ def run_demo(options: argparse.Namespace) -> None:
     from flextok.demo.upload import Limits
 
     try:
-        from flextok.demo.page import serve
+        from flextok.demo.page import make_app
+        from flextok.demo.server import serve
     except ImportError as error:
         raise ValueError(f"the page needs Gradio: pip install 'flextok[demo]' ({error})") from None
     limits = Limits(int(options.max_megabytes * 2**20), int(options.max_megapixels * 1e6))
     with need_model(options.models):
         studio = Studio(options.models, pick_device(options.device))
-    serve(studio, limits, options.host, options.port, options.queue)
+    serve(make_app(studio, limits, options.queue), options.host, options.port)

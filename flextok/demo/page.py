@@ -8,7 +8,7 @@ from typing import Any
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read at import: nothing is sent anywhere
 
 import gradio as gr
-from starlette.middleware import Middleware
+from fastapi import FastAPI
 
 from flextok.data.emoji import Emoji
 from flextok.demo.guard import Guard
@@ -30,42 +30,28 @@ A picture as a short sequence of tokens, coarse to fine: the first few are a pic
 HINT = "Drop a picture first, or take an emoji."
 TARGET = 16.0  # dB, where the slider of the token need starts
 ONE_AT_A_TIME: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
-SYSTEM_FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+SYSTEM_FONTS = ["system-ui", "sans-serif"]
 
 
-def serve(
-    studio: Studio,
-    limits: Limits,
-    host: str = "127.0.0.1",
-    port: int | None = None,
-    max_queue: int = 16,
-    block: bool = True,
-) -> gr.Blocks:
-    """Serve the page until Ctrl-C; block=False returns at once, and close() of the result ends it.
-    max_queue: clicks that may wait; more are told so. Raises OSError where the port is taken."""
+def make_app(studio: Studio, limits: Limits, max_queue: int = 16) -> Guard:
+    """The page as an ASGI application. max_queue: clicks that may wait; more are told so."""
     page = build_page(studio, limits).queue(max_size=max_queue, default_concurrency_limit=1)
-    page.launch(
-        server_name=host,
-        server_port=port,
-        prevent_thread_lock=True,
-        quiet=True,
-        share=False,
-        run_history=False,
-        enable_monitoring=False,
-        mcp_server=False,
-        ssr_mode=False,
-        pwa=False,
+    app = gr.mount_gradio_app(
+        FastAPI(openapi_url=None),
+        page,
+        path="/",
         footer_links=[],
-        state_session_capacity=64,
+        run_history=False,
+        show_error=False,
         max_file_size=limits.max_bytes,
-        app_kwargs={"middleware": [Middleware(Guard, max_request=limits.max_request)]},
-        theme=gr.themes.Default(**SYSTEM_FONTS),
+        ssr_mode=False,
+        enable_monitoring=False,
+        pwa=False,
+        mcp_server=False,
+        theme=gr.themes.Default(font=SYSTEM_FONTS, font_mono=["ui-monospace", "monospace"]),
         css=CSS,
     )
-    if block:
-        print(f"open {page.local_url} in a browser; Ctrl-C ends it", flush=True)
-        page.block_thread()
-    return page
+    return Guard(app, limits.max_request)
 
 
 def build_page(studio: Studio, limits: Limits) -> gr.Blocks:
