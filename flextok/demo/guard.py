@@ -38,7 +38,9 @@ class Guard:
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
-        elif scope["type"] != "http" or not ROUTES.fullmatch(scope["path"]):
+        elif scope["type"] != "http":  # the page opens no socket
+            await send({"type": "websocket.close"})
+        elif not ROUTES.fullmatch(scope["path"]):
             await refuse(send, 404, "there is nothing here")
         elif announced(scope) > self.max_request:
             await refuse(send, 413, "this request is too large")

@@ -1,5 +1,5 @@
-"""The page on a port of this machine. Not Gradio's own launch(): that asks the network whether it can
-be shared, and gives up where a busy machine is slow to answer itself."""
+"""The page on a port of this machine. Not by Gradio's own launch(): that gives up where a busy
+machine is slow to answer itself."""
 
 import contextlib
 import socket
@@ -45,9 +45,11 @@ def served(app: Any) -> Iterator[str]:
     with listen("127.0.0.1", 0) as place:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [place]}, daemon=True)
         thread.start()
-        yield address(place)
-        server.should_exit = True
-        thread.join()
+        try:
+            yield address(place)
+        finally:
+            server.should_exit = True
+            thread.join()
 
 
 def address(place: socket.socket) -> str:
