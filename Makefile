@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 OUT ?= outputs/quickstart
 OUT_TEXT ?= outputs/quickstart_text
 TITOK ?= outputs/quickstart_titok
+SITE ?= outputs/site
 # the quickstarts' length; CI runs a handful of steps
 TOKENIZER_STEPS ?=
 GENERATOR_STEPS ?=
@@ -13,7 +14,7 @@ NUM_SCENES ?= 16000
 steps = $(if $(1),trainer.max_steps=$(1))
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: setup test quickstart quickstart-text quickstart-titok compare lint types
+.PHONY: setup test quickstart quickstart-text quickstart-titok compare lint types notebooks docs package
 
 setup: $(VENV)/.installed
 
@@ -32,6 +33,17 @@ lint: setup
 
 types: setup
 	$(BIN)/mypy
+
+# on the quickstarts' models where they are, else on models trained for a moment
+notebooks: setup
+	$(BIN)/python -m pytest --nbmake notebooks
+
+docs: setup
+	$(BIN)/mkdocs build --strict --site-dir $(SITE)
+
+# wheel and sdist; the wheel into an empty environment elsewhere, and at work there
+package: setup
+	scripts/check_package.sh $(BIN)/python $(OUT)/tokenizer
 
 quickstart: setup
 	$(BIN)/python train.py configs/quickstart_tokenizer.yaml output_dir=$(OUT)/tokenizer \
