@@ -293,16 +293,15 @@ class TiTok(Pretrained, nn.Module):
         wide = self.config.wide_start
         for part in (self.encoder, self.decoder):
             dim = part.class_token.shape[-1]
-            for module in part.modules():
+            for name, module in part.named_modules():
                 if isinstance(module, nn.Linear):
                     if wide:
                         nn.init.xavier_uniform_(module.weight)
                     else:  # 0.02 from D = 512 on
                         nn.init.trunc_normal_(module.weight, std=max(0.02, 0.45 * dim**-0.5))
                     nn.init.zeros_(module.bias)
-            if wide:
-                for block in part.blocks:
-                    block.attn.qkv.weight.data[: 2 * dim] *= 2
+                    if wide and name.endswith("qkv"):
+                        module.weight.data[: 2 * dim] *= 2
             for name, parameter in part.named_parameters():
                 if name.endswith(("_token", "_tokens", "_pos")):
                     nn.init.normal_(parameter, std=1.0 if wide else dim**-0.5)
