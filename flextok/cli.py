@@ -91,6 +91,13 @@ def make_parser() -> argparse.ArgumentParser:
     tokenize.add_argument("--verify", action="store_true", help="then check all checksums")
     tokenize.set_defaults(run=run_tokenize)
 
+    index = commands.add_parser(
+        "index", help="count the samples of WebDataset shards, for streaming them"
+    )
+    index.add_argument("urls", nargs="+", help="paths or URLs, with {000..012} or *")
+    index.add_argument("output", help="the .json to write: urls of a webdataset_stream")
+    index.set_defaults(run=run_index)
+
     info = commands.add_parser(
         "info", help="a model's config, sizes, vocabulary, bits per image and provenance"
     )
@@ -261,6 +268,17 @@ def run_tokenize(options: argparse.Namespace) -> None:
         + (f", {unreadable} pictures unreadable (see the parts' metadata)" if unreadable else "")
         + (", all checksums agree" if options.verify else "")
     )
+
+
+def run_index(options: argparse.Namespace) -> None:
+    from flextok.data.web import write_index
+    from flextok.hub import atomic_write
+
+    index = write_index(options.urls)
+    text = json.dumps(index, indent=2) + "\n"
+    atomic_write(Path(options.output), lambda path: path.write_text(text, encoding="utf-8"))
+    total = sum(shard["nsamples"] for shard in index["shardlist"])
+    print(f"{options.output}: {total} samples in {len(index['shardlist'])} shards")
 
 
 def run_info(options: argparse.Namespace) -> None:

@@ -18,6 +18,7 @@ from flextok.hub import Pretrained
 from flextok.nn.attention import KVCache
 from flextok.nn.blocks import Block, LayerNorm
 from flextok.schema import build
+from flextok.tokenizers.common import run_block
 
 
 @dataclass
@@ -44,6 +45,7 @@ class GPTConfig:
     )
     cond_drop: float = 0.1  # how often training sees the null condition
     dropout: float = 0.0  # on the input embeddings
+    checkpoint_blocks: bool = False  # recompute activations in the backward pass
     generate: GenerateConfig = field(default_factory=GenerateConfig)
 
 
@@ -90,8 +92,9 @@ class GPT(Pretrained, nn.Module):
         """indices: (B, k) long, 0 <= k < num_tokens; cond: what the conditioner takes, (B,) labels;
         drop: (B,) bool, True = null condition. Returns logits (B, k+1, V) of indices 0..k."""
         x = self.embed(indices, cond, drop)
+        checkpoint = self.config.checkpoint_blocks and self.training
         for block in self.blocks:
-            x = block(x, is_causal=True)
+            x = run_block(block, x, is_causal=True, checkpoint=checkpoint)
         return self.head(self.norm(x))
 
     def embed(self, indices: Tensor, cond: Tensor, drop: Tensor | None = None) -> Tensor:

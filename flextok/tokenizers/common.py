@@ -55,10 +55,12 @@ def check_keep(keep: Tensor | int | None, batch: int, k: int) -> Tensor:
     return lengths.long().expand(batch)
 
 
-def run_block(block: nn.Module, *args: Any, checkpoint: bool = False) -> Tensor:
+def run_block(
+    block: nn.Module, *args: Any, checkpoint: bool = False, **options: Any
+) -> Tensor:
     if checkpoint:
-        return recompute(block, *args, use_reentrant=False)
-    return block(*args)
+        return recompute(block, *args, use_reentrant=False, **options)
+    return block(*args, **options)
 
 
 def draw(

@@ -24,6 +24,7 @@ from flextok.data.tokens import (
     wait_until_finished,
 )
 from flextok.data.transforms import ImageTransform
+from flextok.data.web import WebDatasetStream
 from flextok.generators import GENERATORS
 from flextok.hub import atomic_write, fingerprint
 from flextok.pipeline import load_model, remember_tokenizer
@@ -47,7 +48,7 @@ from flextok.training.checkpoints import (
 from flextok.training.finite import SkipNonFinite
 from flextok.training.modules import GeneratorModule, TokenizerModule, TrainingModule
 from flextok.training.record import record_start
-from flextok.training.sharding import ShardedStrategy, read_sharded
+from flextok.training.sharding import ShardedStrategy, compile_blocks, read_sharded
 from flextok.vae import KLVAE
 
 log = logging.getLogger(__name__)
@@ -83,6 +84,8 @@ def train(config: ExperimentConfig) -> Path:
             module.model.load_state_dict(averaged(state))
             export(module.model, folder, step)
         return folder
+    if config.trainer.compile:
+        compile_blocks(module.model)
     trainer = make_trainer(config, folder, draw)
     trainer.fit(module, data, ckpt_path=None if last is None else str(last), weights_only=True)
     # fit leaves the averaged weights in place
@@ -95,6 +98,8 @@ def make_dataset(spec: dict[str, Any] | list[dict[str, Any]]) -> Any:
     if isinstance(spec, dict):
         return build(DATASETS, spec, "dataset")
     parts = [build(DATASETS, part, "dataset") for part in spec]
+    if any(isinstance(part, WebDatasetStream) for part in parts):
+        raise ConfigError("a webdataset_stream stands alone: list all its shards as its urls")
     joined: Any = ConcatDataset(parts)
     joined.class_names = parts[0].class_names
     return joined
@@ -233,6 +238,8 @@ def make_trainer(config: ExperimentConfig, folder: Path, draw: Any) -> L.Trainer
         callbacks.append(Averaging())
     checkpoints = folder / "checkpoints"
     callbacks.append(Checkpoints(checkpoints, options.checkpoint_every, options.keep_last))
+    if options.strategy == "fsdp2" and config.optim.name == "muon":
+        raise ConfigError("optim.name=muon needs whole matrices: take trainer.strategy=ddp")
     plugins: list[Any] = [] if options.strategy == "fsdp2" else [WholeFiles()]
     if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
         # Checkpoints saves on signals, between two steps

@@ -70,6 +70,13 @@ def blocks(model: nn.Module) -> Iterator[nn.Module]:
             yield from module
 
 
+def compile_blocks(model: nn.Module, **options: Any) -> None:
+    """torch.compile each transformer block: one graph for all alike, soon compiled, and hooks that
+    gather or recompute stay outside of it."""
+    for block in blocks(model):
+        block.forward = torch.compile(block.forward, **options)  # type: ignore[method-assign]
+
+
 def shard(model: nn.Module, mesh: DeviceMesh, bf16: bool = False) -> None:
     """Share a model's weights out over `mesh`, each block on its own. bf16: gather the weights in
     bf16, half the traffic; gradients are summed in fp32 either way."""
