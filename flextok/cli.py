@@ -38,6 +38,19 @@ def make_parser() -> argparse.ArgumentParser:
     train.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optim.lr=1e-4")
     train.set_defaults(run=run_train)
 
+    plan = commands.add_parser(
+        "plan", help="a run's memory, arithmetic, data rate and cost, before it runs"
+    )
+    plan.add_argument("config", help="a YAML file, see configs/")
+    plan.add_argument("overrides", nargs="*", metavar="key=value")
+    plan.add_argument("--gpus", type=int, required=True, help="how many, over all nodes")
+    plan.add_argument("--gpu", default="h100", help="a100, h100 or h200")
+    plan.add_argument("--utilisation", type=float, default=0.35, help="of peak arithmetic")
+    plan.add_argument("--price", type=float, default=2.5, help="dollars a GPU hour")
+    plan.add_argument("--picture-kb", type=float, default=110.0, help="a picture file's size")
+    plan.add_argument("--json", action="store_true", help="print JSON")
+    plan.set_defaults(run=run_plan)
+
     sample = commands.add_parser(
         "sample",
         help="reconstruct pictures or generate by class, as a coarse-to-fine grid",
@@ -150,6 +163,17 @@ def run_train(options: argparse.Namespace) -> None:
         requeue(stop.signum)
         raise SystemExit(128 + stop.signum) from None
     print(f"trained model in {folder}")
+
+
+def run_plan(options: argparse.Namespace) -> None:
+    from dataclasses import asdict
+
+    from flextok.config import load_experiment
+    from flextok.training.plan import Assumptions, as_text, plan
+
+    assumed = Assumptions(options.gpu, options.utilisation, options.price, options.picture_kb)
+    found = plan(load_experiment(options.config, options.overrides), options.gpus, assumed)
+    print(json.dumps(asdict(found), indent=2) if options.json else as_text(found))
 
 
 def run_sample(options: argparse.Namespace) -> None:
