@@ -3,12 +3,15 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= outputs/quickstart
-# the quickstart's length; CI runs a handful of steps
+OUT_TEXT ?= outputs/quickstart_text
+# the quickstarts' length; CI runs a handful of steps
 TOKENIZER_STEPS ?=
 GENERATOR_STEPS ?=
+PROBE_STEPS ?= 1000
+NUM_SCENES ?= 16000
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: setup test quickstart lint types
+.PHONY: setup test quickstart quickstart-text lint types
 
 setup: $(VENV)/.installed
 
@@ -33,8 +36,27 @@ quickstart: setup
 	    $(if $(TOKENIZER_STEPS),trainer.max_steps=$(TOKENIZER_STEPS))
 	$(BIN)/python sample.py $(OUT)/tokenizer --data emoji:validation --limit 8 \
 	    --output $(OUT)/coarse_to_fine.png
-	$(BIN)/python -m flextok.cli sweep $(OUT)/tokenizer --data emoji:validation --json $(OUT)/psnr.json
+	$(BIN)/python -m flextok.cli sweep $(OUT)/tokenizer --data emoji:validation \
+	    --dtype float32 --output $(OUT)/sweep
 	$(BIN)/python train.py configs/quickstart_generator.yaml output_dir=$(OUT)/generator \
 	    tokenizer=$(OUT)/tokenizer $(if $(GENERATOR_STEPS),trainer.max_steps=$(GENERATOR_STEPS))
 	$(BIN)/python sample.py $(OUT)/generator --num-samples 1 --output $(OUT)/generated.png
 	@echo "pictures: $(OUT)/coarse_to_fine.png and $(OUT)/generated.png"
+
+# the scenes of configs/quickstart_text.yaml; captions say left and right, so nothing is mirrored
+SCENES = name: emoji_scenes, max_objects: 2, vocabulary: basic
+HELD_OUT = {$(SCENES), prompts: held_out, length: 400}
+
+quickstart-text: setup
+	$(BIN)/python train.py configs/quickstart_tokenizer.yaml output_dir=$(OUT_TEXT)/tokenizer \
+	    "data.train={$(SCENES), prompts: train, length: $(NUM_SCENES)}" "data.validation=$(HELD_OUT)" \
+	    data.shift=0 "model.vae={name: identity, shift: 0.09, scale: 1.69}" \
+	    trainer.max_steps=$(or $(TOKENIZER_STEPS),2800)
+	$(BIN)/python train.py configs/quickstart_text.yaml output_dir=$(OUT_TEXT)/generator \
+	    tokenizer=$(OUT_TEXT)/tokenizer data.train.length=$(NUM_SCENES) \
+	    $(if $(GENERATOR_STEPS),trainer.max_steps=$(GENERATOR_STEPS))
+	$(BIN)/python sample.py $(OUT_TEXT)/generator --data "$(HELD_OUT)" --limit 12 \
+	    --output $(OUT_TEXT)/prompts.png
+	$(BIN)/python -m flextok.cli align $(OUT_TEXT)/generator --data "$(HELD_OUT)" \
+	    --probe $(OUT_TEXT)/probe.safetensors --probe-steps $(PROBE_STEPS) --json $(OUT_TEXT)/align.json
+	@echo "pictures of held-out prompts: $(OUT_TEXT)/prompts.png"

@@ -3,8 +3,9 @@
     python benchmarks/speed.py [--threads 1] [--only encode] [--json benchmarks/results/speed.json]
 
 Prints wall and CPU seconds a call, the best of --repeats, beside the figures measured for the
-published implementation's modules on the development CPU (two shared cores): compare CPU seconds
-with --threads 1. Latents [B, 16, 32, 32], i.e. 256 px; the VAE is not part of these rows.
+published implementations' modules on the development CPU (two shared cores): compare CPU seconds
+with --threads 1. FlexTok: latents [B, 16, 32, 32], i.e. 256 px; the VAE is not part of these rows.
+TiTok: pictures of 256 px; MaskGIT with the published sampling settings.
 """
 
 import argparse
@@ -19,8 +20,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 
-from flextok.generators import GPT, GPTConfig
-from flextok.tokenizers import FlexTok, FlexTokConfig
+from flextok.config import load_experiment
+from flextok.generators import GENERATORS, GPT, GPTConfig
+from flextok.tokenizers import TOKENIZERS, FlexTok, FlexTokConfig
+from flextok.training.run import build_model
+
+CONFIGS = Path(__file__).parent.parent / "configs"
 
 LATENTS = {"name": "kl", "block_channels": [32, 32, 32, 32]}  # 16 channels, f8; never run here
 
@@ -36,6 +41,16 @@ REFERENCE = {
     "forward d18-d28 B1": 19.2,
     "generate AR 49M B1, 256 tokens": 108.8,
     "generate AR 49M B1, 256 tokens, guidance 1.5": 212.9,
+    "encode TiTok s128 B1": 0.298,
+    "encode TiTok b64 B1": 0.986,
+    "encode TiTok l32 B1": 2.90,
+    "encode TiTok b64 B8": 7.08,
+    "encode TiTok l32 B8": 21.0,
+    "decode TiTok s128 B1": 3.48,
+    "decode TiTok b64 B1": 4.70,
+    "decode TiTok l32 B1": 6.36,
+    "generate MaskGIT l32 B4, 8 steps": 14.6,
+    "generate MaskGIT b64 B4, 8 steps": 22.6,
 }
 
 
@@ -89,6 +104,34 @@ def gpt_rows(only: str) -> dict[str, Callable[[], object]]:
     return {row: run for row, run in rows.items() if only in row}
 
 
+def titok_rows(name: str, only: str) -> dict[str, Callable[[], object]]:
+    batches = {"s128": (1,), "b64": (1, 8), "l32": (1, 8)}[name]
+    rows = [f"encode TiTok {name} B{batch}" for batch in batches] + [f"decode TiTok {name} B1"]
+    if not any(only in row for row in rows):
+        return {}
+    config = load_experiment(CONFIGS / f"titok_{name}_stage2.yaml")
+    model = build_model(TOKENIZERS, config.model).eval()
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(8, 3, 256, 256, generator=generator) * 2 - 1
+    indices = torch.randint(0, model.vocab_size, (1, model.num_tokens), generator=generator)
+
+    def encode(batch: int) -> Callable[[], object]:
+        return lambda: model.encode(images[:batch])
+
+    runs = [*(encode(batch) for batch in batches), lambda: model.decode(indices)]
+    return {row: run for row, run in zip(rows, runs, strict=True) if only in row}
+
+
+def maskgit_rows(name: str, only: str) -> dict[str, Callable[[], object]]:
+    row = f"generate MaskGIT {name} B4, 8 steps"
+    if only not in row:
+        return {}
+    spec = load_experiment(CONFIGS / f"maskgit_titok_{name}.yaml").model
+    model = build_model(GENERATORS, {**spec, "vocab_size": 4096, "num_tokens": int(name[1:])})
+    draws = torch.Generator().manual_seed(0)
+    return {row: lambda: model.eval().generate(torch.arange(4), generator=draws, num_steps=8)}
+
+
 @torch.no_grad()
 def measure(run: Callable[[], object], repeats: int) -> tuple[float, float]:
     """Best wall and CPU seconds of a call, after one call to warm up."""
@@ -121,12 +164,16 @@ def main() -> None:
             reference = REFERENCE[row]
             print(f"{row:48s} {wall:8.2f} {cpu:8.2f} {reference:10.2f} {reference / cpu:6.2f}")
             results.append({"row": row, "wall": wall, "cpu": cpu, "published_cpu": reference})
-            if row.startswith("generate"):
+            if row.startswith("generate AR"):
                 print(f"{'':48s} {256 / wall:.1f} tokens/s")
 
     for depths in sizes:
         report(flextok_rows(depths, options.only))
     report(gpt_rows(options.only))
+    for name in ("s128", "b64", "l32"):
+        report(titok_rows(name, options.only))
+    for name in ("l32", "b64"):
+        report(maskgit_rows(name, options.only))
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         facts = {

@@ -5,10 +5,14 @@ import json
 import logging
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from flextok.cli_evaluation import add_commands as add_evaluation_commands
+
 DESCRIPTION = "Images as short, ordered token sequences."
+TEXT_MODEL = "outputs/quickstart_text/generator"  # what make quickstart-text trains
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -53,31 +57,51 @@ def make_parser() -> argparse.ArgumentParser:
 
     sample = commands.add_parser(
         "sample",
-        help="reconstruct pictures or generate by class, as a coarse-to-fine grid",
+        help="reconstruct pictures, or generate by class or prompt, as a coarse-to-fine grid",
         description="With a tokenizer: reconstruct --images or --data at each of --num-tokens. "
-        "With a generator: generate --classes.",
+        "With a generator: generate --classes, or --prompt, --prompts-file or the captions of "
+        "--data; prompts also get their last pictures as files beside the grid.",
     )
-    sample.add_argument("model", help="folder or hub id of a tokenizer or a generator")
+    sample.add_argument(
+        "model",
+        nargs="?",
+        help=f"folder or hub id of a tokenizer or a generator; for prompts default {TEXT_MODEL}",
+    )
     sample.add_argument("--images", nargs="+", metavar="FILE", help="picture files or folders")
     sample.add_argument("--classes", nargs="+", metavar="CLASS", help="names or numbers; 'none'")
-    sample.add_argument("--num-samples", type=int, default=1, help="pictures a class")
+    sample.add_argument("--prompt", nargs="+", metavar="TEXT", help="texts; '' = none")
+    sample.add_argument("--prompts-file", metavar="FILE", help="one prompt a line")
+    sample.add_argument("--num-samples", type=int, default=1, help="pictures a class or prompt")
     sample.add_argument("--tokenizer", help="generator: another place to find its tokenizer")
     sample.add_argument("--temperature", type=float)
     sample.add_argument("--top-k", type=int)
     sample.add_argument("--top-p", type=float)
-    sample.add_argument("--class-guidance", type=float, help="generator's guidance, 1 = none")
+    sample.add_argument(
+        *("--class-guidance", "--text-guidance"),
+        dest="cond_guidance",
+        type=float,
+        help="generator's guidance; none is 1, and 0 for a MaskGIT with linear or constant decay",
+    )
+    sample.add_argument("--generator-steps", type=int, help="MaskGIT's sampling steps")
     sample.add_argument("--output", default="outputs/sample.png", help="the PNG to write")
     add_decoding(sample)
     sample.set_defaults(run=run_sample)
 
-    sweep = commands.add_parser(
-        "sweep", help="reconstruction quality against the number of tokens, as a table"
+    add_evaluation_commands(commands)
+
+    align = commands.add_parser(
+        "align",
+        help="how well generated emoji scenes show their prompts, against the number of tokens",
+        description="A small classifier, trained on real scenes, reads generated ones; the same "
+        "pictures scored against shuffled prompts are the control.",
     )
-    sweep.add_argument("model", help="folder or hub id of a tokenizer")
-    sweep.add_argument("--json", metavar="FILE", help="also write the figures to a JSON file")
-    sweep.add_argument("--batch-size", type=int, default=64)
-    add_decoding(sweep)
-    sweep.set_defaults(run=run_sweep)
+    align.add_argument("model", help="folder or hub id of a generator")
+    align.add_argument("--tokenizer", help="another place to find its tokenizer")
+    align.add_argument("--probe", metavar="FILE", help="keep the classifier here, or take it")
+    align.add_argument("--probe-steps", type=int, default=1500, help="its training, if needed")
+    align.add_argument("--json", metavar="FILE", help="also write the figures to a JSON file")
+    add_decoding(align)
+    align.set_defaults(run=run_align)
 
     tokenize = commands.add_parser(
         "tokenize",
@@ -138,10 +162,13 @@ def make_parser() -> argparse.ArgumentParser:
 
 def add_decoding(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--data", metavar="SET", help="emoji:validation, emoji_scenes:train, a folder or *.tar"
+        "--data",
+        metavar="SET",
+        help="emoji:validation, emoji_scenes:train, a picture folder, shards (*.tar), or "
+        "{name: ...} as in configs",
     )
     parser.add_argument("--limit", type=int, help="take this many of --data, evenly spread")
-    parser.add_argument("--num-tokens", type=int, nargs="+", help="default 1 2 4 ... all")
+    parser.add_argument("--num-tokens", type=int, nargs="+", help="default 1 2 4 ... all, or all")
     parser.add_argument("--steps", type=int, help="decoder steps")
     parser.add_argument("--guidance-scale", type=float, help="decoder guidance, 1 = none")
     parser.add_argument("--solver", help="euler or heun")
@@ -178,77 +205,111 @@ def run_plan(options: argparse.Namespace) -> None:
 
 def run_sample(options: argparse.Namespace) -> None:
     from flextok import viz
+    from flextok.generators.conditioning import TextConditioner
     from flextok.hub import resolve
     from flextok.pipeline import (
-        decode_prefixes,
         generate_images,
         is_generator,
         load_model,
         load_tokenizer_of,
+        reconstruct_prefixes,
     )
 
+    if options.model is None:
+        if not (options.prompt or options.prompts_file):
+            raise ValueError("name a model: the folder or hub id of a tokenizer or a generator")
+        options.model = TEXT_MODEL
     model = load_model(options.model, pick_device(options.device))
-    if model.model_type not in ("flextok", "gpt"):
-        raise ValueError(
-            f"{options.model} is a {model.model_type!r} model: this command drives FlexTok and its "
-            "generators so far; use the model's encode, decode or generate from Python"
-        )
     device = next(model.parameters()).device
-    lengths = token_lengths(options.num_tokens, model.num_tokens)
     decoding = decoding_options(options)
     if is_generator(model):
-        if options.images or options.data:
+        by_text = isinstance(model.conditioner, TextConditioner)
+        if by_text:
+            cond = names = read_prompts(options)
+        elif options.images or options.data:
             raise ValueError("a generator makes pictures from --classes, not --images or --data")
+        elif options.prompt or options.prompts_file:
+            raise ValueError(f"{options.model} knows classes, not prompts: use --classes")
+        else:
+            cond, names = class_labels(model, options.classes, options.num_samples)
+            cond = cond.to(device)
         tokenizer = load_tokenizer_of(model, resolve(options.model), options.tokenizer, device)
-        cond, names = class_labels(model, options.classes, options.num_samples)
+        lengths = token_lengths(options.num_tokens, tokenizer, model.num_tokens)
         sampling = {
             "temperature": options.temperature,
             "top_k": options.top_k,
             "top_p": options.top_p,
-            "guidance_scale": options.class_guidance,
+            "guidance_scale": options.cond_guidance,
+            "num_steps": options.generator_steps,
         }
         pictures = generate_images(
-            model, tokenizer, cond.to(device), lengths, options.seed, sampling, decoding
+            model, tokenizer, cond, lengths, options.seed, sampling, decoding
         )
-        picture = viz.coarse_to_fine(None, pictures, names)
+        if len(lengths) > 1:
+            picture = viz.coarse_to_fine(None, pictures, names)
+        else:
+            picture = viz.samples(pictures[lengths[0]], names, options.num_samples)
+        if by_text:
+            save_each(pictures[lengths[-1]], Path(options.output))
     else:
-        if options.classes:
-            raise ValueError("a tokenizer reconstructs --images or --data; it has no --classes")
+        if options.classes or options.prompt or options.prompts_file:
+            raise ValueError(
+                "a tokenizer reconstructs --images or --data; it has no --classes or prompts"
+            )
+        lengths = token_lengths(options.num_tokens, model, model.num_tokens)
         images = read_images(options, model.image_size)
-        indices = model.encode(images.to(device))
-        decoded = decode_prefixes(model, indices, lengths, options.seed, decoding)
+        decoded = reconstruct_prefixes(model, images, lengths, options.seed, decoding)
         picture = viz.coarse_to_fine(images, decoded)
     print(f"wrote {viz.save(picture, options.output)}")
 
 
-def run_sweep(options: argparse.Namespace) -> None:
-    from flextok.evaluation.prefix import format_table, prefix_quality
-    from flextok.hub import atomic_write
-    from flextok.pipeline import load_model
+def run_align(options: argparse.Namespace) -> None:
+    from flextok.data.datasets import DATASETS
+    from flextok.data.emoji import EmojiScenes
+    from flextok.evaluation.alignment import alignment, format_report
+    from flextok.evaluation.scene_probe import Probe, train_probe
+    from flextok.hub import resolve
+    from flextok.pipeline import is_generator, load_model, load_tokenizer_of
+    from flextok.schema import build
 
-    if not options.data:
-        raise ValueError("name the pictures to measure on, e.g. --data emoji:validation")
-    model = load_model(options.model, pick_device(options.device))
-    lengths = token_lengths(options.num_tokens, model.num_tokens)
-    dataset = take(open_data(options.data), options.limit)
-    results = prefix_quality(
-        model, dataset, lengths, options.seed, decoding_options(options), options.batch_size
+    spec = data_spec(options.data or "emoji_scenes:validation")
+    scenes = build(DATASETS, spec, "dataset")
+    if not isinstance(scenes, EmojiScenes):
+        raise ValueError("--data must be emoji_scenes: the classifier reads those")
+    generator = load_model(options.model, pick_device(options.device))
+    if not is_generator(generator):
+        raise ValueError(f"{options.model} is a {generator.model_type} model, not a generator")
+    device = next(generator.parameters()).device
+    tokenizer = load_tokenizer_of(generator, resolve(options.model), options.tokenizer, device)
+    if options.probe and Path(options.probe).is_file():
+        probe = Probe.load(options.probe).to(device)
+    else:
+        known = {"split": "train", "prompts": "train" if scenes.prompts == "held_out" else "all"}
+        real = build(DATASETS, {**spec, **known}, "dataset")
+        probe = train_probe(real, tokenizer.image_size, options.probe_steps, device=device)
+        if options.probe:
+            probe.save(options.probe)
+    report = alignment(
+        generator,
+        tokenizer,
+        probe,
+        scenes,
+        token_lengths(options.num_tokens, tokenizer, generator.num_tokens),
+        options.limit or 256,
+        options.seed,
+        decoding=decoding_options(options),
     )
-    print(format_table(results))
+    print(format_report(report))
     if options.json:
-        path = Path(options.json)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(
-            {
-                "model": options.model,
-                "data": options.data,
-                "seed": options.seed,
-                **decoding_options(options),
-                "results": [r.as_dict() for r in results],
-            },
-            indent=2,
-        )
-        atomic_write(path, lambda p: p.write_text(text + "\n", encoding="utf-8"))
+        write_json(options.json, {"model": options.model, "data": spec, **asdict(report)})
+
+
+def write_json(path: str, content: dict[str, Any]) -> None:
+    from flextok.hub import atomic_write
+
+    text = json.dumps(content, indent=2)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(Path(path), lambda p: p.write_text(text + "\n", encoding="utf-8"))
 
 
 def run_tokenize(options: argparse.Namespace) -> None:
@@ -347,10 +408,10 @@ def pick_device(name: str | None) -> str:
     return name or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def token_lengths(asked: list[int] | None, total: int) -> list[int]:
-    from flextok.pipeline import prefix_lengths
+def token_lengths(asked: list[int] | None, tokenizer: Any, total: int) -> list[int]:
+    from flextok.pipeline import decodable_lengths
 
-    lengths = sorted(set(asked or prefix_lengths(total)))
+    lengths = sorted(set(asked or decodable_lengths(tokenizer, total)))
     if bad := [k for k in lengths if not 1 <= k <= total]:
         raise ValueError(f"--num-tokens {bad[0]} must be in [1, {total}]")
     return lengths
@@ -374,16 +435,18 @@ def open_data(name: str) -> Any:
 def data_spec(name: str) -> dict[str, Any]:
     """emoji, emoji:validation, emoji_scenes:train, a folder of pictures, WebDataset shards (*.tar)
     or a spec as in configs, {name: folder, root: pictures}."""
-    if Path(name).is_dir():
-        return {"name": "folder", "root": name}
     if name.startswith("{"):
         from omegaconf import OmegaConf
+        from omegaconf.errors import OmegaConfBaseException
+        from yaml import YAMLError
 
         try:
             spec: Any = OmegaConf.to_container(OmegaConf.create(name))
-        except Exception as error:  # a YAML parser's error type is its own
-            raise ValueError(f"data {name!r} is no valid YAML: {error}") from None
+        except (OmegaConfBaseException, YAMLError) as error:
+            raise ValueError(f"--data {name!r} is no mapping: {error}") from None
         return spec
+    if Path(name).is_dir():
+        return {"name": "folder", "root": name}
     if ".tar" in name:
         return {"name": "webdataset", "urls": name}
     dataset, _, split = name.partition(":")
@@ -395,22 +458,12 @@ def data_spec(name: str) -> dict[str, Any]:
     return {"name": dataset, "split": split or "validation"}
 
 
-def take(dataset: Any, limit: int | None) -> Any:
-    from torch.utils.data import Subset
-
-    if limit is None or limit >= len(dataset):
-        return dataset
-    if limit < 1:
-        raise ValueError(f"--limit {limit} must be at least 1")
-    return Subset(dataset, [i * len(dataset) // limit for i in range(limit)])
-
-
 def read_images(options: argparse.Namespace, size: int) -> Any:
     """--images or --data as (n, 3, size, size) in [-1, 1]; unreadable ones are skipped."""
     from torch.utils.data import DataLoader
 
     from flextok.data.datamodule import prepare_image
-    from flextok.data.datasets import PictureFiles
+    from flextok.data.datasets import PictureFiles, take
     from flextok.data.stream import EvaluationSet, collate
     from flextok.data.transforms import ImageTransform
 
@@ -423,6 +476,50 @@ def read_images(options: argparse.Namespace, size: int) -> Any:
     if not batch:
         raise ValueError("none of the pictures could be read; see the warnings above")
     return batch["image"]
+
+
+def read_prompts(options: argparse.Namespace) -> list[str]:
+    """--prompt, --prompts-file or the captions of --data, each --num-samples times."""
+    if options.images or options.classes:
+        raise ValueError("this generator makes pictures from prompts, not --images or --classes")
+    given = [bool(x) for x in (options.prompt, options.prompts_file, options.data)]
+    if sum(given) != 1:
+        raise ValueError("name the prompts: --prompt TEXT ..., --prompts-file FILE or --data SET")
+    if options.num_samples < 1:
+        raise ValueError(f"--num-samples {options.num_samples} must be at least 1")
+    if options.prompt:
+        prompts = options.prompt
+    elif options.prompts_file:
+        prompts = read_lines(Path(options.prompts_file))
+    else:
+        from flextok.data.datasets import take
+
+        dataset = take(open_data(options.data), 8 if options.limit is None else options.limit)
+        prompts = [dataset[i]["caption"] for i in range(len(dataset))]
+    return [prompt for prompt in prompts for _ in range(options.num_samples)]
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file that are not blank."""
+    if not path.is_file():
+        raise ValueError(f"--prompts-file {path}: there is no such file")
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompts-file {path} is not UTF-8 text ({error})") from None
+    if not any(lines):
+        raise ValueError(f"--prompts-file {path} is empty: write one prompt a line")
+    return [line for line in lines if line]
+
+
+def save_each(pictures: Any, output: Path) -> None:
+    """(n, 3, H, W) -> <output>-1.png, <output>-2.png, ... beside the grid."""
+    from flextok import viz
+    from flextok.data.transforms import to_image
+
+    for number, picture in enumerate(pictures, 1):
+        path = viz.save(to_image(picture), output.with_name(f"{output.stem}-{number}.png"))
+        print(f"wrote {path}")
 
 
 def class_labels(model: Any, classes: list[str] | None, num_samples: int) -> tuple[Any, list[str]]:

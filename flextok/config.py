@@ -30,6 +30,9 @@ class OptimConfig:
     lr_scale: dict[str, float] = field(default_factory=dict)  # {encoder: 0.1}: of a model's part
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     weight_decay: float = 0.05
+    no_decay: list[str] = field(  # parameters spared by name; vectors (biases, norms) always are
+        default_factory=lambda: ["embedding", "registers", "positions", "_pos", "token", "start"]
+    )
     warmup_steps: int = 1000
     final_lr: float = 0.01  # of lr, at max_steps (cosine)
     grad_clip: float = 1.0
@@ -52,6 +55,31 @@ class TrainerConfig:
     max_nonfinite: int = 10  # steps in a row skipped for a loss that is not finite, before stopping
     num_pictures: int = 8  # in the grids drawn after each validation
     compile: bool = False  # torch.compile, for GPUs
+    revive_every: int = 0  # steps between revivals of a VQ's unused codes; 0 = never
+
+
+@dataclass
+class AdversarialConfig:
+    """A patch discriminator trained along with a tokenizer (TiTok's second stage)."""
+
+    weight: float = 0.01  # of the adversarial loss, in the tokenizer's
+    start: int = 20_000  # the step from which on it counts, and the discriminator learns
+    lecam: float = 1e-3  # weight of the LeCam regularization, in the discriminator's loss
+    lecam_decay: float = 0.999
+    dim: int = 128  # channels of the discriminator's first stage
+    num_stages: int = 3
+    lr: float | None = None  # the discriminator's; by default the tokenizer's
+
+
+@dataclass
+class EvaluationConfig:
+    """Periodic evaluation on the validation pictures, in the model's own precision."""
+
+    every: int = 1  # at every so many validations
+    limit: int | None = 1000  # pictures, evenly spread; null = all
+    num_tokens: list[int] | None = None  # prefix lengths to decode; null = all tokens only
+    networks: list[str] = field(default_factory=list)  # inception, efficientnet_lite0, lpips
+    batch_size: int = 32
 
 
 @dataclass
@@ -65,6 +93,10 @@ class ExperimentConfig:
     trainer: TrainerConfig
     optim: OptimConfig = field(default_factory=OptimConfig)
     tokenizer: str | None = None  # generator: folder or hub id of its tokenizer
+    # tokenizer: trained models that it starts from, {proxy: folder or hub id}; see prepare_training
+    start: dict[str, str] = field(default_factory=dict)
+    adversarial: AdversarialConfig | None = None  # tokenizer: none for FlexTok
+    evaluation: EvaluationConfig | None = None
     seed: int = 0
     resume: bool = True  # continue from the newest intact one of <output_dir>/checkpoints, if any
 
@@ -97,6 +129,18 @@ def load_experiment(path: str | Path, overrides: list[str] | None = None) -> Exp
         raise ConfigError(
             "task generator needs tokenizer=<folder or hub id of a trained tokenizer>"
         )
+    if config.evaluation is not None and config.data.validation is None:
+        raise ConfigError("evaluation needs data.validation: the pictures to evaluate on")
+    if config.evaluation is not None and config.evaluation.every < 1:
+        raise ConfigError(f"evaluation.every={config.evaluation.every} must be at least 1")
+    whole = {
+        "adversarial": config.adversarial,
+        "evaluation": config.evaluation,
+        "trainer.revive_every": config.trainer.revive_every,
+    }
+    if config.trainer.strategy == "fsdp2" and any(whole.values()):
+        asked = ", ".join(name for name, value in whole.items() if value)
+        raise ConfigError(f"trainer.strategy=fsdp2 shards the model, {asked} needs it whole: ddp?")
     return config
 
 

@@ -1,5 +1,10 @@
-"""From a condition to pictures: a generator and its tokenizer together."""
+"""From a condition to pictures: a generator and its tokenizer together.
 
+Every tokenizer and generator is driven through the contracts that flextok.tokenizers and
+flextok.generators state; an option that a model does not take is an error that names those it does.
+"""
+
+import inspect
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,7 +15,10 @@ from torch import Tensor
 
 from flextok.generators import GENERATORS
 from flextok.hub import CheckpointError, Pretrained, fingerprint, read_model
+from flextok.schema import unknown_key
 from flextok.tokenizers import TOKENIZERS
+
+_NOT_OPTIONS = ("indices", "codes", "cond", "num_tokens", "generator", "progress", "text")
 
 
 def load_model(
@@ -66,22 +74,31 @@ def load_tokenizer_of(
 def generate_images(
     generator: Any,
     tokenizer: Any,
-    cond: Tensor,
+    cond: Any,
     num_tokens: list[int] | None = None,
     seed: int = 0,
     sampling: dict[str, Any] | None = None,
     decoding: dict[str, Any] | None = None,
     progress: Callable[[int], None] | None = None,
+    batch_size: int = 64,
 ) -> dict[int, Tensor]:
-    """cond: (B,) labels. Generates max(num_tokens) indices once and decodes each prefix length with
-    the same initial noise. sampling and decoding go to generate() and decode(). Returns prefix
-    length -> (B, 3, H, W) in [-1, 1], shortest first."""
+    """cond: (B,) labels or B prompts. Generates max(num_tokens) indices once and decodes each
+    prefix length with the same initial noise. sampling and decoding go to generate() and decode(),
+    None = the model's own. Returns prefix length -> (B, 3, H, W) in [-1, 1], shortest first."""
     lengths = sorted(set(num_tokens or [generator.num_tokens]))
-    draws = torch.Generator().manual_seed(seed)
-    indices = generator.generate(
-        cond, num_tokens=lengths[-1], generator=draws, progress=progress, **(sampling or {})
-    )
-    return decode_prefixes(tokenizer, indices, lengths, seed, decoding)
+    options = given(generator.generate, sampling, f"{generator.model_type} sampling option")
+    batches = []
+    for start in range(0, len(cond), batch_size):
+        draws = torch.Generator().manual_seed(seed + start)
+        indices = generator.generate(
+            cond[start : start + batch_size],
+            num_tokens=lengths[-1],
+            generator=draws,
+            progress=progress,
+            **options,
+        )
+        batches.append(decode_prefixes(tokenizer, indices, lengths, seed + start, decoding))
+    return {k: torch.cat([batch[k] for batch in batches]) for k in lengths}
 
 
 def decode_prefixes(
@@ -91,16 +108,54 @@ def decode_prefixes(
     seed: int = 0,
     decoding: dict[str, Any] | None = None,
 ) -> dict[int, Tensor]:
-    """indices: (B, k). Decodes every prefix length with the same initial noise. Returns prefix
-    length -> (B, 3, H, W) in [-1, 1]."""
+    """indices: (B, k). Decodes every prefix length with the same initial noise. decoding goes to
+    decode(), None = the model's own. Returns prefix length -> (B, 3, H, W) in [-1, 1]."""
     if bad := [k for k in lengths if not 1 <= k <= indices.shape[1]]:
         raise ValueError(f"num_tokens={bad} must be in [1, {indices.shape[1]}]")
+    options = given(tokenizer.decode, decoding, f"{tokenizer.model_type} decoding option")
     return {
         k: tokenizer.decode(
-            indices[:, :k], generator=torch.Generator().manual_seed(seed), **(decoding or {})
+            indices[:, :k], generator=torch.Generator().manual_seed(seed), **options
         )
         for k in lengths
     }
+
+
+@torch.no_grad()
+def reconstruct_prefixes(
+    tokenizer: Any,
+    images: Tensor,
+    lengths: list[int],
+    seed: int = 0,
+    decoding: dict[str, Any] | None = None,
+) -> dict[int, Tensor]:
+    """images: (B, 3, H, W) in [-1, 1]. Encodes them once and decodes as decode_prefixes does. A
+    continuous tokenizer, which has no indices, decodes its codes."""
+    images = images.to(next(tokenizer.parameters()).device)
+    if tokenizer.vocab_size:
+        return decode_prefixes(tokenizer, tokenizer.encode(images), lengths, seed, decoding)
+    options = given(tokenizer.decode_codes, decoding, f"{tokenizer.model_type} decoding option")
+    codes = tokenizer.encode_codes(images)
+    return {
+        k: tokenizer.decode_codes(codes[:, :k], **options).float().clamp(-1, 1) for k in lengths
+    }
+
+
+def given(method: Callable, options: Mapping[str, Any] | None, what: str) -> dict[str, Any]:
+    """The options that are not None. Raises ConfigError for one that `method` does not take."""
+    chosen = {key: value for key, value in (options or {}).items() if value is not None}
+    known = [key for key in inspect.signature(method).parameters if key not in _NOT_OPTIONS]
+    for key in chosen:
+        if key not in known:
+            raise unknown_key(what, key, known)
+    return chosen
+
+
+def decodable_lengths(tokenizer: Any, total: int | None = None) -> list[int]:
+    """The prefix lengths to show of `total` indices (the tokenizer's number by default): 1, 2, 4,
+    ... and all of them, or all only where prefixes mean nothing."""
+    total = total or tokenizer.num_tokens
+    return prefix_lengths(total) if tokenizer.decodes_prefixes else [total]
 
 
 def prefix_lengths(total: int) -> list[int]:

@@ -42,11 +42,11 @@ def resolve(path: str | Path, revision: str | None = None) -> Path:
     repo = "/".join(parts[:2])
     if is_hub_file:
         file = "/".join(parts[2:])
-        return Path(_from_hub(name, lambda: hf_hub_download(repo, file, revision=revision)))
+        return Path(from_hub(name, lambda: hf_hub_download(repo, file, revision=revision)))
 
     def snapshot(*patterns: str) -> Path:
         return Path(
-            _from_hub(
+            from_hub(
                 name,
                 lambda: snapshot_download(repo, revision=revision, allow_patterns=list(patterns)),
             )
@@ -58,7 +58,8 @@ def resolve(path: str | Path, revision: str | None = None) -> Path:
     return folder
 
 
-def _from_hub(name: str, download: Callable[[], str]) -> str:
+def from_hub(name: str, download: Callable[[], str]) -> str:
+    """download's result; what goes wrong becomes a CheckpointError that says what to do."""
     from huggingface_hub import constants, errors
 
     try:

@@ -11,17 +11,30 @@ from torch import Tensor, nn
 
 
 class IdentityVAE(nn.Module):
-    """Latents are the pixels."""
+    """Latents are the pixels, (images - shift) * scale.
+
+    Set both from the data's mean and 1 / standard deviation: pictures on white, say, share a large
+    constant that a small model would first have to learn to ignore.
+    """
 
     channels, downsample = 3, 1
+
+    def __init__(self, shift: float = 0.0, scale: float = 1.0):
+        super().__init__()
+        if scale <= 0:
+            raise ValueError(f"scale={scale} must be positive: it multiplies the pixels")
+        self.shift, self.scale = shift, scale
+
+    def load_weights(self) -> None:
+        """There are none."""
 
     def encode(
         self, images: Tensor, sample: bool | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
-        return images
+        return (images - self.shift) * self.scale
 
     def decode(self, latents: Tensor) -> Tensor:
-        return latents
+        return latents / self.scale + self.shift
 
 
 class KLVAE(nn.Module):

@@ -1,5 +1,7 @@
-"""Picture grids and coarse-to-fine strips, as PNG files."""
+"""Picture grids, coarse-to-fine strips, maps and curves, as PNG files."""
 
+import io
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ from torch import Tensor
 from flextok.data.transforms import to_uint8
 
 MARGIN, GAP, HEADER = 6, 4, 18
+LABEL_WIDTH = 32  # characters
 
 
 def grid(
@@ -19,12 +22,15 @@ def grid(
     scale: int = 1,
 ) -> Image.Image:
     """rows: a (n, 3, H, W) tensor in [-1, 1] for each row, rows may differ in n. scale: enlarges
-    each pixel. Returns an RGB picture with labels above the columns and left of the rows."""
+    each pixel. Returns an RGB picture with labels above the columns and left of the rows, where
+    long ones are wrapped."""
     font = ImageFont.load_default(size=12)
     height, width = (side * scale for side in rows[0].shape[-2:])
     left = MARGIN
     if row_labels:
-        left += int(max(font.getlength(label) for label in row_labels)) + 2 * GAP
+        row_labels = [textwrap.fill(label, LABEL_WIDTH) for label in row_labels]
+        lines = (line for label in row_labels for line in label.splitlines())
+        left += int(max((font.getlength(line) for line in lines), default=0)) + 2 * GAP
     top = MARGIN + (HEADER if column_labels else 0)
     columns = max(len(row) for row in rows)
     size = (
@@ -39,7 +45,8 @@ def grid(
     for j, row in enumerate(rows):
         y = top + j * (height + GAP)
         if row_labels:
-            pen.text((MARGIN, y + height // 2), row_labels[j], fill="black", font=font, anchor="lm")
+            place = (MARGIN, y + height // 2)
+            pen.multiline_text(place, row_labels[j], fill="black", font=font, anchor="lm")
         for i, pixels in enumerate(to_uint8(row)):
             picture = Image.fromarray(np.asarray(pixels))
             picture = picture.resize((width, height), Image.Resampling.NEAREST)
@@ -62,6 +69,64 @@ def coarse_to_fine(
         labels.append("original")
     rows = list(torch.stack(columns, dim=1))  # n of (columns, 3, H, W)
     return grid(rows, labels, names, scale=max(1, 128 // rows[0].shape[-1]))
+
+
+def samples(images: Tensor, names: list[str], per_row: int) -> Image.Image:
+    """images: (n, 3, H, W) in [-1, 1]; names: a label for each. One row of `per_row` a label."""
+    rows = list(images.split(per_row))
+    return grid(rows, row_labels=names[::per_row], scale=max(1, 128 // images.shape[-1]))
+
+
+def variance_map(
+    originals: Tensor, by_tokens: dict[int, Tensor], maps: dict[int, Tensor]
+) -> Image.Image:
+    """Two rows a picture, one column a prefix length: one decode, and below it how far decodes of
+    the same prefix differ (dark: decided; bright: still open; one scale for all).
+
+    originals: (n, 3, H, W) in [-1, 1]; by_tokens: prefix length -> (n, 3, H, W); maps: prefix
+    length -> (n, H, W), standard deviations."""
+    import matplotlib
+
+    most = max(float(m.max()) for m in maps.values()) or 1.0
+    colours = torch.from_numpy(matplotlib.colormaps["inferno"](np.linspace(0, 1, 256))[:, :3])
+    rows = []
+    for i, original in enumerate(originals):
+        decoded = [pictures[i] for pictures in by_tokens.values()]
+        rows.append(torch.stack([*decoded, original.to(decoded[0].device)]))
+        levels = [(m[i] / most * 255).round().long() for m in maps.values()]
+        rows.append(torch.stack([colours[level].permute(2, 0, 1) * 2 - 1 for level in levels]))
+    labels = [f"{k} token{'s' if k > 1 else ''}" for k in by_tokens] + ["original"]
+    scale = max(1, 96 // originals.shape[-1])
+    return grid(rows, labels, ["", f"0 to {most:.0f}"] * len(originals), scale)
+
+
+Points = list[tuple[float, float]]
+
+
+def curves(
+    panels: dict[str, dict[str, Points]], x_label: str, logarithmic: bool = False
+) -> Image.Image:
+    """A plot for each panel, side by side. panels: y label -> line's name -> (x, y) points, drawn
+    in their order; logarithmic: x in powers of two."""
+    from matplotlib.figure import Figure  # without pyplot: no display, no global state
+
+    figure = Figure(figsize=(4 * len(panels), 3.4), dpi=110, layout="constrained")
+    for axes, (y_label, lines) in zip(
+        np.atleast_1d(figure.subplots(1, len(panels))), panels.items(), strict=True
+    ):
+        for name, points in lines.items():
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name)
+        if logarithmic:
+            places = sorted({x for points in lines.values() for x, _ in points})
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(places, [f"{x:.3g}" for x in places])
+        axes.set(xlabel=x_label, ylabel=y_label)
+        axes.grid(alpha=0.3)
+        if len(lines) > 1:
+            axes.legend(fontsize="small")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return Image.open(buffer).convert("RGB")
 
 
 def save(picture: Image.Image, path: str | Path) -> Path:

@@ -64,9 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--skip", type=float, default=0.0, help="seconds without kills"
-    )
+    parser.add_argument("--skip", type=float, default=0.0, help="seconds without kills")
     parser.add_argument("--compare", nargs="+", default=["*.safetensors"], metavar="PATTERN")
     parser.add_argument("--work", type=Path, help="where to write, by default a temporary folder")
     parser.add_argument("command", nargs="+", help="after --, with {out} for its output folder")

@@ -22,6 +22,25 @@ TINY = {
     "quantizer": {"name": "fsq", "levels": [8, 5, 5]},
 }
 
+VQGAN = {
+    "image_size": 16,
+    "dim": 32,
+    "multipliers": [1, 1, 1],
+    "num_blocks": 1,
+    "quantizer": {"name": "vq", "codebook_size": 12, "dim": 4, "l2_norm": False},
+}
+TITOK = {
+    "image_size": 16,
+    "patch_size": 4,
+    "num_tokens": 6,
+    "head_dim": 8,
+    "encoder_dim": 16,
+    "encoder_depth": 1,
+    "decoder_dim": 16,
+    "decoder_depth": 1,
+    "quantizer": {"name": "vq", "codebook_size": 32, "dim": 4},
+}
+
 
 def randomize(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     """Give every parameter random values, so that no zero-initialised layer hides a mistake."""

@@ -8,7 +8,7 @@ from conftest import tiny_gpt, tiny_tokenizer
 from PIL import Image
 
 from flextok.cli import main
-from flextok.pipeline import remember_tokenizer
+from flextok.pipeline import load_model, remember_tokenizer
 
 ROOT = Path(__file__).parent.parent
 
@@ -20,6 +20,10 @@ def models(tmp_path):
     gpt.metadata["class_names"] = ["cats", "dogs", "cows", "hens", "bees"]
     remember_tokenizer(gpt, tmp_path / "gpt", tokenizer, str(tmp_path / "tokenizer"))
     gpt.save_pretrained(tmp_path / "gpt")
+    encoder = {"name": "bytes", "dim": 16, "depth": 1, "num_heads": 2, "max_length": 24}
+    text = tiny_gpt(conditioner={"name": "text", "encoder": encoder})
+    remember_tokenizer(text, tmp_path / "text", tokenizer, str(tmp_path / "tokenizer"))
+    text.save_pretrained(tmp_path / "text")
     return tmp_path
 
 
@@ -97,6 +101,93 @@ def test_generate_by_class(models):
     assert Image.open(output).height > 6 * 128
 
 
+def test_generate_by_prompt_writes_the_strip_and_the_pictures(models, caplog, monkeypatch):
+    monkeypatch.setattr("flextok.cli.TEXT_MODEL", str(models / "text"))
+    few = ["--num-tokens", 1, 4, "--steps", 1]
+    code, output = sample(models, "--prompt", "a red heart", "x" * 30, "--num-samples", 2, *few)
+    assert code == 0
+    assert "1 of 2 prompts are longer than max_length=24 tokens and are cut" in caplog.text
+    assert Image.open(output).height > 4 * 128
+    pictures = [Image.open(output.with_name(f"grid-{i}.png")) for i in (1, 2, 3, 4)]
+    assert {picture.size for picture in pictures} == {(16, 16)}
+    assert len({picture.tobytes() for picture in pictures}) == 4  # samples, not copies
+
+
+def test_prompts_come_from_a_file_or_a_data_set(models):
+    few = ["--num-tokens", 1, "--steps", 1]
+    (models / "prompts.txt").write_text("\ufeffa whale\n\n  a key \n", encoding="utf-8")
+    code, output = sample(models, models / "text", "--prompts-file", models / "prompts.txt", *few)
+    assert code == 0
+    assert len(list(output.parent.glob("grid-*.png"))) == 2
+    two = Image.open(output).height
+    scenes = "{name: emoji_scenes, max_objects: 1, vocabulary: basic, prompts: held_out}"
+    code, _ = sample(models, models / "text", "--data", scenes, "--limit", 1, *few)
+    assert code == 0
+    assert Image.open(output).height < two
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "message"),
+    [
+        ("text", ["--prompts-file", "EMPTY"], "is empty: write one prompt a line"),
+        ("text", ["--prompts-file", "nowhere.txt"], "no such file"),
+        ("text", ["--prompts-file", "BINARY"], "is not UTF-8 text"),
+        ("text", [], "name the prompts: --prompt"),
+        ("text", ["--prompt", "a", "--data", "emoji"], "name the prompts"),
+        ("text", ["--classes", "1"], "makes pictures from prompts"),
+        ("text", ["--prompt", "a", "--num-samples", "0"], "--num-samples 0"),
+        ("text", ["--prompt", "a", "--num-tokens", "64"], "--num-tokens 64 must be in [1, 8]"),
+        ("text", ["--data", "{name: emoji_scenes, prompt: x}"], "unknown key 'prompt'"),
+        ("text", ["--data", "{name: [}"], "is no mapping"),
+        ("gpt", ["--prompt", "a heart"], "knows classes, not prompts"),
+        ("tokenizer", ["--prompt", "a heart"], "has no --classes or prompts"),
+    ],
+)
+def test_mistakes_with_prompts_are_told_in_one_line(models, capsys, model, arguments, message):
+    (models / "empty.txt").write_text(" \n\n")
+    (models / "binary.txt").write_bytes(b"\xff\xfe\x00heart")
+    places = {"EMPTY": models / "empty.txt", "BINARY": models / "binary.txt"}
+    code, _ = sample(models, models / model, *(places.get(a, a) for a in arguments))
+    error = capsys.readouterr().err.strip()
+    assert code == 1
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_without_a_model_only_prompts_have_a_default(models, capsys):
+    assert sample(models, "--data", "emoji")[0] == 1
+    assert "name a model" in capsys.readouterr().err
+
+
+def test_align_prints_both_scores_and_writes_json(models, capsys):
+    scenes = "{name: emoji_scenes, max_objects: 2, vocabulary: basic, prompts: held_out}"
+    report, probe = models / "report" / "align.json", models / "report" / "probe.safetensors"
+    tokenizer = tiny_tokenizer(image_size=32, patch_size=8)
+    tokenizer.save_pretrained(models / "larger")
+    gpt = load_model(models / "text")
+    remember_tokenizer(gpt, models / "text", tokenizer, str(models / "larger"))
+    gpt.save_pretrained(models / "text")
+    command = ["align", str(models / "text"), "--data", scenes, "--limit", "8", "--steps", "1"]
+    command += ["--num-tokens", "1", "8", "--probe-steps", "3", "--probe", str(probe)]
+    assert main([*command, "--json", str(report)]) == 0
+    assert "score (shuffled prompts)" in capsys.readouterr().out
+    content = json.loads(report.read_text())
+    assert [r["num_tokens"] for r in content["results"]] == [1, 8]
+    assert all({"score", "shuffled", "by_count"} <= set(r) for r in content["results"])
+    written = probe.stat().st_mtime_ns
+    assert main(command) == 0  # takes the probe that is there
+    assert probe.stat().st_mtime_ns == written
+    capsys.readouterr()
+    for model, data, message in [
+        ("text", "emoji", "must be emoji_scenes"),
+        ("larger", scenes, "not a generator"),
+        ("text", "{name: emoji_scenes}", "trained for other scenes"),
+    ]:
+        code = main(["align", str(models / model), "--data", data, "--probe", str(probe)])
+        assert code == 1
+        assert message in capsys.readouterr().err
+
+
 def test_bad_pictures_are_skipped_and_counted(models, picture_folder, caplog, capsys):
     broken = picture_folder / "broken.png"
     broken.write_bytes(b"nothing")
@@ -130,7 +221,7 @@ def test_bad_pictures_are_skipped_and_counted(models, picture_folder, caplog, ca
             ["--data", "emoji", "--num-tokens", "9"],
             r"--num-tokens 9 must be in [1, 8]",
         ),
-        ("tokenizer", ["--data", "emoji", "--limit", "0"], "--limit 0"),
+        ("tokenizer", ["--data", "emoji", "--limit", "0"], "limit 0"),
         ("tokenizer", ["--data", "emoji", "--classes", "1"], "has no --classes"),
         ("tokenizer", ["--data", "emoji", "--device", "abacus"], "--device abacus"),
         ("gpt", ["--classes", "unicorns"], "unknown class 'unicorns'; known: cats, dogs"),

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from flextok import cli
 from flextok.generators import GPT, MaskGIT
+from flextok.generators.text import Text
 from flextok.hub import CheckpointError, fingerprint
 from flextok.pipeline import load_model
 from flextok.tokenizers import FlexTok, MaskGITVQGAN, TiTok
@@ -177,11 +178,43 @@ def test_ar_golden_parity(tmp_path):
     )
     both = GPT.from_pretrained(tmp_path / "with_tokenizer.safetensors")
     assert fingerprint(both) == fingerprint(model)
-    assert both.metadata["provenance"]["left_out"] == "1 tensors of models.image_tokenizer.*"
-    weights["models.ar_image_model.trunk.blocks.0.cross_attn.Wk.weight"] = torch.zeros(32, 32)
-    save_file(weights, tmp_path / "text.safetensors")
-    with pytest.raises(CheckpointError, match="text-conditional"):
-        GPT.from_pretrained(tmp_path / "text.safetensors")
+    left_out = both.metadata["provenance"]["left_out"]
+    assert left_out == "1 tensors of its tokenizer or text encoder"
+
+
+@torch.no_grad()
+def test_text_ar_golden_parity_and_its_mlp(tmp_path):
+    golden = load_file(GOLDEN / "flextok" / "ar_golden.safetensors")
+    weights = load_file(GOLDEN / "flextok" / "ar_t2i_state_dict.safetensors")
+    text = Text(golden["t2i_text_embeddings"], golden["t2i_text_valid"].bool())
+    save_file(weights, tmp_path / "plain.safetensors")
+    plain = GPT.from_pretrained(tmp_path / "plain.safetensors")
+    assert plain.config.generate.guidance_scale == 3
+    close(plain(golden["ids"][:, :-1], text), golden["t2i_tf_logits"], 1e-5)
+    assert any("flan-t5-xl" in point for point in plain.metadata["provenance"]["assumed"])
+
+    draws = torch.Generator().manual_seed(0)
+    first, second, bias = (torch.randn(n, generator=draws) for n in ((24, 20), (32, 24), 24))
+    with_mlp = {
+        **weights,
+        "models.some.name.second.weight": second,  # before the first: the shapes decide
+        "models.some.name.first.weight": first,
+        "models.some.name.first.bias": bias,
+        "models.text.encoder.block.0.layer.0.SelfAttention.q.weight": torch.zeros(4, 4),
+        "models.text.shared.weight": torch.zeros(4, 4),
+    }
+    save_file(with_mlp, tmp_path / "mlp.safetensors")
+    model = GPT.from_pretrained(tmp_path / "mlp.safetensors")
+    assert model.conditioner.encoder.dim == 20
+    assert model.metadata["provenance"]["left_out"].startswith("2 tensors")
+    raw = Text(torch.randn(2, 6, 20, generator=draws), text.mask)
+    hidden = torch.nn.functional.gelu(raw.values @ first.T + bias, approximate="tanh")
+    expected = plain(golden["ids"][:, :-1], Text(hidden @ second.T, text.mask))
+    close(model(golden["ids"][:, :-1], raw), expected, 1e-4)
+
+    save_file({**with_mlp, "models.x.weight": bias + 1}, tmp_path / "more.safetensors")
+    with pytest.raises(CheckpointError, match="unknown published key"):
+        GPT.from_pretrained(tmp_path / "more.safetensors")
 
 
 @torch.no_grad()

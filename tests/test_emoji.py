@@ -11,6 +11,7 @@ import webdataset
 from PIL import Image
 
 from flextok.data.emoji import (
+    BASIC,
     COLORS,
     Emoji,
     EmojiScenes,
@@ -90,6 +91,9 @@ def test_item():
         (lambda: EmojiScenes("test"), "'test'"),
         (lambda: EmojiScenes(max_objects=10), "max_objects=10"),
         (lambda: EmojiScenes(size=8), "size=8"),
+        (lambda: EmojiScenes(vocabulary="few"), "vocabulary='few'"),
+        (lambda: EmojiScenes(prompts="test"), "prompts='test'"),
+        (lambda: EmojiScenes("validation", vocabulary="basic"), "prompts=held_out"),
     ],
 )
 def test_mistakes_are_named(make, words):
@@ -123,6 +127,19 @@ def test_scenes_hold_emoji_of_their_split_only(split):
     scenes, allowed = EmojiScenes(split), {r.name for r in select_records(split)}
     for index in range(100):
         assert {o["name"] for o in scenes[index]["objects"]} <= allowed
+
+
+def test_held_out_prompts_never_occur_in_training_and_hold_known_emoji():
+    options = {"vocabulary": "basic", "max_objects": 2}
+    train, held_out = (EmojiScenes(prompts=p, **options) for p in ("train", "held_out"))
+    captions = [{scenes[i]["caption"] for i in range(300)} for scenes in (train, held_out)]
+    assert not captions[0] & captions[1]
+    assert len(captions[1]) > 200
+    assert len(BASIC) == len(train.records) == 24
+    # a scene that both "all" and "train" may show is the same in both
+    everything = EmojiScenes(**options)
+    same = [everything[i]["caption"] == train[i]["caption"] for i in range(200)]
+    assert 0.8 < sum(same) / 200 < 1
 
 
 def test_labels_count_the_objects_and_all_numbers_occur():

@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -6,6 +7,7 @@ from conftest import tiny_tokenizer
 
 from flextok.nn.embeddings import patchify, unpatchify
 from flextok.tokenizers import FlexTok, FlexTokConfig
+from flextok.vae import IdentityVAE
 
 
 def seeded(seed=0):
@@ -264,6 +266,62 @@ def test_bad_indices_and_options_are_refused(indices, options, message):
         tiny_tokenizer().decode(indices, **{"num_steps": 1, **options})
 
 
+def test_pixels_are_standardised_and_brought_back(images):
+    plain, scaled = tiny_tokenizer(), tiny_tokenizer()
+    scaled.load_state_dict(plain.state_dict())
+    scaled.vae = IdentityVAE(shift=0.5, scale=0.5)
+    assert torch.equal(scaled.encode(images), plain.encode((images - 0.5) * 0.5))
+    torch.testing.assert_close(scaled.vae.decode(scaled.vae.encode(images)), images)
+    with pytest.raises(ValueError, match="must be positive"):
+        tiny_tokenizer(vae={"name": "identity", "scale": 0.0})
+
+
+def test_a_small_position_temperature_sets_neighbouring_patches_apart():
+    def likeness(temperature):
+        positions = tiny_tokenizer(position_temperature=temperature).encoder.patch_pos
+        return torch.cosine_similarity(positions[0, :, 0, 0], positions[0, :, 0, 1], dim=0)
+
+    assert likeness(10.0) < likeness(10_000.0) < 1
+
+
+def test_token_std_sets_the_learned_tokens_spread():
+    model = FlexTok(FlexTokConfig(image_size=32, encoder_dim=256, vae={"name": "identity"}))
+    wide = FlexTok(dataclasses.replace(model.config, token_std=1.0))
+    assert model.encoder.registers.std().item() == pytest.approx(0.02, rel=0.05)
+    assert wide.encoder.registers.std().item() == pytest.approx(1.0, rel=0.05)
+
+
 def test_an_image_size_that_does_not_divide_is_refused():
     with pytest.raises(ValueError, match="image_size=20 must be a multiple of 16"):
         FlexTok(FlexTokConfig(image_size=20, patch_size=16, vae={"name": "identity"}))
+
+
+def test_2d_baseline_pools_patches_and_has_no_registers(images):
+    model = tiny_tokenizer(num_registers=8, token_grid=[4, 2], nested_dropout="none")
+    assert not any("registers" in name for name, _ in model.named_parameters())
+    assert (model.num_tokens, model.decodes_prefixes) == (8, False)
+    indices = model.encode(images)
+    assert indices.shape == (3, 8)
+    # row by row: what cannot change beyond its cell without attention stays in its token
+    blocks, model.encoder.blocks = model.encoder.blocks, torch.nn.ModuleList()
+    before = model.encoder(images)
+    images[:, :, 4:8, 8:] += 0.3  # the second row, right half: token 2 * 1 + 1
+    changed = (model.encoder(images) - before).abs().amax(dim=(0, 2)) > 1e-6
+    model.encoder.blocks = blocks
+    assert changed.tolist() == [False, False, False, True] + [False] * 4
+    options = {"num_steps": 1, "guidance_scale": 1.0}
+    assert model.decode(indices, **options).shape == images.shape
+    with pytest.raises(ValueError, match="2D grid decodes all 8 tokens only, got 3"):
+        model.decode(indices[:, :3], **options)
+    losses = model.train().loss(images, torch.Generator().manual_seed(0))
+    losses["loss"].backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [([4, 4], "num_registers=8 must be 16"), ([3, 2], "two divisors of 4"), ([8], "two divisors")],
+)
+def test_2d_baseline_needs_a_fitting_grid(grid, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_tokenizer(token_grid=grid)

@@ -16,6 +16,8 @@ from flextok.flow.guidance import GUIDANCE
 from flextok.flow.solvers import euler
 from flextok.generators import GPT, GPTConfig
 from flextok.generators.sampling import filtered_probabilities
+from flextok.generators.text import Text
+from flextok.schema import from_mapping
 from flextok.tokenizers import FlexTok, FlexTokConfig
 
 GOLDEN = Path(__file__).parent / "golden" / "flextok"
@@ -194,6 +196,20 @@ def test_ar_filters(ar):
         close(filtered_probabilities(logits, **options), ar[name].view_as(logits))
 
 
+@torch.no_grad()
+def test_ar_text_logits(ar):
+    """The goldens' context has the trunk's width: nothing stands between encoder and trunk."""
+    state = convert.ar_state(load_file(GOLDEN / "ar_t2i_state_dict.safetensors"))
+    model = GPT(from_mapping(GPTConfig, convert.ar_config(state)))
+    model.load_weights(state, "golden")
+    text = Text(ar["t2i_text_embeddings"], ar["t2i_text_valid"].bool())
+    assert not text.mask.all()  # the second prompt is padded
+    ids = ar["ids"]
+    close(model.eval()(ids[:, :-1], text), ar["t2i_tf_logits"])
+    alone = Text(text.values[1:, :3], text.mask[1:, :3])
+    close(model(ids[1:, :-1], alone), ar["t2i_tf_logits"][1:])
+
+
 @pytest.mark.parametrize("name", ["d12_d12", "d18_d18", "d18_d28"])
 def test_full_size_models_have_the_published_keys_shapes_and_counts(name):
     published = json.loads((GOLDEN / f"keys_{name}.json").read_text())
@@ -211,12 +227,21 @@ def test_full_size_models_have_the_published_keys_shapes_and_counts(name):
     assert sum(p.numel() for p in model.parameters()) == report["total_with_vae"]
 
 
+CLASSES = {"name": "class", "num_classes": 1000}
+TEXT = {"name": "text", "encoder": {"name": "pretrained", "dim": 2048}}
+
+
 @pytest.mark.parametrize(
-    ("depth", "millions"), [(10, 49), (12, 85), (16, 201), (20, 393), (24, 679), (30, 1330)]
+    ("conditioner", "depth", "millions"),
+    [
+        *((CLASSES, *size) for size in ((10, 49), (12, 85), (16, 201), (20, 393), (24, 679))),
+        (CLASSES, 30, 1330),
+        *((TEXT, *size) for size in ((12, 113), (18, 382), (26, 1150), (36, 3060))),
+    ],
 )
-def test_ar_sizes_are_the_published_ones(depth, millions):
+def test_ar_sizes_are_the_published_ones(conditioner, depth, millions):
     with torch.device("meta"):
-        model = GPT(GPTConfig(depth=depth))
+        model = GPT(GPTConfig(depth=depth, conditioner=conditioner))
     tables = (model.embedding, model.head, model.conditioner)
     count = sum(p.numel() for p in model.parameters())
     count -= sum(p.numel() for table in tables for p in table.parameters())

@@ -1,10 +1,13 @@
 """MaskGIT with its BERT-like and U-ViT backbones, against the published ones and in itself."""
 
+from typing import NamedTuple
+
 import pytest
 import torch
 from golden.titok.load import close, golden, load_case, published_shapes
 
 from flextok.convert import maskgit_config, maskgit_state
+from flextok.generators.conditioning import CONDITIONERS, Condition
 from flextok.generators.maskgit import (
     MaskGIT,
     MaskGITConfig,
@@ -31,9 +34,8 @@ def load(name):
 def build(backbone="bert", **changes):
     torch.manual_seed(0)
     defaults = {"vocab_size": 20, "num_tokens": 8, "dim": 16, "depth": 3, "num_heads": 2}
-    model = MaskGIT(
-        MaskGITConfig(**{**defaults, "num_classes": 5, "backbone": backbone, **changes})
-    )
+    defaults["conditioner"] = {"name": "class", "num_classes": 5, "learned_null": True}
+    model = MaskGIT(MaskGITConfig(**{**defaults, "backbone": backbone, **changes}))
     for parameter in model.parameters():  # so that untrained logits differ
         torch.nn.init.normal_(parameter, std=0.3)
     return model.eval()
@@ -90,7 +92,7 @@ def test_golden_generation(name, case_name):
     case = golden()[name]["cases"][case_name]
     model, io = load(name)
     steps = []
-    model.register_forward_pre_hook(lambda module, args: steps.append(args[0][:2].clone()))
+    model.embedding.register_forward_pre_hook(lambda _, args: steps.append(args[0][:2].clone()))
     indices = model.generate(
         io["labels"],
         num_steps=case["steps"],
@@ -203,7 +205,7 @@ def test_no_guidance_equals_the_conditional_model(scale, decay):
         )
 
     indices = run()
-    model.guided_logits = lambda indices, cond, weight: model(indices, cond)
+    model.guided_logits = lambda indices, condition, both, weight: model.logits(indices, condition)
     assert torch.equal(indices, run())
 
 
@@ -212,7 +214,9 @@ def test_guided_logits_are_the_two_branches():
     model, cond = build(), torch.tensor([1, 2])
     indices = torch.full((2, 8), model.mask_index)
     c, u = model(indices, cond), model(indices, torch.full_like(cond, -1))
-    close(model.guided_logits(indices, cond, 1.5), c + 1.5 * (c - u), 1e-5)
+    condition, null = model.conditioner(cond), model.conditioner(torch.full_like(cond, -1))
+    guided = model.guided_logits(indices, condition, condition.join(null), 1.5)
+    close(guided, c + 1.5 * (c - u), 1e-5)
 
 
 def test_both_guidance_conventions():
@@ -268,7 +272,10 @@ def test_mask_ratio_and_gumbel():
 @pytest.mark.parametrize("backbone", ["bert", "uvit"])
 def test_overfits_one_batch_of_classes(backbone):
     torch.manual_seed(0)
-    config = MaskGITConfig(20, 8, backbone, 32, 1, 2, num_classes=2, dropout=0.0, cond_drop=0.0)
+    classes = {"name": "class", "num_classes": 2}
+    config = MaskGITConfig(
+        20, 8, backbone, 32, 1, 2, conditioner=classes, dropout=0.0, cond_drop=0.0
+    )
     model = MaskGIT(config).train()
     indices, cond = torch.randint(20, (2, 8)), torch.tensor([0, 1])
     optimizer = torch.optim.Adam(model.parameters(), 5e-3)
@@ -277,15 +284,57 @@ def test_overfits_one_batch_of_classes(backbone):
         optimizer.zero_grad()
         model.loss(indices.repeat(16, 1), cond.repeat(16), draws)["loss"].backward()
         optimizer.step()
-    assert torch.equal(model.eval().generate(cond, generator=draws, temperature=0), indices)
+    greedy = {"temperature": 0, "guidance_scale": 0}  # the null condition was not trained
+    assert torch.equal(model.eval().generate(cond, generator=draws, **greedy), indices)
 
 
 def test_unconditional():
-    model = build(num_classes=0)
+    model = build(conditioner={"name": "none"})
     calls = []
-    model.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
+    model.embedding.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
     assert model.generate(torch.zeros(3)).shape == (3, 8)
     assert set(calls) == {3}
+
+
+class Words(torch.nn.Module):
+    """A condition of features to attend to, ragged: cond (B, L) holds numbers, -1 = padding."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(9, dim)
+
+    def prepare(self, cond, device):
+        return cond.to(device)
+
+    def forward(self, cond, drop=None):
+        words = self.embedding(cond.clamp_min(0))
+        return Condition(torch.zeros_like(words[:, 0]), Features(words, cond >= 0))
+
+    def null_like(self, cond):
+        return torch.zeros_like(cond)
+
+
+class Features(NamedTuple):
+    values: torch.Tensor
+    mask: torch.Tensor
+
+    def join(self, other):
+        return Features(*(torch.cat(pair) for pair in zip(self, other, strict=True)))
+
+
+@pytest.mark.parametrize("backbone", ["bert", "uvit"])
+def test_attends_to_a_condition_with_features(backbone, monkeypatch):
+    monkeypatch.setitem(CONDITIONERS, "words", Words)
+    model = build(backbone, conditioner={"name": "words"})
+    indices, words = torch.randint(20, (2, 8)), torch.tensor([[1, 2, -1], [3, 4, 5]])
+    logits = model(indices, words)
+    assert logits.shape == (2, 8, 20)
+    assert not torch.allclose(logits, model(indices, words.flip(0)))
+    close(model(indices[:1], words[:1, :2]), logits[:1], 1e-5)  # padding changes nothing
+    draws = torch.Generator().manual_seed(0)
+    assert model.generate(words, guidance_scale=2.0, generator=draws).shape == (2, 8)
+    model.loss(indices, words, draws)["loss"].backward()
+    assert model.conditioner.embedding.weight.grad[1:6].any(dim=-1).all()
 
 
 def test_saves_and_loads(tmp_path):

@@ -44,3 +44,15 @@ def test_samples_follow_the_probabilities():
     drawn = sample(x, generator=torch.Generator().manual_seed(0))
     share = torch.bincount(drawn, minlength=5) / len(x)
     torch.testing.assert_close(share, x[0].softmax(-1), atol=0.01, rtol=0)
+
+
+def test_a_generator_for_each_row_makes_rows_independent_of_their_batch():
+    def seeded(rows):
+        return [torch.Generator().manual_seed(row) for row in rows]
+
+    x = logits(6)
+    together = sample(x, generator=seeded(range(6)))
+    apart = torch.cat([sample(x[i : i + 1], generator=seeded([i])) for i in range(6)])
+    assert torch.equal(together, apart)
+    same = sample(x[:1].expand(6, -1), generator=seeded(range(6)))
+    assert len(same.unique()) > 1

@@ -117,6 +117,10 @@ def test_golden_first_stage():
     assert losses["loss"].item() == pytest.approx(expected["total_loss"], rel=1e-6)
     assert losses["proxy"].item() == pytest.approx(expected["reconstruction_loss"], rel=1e-6)
     assert losses["quantizer"].item() == pytest.approx(expected["quantizer_loss"], rel=1e-6)
+    z, alone = model.encoder(io["image"]), model.quantizer
+    for part, weights in (("commitment", (0.25, 0.0)), ("codebook", (0.0, 1.0))):
+        alone.commitment, alone.codebook_weight = weights
+        assert alone(z)[2].item() == pytest.approx(expected[f"{part}_loss"], rel=1e-6)
     names = {key: ours for key in expected["grad_norms"] for ours in titok_state(shaped(key))}
     parameters = dict(model.named_parameters())
     assert set(names.values()) == set(parameters)

@@ -13,13 +13,12 @@ from flextok.cli import main
 from flextok.data import tokens
 from flextok.data.datasets import ImageFolder
 from flextok.data.processes import Process, this_process
+from flextok.data.text import pack, unpack
 from flextok.data.tokens import (
     TokenDataset,
     build_token_cache,
     cache_identity,
     is_finished,
-    pack,
-    unpack,
     verify_token_cache,
 )
 from flextok.data.transforms import ImageTransform
@@ -226,7 +225,7 @@ def test_a_generator_as_tokenizer_and_other_mistakes_of_the_command(command, tmp
         ({1: str(tmp_path / "gpt")}, "is a generator"),
         ({2: "nowhere"}, "neither a folder"),
         ({2: "{name: folders}"}, "unknown dataset 'folders'"),
-        ({2: "{name: [}"}, "no valid YAML"),
+        ({2: "{name: [}"}, "is no mapping"),
     ):
         changed = [changes.get(i, a) for i, a in enumerate(arguments)]
         assert main(changed) == 1

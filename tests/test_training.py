@@ -2,16 +2,28 @@
 
 import csv
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from conftest import TINY, tiny_gpt, tiny_tokenizer
+from conftest import TINY, TITOK, VQGAN, tiny_gpt, tiny_tokenizer
+from test_text import save_encoder
 
 from flextok.config import OptimConfig, load_experiment
+from flextok.data.datasets import ImageFolder, take
+from flextok.data.text import TextCache
+from flextok.data.tokens import TokenDataset
+from flextok.evaluation.evaluate import evaluate_tokenizer
+from flextok.evaluation.job import Cell, Options
+from flextok.generators import GENERATORS
+from flextok.hub import fingerprint
+from flextok.losses import perceptual
 from flextok.pipeline import load_model
 from flextok.schema import ConfigError
+from flextok.tokenizers import TOKENIZERS, MaskGITVQGAN, VQGANConfig
 from flextok.training.optim import make_optimizer, parameter_groups, warmup_cosine
 from flextok.training.run import build_model, train
 from flextok.training.sharding import compile_blocks
@@ -47,16 +59,16 @@ def tokenizer_yaml(folder, pictures, **trainer) -> Path:
     return path
 
 
-def generator_yaml(folder, pictures) -> Path:
+def generator_yaml(folder, pictures, name="generator", **model) -> Path:
     experiment = yaml.safe_load(tokenizer_yaml(folder, pictures).read_text())
     experiment |= {
         "task": "generator",
-        "output_dir": str(folder / "generator"),
+        "output_dir": str(folder / name),
         "tokenizer": str(folder / "tokenizer"),
-        "model": {"name": "gpt", "depth": 2, "dim": 32},
+        "model": {"name": "gpt", "depth": 2, "dim": 32, **model},
     }
     experiment["data"]["token_variants"] = 3
-    path = folder / "generator.yaml"
+    path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(experiment))
     return path
 
@@ -106,8 +118,16 @@ def uninterrupted(tmp_path_factory):
         for i in range(3):
             pixels = torch.randint(0, 256, (16, 16, 3), generator=draws, dtype=torch.uint8)
             Image.fromarray(pixels.numpy()).save(pictures / name / f"{i}.png")
+        (pictures / name / "0.txt").write_text(f"two {name} left of a tree")
     train(load_experiment(tokenizer_yaml(folder, pictures)))
     train(load_experiment(generator_yaml(folder, pictures)))
+    encoders = {
+        "text": {"name": "bytes", "dim": 16, "depth": 1, "num_heads": 2},
+        "frozen": {"name": "pretrained", "model": str(save_encoder(folder / "t5"))},
+    }
+    for name, encoder in encoders.items():
+        conditioner = {"name": "text", "encoder": encoder}
+        train(load_experiment(generator_yaml(folder, pictures, name, conditioner=conditioner)))
     return folder
 
 
@@ -136,8 +156,64 @@ def test_the_generator_learned_its_sizes_from_tokenizer_and_data(uninterrupted):
     assert manifest["num_samples"] == 6
 
 
+@pytest.mark.parametrize("name", ["text", "frozen"])
+def test_a_text_generator_trains_on_captions(uninterrupted, name):
+    folder = uninterrupted / name
+    gpt = load_model(folder)
+    cache = TextCache(folder / "tokens" / "train" / "text", gpt.conditioner.encoder)
+    assert set(cache.places) == {"", "cats", "dogs", *(f"two {n} left of a tree" for n in CLASSES)}
+    tokens = TokenDataset(folder / "tokens" / "train")
+    assert tokens.captions[:6] == ["two cats left of a tree"] * 3 + ["cats"] * 3  # variants
+    first, last = (logged_losses(folder)[step] for step in (0, 5))
+    assert last < first
+    encoder = gpt.config.conditioner["encoder"]
+    if name == "frozen":  # pinned: the generator says whose embeddings it reads
+        assert encoder["dim"] == 16
+        assert encoder["revision"] == gpt.conditioner.encoder.identity()["revision"]
+    drawn = gpt.generate(["cats", "dogs"], generator=torch.Generator().manual_seed(0))
+    assert drawn.shape == (2, 8)
+
+
+CLASSES = ("cats", "dogs")
+
+
+def test_captions_and_flips_do_not_go_together_silently(uninterrupted, tmp_path, caplog):
+    overrides = [f"output_dir={tmp_path / 'run'}", "trainer.max_steps=1"]
+    train(load_experiment(uninterrupted / "text.yaml", overrides))
+    assert "data.flip=true mirrors pictures, and 6 captions say left or right" in caplog.text
+
+
+def test_a_text_generator_without_captions_is_refused(uninterrupted, tmp_path):
+    flat = tmp_path / "flat"  # no class folders, whose names would be captions
+    shutil.copytree(uninterrupted / "pictures" / "cats", flat)
+    (flat / "0.txt").unlink()
+    overrides = [f"data.train={{name: folder, root: {flat}}}", "data.validation=null"]
+    with pytest.raises(ConfigError, match="no picture has a caption"):
+        train(load_experiment(uninterrupted / "text.yaml", [*overrides, f"output_dir={tmp_path}"]))
+
+
+def test_pictures_without_a_caption_are_counted(uninterrupted, tmp_path, caplog):
+    overrides = [
+        f"data.train={{name: folder, root: {uninterrupted / 'pictures' / 'cats'}}}",
+        "data.validation=null",
+        f"output_dir={tmp_path}",
+        "trainer.max_steps=1",
+    ]
+    train(load_experiment(uninterrupted / "text.yaml", overrides))
+    assert "6 of 9 pictures have no caption" in caplog.text  # two of three, in three variants
+
+
+def test_a_text_cache_made_by_another_encoder_is_refused(uninterrupted, tmp_path):
+    overrides = [
+        f"output_dir={tmp_path / 'run'}",
+        f"data.token_cache={uninterrupted / 'frozen' / 'tokens'}",
+    ]
+    with pytest.raises(ValueError, match=r"were read with encoder=.*now it is 'bytes'"):
+        train(load_experiment(uninterrupted / "text.yaml", overrides))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("task", ["tokenizer", "generator"])
+@pytest.mark.parametrize("task", ["tokenizer", "generator", "text"])
 @pytest.mark.parametrize("step", [3, 5])
 def test_a_resumed_run_repeats_the_uninterrupted_one_to_the_last_bit(
     uninterrupted, tmp_path, monkeypatch, task, step
@@ -156,6 +232,32 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_to_the_last_bit(
     assert resumed == {k: v for k, v in expected.items() if k in resumed}
     for key, value in weights(uninterrupted / task).items():
         assert torch.equal(weights(tmp_path / "run")[key], value), key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["tokenizer", "generator"])
+def test_periodic_evaluation_is_the_commands_on_the_exported_model(uninterrupted, tmp_path, task):
+    folder = tmp_path / "run"
+    evaluation = "evaluation={every: 2, num_tokens: [1, 8], limit: 4, batch_size: 3}"
+    train(load_experiment(uninterrupted / f"{task}.yaml", [f"output_dir={folder}", evaluation]))
+    reports = list((folder / "evaluation").glob("*/*"))
+    assert [p.relative_to(folder).as_posix() for p in reports] == [
+        "evaluation/step-0000006/report.json"  # of the validations at 3 and 6 the second
+    ]
+    report = json.loads(reports[0].read_text())
+    assert [r["num_tokens"] for r in report["results"]] == [1, 8]
+    assert report["settings"]["sample_count"] == 4
+    assert report["settings"]["model_hash"] == fingerprint(load_model(folder))
+    if task == "tokenizer":
+        pictures = take(ImageFolder(uninterrupted / "pictures"), 4)
+        again = evaluate_tokenizer(
+            load_model(folder), pictures, [Cell(1), Cell(8)], Options(networks=(), batch_size=3)
+        )
+        scores = [r["scores"] for r in again["results"]]
+        assert scores == [r["scores"] for r in report["results"]]
+        (logs,) = folder.glob("logs/csv/version_*/metrics.csv")
+        logged = [row for row in csv.DictReader(logs.open()) if row.get("eval/psnr@8")]
+        assert [float(row["eval/psnr@8"]) for row in logged] == [scores[1]["psnr"]]
 
 
 def test_a_finished_run_started_again_changes_nothing(uninterrupted):
@@ -191,6 +293,9 @@ def test_a_token_cache_of_something_else_is_refused(uninterrupted, tmp_path):
         ("data.train.root=/nowhere", "root='/nowhere' is not a folder"),
         ("optim.lr=fast", "optim.lr='fast' must be of type float"),
         ("task=both", "task='both' must be one of"),
+        ("evaluation={evry: 1}", "unknown key 'evry' in 'evaluation'.*Did you mean 'every'"),
+        ("evaluation={networks: [incepton]}", "unknown network 'incepton'"),
+        ("evaluation={every: 0}", "evaluation.every=0 must be at least 1"),
         ("lonely", "must look like key=value"),
     ],
 )
@@ -203,6 +308,15 @@ def test_config_mistakes_are_told_before_training(uninterrupted, tmp_path, overr
         )
 
 
+@pytest.mark.parametrize("asked", ["adversarial={}", "evaluation={}", "trainer.revive_every=5"])
+def test_what_a_sharded_model_cannot_do_is_refused(uninterrupted, asked):
+    source = uninterrupted / "tokenizer.yaml"
+    load_experiment(source, [asked])
+    name = asked.split("=")[0]
+    with pytest.raises(ConfigError, match=f"fsdp2 shards the model, {name} needs it whole"):
+        load_experiment(source, ["trainer.strategy=fsdp2", asked])
+
+
 def test_missing_and_broken_config_files(tmp_path):
     with pytest.raises(ConfigError, match="no config file"):
         load_experiment(tmp_path / "nothing.yaml")
@@ -211,6 +325,17 @@ def test_missing_and_broken_config_files(tmp_path):
         load_experiment(tmp_path / "broken.yaml")
 
 
+PUBLISHED_SIZES = {  # parameters of the published checkpoints
+    "maskgit_vqgan": 54_515_587,
+    "titok_s128_stage2": 83_674_639,
+    "titok_b64_stage2": 204_814_095,
+    "titok_l32_stage2": 641_054_735,
+    "titok_bl128_vq8k": 390_179_988,
+    "titok_bl128_vae_c16": 389_581_940,
+    "maskgit_titok_l32": 177_202_432,
+    "maskgit_titok_b64": 177_227_008,
+    "maskgit_titok_s128": 294_990_848,
+}
 SHRUNKEN = {
     "flextok": [
         "model.image_size=32",
@@ -221,7 +346,20 @@ SHRUNKEN = {
         "model.num_registers=8",
     ],
     "gpt": ["model.depth=2", "model.dim=32"],
+    "maskgit": ["model.depth=3", "model.dim=32", "model.num_heads=2"],
+    "maskgit_vqgan": [f"model.{key}={value}" for key, value in VQGAN.items()],
+    "titok": [f"model.{key}={value}" for key, value in TITOK.items() if key != "quantizer"]
+    + [f"model.proxy={VQGAN}"],
 }
+
+
+class Difference(torch.nn.Module):
+    """In place of a perceptual loss whose weights are not here."""
+
+    source = "nowhere"
+
+    def forward(self, images, targets):
+        return (images - targets).abs().mean()
 
 
 @pytest.mark.slow
@@ -251,6 +389,10 @@ def test_every_config_takes_a_training_step_when_shrunk(
         conditioner = spec["model"].get("conditioner", {})
         if "num_classes" in conditioner:
             overrides.append("model.conditioner.num_classes=2")
+        if conditioner.get("encoder", {}).get("name") == "pretrained":
+            save_encoder(tmp_path / "t5")
+            overrides.append(f"model.conditioner.encoder.model={tmp_path / 't5'}")
+            overrides.append("model.conditioner.encoder.dim=null")
     if spec["model"].get("vae", {}).get("name") == "kl":
         vae = "{name: kl, channels: 16, block_channels: [8, 8, 8, 8], norm_groups: 4}"
         overrides.append(f"model.vae={vae}")
@@ -258,6 +400,18 @@ def test_every_config_takes_a_training_step_when_shrunk(
     if spec["model"].get("repa"):
         repa = "{model: vit_tiny_patch16_224, pretrained: false, hidden_dim: 16}"
         overrides.append(f"model.repa={repa}")
+    if spec["model"].get("perceptual"):
+        for loss in spec["model"]["perceptual"]:
+            monkeypatch.setitem(perceptual.PERCEPTUAL, loss, Difference)
+    if spec.get("adversarial"):
+        overrides.append("adversarial={start: 0, dim: 32, num_stages: 1}")
+    if "proxy" in spec.get("start", {}):
+        MaskGITVQGAN(VQGANConfig(**VQGAN)).save_pretrained(tmp_path / "proxy")
+        overrides.append(f"start.proxy={tmp_path / 'proxy'}")
+    if "first" in spec.get("start", {}):
+        config = load_experiment(path, [*overrides, "model.stage=proxy"])
+        build_model(TOKENIZERS, config.model).save_pretrained(tmp_path / "first")
+        overrides.append(f"start.first={tmp_path / 'first'}")
     train(load_experiment(path, [*overrides, "trainer.log_every=1"]))
     losses = logged_losses(tmp_path / "run")
     assert list(losses) == [0]
@@ -267,17 +421,19 @@ def test_every_config_takes_a_training_step_when_shrunk(
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_every_config_builds_at_full_size(path):
-    from flextok.generators import GENERATORS
-    from flextok.tokenizers import TOKENIZERS
-
     config = load_experiment(path)
     spec = {**config.model}
     registry = TOKENIZERS if config.task == "tokenizer" else GENERATORS
-    if config.task == "generator":
+    if config.task == "generator" and spec.get("conditioner", {}).get("name") != "text":
         spec["conditioner"] = {"name": "class", "num_classes": 10, **spec.get("conditioner", {})}
+        num_tokens = re.fullmatch(r"maskgit_titok_.(\d+)", path.stem)
+        sizes = {"vocab_size": 4096, "num_tokens": int(num_tokens[1])} if num_tokens else {}
+        spec |= sizes  # those of its tokenizer
     with torch.device("meta"):
         model = build_model(registry, spec)
-    assert sum(p.numel() for p in model.parameters()) > 1e5
+    size = sum(p.numel() for p in model.parameters())
+    assert size == PUBLISHED_SIZES.get(path.stem, size)
+    assert size > 1e5
 
 
 def test_kl_vae_without_weights_is_not_trained_on_noise(picture_folder, tmp_path):

@@ -220,7 +220,7 @@ def test_perceptual_weights_are_never_substituted(monkeypatch):
     with pytest.raises(ValueError, match=r"'lpips' needs pretrained weights.*no route to host"):
         perceptual.PerceptualLoss({"lpips": 1.0})(images, images)
     with pytest.raises(
-        ValueError, match=r"unknown perceptual loss 'vgg'.*Known: convnext_s, lpips"
+        ValueError, match=r"unknown perceptual loss 'vgg'.*Known: convnext_s, efficientnet_lite0"
     ):
         perceptual.PerceptualLoss({"vgg": 1.0})
 
@@ -245,7 +245,7 @@ def test_perceptual_networks(name, monkeypatch):
     assert value > 0
     assert a.grad.abs().sum() > 0
     assert a.grad.isfinite().all()
-    network = loss.networks[name]
+    network = loss.networks[name].network
     assert not network.training
     assert not any(p.requires_grad for p in network.parameters())
     close(value, 2 * network(a, b), 1e-6)

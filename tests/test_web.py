@@ -160,7 +160,9 @@ def bomb() -> bytes:
     """A PNG that says it is 50,000 x 50,000 pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     header = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
     pixels = zlib.compress(bytes(1_000_000))
@@ -398,7 +400,9 @@ def test_mistakes(shards):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_run_that_streams_continues_to_the_last_bit(shards, tmp_path_factory, monkeypatch, workers):
+def test_a_run_that_streams_continues_to_the_last_bit(
+    shards, tmp_path_factory, monkeypatch, workers
+):
     place = tmp_path_factory.mktemp("runs")
     stream = f"{{name: webdataset_stream, urls: '{shards}/*.tar', class_names: 3, shuffle: 4}}"
     path = tokenizer_yaml(place, shards, validate_every=100)

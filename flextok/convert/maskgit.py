@@ -113,7 +113,13 @@ def uvit_state(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def maskgit_state(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A published MaskGIT generator's state dict, of either backbone, in our names."""
-    return uvit_state(published) if "pos_embed" in published else bert_state(published)
+    state = uvit_state(published) if "pos_embed" in published else bert_state(published)
+    # one table in this order: codes, the mask, classes, the null class
+    rows = shape(state, "head.weight", 2)[0] + 1
+    shape(state, "embedding.weight", 2)
+    table = state.pop("embedding.weight")
+    parts = {"embedding.weight": table[:rows], "conditioner.embedding.weight": table[rows:]}
+    return state | parts
 
 
 def maskgit_config(
@@ -129,7 +135,7 @@ def maskgit_config(
     vocab_size, dim = shape(state, "head.weight", 2)
     num_tokens = shape(state, "positions", 2)[0] - 1
     hidden = shape(state, "blocks.0.fc1.bias", 1)[0]
-    num_classes = shape(state, "embedding.weight", 2)[0] - vocab_size - 2
+    num_classes = shape(state, "conditioner.embedding.weight", 2)[0] - 1
     backbone = "bert" if "segments" in state else "uvit"
     expected = {
         "hidden_size": dim,
@@ -150,7 +156,7 @@ def maskgit_config(
         "depth": count(state, r"blocks\.(\d+)\."),
         "num_heads": section.get("num_attention_heads", 16),
         "mlp_ratio": hidden / dim,
-        "num_classes": num_classes,
+        "conditioner": {"name": "class", "num_classes": num_classes, "learned_null": True},
         "cond_drop": section.get("class_label_dropout", 0.1),
         # known of the BERT-like one only
         "dropout": section.get("dropout", 0.1) if backbone == "bert" else 0.0,

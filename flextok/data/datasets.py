@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from flextok.data.emoji import Emoji, EmojiScenes
 from flextok.data.pictures import (
@@ -158,6 +158,17 @@ DATASETS: dict[str, Callable[..., Dataset[dict[str, Any]]]] = {
     "webdataset": WebDatasetImages,
     "webdataset_stream": WebDatasetStream,
 }
+
+
+def take(dataset: Any, limit: int | None) -> Any:
+    """At most `limit` items of a data set, evenly spread; None takes all."""
+    if limit is None or limit >= len(dataset):
+        return dataset
+    if limit < 1:
+        raise ValueError(f"limit {limit} must be at least 1")
+    chosen: Any = Subset(dataset, [i * len(dataset) // limit for i in range(limit)])
+    chosen.class_names = dataset.class_names
+    return chosen
 
 
 def load_huggingface(datasets: Any, path: str, split: str, config: str | None) -> Any:

@@ -8,6 +8,7 @@ import io
 import json
 import re
 import tarfile
+import zlib
 from collections.abc import Iterator
 from functools import cache
 from importlib import resources
@@ -127,6 +128,12 @@ LAYOUTS: dict[int, tuple[tuple[tuple[int, int], ...], tuple[float, float]]] = {
     8: (((3, 3),), (0.25, 0.32)),
     9: (((3, 3),), (0.25, 0.32)),
 }
+# Two dozen that stay apart at 32 px, for small models; all of the train split.
+BASIC = tuple(
+    """red heart, blue heart, green heart, yellow heart, bomb, star, banana, red apple, green apple,
+    strawberry, blue book, green book, orange book, basketball, frog, pig face, cat face, whale,
+    evergreen tree, fire, droplet, cloud, mushroom, key""".replace("\n    ", " ").split(", ")
+)
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 ROWS = {2: ("top", "bottom"), 3: ("top", "middle", "bottom")}
 BACKGROUND_TRIES = 3
@@ -135,11 +142,12 @@ BACKGROUND_TRIES = 3
 class EmojiScenes(Dataset[dict[str, Any]]):
     """Endless scenes of one to nine emoji on a plain or gradient background, with true captions.
 
-    Scene `index` is a pure function of (seed, split, index, size, max_objects), the same in every
+    Scene `index` is a pure function of the options (length apart) and index, the same in every
     process; any index >= 0 works, `length` only bounds len(). Train scenes hold train emoji only.
-    Items: image PIL RGB, label int (number of objects - 1), caption str, key str, background str
-    and objects: dicts with name, x, y (the centre) and size (the longer side), in parts of the
-    picture.
+    Items: image PIL RGB, label int (number of objects - 1), caption str, key str, background str,
+    grid (columns, rows) and objects in reading order: dicts with name, kind (an index into `kinds`,
+    which are names if few, else Unicode's groups), x, y (the centre) and size (the longer side), in
+    parts of the picture.
     """
 
     def __init__(
@@ -149,7 +157,15 @@ class EmojiScenes(Dataset[dict[str, Any]]):
         seed: int = 0,
         length: int = 100_000,
         max_objects: int = 9,
+        vocabulary: str = "all",
+        prompts: str = "all",
     ) -> None:
+        """vocabulary: all, or basic for the two dozen emoji of BASIC. prompts: train leaves out a
+        tenth of all captions, held_out has only those; so known emoji stand in unknown scenes."""
+        if vocabulary not in ("all", "basic"):
+            raise ValueError(f"vocabulary={vocabulary!r} must be all or basic")
+        if prompts not in ("all", "train", "held_out"):
+            raise ValueError(f"prompts={prompts!r} must be all, train or held_out")
         if not 1 <= max_objects <= 9:
             raise ValueError(f"max_objects={max_objects} must be in [1, 9]")
         if size < 32:
@@ -159,9 +175,21 @@ class EmojiScenes(Dataset[dict[str, Any]]):
         self.records = [
             r for r in select_records(split) if not {r.group, r.subgroup} & SCENE_EXCLUDED
         ]
+        if vocabulary == "basic":
+            self.records = [r for r in self.records if r.name in BASIC]
+        if len(self.records) < max_objects:
+            raise ValueError(
+                f"split={split!r} has {len(self.records)} emoji of vocabulary={vocabulary!r}: take "
+                "split=train, with prompts=held_out for scenes to test on"
+            )
         self.split, self.size, self.seed, self.length = split, size, seed, length
+        self.vocabulary, self.prompts = vocabulary, prompts
+        self.kinds = sorted({self.kind_of(record) for record in self.records})
         self.max_objects = max_objects
         self.class_names = [f"{n} object{'s' * (n > 1)}" for n in range(1, max_objects + 1)]
+
+    def kind_of(self, record: EmojiRecord) -> str:
+        return record.name if self.vocabulary == "basic" else record.group
 
     def __len__(self) -> int:
         return self.length
@@ -174,27 +202,38 @@ class EmojiScenes(Dataset[dict[str, Any]]):
             raise IndexError(f"index={index} must be >= 0")
         seeds = np.random.SeedSequence([self.seed, SPLITS.index(self.split), index])
         rng = np.random.default_rng(seeds)
-        count = int(rng.integers(1, self.max_objects + 1))
-        chosen = [self.records[i] for i in rng.permutation(len(self.records))[:count]]
-        sprites = [read_sprite(record.webp) for record in chosen]
-        cells, grid = choose_cells(rng, count)
-        background, colors = choose_background(rng, sprites)
+        while True:
+            count = int(rng.integers(1, self.max_objects + 1))
+            chosen = [self.records[i] for i in rng.permutation(len(self.records))[:count]]
+            sprites = [read_sprite(record.webp) for record in chosen]
+            cells, grid = choose_cells(rng, count)
+            background, colors = choose_background(rng, sprites)
+            phrases = [noun_phrase(record.name) for record in chosen]
+            caption = f"{describe(phrases, cells, grid)} on {with_article(background)}"
+            if self.prompts == "all" or is_held_out(caption) == (self.prompts == "held_out"):
+                break
 
         canvas = paint_background(rng, colors, self.size)
         objects = []
         for record, sprite, cell in zip(chosen, sprites, cells, strict=True):
             x, y, extent = place(rng, sprite, cell, grid, LAYOUTS[count][1])
             paint_sprite(canvas, sprite, x, y, extent)
-            objects.append({"name": record.name, "x": x, "y": y, "size": extent})
-        phrases = [noun_phrase(record.name) for record in chosen]
+            kind = self.kinds.index(self.kind_of(record))
+            objects.append({"name": record.name, "kind": kind, "x": x, "y": y, "size": extent})
         return {
             "image": Image.fromarray(canvas),
             "label": count - 1,
-            "caption": f"{describe(phrases, cells, grid)} on {with_article(background)}",
+            "caption": caption,
             "key": f"{self.split}-{self.seed}-{index}",
             "objects": objects,
             "background": background,
+            "grid": grid,
         }
+
+
+def is_held_out(caption: str) -> bool:
+    """One caption in ten, by its checksum."""
+    return zlib.crc32(caption.encode()) % 10 == 0
 
 
 class Sprite(NamedTuple):

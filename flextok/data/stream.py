@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler, default_collate
 
 from flextok.data.pictures import CorruptPicture
+from flextok.generators.text import Text
 
 log = logging.getLogger(__name__)
 Item = Mapping[str, Any]
@@ -120,6 +121,11 @@ class PositionSampler(Sampler[list[int]]):
 
 
 def collate(items: list[Item | None]) -> Any:
-    """Stacks items to a batch, leaving out None; {} if nothing is left."""
+    """Stacks items to a batch, leaving out None; {} if nothing is left. "text" becomes a Text."""
     kept = [item for item in items if item is not None]
-    return default_collate(kept) if kept else {}
+    if not kept:
+        return {}
+    if "text" not in kept[0]:
+        return default_collate(kept)
+    batch = default_collate([{k: v for k, v in item.items() if k != "text"} for item in kept])
+    return {**batch, "text": Text.pad([item["text"] for item in kept])}

@@ -11,6 +11,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from tqdm import tqdm
 from flextok.data.pictures import UNLABELLED, CorruptPicture
 from flextok.data.processes import Process, this_process
 from flextok.data.stream import Item, SkipCounter, collate, derived_generator
+from flextok.data.text import TextCache, pack, unpack
 from flextok.data.transforms import ImageTransform
 from flextok.hub import atomic_write, clear_leftovers, fingerprint
 
@@ -96,7 +98,8 @@ def build_token_cache(
     process: Process | None = None,
 ) -> bool:
     """Encode a data set with `tokenizer`, `variants` times each picture, into `folder`: this
-    process's parts of it, less those already there. Returns whether the whole cache is finished.
+    process's parts of it, less those already there; captions too, "" for pictures without one.
+    Returns whether the whole cache is finished.
 
     identity: what the cache is made from, by cache_identity. A folder made from something else is
     refused with ValueError."""
@@ -267,22 +270,9 @@ def checksum(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def pack(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Texts as bytes, one after the other, (N,) uint8, and where each ends, (n,) long."""
-    encoded = [text.encode("utf-8", "replace") for text in texts]
-    content = torch.frombuffer(bytearray(b"".join(encoded) or b"\0"), dtype=torch.uint8)
-    return content, torch.tensor([len(text) for text in encoded], dtype=torch.long).cumsum(0)
-
-
-def unpack(content: Tensor, ends: Tensor) -> list[str]:
-    whole = content.numpy().tobytes()
-    last = ends.tolist()
-    return [whole[a:b].decode("utf-8") for a, b in zip([0, *last], last, strict=False)]
-
-
 class TokenDataset(Dataset):
     """The sequences of a finished token cache, memory-mapped: items {"indices": (K,) long, "label":
-    () long}."""
+    () long}, and "text", the row of its caption, once `text` is set."""
 
     def __init__(self, path: str | Path):
         folder = Path(path)
@@ -290,6 +280,7 @@ class TokenDataset(Dataset):
         if not is_finished(folder):
             raise ValueError(f"the token cache {folder} is unfinished: run flextok tokenize again")
         self.class_names: list[str] = self.manifest["class_names"]
+        self.text: TextCache | None = None
         self.parts = []
         for part in self.manifest["parts"]:
             tensors, record = read_part(folder / part["file"])
@@ -301,7 +292,7 @@ class TokenDataset(Dataset):
             self.parts.append(tensors)
         self.starts = np.cumsum([0, *(part["sequences"] for part in self.manifest["parts"])])
 
-    @property
+    @cached_property
     def captions(self) -> list[str]:
         """One a sequence, "" where there is none."""
         return [
@@ -318,4 +309,7 @@ class TokenDataset(Dataset):
             raise IndexError(f"index={i} must be in [0, {len(self)})")
         part = int(np.searchsorted(self.starts, i, side="right")) - 1
         tensors, row = self.parts[part], i - int(self.starts[part])
-        return {"indices": tensors["indices"][row].long(), "label": tensors["labels"][row]}
+        item = {"indices": tensors["indices"][row].long(), "label": tensors["labels"][row]}
+        if self.text is not None:
+            item["text"] = self.text[self.captions[i]]
+        return item

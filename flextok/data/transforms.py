@@ -21,6 +21,11 @@ def to_uint8(images: Tensor) -> np.ndarray:
     return pixels.movedim(-3, -1).cpu().numpy()
 
 
+def to_image(image: Tensor) -> Image.Image:
+    """(3, H, W) float in [-1, 1] -> RGB picture."""
+    return Image.fromarray(to_uint8(image))
+
+
 def resize_shorter_side(image: Image.Image, size: int) -> Image.Image:
     width, height = image.size
     scale = size / min(width, height)

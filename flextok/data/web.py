@@ -186,9 +186,7 @@ class WebDatasetStream(Dataset[dict[str, Any]]):
             raise raw
         return self.item(raw)
 
-    def read(
-        self, shard: int, first: int, last: int, cursor: Cursor
-    ) -> list[Raw | CorruptPicture]:
+    def read(self, shard: int, first: int, last: int, cursor: Cursor) -> list[Raw | CorruptPicture]:
         """Samples first to last - 1 of a shard, undecoded, moving the cursor; those that it lacks
         are one and the same CorruptPicture."""
         if (cursor.shard, cursor.process) != (shard, os.getpid()) or cursor.next > first:
@@ -234,9 +232,7 @@ class WebDatasetStream(Dataset[dict[str, Any]]):
         }
 
 
-def stated_counts(
-    urls: str | Sequence[str], samples: int | None
-) -> tuple[list[str], list[int]]:
+def stated_counts(urls: str | Sequence[str], samples: int | None) -> tuple[list[str], list[int]]:
     """Shards and how many samples each holds. A local shard that cannot be read holds as many as
     can be."""
     if isinstance(urls, str) and urls.endswith(".json"):

@@ -1,1 +1,1 @@
-"""Evaluation: how good reconstructions are, by the number of tokens."""
+"""Evaluation: how good reconstructions and generations are, and by how many tokens."""

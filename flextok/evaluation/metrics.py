@@ -1,4 +1,7 @@
-"""Picture metrics, on pictures rounded to 8 bits as a viewer gets them."""
+"""Picture metrics, on pictures rounded to 8 bits as a viewer gets them. Each compares (B, 3, H, W)
+with (B, 3, H, W) in [-1, 1] and returns (B,); a new one is a function and a line in METRICS."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -17,3 +20,18 @@ def mse(a: Tensor, b: Tensor) -> Tensor:
 def psnr(a: Tensor, b: Tensor) -> Tensor:
     """a, b: (B, 3, H, W) in [-1, 1]. Returns (B,) in dB, peak 255; equal pictures give inf."""
     return 10 * torch.log10(255.0**2 / mse(a, b))
+
+
+def ssim(a: Tensor, b: Tensor) -> Tensor:
+    """a, b: (B, 3, H, W) in [-1, 1]. Returns (B,): structural similarity (Wang et al. 2004) with
+    its Gaussian window of 11 pixels and sigma 1.5, the channels averaged."""
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    scores = structural_similarity_index_measure(
+        to_8_bit(a), to_8_bit(b), data_range=255.0, reduction="none"
+    )
+    assert isinstance(scores, Tensor)
+    return scores.reshape(len(a))
+
+
+METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"psnr": psnr, "mse": mse, "ssim": ssim}

@@ -1,10 +1,11 @@
 """GPT-style autoregressive generator over ordered indices, coarse to fine (FlexTok, section 3.3).
 
-A start token carries the condition; learned absolute positions; pre-norm blocks with SwiGLU.
-Position j reads the start token and indices < j and predicts index j.
+A start token carries the class; a text is read by cross-attention in every block. Learned absolute
+positions; pre-norm blocks with SwiGLU. Position j reads the start token and indices < j and
+predicts index j.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flextok.generators.conditioning import CONDITIONERS
+from flextok.generators.conditioning import CONDITIONERS, Condition
 from flextok.generators.sampling import check_sampling, sample
 from flextok.hub import Pretrained
 from flextok.nn.attention import KVCache
 from flextok.nn.blocks import Block, LayerNorm
 from flextok.schema import build
-from flextok.tokenizers.common import run_block
+from flextok.tokenizers.common import draw, run_block
 
 
 @dataclass
@@ -28,7 +29,7 @@ class GenerateConfig:
     temperature: float = 1.0
     top_k: int = 0  # 0 = all
     top_p: float = 0.0  # 0 = all
-    guidance_scale: float = 1.5
+    guidance_scale: float = 1.5  # the published text models: 3.0
 
 
 @dataclass
@@ -50,7 +51,8 @@ class GPTConfig:
 
 
 class GPT(Pretrained, nn.Module):
-    """Class-conditional (or unconditional) decoder-only transformer over a tokenizer's indices."""
+    """Decoder-only transformer over a tokenizer's indices, conditioned on a class, a text or
+    nothing."""
 
     model_type = "gpt"
     config_class = GPTConfig
@@ -65,8 +67,10 @@ class GPT(Pretrained, nn.Module):
         self.positions = nn.Parameter(torch.empty(config.num_tokens, dim))
         self.dropout = nn.Dropout(config.dropout)
         num_heads = config.num_heads or config.depth
+        cross_attention = self.conditioner.cross_attention
         self.blocks = nn.ModuleList(
-            Block(dim, num_heads, eps=1e-6, affine=True) for _ in range(config.depth)
+            Block(dim, num_heads, eps=1e-6, affine=True, cross_attention=cross_attention)
+            for _ in range(config.depth)
         )
         self.norm = LayerNorm(dim, eps=1e-6, affine=True)
         self.head = nn.Linear(dim, config.vocab_size, bias=False)
@@ -78,64 +82,85 @@ class GPT(Pretrained, nn.Module):
 
     def init_weights(self) -> None:
         """Linear and embeddings: N(0, 0.02); projections back into the residual stream: smaller by
-        sqrt(2 depth) (GPT-2); norms: one."""
+        sqrt(2 depth) (GPT-2); norms: one; biases: zero. A text encoder begins as it was made."""
         residual_std = 0.02 / (2 * self.config.depth) ** 0.5
         for name, parameter in self.named_parameters():
+            if name.startswith("conditioner.encoder."):
+                continue
             if "norm" in name:
                 nn.init.ones_(parameter)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
             elif name.endswith(("proj.weight", "fc2.weight")):
                 nn.init.normal_(parameter, std=residual_std)
             else:
                 nn.init.normal_(parameter, std=0.02)
 
-    def forward(self, indices: Tensor, cond: Tensor, drop: Tensor | None = None) -> Tensor:
-        """indices: (B, k) long, 0 <= k < num_tokens; cond: what the conditioner takes, (B,) labels;
-        drop: (B,) bool, True = null condition. Returns logits (B, k+1, V) of indices 0..k."""
-        x = self.embed(indices, cond, drop)
-        checkpoint = self.config.checkpoint_blocks and self.training
-        for block in self.blocks:
-            x = run_block(block, x, is_causal=True, checkpoint=checkpoint)
+    def forward(self, indices: Tensor, cond: Any, drop: Tensor | None = None) -> Tensor:
+        """indices: (B, k) long, 0 <= k < num_tokens; cond: what the conditioner takes, (B,) labels
+        or B prompts; drop: (B,) bool, True = null condition. Returns logits (B, k+1, V) of indices
+        0..k."""
+        condition = self.condition(cond, drop)
+        x = self.join_start(indices, condition)
+        options: dict[str, Any] = {"is_causal": True, "context_mask": context_mask(condition)}
+        options["checkpoint"] = self.config.checkpoint_blocks and self.training
+        for block, context in zip(self.blocks, self.contexts(condition), strict=True):
+            x = run_block(block, x, context=context, **options)
         return self.head(self.norm(x))
 
-    def embed(self, indices: Tensor, cond: Tensor, drop: Tensor | None = None) -> Tensor:
+    def condition(self, cond: Any, drop: Tensor | None = None) -> Condition:
+        return self.conditioner(self.conditioner.prepare(cond, self.start.device), drop)
+
+    def contexts(self, condition: Condition) -> list[tuple[Tensor, Tensor] | None]:
+        """Keys and values of the context for each block's cross-attention, None without one."""
+        if condition.context is None:
+            return [None] * len(self.blocks)
+        blocks: Any = self.blocks
+        return [block.cross_attn.keys_values(condition.context.values) for block in blocks]
+
+    def embed(self, indices: Tensor, cond: Any, drop: Tensor | None = None) -> Tensor:
         """Returns the input embeddings (B, k+1, D): the start token with its condition, then one
         for each index, all with positions."""
-        start = (self.start + self.conditioner(cond, drop).start)[:, None]
+        return self.join_start(indices, self.condition(cond, drop))
+
+    def join_start(self, indices: Tensor, condition: Condition) -> Tensor:
+        start = (self.start + condition.start)[:, None]
         x = torch.cat([start, self.embedding(indices)], dim=1)
         return self.dropout(x + self.positions[: x.shape[1]])
 
     def loss(
-        self, indices: Tensor, cond: Tensor, generator: torch.Generator | None = None
+        self, indices: Tensor, cond: Any, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
-        """indices: (B, K) long; cond: (B,) labels. Returns scalars; "loss" is the cross-entropy in
-        nats an index. `generator` draws which conditions are dropped."""
+        """indices: (B, K) long; cond: as in forward. Returns scalars; "loss" is the
+        cross-entropy in nats an index. `generator` draws which conditions are dropped."""
         self._check_indices(indices)
         drop = None
         if self.training and self.config.cond_drop > 0:
-            source = indices.device if generator is None else generator.device
-            u = torch.rand(len(indices), generator=generator, device=source)
-            drop = (u < self.config.cond_drop).to(indices.device)
+            u = draw(torch.rand, (len(indices),), generator, indices.device)
+            drop = u < self.config.cond_drop
         logits = self(indices[:, :-1], cond, drop)
         return {"loss": F.cross_entropy(logits.flatten(0, 1).float(), indices.flatten())}
 
     @torch.no_grad()
     def generate(
         self,
-        cond: Tensor,
+        cond: Any,
         num_tokens: int | None = None,
         temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
         guidance_scale: float | None = None,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
         prefix: Tensor | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> Tensor:
-        """cond: (B,) labels, -1 = none. Returns indices (B, num_tokens) long.
+        """cond: (B,) labels, -1 = none; or B prompts, "" = none. Returns indices (B, num_tokens)
+        long.
 
         num_tokens in [1, K], all by default. Guidance is u + scale (c - u) on logits, both branches
         in one batch; 1 = none. prefix: (B, p) indices to continue from, part of the result.
-        Defaults come from config.generate. progress is called with the number of indices so far."""
+        Defaults come from config.generate. generator: one, or one for each row, which makes a row
+        independent of its batch. progress is called with the number of indices so far."""
         defaults = self.config.generate
         total = self.num_tokens if num_tokens is None else num_tokens
         if not 1 <= total <= self.num_tokens:
@@ -147,7 +172,7 @@ class GPT(Pretrained, nn.Module):
         check_sampling(temperature, top_k, top_p)
 
         device = self.start.device
-        cond = cond.to(device)
+        cond = self.conditioner.prepare(cond, device)
         batch = len(cond)
         if prefix is None:
             prefix = torch.empty(batch, 0, dtype=torch.long)
@@ -161,12 +186,15 @@ class GPT(Pretrained, nn.Module):
         if done == total:
             return indices
         guided = scale != 1
-        both = torch.cat([cond, self.conditioner.null_like(cond)]) if guided else cond
+        condition = self.conditioner(cond)
+        if guided:
+            condition = condition.join(self.conditioner(self.conditioner.null_like(cond)))
         repeat = 2 if guided else 1
         caches = self.new_caches(repeat * batch, total)
-        x = self.embed(indices[:, :done].repeat(repeat, 1), both)
+        contexts, mask = self.contexts(condition), context_mask(condition)
+        x = self.join_start(indices[:, :done].repeat(repeat, 1), condition)
         while True:
-            logits = self._step(x, caches)
+            logits = self._step(x, caches, contexts, mask)
             if guided:
                 c, u = logits.chunk(2)
                 logits = u + scale * (c - u)
@@ -184,10 +212,16 @@ class GPT(Pretrained, nn.Module):
         heads = self.config.num_heads or self.config.depth
         return [KVCache(batch, heads, length, dim // heads, like=self.start) for _ in self.blocks]
 
-    def _step(self, x: Tensor, caches: list[KVCache]) -> Tensor:
+    def _step(
+        self,
+        x: Tensor,
+        caches: list[KVCache],
+        contexts: list[tuple[Tensor, Tensor] | None],
+        mask: Tensor | None,
+    ) -> Tensor:
         """x: (B, n, D), the next n embeddings. Returns the last one's logits (B, V)."""
-        for block, cache in zip(self.blocks, caches, strict=True):
-            x = block(x, is_causal=True, cache=cache)
+        for block, cache, context in zip(self.blocks, caches, contexts, strict=True):
+            x = block(x, is_causal=True, cache=cache, context=context, context_mask=mask)
         return self.head(self.norm(x[:, -1]))
 
     def _check_indices(self, indices: Tensor) -> None:
@@ -201,3 +235,8 @@ class GPT(Pretrained, nn.Module):
             raise ValueError(
                 f"indices span [{low}, {high}], expected [0, {self.config.vocab_size - 1}]"
             )
+
+
+def context_mask(condition: Condition) -> Tensor | None:
+    """(B, 1, 1, L) bool for cross-attention, or None without a context."""
+    return None if condition.context is None else condition.context.mask[:, None, None, :]

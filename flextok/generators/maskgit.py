@@ -1,22 +1,22 @@
 """MaskGIT (arXiv 2202.04200) over a tokenizer's indices: predict all masked ones, keep the surest,
 repeat. TiTok's generators (2406.07550) are the two backbones: BERT (l32, b64) and U-ViT (s128).
 
-One embedding table holds codes, the mask, classes and the null class, in this order; the sequence
-is [class, indices].
+The sequence is [condition, indices, features of the condition if it has any (text)].
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flextok.generators.conditioning import NULL_CLASS
+from flextok.generators.conditioning import CONDITIONERS, Condition, NoConditioner
 from flextok.hub import Pretrained
 from flextok.nn.vit import ViTBlock
+from flextok.schema import build
 
 Decay = Literal["constant", "linear", "power-cosine"]
 
@@ -46,8 +46,10 @@ class MaskGITConfig:
     depth: int = 24  # blocks; odd for uvit, whose halves mirror each other around the middle one
     num_heads: int = 16
     mlp_ratio: float = 4.0
-    num_classes: int = 1000  # 0 = unconditional
-    cond_drop: float = 0.1  # how often training sees the null class
+    conditioner: dict[str, Any] = field(
+        default_factory=lambda: {"name": "class", "num_classes": 1000, "learned_null": True}
+    )
+    cond_drop: float = 0.1  # how often training sees the null condition
     dropout: float = 0.1
     label_smoothing: float = 0.1
     unmasked_weight: float = 0.1  # of positions that are not masked, in the loss
@@ -55,7 +57,7 @@ class MaskGITConfig:
 
 
 class MaskGIT(Pretrained, nn.Module):
-    """Class-conditional (or unconditional) masked transformer over a tokenizer's indices."""
+    """Masked transformer over a tokenizer's indices: predicts all, keeps the surest, repeats."""
 
     model_type = "maskgit"
     config_class = MaskGITConfig
@@ -68,8 +70,8 @@ class MaskGIT(Pretrained, nn.Module):
         if self.is_uvit and config.depth % 2 == 0:
             raise ValueError(f"depth={config.depth} must be odd for a U-ViT: halves and a middle")
         self.mask_index = config.vocab_size
-        self.null_index = config.vocab_size + 1 + config.num_classes
-        self.embedding = nn.Embedding(self.null_index + 1, dim)
+        self.embedding = nn.Embedding(config.vocab_size + 1, dim)  # codes, the mask
+        self.conditioner = build(CONDITIONERS, {"dim": dim, **config.conditioner}, "conditioner")
         self.positions = nn.Parameter(torch.empty(1 + config.num_tokens, dim))
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(
@@ -97,8 +99,11 @@ class MaskGIT(Pretrained, nn.Module):
         return self.config.num_tokens
 
     def init_weights(self) -> None:
-        """Linear, embeddings and positions: N(0, 0.02), cut at 2; biases: zero; norms: one."""
+        """Linear, embeddings and positions: N(0, 0.02), cut at 2; biases: zero; norms: one. An
+        encoder of the condition begins as it was made."""
         for name, parameter in self.named_parameters():
+            if name.startswith("conditioner.encoder."):
+                continue
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
             elif "norm" in name:
@@ -106,46 +111,40 @@ class MaskGIT(Pretrained, nn.Module):
             else:
                 nn.init.trunc_normal_(parameter, std=0.02)
 
-    def forward(self, indices: Tensor, cond: Tensor, drop: Tensor | None = None) -> Tensor:
-        """indices: (B, k) long, k <= num_tokens, masked ones equal to `mask_index`; cond: (B,)
-        labels, -1 = none; drop: (B,) bool, True = null class. Returns logits (B, k, V)."""
-        sequence = torch.cat([self.cond_index(cond, drop)[:, None], indices], dim=1)
-        x = self.embedding(sequence) + self.positions[: sequence.shape[1]]  # (B, 1+k, D)
+    def forward(self, indices: Tensor, cond: Any, drop: Tensor | None = None) -> Tensor:
+        """indices: (B, k) long, k <= num_tokens, masked ones equal to `mask_index`; cond: what the
+        conditioner takes, (B,) labels; drop: (B,) bool, True = null condition. Returns logits
+        (B, k, V)."""
+        cond = self.conditioner.prepare(cond, self.positions.device)
+        return self.logits(indices, self.conditioner(cond, drop))
+
+    def logits(self, indices: Tensor, condition: Condition) -> Tensor:
+        """indices: as in `forward`. Returns logits (B, k, V)."""
+        k, mask = indices.shape[1], None
+        x = torch.cat([condition.start[:, None], self.embedding(indices)], dim=1)
+        x = x + self.positions[: 1 + k]  # (B, 1+k, D)
+        if condition.context is not None:
+            x = torch.cat([x, condition.context.values.to(x.dtype)], dim=1)  # (B, 1+k+L, D)
+            mask = F.pad(condition.context.mask, (1 + k, 0), value=True)[:, None, None]
         if self.segments is not None:
             x = self.norm(x + self.segments[0])
         x = self.dropout(x)
         skips: list[Tensor] = []
         for i, block in enumerate(self.blocks):
             if self.is_uvit and i > self.config.depth // 2:
-                x = block(x, skip=skips.pop())
+                x = block(x, mask, skip=skips.pop())
             else:
-                x = block(x)
+                x = block(x, mask)
                 if i < self.config.depth // 2:
                     skips.append(x)
         if self.is_uvit:
             x = self.norm(x)
-        return self.head(x[:, 1:])
-
-    def cond_index(self, cond: Tensor, drop: Tensor | None = None) -> Tensor:
-        """cond: (B,) labels in [0, num_classes), or -1 for none. Returns their rows in the
-        embedding, (B,) long. An unconditional model takes any cond: it only says how many."""
-        if self.config.num_classes == 0:
-            return torch.full((len(cond),), self.null_index, device=cond.device)
-        if cond.ndim != 1 or cond.is_floating_point():
-            raise ValueError(f"class labels must be (B,) integers, got {cond.dtype} {cond.shape}")
-        low, high = cond.aminmax()
-        if low < NULL_CLASS or high >= self.config.num_classes:
-            raise ValueError(
-                f"class labels span [{low}, {high}], expected "
-                f"[0, {self.config.num_classes - 1}] or {NULL_CLASS} for no class"
-            )
-        null = cond == NULL_CLASS if drop is None else drop | (cond == NULL_CLASS)
-        return torch.where(null, self.null_index, cond + self.mask_index + 1)
+        return self.head(x[:, 1 : 1 + k])
 
     def loss(
-        self, indices: Tensor, cond: Tensor, generator: torch.Generator | None = None
+        self, indices: Tensor, cond: Any, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
-        """indices: (B, k) long; cond: (B,) labels. Returns scalars: "loss", the weighted,
+        """indices: (B, k) long; cond: as in `forward`. Returns scalars: "loss", the weighted,
         label-smoothed cross-entropy over all positions, and "accuracy" on masked ones. All random
         draws come from `generator`, except those of the dropout layers."""
         if indices.ndim != 2 or not 1 <= indices.shape[1] <= self.num_tokens:
@@ -183,9 +182,9 @@ class MaskGIT(Pretrained, nn.Module):
     @torch.no_grad()
     def generate(
         self,
-        cond: Tensor,
+        cond: Any,
         num_tokens: int | None = None,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
         num_steps: int | None = None,
         temperature: float | None = None,
         guidance_scale: float | None = None,
@@ -195,11 +194,13 @@ class MaskGIT(Pretrained, nn.Module):
         uniform: Callable[[tuple[int, ...]], Tensor] | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> Tensor:
-        """cond: (B,) labels, -1 = none. Returns indices (B, num_tokens) long, all by default.
+        """cond: what the conditioner takes, (B,) labels, -1 = none. Returns indices
+        (B, num_tokens) long, all by default.
 
-        Defaults come from config.generate; guidance_scale as in `guidance_weight`. uniform: a
-        source of draws in [0, 1) by shape in place of `generator`; a step draws (B, N, V) for the
-        indices, then (B, N) for the confidence. progress is called with the number of steps done.
+        Defaults come from config.generate; guidance_scale as in `guidance_weight`. generator: one,
+        or one for each row, which makes a row independent of its batch. uniform: a source of draws
+        in [0, 1) by shape in place of `generator`; a step draws (B, N, V) for the indices, then
+        (B, N) for the confidence. progress is called with the number of steps done.
         """
         own = self.config.generate
         total = self.num_tokens if num_tokens is None else num_tokens
@@ -216,14 +217,18 @@ class MaskGIT(Pretrained, nn.Module):
         power = own.guidance_pow if guidance_pow is None else guidance_pow
         anneal = own.anneal_logits if anneal_logits is None else anneal_logits
 
-        cond = cond.to(self.positions.device)
-        conditional = self.config.num_classes > 0
-        uniform = uniform or uniform_source(generator, cond.device)
-        indices = torch.full((len(cond), total), self.mask_index, device=cond.device)
+        device = self.positions.device
+        cond = self.conditioner.prepare(cond, device)
+        condition = self.conditioner(cond)
+        both = None
+        if not isinstance(self.conditioner, NoConditioner):
+            both = condition.join(self.conditioner(self.conditioner.null_like(cond)))
+        uniform = uniform or uniform_source(generator, device)
+        indices = torch.full((len(condition.start), total), self.mask_index, device=device)
         for step, masked_left in enumerate(mask_schedule(total, steps)):
             rest = 1 - (step + 1) / steps  # 1 - r
-            weight = guidance_weight(step / steps, scale, decay, power) if conditional else 0.0
-            logits = self.guided_logits(indices, cond, weight)
+            weight = guidance_weight(step / steps, scale, decay, power)
+            logits = self.guided_logits(indices, condition, both, weight)
             if anneal:
                 logits = logits / (0.5 + 0.8 * rest)
             noise = rest * temperature
@@ -238,13 +243,15 @@ class MaskGIT(Pretrained, nn.Module):
                 progress(step + 1)
         return indices
 
-    def guided_logits(self, indices: Tensor, cond: Tensor, weight: float) -> Tensor:
-        """indices: (B, k) with masks; cond: (B,). Returns c + weight (c - u) in fp32, (B, k, V);
-        both branches run in one batch, and only the conditional one at weight 0."""
-        if weight == 0:
-            return self(indices, cond).float()
-        drop = torch.arange(2 * len(cond), device=cond.device) >= len(cond)
-        c, u = self(indices.repeat(2, 1), cond.repeat(2), drop).float().chunk(2)
+    def guided_logits(
+        self, indices: Tensor, condition: Condition, both: Condition | None, weight: float
+    ) -> Tensor:
+        """indices: (B, k) with masks; both: the condition and the null one, joined. Returns
+        c + weight (c - u) in fp32, (B, k, V); the two run in one batch, and the conditional one
+        alone at weight 0 or where there is no other."""
+        if weight == 0 or both is None:
+            return self.logits(indices, condition).float()
+        c, u = self.logits(indices.repeat(2, 1), both).float().chunk(2)
         return c + weight * (c - u)
 
 
@@ -286,9 +293,12 @@ def gumbel(u: Tensor) -> Tensor:
 
 
 def uniform_source(
-    generator: torch.Generator | None, device: torch.device
+    generator: torch.Generator | Sequence[torch.Generator] | None, device: torch.device
 ) -> Callable[[tuple[int, ...]], Tensor]:
     """torch.rand on the generator's device, moved to `device`: a CPU generator gives the same draws
-    whatever the model runs on."""
+    whatever the model runs on. Of several generators, each draws its row."""
+    if isinstance(generator, Sequence):
+        sources = [uniform_source(one, device) for one in generator]
+        return lambda shape: torch.stack([source(shape[1:]) for source in sources])
     source = device if generator is None else generator.device
     return lambda shape: torch.rand(shape, generator=generator, device=source).to(device)

@@ -1,5 +1,7 @@
 """From logits to an index: temperature, top-k, nucleus (top-p), seeded by a torch.Generator."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -28,12 +30,17 @@ def sample(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 0.0,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
 ) -> Tensor:
-    """logits: (B, V). Returns indices (B,) long; temperature 0 takes the most likely one."""
+    """logits: (B, V). Returns indices (B,) long; temperature 0 takes the most likely one.
+    generator: one for all rows, or one for each, which then do not depend on one another."""
     if temperature == 0:
         return logits.argmax(dim=-1)
     probabilities = filtered_probabilities(logits, temperature, top_k, top_p)
+    if isinstance(generator, Sequence):
+        rows = zip(probabilities.split(1), generator, strict=True)
+        each = [torch.multinomial(row.to(g.device), 1, generator=g) for row, g in rows]
+        return torch.cat(each)[:, 0].to(logits.device)
     if generator is not None:  # draws happen where the generator lives
         drawn = torch.multinomial(probabilities.to(generator.device), 1, generator=generator)
         return drawn[:, 0].to(logits.device)

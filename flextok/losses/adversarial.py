@@ -77,8 +77,8 @@ class LeCam(nn.Module):
     @torch.no_grad()
     def update(self, logits_real: Tensor, logits_fake: Tensor) -> None:
         """Move the averages towards these logits' means; once a discriminator step."""
-        self.real.lerp_(logits_real.float().mean(), 1 - self.decay)
-        self.fake.lerp_(logits_fake.float().mean(), 1 - self.decay)
+        self.real.lerp_(logits_real.float().mean().to(self.real), 1 - self.decay)
+        self.fake.lerp_(logits_fake.float().mean().to(self.fake), 1 - self.decay)
 
 
 def hinge_discriminator_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:

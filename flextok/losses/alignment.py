@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flextok.nn.frozen import Frozen
+
 
 class RepresentationAlignment(nn.Module):
     """REPA (arXiv 2410.06940): pulls a block's patch features, through an MLP, towards those of a
@@ -16,7 +18,6 @@ class RepresentationAlignment(nn.Module):
 
     mean: Tensor
     std: Tensor
-    backbone: Any
 
     def __init__(
         self,
@@ -32,8 +33,7 @@ class RepresentationAlignment(nn.Module):
         backbone: Any = timm.create_model(
             model, pretrained=pretrained, num_classes=0, dynamic_img_size=True
         )
-        backbone.eval().requires_grad_(False)
-        object.__setattr__(self, "backbone", backbone)  # unregistered on purpose
+        self.backbone = Frozen(backbone)
         self.weight = weight
         self.projector = nn.Sequential(
             nn.Linear(dim, hidden_dim),

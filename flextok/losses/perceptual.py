@@ -1,10 +1,12 @@
 """Perceptual losses: distances between pictures in the features of a frozen, pretrained network.
 
 TiTok's second stage uses 0.1 x "convnext_s"; its single-stage models use 1.0 x "lpips" + 0.1 x
-"convnext_s". Missing weights are an error: nothing else ever stands in for them.
+"convnext_s". "efficientnet_lite0" needs no network connection. Missing weights are an error:
+nothing else ever stands in for them.
 """
 
 import importlib.util
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -12,13 +14,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flextok.nn.efficientnet import PACKAGE, efficientnet_lite0
+from flextok.nn.frozen import Frozen
 from flextok.schema import unknown_key
+
+log = logging.getLogger(__name__)
 
 
 class LPIPS(nn.Module):
     """LPIPS with VGG-16 (arXiv 1801.03924, version 0.1): weighted squared differences of
     unit-length features after five ReLUs. Backbone from torchvision, heads from torchmetrics."""
 
+    source = "torchvision vgg16 IMAGENET1K_V1, heads from torchmetrics"
     shift: Tensor
     scale: Tensor
     layers = (3, 8, 15, 22, 29)  # relu1_2, 2_2, 3_3, 4_3, 5_3 in torchvision's vgg16.features
@@ -36,15 +43,18 @@ class LPIPS(nn.Module):
 
     def forward(self, images: Tensor, targets: Tensor) -> Tensor:
         """images, targets: (B, 3, H, W) in [-1, 1]. Returns the mean distance, a scalar."""
+        return self.distances(images, targets).mean()
+
+    def distances(self, images: Tensor, targets: Tensor) -> Tensor:
+        """images, targets: (B, 3, H, W) in [-1, 1]. Returns each pair's distance, (B,)."""
         x = (torch.cat([images, targets]) - self.shift) / self.scale
-        total = x.new_zeros(())
+        total = x.new_zeros(len(images))
         for i, layer in enumerate(self.features):
             x = layer(x)
             if i in self.layers:
-                unit = x / torch.sqrt(1e-8 + x.square().sum(dim=1, keepdim=True))
-                ours, theirs = unit.chunk(2)
+                ours, theirs = unit_length(x).chunk(2)
                 head = getattr(self, f"head{self.layers.index(i)}")
-                total = total + F.conv2d((ours - theirs).square(), head).mean()
+                total = total + F.conv2d((ours - theirs).square(), head).mean(dim=(1, 2, 3))
             if i == self.layers[-1]:
                 break
         return total
@@ -53,6 +63,7 @@ class LPIPS(nn.Module):
 class ConvNeXtLogits(nn.Module):
     """Mean squared difference of an ImageNet ConvNeXt-S's logits at 224 px (TiTok)."""
 
+    source = "torchvision convnext_small IMAGENET1K_V1"
     mean: Tensor
     std: Tensor
 
@@ -72,14 +83,45 @@ class ConvNeXtLogits(nn.Module):
         return F.mse_loss(ours, theirs)
 
 
-PERCEPTUAL: dict[str, Callable[[], nn.Module]] = {"lpips": LPIPS, "convnext_s": ConvNeXtLogits}
+class EfficientNetFeatures(nn.Module):
+    """LPIPS's distance without learned heads, in EfficientNet-Lite0: mean squared differences of
+    unit-length features after each of five resolutions. Pictures below 64 px are enlarged to it."""
+
+    source = f"PyPI {PACKAGE}"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = efficientnet_lite0()
+
+    def forward(self, images: Tensor, targets: Tensor) -> Tensor:
+        """images, targets: (B, 3, H, W) in [-1, 1]. Returns a scalar."""
+        x = torch.cat([images, targets])
+        if min(x.shape[-2:]) < 64:
+            x = F.interpolate(x, (64, 64), mode="bilinear")
+        total = x.new_zeros(())
+        for features in self.network.forward_intermediates(x, intermediates_only=True):
+            ours, theirs = unit_length(features).chunk(2)
+            total = total + (ours - theirs).square().sum(dim=1).mean()
+        return total
+
+
+def unit_length(features: Tensor) -> Tensor:
+    """features: (B, C, h, w). Returns them divided by their length over C."""
+    return features / torch.sqrt(1e-8 + features.square().sum(dim=1, keepdim=True))
+
+
+PERCEPTUAL: dict[str, Callable[[], nn.Module]] = {
+    "lpips": LPIPS,
+    "convnext_s": ConvNeXtLogits,
+    "efficientnet_lite0": EfficientNetFeatures,
+}
 
 
 class PerceptualLoss:
     """A weighted sum of perceptual losses by name: {"lpips": 1.0, "convnext_s": 0.1}.
 
-    No nn.Module on purpose: its frozen networks belong to no state dict. They are built, and their
-    weights fetched, on the first call. Empty weights cost nothing and give zero.
+    No nn.Module on purpose: its frozen networks belong to no state dict. Empty weights cost
+    nothing and give zero.
     """
 
     def __init__(self, weights: Mapping[str, float]):
@@ -87,30 +129,41 @@ class PerceptualLoss:
             if name not in PERCEPTUAL:
                 raise unknown_key("perceptual loss", name, list(PERCEPTUAL))
         self.weights = dict(weights)
-        self.networks: dict[str, nn.Module] = {}
+        self.networks: dict[str, Frozen] = {}
+
+    def load(self) -> dict[str, str]:
+        """Build the networks and load their weights, once; a call does it too. Returns, by name,
+        what is used and where it came from, which is logged as well."""
+        used = {}
+        for name, weight in self.weights.items():
+            is_new = name not in self.networks
+            if is_new:
+                self.networks[name] = Frozen(load_network(name))
+            used[name] = f"weight {weight:g}, from {self.networks[name].network.source}"
+            if is_new:
+                log.info("perceptual loss %s: %s", name, used[name])
+        return used
 
     def __call__(self, images: Tensor, targets: Tensor) -> Tensor:
         """images, targets: (B, 3, H, W) in [-1, 1]; gradients reach both. Returns a scalar."""
+        self.load()
         total = images.new_zeros((), dtype=torch.float32)
         for name, weight in self.weights.items():
-            if name not in self.networks:
-                self.networks[name] = load_network(name)
             network = self.networks[name].to(images.device)
             total = total + weight * network(images, targets).float()
         return total
 
 
 def load_network(name: str) -> nn.Module:
-    """A perceptual network, frozen and in eval mode. Raises ValueError without its weights."""
+    """A perceptual network by name. Raises ValueError without its weights."""
     try:
-        network = PERCEPTUAL[name]()
+        return PERCEPTUAL[name]()
     except (OSError, RuntimeError) as error:  # no network, no file, or a damaged one
         raise ValueError(
             f"perceptual loss {name!r} needs pretrained weights that are not here ({error}). "
-            f"Put them into torch's hub cache ({torch.hub.get_dir()}/checkpoints), or take "
-            f"{name!r} out of the model's `perceptual`."
+            f"Put them into torch's hub cache ({torch.hub.get_dir()}/checkpoints), or name another "
+            f"one in the model's `perceptual`: efficientnet_lite0 needs no connection."
         ) from error
-    return network.eval().requires_grad_(False)
 
 
 def lpips_heads() -> Path:

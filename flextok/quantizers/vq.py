@@ -61,15 +61,23 @@ class VQ(nn.Module):
         threshold: int = 1,
         generator: torch.Generator | None = None,
     ) -> int:
-        """Move every code that was chosen fewer than `threshold` times onto a random row of z.
+        """Move every code that was chosen fewer than `threshold` times onto a row of z, drawn with
+        a probability in proportion to its squared distance to its code (as k-means++ does): the
+        rows that are served worst get the free codes.
 
         z: (..., C) float, encoder outputs; counts: (codebook_size,) from `count_codes`, summed over
         as many batches as the caller likes. Returns the number of codes moved."""
         dead = counts.to(self.codebook.device) < threshold
         number = int(dead.sum())
-        rows = self._project(z.detach().float().flatten(0, -2))
+        if number == 0:
+            return 0
+        rows, codebook = (
+            self._project(z.float().flatten(0, -2)),
+            self._project(self.codebook.float()),
+        )
+        error = (rows - codebook[nearest(rows, codebook)]).square().sum(dim=-1) + 1e-12
         source = rows.device if generator is None else generator.device
-        chosen = torch.randint(len(rows), (number,), generator=generator, device=source)
+        chosen = torch.multinomial(error.to(source), number, replacement=True, generator=generator)
         self.codebook[dead] = rows[chosen.to(rows.device)].to(self.codebook)
         return number
 

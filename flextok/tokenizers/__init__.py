@@ -1,4 +1,16 @@
-"""Tokenizers: pictures <-> indices."""
+"""Tokenizers: pictures <-> indices. What training and sampling ask of each:
+
+prepare_training(**start)     before training; parameters are the trained models that it starts from
+loss(images, generator=)      a dict of scalars, "loss" the total
+encode(images)                (B, 3, H, W) in [-1, 1] -> indices (B, K)
+decode(indices, generator=)   -> images; its other parameters are the tokenizer's own options
+num_tokens, image_size        K and H
+vocab_size                    0 = continuous: then encode_codes and decode_codes, no indices
+decodes_prefixes              whether decode takes the first k indices, or only all K
+
+A tokenizer with reconstruct and reconstruction_losses in place of a loss in one piece can be
+trained against a discriminator, too.
+"""
 
 from flextok.tokenizers.flextok import FlexTok, FlexTokConfig
 from flextok.tokenizers.titok import TiTok, TiTokConfig

@@ -55,9 +55,7 @@ def check_keep(keep: Tensor | int | None, batch: int, k: int) -> Tensor:
     return lengths.long().expand(batch)
 
 
-def run_block(
-    block: nn.Module, *args: Any, checkpoint: bool = False, **options: Any
-) -> Tensor:
+def run_block(block: nn.Module, *args: Any, checkpoint: bool = False, **options: Any) -> Tensor:
     if checkpoint:
         return recompute(block, *args, use_reentrant=False, **options)
     return block(*args, **options)

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from flextok.flow.guidance import GUIDANCE, Scale
@@ -44,6 +45,7 @@ class FlexTokConfig:
     image_size: int = 256
     patch_size: int = 2  # in latents
     num_registers: int = 256  # K, the longest token sequence
+    token_grid: list[int] | None = None  # 2D baseline: [rows, columns] of K tokens, no registers
     head_dim: int = 64
     encoder_depth: int = 12
     encoder_dim: int | None = None
@@ -53,6 +55,9 @@ class FlexTokConfig:
     quantizer: dict[str, Any] = field(
         default_factory=lambda: {"name": "fsq", "levels": [8, 8, 8, 5, 5, 5]}
     )
+    # small grids want a small temperature (10 to 100): at 10000 neighbouring patches look alike
+    position_temperature: float = 10_000.0
+    token_std: float = 0.02  # of the learned tokens at the start; 1 sets registers apart sooner
     nested_dropout: str = "pow2"
     drop_mode: Literal["mask", "truncate"] = "mask"  # mask token, or leave the sequence
     null_prob: float = 0.2  # how often all codes become the null condition in training
@@ -66,7 +71,10 @@ class FlexTokConfig:
 
 
 class Encoder(nn.Module):
-    """Latents to K ordered register outputs; register i never sees register j > i."""
+    """Latents to K ordered register outputs; register i never sees register j > i.
+
+    With a token_grid (rows, columns) it is the encoder of a 2D tokenizer, the baseline: there are
+    no registers, and token (i, j) is the mean of the patches in its cell of the picture."""
 
     def __init__(
         self,
@@ -78,13 +86,19 @@ class Encoder(nn.Module):
         num_heads: int,
         num_registers: int,
         out_dim: int,
+        token_grid: tuple[int, int] | None = None,
+        position_temperature: float = 10_000.0,
         checkpoint_blocks: bool = False,
     ):
         super().__init__()
         self.patch_size, self.checkpoint_blocks = patch_size, checkpoint_blocks
+        self.token_grid = token_grid
         self.patch_embed = nn.Linear(channels * patch_size**2, dim)
-        self.patch_pos = nn.Parameter(sincos_2d(dim, grid, grid), requires_grad=False)
-        self.registers = nn.Parameter(torch.empty(num_registers, dim))
+        positions = sincos_2d(dim, grid, grid, position_temperature)
+        self.patch_pos = nn.Parameter(positions, requires_grad=False)
+        self.registers = None
+        if token_grid is None:
+            self.registers = nn.Parameter(torch.empty(num_registers, dim))
         self.blocks = nn.ModuleList(Block(dim, num_heads, qk_norm=True) for _ in range(depth))
         self.norm = LayerNorm(dim)
         self.head = nn.Linear(dim, out_dim)
@@ -93,6 +107,12 @@ class Encoder(nn.Module):
         """latents: (B, C, h, w). Returns z (B, K, out_dim), before quantization."""
         x = self.patch_embed(patchify(latents, self.patch_size))  # (B, N, D)
         x = x + self.patch_pos.flatten(2).transpose(1, 2)
+        if self.registers is None:
+            for block in self.blocks:
+                x = run_block(block, x, checkpoint=self.checkpoint_blocks and self.training)
+            x = rearrange(x, "b (h w) d -> b d h w", w=self.patch_pos.shape[-1])
+            x = F.adaptive_avg_pool2d(x, self.token_grid).flatten(2).transpose(1, 2)  # (B, K, D)
+            return self.head(self.norm(x))
         num_patches, num_registers = x.shape[1], self.registers.shape[0]
         x = torch.cat([x, self.registers.expand(len(x), -1, -1).to(x.dtype)], dim=1)  # (B, N+K, D)
         mask = prefix_causal_mask(num_patches, num_registers).to(x.device)
@@ -123,6 +143,7 @@ class FlowDecoder(nn.Module):
         num_heads: int,
         num_registers: int,
         code_dim: int,
+        position_temperature: float = 10_000.0,
         max_timestep: float = 1000.0,
         drop_mode: Literal["mask", "truncate"] = "mask",
         checkpoint_blocks: bool = False,
@@ -135,7 +156,8 @@ class FlowDecoder(nn.Module):
         self.mask_token = nn.Parameter(torch.empty(dim))  # stands for every dropped register
         self.null_token = nn.Parameter(torch.empty(dim))  # stands for all of them: no condition
         self.patch_embed = nn.Linear(channels * patch_size**2, dim)
-        self.patch_pos = nn.Parameter(sincos_2d(dim, grid, grid), requires_grad=False)
+        positions = sincos_2d(dim, grid, grid, position_temperature)
+        self.patch_pos = nn.Parameter(positions, requires_grad=False)
         self.time_embed = TimeEmbedding(dim, max_timestep)
         self.blocks = nn.ModuleList(AdaLNBlock(dim, num_heads) for _ in range(depth))
         self.norm = LayerNorm(dim)
@@ -213,6 +235,7 @@ class FlexTok(Pretrained, nn.Module):
         if config.image_size % stride:
             raise ValueError(f"image_size={config.image_size} must be a multiple of {stride}")
         grid = config.image_size // stride
+        token_grid = check_token_grid(config.token_grid, config.num_registers, grid)
         encoder_dim = config.encoder_dim or 64 * config.encoder_depth
         decoder_dim = config.decoder_dim or 64 * config.decoder_depth
         shared: dict[str, Any] = {
@@ -220,6 +243,7 @@ class FlexTok(Pretrained, nn.Module):
             "grid": grid,
             "patch_size": config.patch_size,
             "num_registers": config.num_registers,
+            "position_temperature": config.position_temperature,
             "checkpoint_blocks": config.checkpoint_blocks,
         }
         self.encoder = Encoder(
@@ -227,6 +251,7 @@ class FlexTok(Pretrained, nn.Module):
             depth=config.encoder_depth,
             num_heads=encoder_dim // config.head_dim,
             out_dim=self.quantizer.dim,
+            token_grid=token_grid,
             **shared,
         )
         self.decoder = FlowDecoder(
@@ -242,8 +267,10 @@ class FlexTok(Pretrained, nn.Module):
         self.init_weights()
 
     def prepare_training(self) -> None:
-        """Add what only training needs: the representation alignment that config.repa asks for,
-        with its pretrained backbone. Without it the model is exactly the published one."""
+        """Load the VAE, and add what only training needs: the representation alignment that
+        config.repa asks for, with its pretrained backbone. Without it the model is exactly the
+        published one."""
+        self.vae.load_weights()
         if self.config.repa and self.repa is None:
             dim = self.decoder.head.in_features
             self.repa = RepresentationAlignment(dim, **self.config.repa)
@@ -260,9 +287,19 @@ class FlexTok(Pretrained, nn.Module):
     def image_size(self) -> int:
         return self.config.image_size
 
+    @property
+    def decodes_prefixes(self) -> bool:
+        return self.config.token_grid is None or self.config.nested_dropout != "none"
+
+    @property
+    def noise_shape(self) -> tuple[int, int, int]:
+        """Of the noise that decode() begins with, for one picture: (C, h, w) of the latents."""
+        side = self.image_size // self.vae.downsample
+        return self.vae.channels, side, side
+
     def init_weights(self) -> None:
-        """Linear: Xavier, no bias. Tokens and positions: N(0, 0.02). Zero: modulations and the
-        decoder's head, so that every block starts as the identity (adaLN-zero)."""
+        """Linear: Xavier, no bias. Tokens and positions: N(0, config.token_std). Zero: modulations
+        and the decoder's head, so that every block starts as the identity (adaLN-zero)."""
         for part in (self.encoder, self.decoder):
             for module in part.modules():
                 if isinstance(module, nn.Linear):
@@ -279,7 +316,8 @@ class FlexTok(Pretrained, nn.Module):
             self.decoder.null_token,
         )
         for token in tokens:
-            nn.init.normal_(token, std=0.02)
+            if token is not None:
+                nn.init.normal_(token, std=self.config.token_std)
         nn.init.zeros_(self.decoder.head.weight)
 
     def velocity(
@@ -363,11 +401,16 @@ class FlexTok(Pretrained, nn.Module):
         defaults = self.config.decode
         check_indices(indices, self.num_tokens, self.vocab_size)
         keep = check_keep(keep, *indices.shape)
+        if keep.min() < self.num_tokens and not self.decodes_prefixes:
+            raise ValueError(
+                f"this 2D grid decodes all {self.num_tokens} tokens only, got {int(keep.min())}: "
+                "the first ones are just its upper rows"
+            )
         device = self.decoder.head.weight.device
         indices, keep = indices.to(device), keep.to(device)
         codes = self.quantizer.indices_to_codes(indices)
         batch = len(indices)
-        shape = (batch, self.vae.channels, *[self.image_size // self.vae.downsample] * 2)
+        shape = (batch, *self.noise_shape)
         if noise is None:
             noise = draw(torch.randn, shape, generator, device)
         elif tuple(noise.shape) != shape:
@@ -393,3 +436,18 @@ class FlexTok(Pretrained, nn.Module):
         times = linear_times(num_steps if num_steps is not None else defaults.num_steps).to(device)
         x0 = solve(guide(conditional, unconditional, scale), noise.to(device), times)
         return self.vae.decode(x0).float().clamp(-1, 1)
+
+
+def check_token_grid(
+    token_grid: list[int] | None, num_registers: int, grid: int
+) -> tuple[int, int] | None:
+    """The (rows, columns) of a 2D baseline's tokens. Raises ValueError unless they make up
+    num_registers tokens and divide the grid of patches."""
+    if token_grid is None:
+        return None
+    if len(token_grid) != 2 or any(n < 1 or grid % n for n in token_grid):
+        raise ValueError(f"token_grid={token_grid} must be two divisors of {grid}, the patches")
+    rows, columns = token_grid
+    if rows * columns != num_registers:
+        raise ValueError(f"num_registers={num_registers} must be {rows * columns}, the token_grid")
+    return rows, columns

@@ -7,7 +7,6 @@ One-D-Piece (2501.10064: any prefix decodes). The networks take and give [0, 1];
 [-1, 1] is converted in the methods that meet pictures.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from flextok.hub import Pretrained
 from flextok.losses.perceptual import PerceptualLoss
 from flextok.nn.embeddings import patchify, unpatchify
+from flextok.nn.frozen import Frozen
 from flextok.nn.vit import ViTBlock
 from flextok.quantizers import KL, QUANTIZERS
 from flextok.schema import build
@@ -30,6 +30,7 @@ from flextok.tokenizers.vqgan import (
     Reconstruction,
     VQGANConfig,
     from_unit,
+    note_perceptual,
     reconstruction_losses,
     to_unit,
 )
@@ -211,7 +212,8 @@ class TiTok(Pretrained, nn.Module):
         self.quantizer = build(QUANTIZERS, config.quantizer, "quantizer")
         self.is_continuous = isinstance(self.quantizer, KL)
         self.sample_keep = build(NESTED_DROPOUT, config.nested_dropout, "nested dropout")
-        self.perceptual: Callable[[Tensor, Tensor], Tensor] = PerceptualLoss(config.perceptual)
+        self.perceptual = PerceptualLoss(config.perceptual)
+        self._proxy: Frozen | None = None  # see attach_proxy
         shared: dict[str, Any] = {
             "grid": self.grid,
             "num_tokens": config.num_tokens,
@@ -276,13 +278,19 @@ class TiTok(Pretrained, nn.Module):
     def image_size(self) -> int:
         return self.config.image_size
 
+    @property
+    def decodes_prefixes(self) -> bool:
+        return self.config.nested_dropout != "none"
+
     def init_weights(self) -> None:
-        """Linear: N(0, 0.02), cut at 2, no bias. Tokens and positions: N(0, 1/D). The convolutions
-        and codebooks keep their own."""
+        """Linear: N(0, 0.02), cut at 2, no bias; wider in models narrower than the published ones,
+        which would hardly see the picture at first. Tokens and positions: N(0, 1/D). The
+        convolutions and codebooks keep their own."""
         for part in (self.encoder, self.decoder):
+            std = max(0.02, 0.45 * part.class_token.shape[-1] ** -0.5)  # 0.02 from D = 512 on
             for module in part.modules():
                 if isinstance(module, nn.Linear):
-                    nn.init.trunc_normal_(module.weight, std=0.02)
+                    nn.init.trunc_normal_(module.weight, std=std)
                     nn.init.zeros_(module.bias)
             for name, parameter in part.named_parameters():
                 if name.endswith(("_token", "_tokens", "_pos")):
@@ -300,16 +308,16 @@ class TiTok(Pretrained, nn.Module):
             raise ValueError(
                 f"the proxy has (pixels, indices, codes) {theirs}, TiTok expects {ours}"
             )
-        object.__setattr__(self, "_proxy", proxy.eval().requires_grad_(False))
+        self._proxy = Frozen(proxy)
 
     @property
     def proxy(self) -> MaskGITVQGAN:
-        attached: MaskGITVQGAN | None = self.__dict__.get("_proxy")
-        if attached is None:
+        if self._proxy is None:
             raise ValueError(
-                "the first stage (stage: proxy) needs its MaskGIT-VQGAN: call attach_proxy(vqgan)"
+                "a TiTok of the first stage (stage: proxy) has no pixels of its own: train the "
+                "second stage, or call attach_proxy(vqgan)"
             )
-        return attached.to(self.encoder.head.weight.device)
+        return self._proxy.to(self.encoder.head.weight.device)
 
     def start_finetuning(self, first: "TiTok", proxy: MaskGITVQGAN) -> None:
         """Fill this second-stage model with a first-stage one's weights, and with the proxy's
@@ -317,7 +325,34 @@ class TiTok(Pretrained, nn.Module):
         state = dict(first.state_dict())
         for ours, part in (("pixel_quantizer", proxy.quantizer), ("pixel_decoder", proxy.decoder)):
             state |= {f"{ours}.{key}": value for key, value in part.state_dict().items()}
-        self.load_state_dict(state, strict=True)
+        copies = {key: value.clone() for key, value in state.items()}
+        self.load_weights(copies, "the first stage and its proxy together")
+
+    def prepare_training(
+        self, proxy: MaskGITVQGAN | None = None, first: "TiTok | None" = None
+    ) -> None:
+        """Take what the stage starts from: "proxy" learns the indices of the trained `proxy`;
+        "finetune" begins as the first stage's `first` with that proxy's decoder. Loads the networks
+        of the perceptual loss, too. Raises ValueError where one is missing or of another kind."""
+        needed = {"proxy": ("proxy",), "finetune": ("proxy", "first"), "single": ()}
+        for name, model, cls in (("proxy", proxy, MaskGITVQGAN), ("first", first, TiTok)):
+            is_needed = name in needed[self.config.stage]
+            if is_needed and not isinstance(model, cls):
+                found = "nothing" if model is None else f"a {model.model_type} model"
+                raise ValueError(
+                    f"stage {self.config.stage!r} starts from a trained {cls.model_type} model: "
+                    f"name its folder or hub id as start.{name} (got {found})"
+                )
+            if not is_needed and model is not None:
+                raise ValueError(f"stage {self.config.stage!r} has no use for start.{name}")
+        if self.config.stage == "proxy":
+            assert proxy is not None, "checked above"
+            self.attach_proxy(proxy)
+        elif self.config.stage == "finetune":
+            assert proxy is not None, "checked above"
+            assert first is not None, "checked above"
+            self.start_finetuning(first, proxy)
+        note_perceptual(self)
 
     def loss(
         self,
@@ -348,7 +383,10 @@ class TiTok(Pretrained, nn.Module):
         text: Tensor | None = None,
     ) -> Reconstruction:
         """Arguments as in `loss`. Encodes and decodes with gradients; adversarial training adds a
-        loss on the images in between this and `reconstruction_losses`."""
+        loss on the images in between this and `reconstruction_losses`. Raises ValueError in the
+        first stage, which learns indices."""
+        if self.config.stage == "proxy":
+            raise ValueError("stage 'proxy' learns no pixels: leave `adversarial` to 'finetune'")
         codes, aux = self._training_codes(images, generator)
         return Reconstruction(self.decode_codes(codes, text=text), aux)
 
@@ -394,10 +432,14 @@ class TiTok(Pretrained, nn.Module):
 
     @torch.no_grad()
     def decode(
-        self, indices: Tensor, keep: Tensor | int | None = None, text: Tensor | None = None
+        self,
+        indices: Tensor,
+        keep: Tensor | int | None = None,
+        text: Tensor | None = None,
+        generator: torch.Generator | None = None,
     ) -> Tensor:
         """indices: (B, k) long; keep: how many of the k to use, an int or (B,) long if ragged;
-        text: (B, L, text_dim) for TA-TiTok. Returns images (B, 3, H, W) in [-1, 1].
+        text: (B, L, text_dim) for TA-TiTok. Returns images (B, 3, H, W) in [-1, 1]. Draws nothing.
 
         Models trained with nested dropout decode any k in [1, K]; others need all K. Raises
         ValueError on indices, keep or text that do not fit."""
@@ -414,7 +456,7 @@ class TiTok(Pretrained, nn.Module):
         [-1, 1], not clamped, with gradients."""
         lengths = check_keep(keep, len(codes), codes.shape[1]).to(codes.device)
         shortest, longest = (int(n) for n in lengths.aminmax())
-        if self.config.nested_dropout == "none" and shortest < self.num_tokens:
+        if shortest < self.num_tokens and not self.decodes_prefixes:
             raise ValueError(
                 f"this TiTok decodes all {self.num_tokens} tokens only, got {shortest}: prefixes "
                 "need a model trained with nested_dropout (uniform = One-D-Piece's tail drop)"

@@ -120,6 +120,7 @@ class MaskGITVQGAN(Pretrained, nn.Module):
 
     model_type = "maskgit_vqgan"
     config_class = VQGANConfig
+    decodes_prefixes = False
 
     def __init__(self, config: VQGANConfig):
         super().__init__()
@@ -133,7 +134,7 @@ class MaskGITVQGAN(Pretrained, nn.Module):
         shape = (config.dim, config.multipliers, config.num_blocks, self.quantizer.dim)
         self.encoder = ConvEncoder(*shape)
         self.decoder = ConvDecoder(*shape)
-        self.perceptual: Callable[[Tensor, Tensor], Tensor] = PerceptualLoss(config.perceptual)
+        self.perceptual = PerceptualLoss(config.perceptual)
 
     @property
     def grid(self) -> int:
@@ -168,6 +169,10 @@ class MaskGITVQGAN(Pretrained, nn.Module):
     ) -> dict[str, Tensor]:
         return reconstruction_losses(images, reconstruction, self.perceptual)
 
+    def prepare_training(self) -> None:
+        """Load what only training needs, the networks of the perceptual loss, and note them."""
+        note_perceptual(self)
+
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """images: (B, 3, H, W) float in [-1, 1]. Returns indices (B, K) long, row by row."""
@@ -175,8 +180,8 @@ class MaskGITVQGAN(Pretrained, nn.Module):
         return self.quantizer(self._latents(images))[1]
 
     @torch.no_grad()
-    def decode(self, indices: Tensor) -> Tensor:
-        """indices: (B, K) long. Returns images (B, 3, H, W) in [-1, 1]."""
+    def decode(self, indices: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """indices: (B, K) long. Returns images (B, 3, H, W) in [-1, 1]. Draws nothing."""
         check_indices(indices, self.num_tokens, self.vocab_size)
         if indices.shape[1] != self.num_tokens:
             raise ValueError(
@@ -203,6 +208,12 @@ def res_blocks(channels: int, out_channels: int, number: int) -> nn.Sequential:
 
 def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(32, channels, eps=1e-6)
+
+
+def note_perceptual(model: Any) -> None:
+    """Load the model's perceptual loss, if it has one, and note it in what is saved with it."""
+    if used := model.perceptual.load():
+        model.metadata["perceptual"] = used
 
 
 def to_unit(images: Tensor) -> Tensor:

@@ -40,12 +40,17 @@ class TrainingModule(L.LightningModule):
         raise NotImplementedError
 
     def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
+        losses = self.model.loss(*self.inputs(batch), generator=self.draws(batch_index))
+        self.log_losses("train", losses, len(next(iter(batch.values()))))
+        return losses["loss"]
+
+    def draws(self, batch_index: int) -> torch.Generator:
+        """The generator of a training step. Seeds the global one too, for dropout layers."""
         micro = batch_index % self.trainer.accumulate_grad_batches
         piece = micro * self.trainer.world_size + self.global_rank
         draws = derived_generator(self.seed, 3, self.global_step, piece, 0)
-        losses = self.model.loss(*self.inputs(batch), generator=draws)
-        self.log_losses("train", losses, len(next(iter(batch.values()))))
-        return losses["loss"]
+        torch.manual_seed(draws.initial_seed())
+        return draws
 
     def validation_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
         if not batch:
@@ -69,8 +74,14 @@ class TrainingModule(L.LightningModule):
                 **options,
             )
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["metadata"] = {**self.model.metadata, "step": self.global_step}
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        return make_optimizer(self.model, self.optim)
+
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
-        optimizer = make_optimizer(self.model, self.optim)
+        optimizer = self.make_optimizer()
         factor = warmup_cosine(self.optim.warmup_steps, self.max_steps, self.optim.final_lr)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {
@@ -86,4 +97,4 @@ class TokenizerModule(TrainingModule):
 
 class GeneratorModule(TrainingModule):
     def inputs(self, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        return batch["indices"], batch["label"]
+        return batch["indices"], batch["text" if "text" in batch else "label"]

@@ -11,11 +11,9 @@ from flextok.config import OptimConfig
 from flextok.schema import ConfigError, unknown_key
 from flextok.training.sharding import blocks
 
-NO_DECAY = ("embedding", "registers", "positions", "register_pos", "token", "start")
-
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
-    """Matrices decay; vectors (biases, norms), embeddings, positions and learned tokens do not.
+    """Matrices decay; vectors (biases, norms) and what config.no_decay names do not.
     config.lr_scale multiplies the rate of whole parts of the model, by their name. Frozen
     parameters are in no group."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
@@ -25,7 +23,7 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
             raise unknown_key("part of the model", part, list(parts), "optim.lr_scale")
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            spared = parameter.ndim < 2 or any(part in name for part in NO_DECAY)
+            spared = parameter.ndim < 2 or any(part in name for part in config.no_decay)
             decay = 0.0 if spared else config.weight_decay
             scale = config.lr_scale.get(name.split(".")[0], 1.0)
             groups.setdefault((scale, decay), []).append(parameter)
@@ -82,9 +80,7 @@ class MuonAdamW(torch.optim.Optimizer):
         if not split[True]:
             raise ConfigError("optim.name=muon: the model has no blocks with matrices; take adamw")
         self.parts = {
-            True: torch.optim.Muon(
-                split[True], momentum=momentum, adjust_lr_fn="match_rms_adamw"
-            ),
+            True: torch.optim.Muon(split[True], momentum=momentum, adjust_lr_fn="match_rms_adamw"),
             False: torch.optim.AdamW(split[False], betas=betas, fused=True),
         }
         shared = [group for part in self.parts.values() for group in part.param_groups]

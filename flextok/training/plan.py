@@ -286,4 +286,3 @@ def as_text(found: Plan) -> str:
             "data.batch_size with trainer.accumulate"
         )
     return "\n".join(lines)
-

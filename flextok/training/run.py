@@ -1,7 +1,10 @@
 """One training run from an ExperimentConfig: build, train, export."""
 
+import inspect
+import json
 import logging
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +17,10 @@ from torch.utils.data import ConcatDataset
 
 from flextok.config import ExperimentConfig, load_experiment, save_experiment
 from flextok.data.datamodule import DataModule, prepare_image, prepare_tokens
-from flextok.data.datasets import DATASETS
+from flextok.data.datasets import DATASETS, take
 from flextok.data.processes import local_device, this_process
 from flextok.data.stream import EvaluationSet, collate
+from flextok.data.text import build_text_cache
 from flextok.data.tokens import (
     TokenDataset,
     build_token_cache,
@@ -25,13 +29,21 @@ from flextok.data.tokens import (
 )
 from flextok.data.transforms import ImageTransform
 from flextok.data.web import WebDatasetStream
+from flextok.evaluation.evaluate import evaluate_generator, evaluate_tokenizer
+from flextok.evaluation.features import load_networks
+from flextok.evaluation.job import Cell, Options
 from flextok.generators import GENERATORS
+from flextok.generators.conditioning import TextConditioner
+from flextok.generators.text import Text, load_encoder
 from flextok.hub import atomic_write, fingerprint
 from flextok.pipeline import load_model, remember_tokenizer
 from flextok.schema import ConfigError, build, from_mapping, unknown_key
 from flextok.tokenizers import TOKENIZERS
+from flextok.training.adversarial import AdversarialModule
 from flextok.training.average import Averaging, averaged
 from flextok.training.callbacks import (
+    CodebookUsage,
+    Evaluation,
     Export,
     Pictures,
     draw_generations,
@@ -49,7 +61,6 @@ from flextok.training.finite import SkipNonFinite
 from flextok.training.modules import GeneratorModule, TokenizerModule, TrainingModule
 from flextok.training.record import record_start
 from flextok.training.sharding import ShardedStrategy, compile_blocks, read_sharded
-from flextok.vae import KLVAE
 
 log = logging.getLogger(__name__)
 
@@ -72,8 +83,11 @@ def train(config: ExperimentConfig) -> Path:
         log.info("continuing from %s, step %d", last, step)
     if config.task == "tokenizer":
         module, data, draw = tokenizer_run(config)
+        evaluate = evaluation(config, None)
     else:
-        module, data, draw = generator_run(config, folder)
+        tokenizer = load_tokenizer(config)
+        module, data, draw = generator_run(config, folder, tokenizer)
+        evaluate = evaluation(config, tokenizer)
     if leads:
         folder.mkdir(parents=True, exist_ok=True)
         atomic_write(folder / "config.yaml", lambda p: save_experiment(config, p))
@@ -86,7 +100,7 @@ def train(config: ExperimentConfig) -> Path:
         return folder
     if config.trainer.compile:
         compile_blocks(module.model)
-    trainer = make_trainer(config, folder, draw)
+    trainer = make_trainer(config, folder, module.model, draw, evaluate)
     trainer.fit(module, data, ckpt_path=None if last is None else str(last), weights_only=True)
     # fit leaves the averaged weights in place
     export(module.model, folder, trainer.global_step, trainer.is_global_zero)
@@ -117,16 +131,14 @@ def build_model(registry: dict[str, Any], spec: dict[str, Any]) -> Any:
 
 def tokenizer_run(config: ExperimentConfig) -> tuple[TrainingModule, DataModule, Any]:
     model = build_model(TOKENIZERS, config.model)
-    if isinstance(model.vae, KLVAE):
-        model.vae.load_weights()
-    model.prepare_training()
+    prepare_training(model, config.start)
     transform = make_transform(config, model.image_size)
     train_set = make_dataset(config.data.train)
     validation = make_dataset(config.data.validation) if config.data.validation else None
     model.metadata["class_names"] = list(train_set.class_names)
     prepare = prepare_image(transform)
     data = make_data(config, train_set, validation, prepare)
-    module = TokenizerModule(model, config.optim, config.trainer.max_steps, config.seed)
+    module = tokenizer_module(config, model)
     draw = None
     if validation is not None:
         count = min(config.trainer.num_pictures, len(validation))
@@ -136,35 +148,125 @@ def tokenizer_run(config: ExperimentConfig) -> tuple[TrainingModule, DataModule,
     return module, data, draw
 
 
-def generator_run(config: ExperimentConfig, folder: Path) -> tuple[TrainingModule, DataModule, Any]:
+def prepare_training(model: Any, start: dict[str, str]) -> None:
+    """Hand a tokenizer the trained models that config.start names, and note which they were."""
+    known = list(inspect.signature(model.prepare_training).parameters)
+    for name in start:
+        if name not in known:
+            raise unknown_key("model to start from", name, known, "start")
+    trained = {name: load_model(path) for name, path in start.items()}
+    if trained:
+        model.metadata["start"] = {
+            name: f"{path} (weights {fingerprint(trained[name])})" for name, path in start.items()
+        }
+    model.prepare_training(**trained)
+
+
+def tokenizer_module(config: ExperimentConfig, model: Any) -> TrainingModule:
+    arguments = (model, config.optim, config.trainer.max_steps)
+    if config.adversarial is None:
+        return TokenizerModule(*arguments, seed=config.seed)
+    if not hasattr(model, "reconstruct"):
+        raise ConfigError(f"adversarial: a {model.model_type} has no reconstruction in training")
+    return AdversarialModule(*arguments, adversarial=config.adversarial, seed=config.seed)
+
+
+def load_tokenizer(config: ExperimentConfig) -> Any:
     assert config.tokenizer is not None
     tokenizer = load_model(config.tokenizer)
     if tokenizer.model_type not in TOKENIZERS:
         raise ConfigError(f"tokenizer={config.tokenizer!r} holds a {tokenizer.model_type} model")
-    cache = Path(config.data.token_cache or folder / "tokens")
-    train_set = cached_tokens(config, tokenizer, cache / "train", config.data.train)
-    validation = None
-    if config.data.validation:
-        validation = cached_tokens(
-            config, tokenizer, cache / "validation", config.data.validation, augment=False
+    if not tokenizer.vocab_size:
+        raise ConfigError(
+            f"tokenizer={config.tokenizer!r} is continuous (KL): it has no indices to generate"
         )
-    class_names = train_set.class_names
+    return tokenizer
+
+
+def generator_run(
+    config: ExperimentConfig, folder: Path, tokenizer: Any
+) -> tuple[TrainingModule, DataModule, Any]:
+    assert config.tokenizer is not None
+    if config.start or config.adversarial:
+        raise ConfigError("start and adversarial are for task tokenizer")
     derived: dict[str, Any] = {
         "vocab_size": tokenizer.vocab_size,
         "num_tokens": tokenizer.num_tokens,
         "conditioner": {"name": "class"},
     }
     spec = {**derived, **config.model}
+    captions = spec["conditioner"].get("name") == "text"
+    cache = Path(config.data.token_cache or folder / "tokens")
+    train_set = cached_tokens(config, tokenizer, cache / "train", config.data.train)
+    validation = None
+    if config.data.validation:
+        place, data_spec = cache / "validation", config.data.validation
+        validation = cached_tokens(config, tokenizer, place, data_spec, augment=False)
+    class_names = train_set.class_names
     if spec["conditioner"].get("name") == "class":
         spec["conditioner"] = {"num_classes": len(class_names), **spec["conditioner"]}
     torch.manual_seed(config.seed)  # whether or not tokenizing took draws just now
     model = build_model(GENERATORS, spec)
+    if captions:
+        model.config.conditioner = model.conditioner.pinned(model.config.conditioner)
     model.metadata["class_names"] = class_names
     remember_tokenizer(model, folder, tokenizer, config.tokenizer)
+    number = config.trainer.num_pictures
+    cond: torch.Tensor | Text = torch.arange(number) % max(1, len(class_names))
+    names = None
+    if captions:
+        for part, tokens in {"train": train_set, "validation": validation}.items():
+            if tokens is not None:
+                add_text(model.conditioner, cache / part / "text", tokens, config)
+        load_encoder.cache_clear()  # from here on the cached rows do
+        shown = validation or train_set
+        assert shown.text is not None, "add_text sets it"
+        names = list(dict.fromkeys(shown.captions))[:number]
+        cond = Text.pad([shown.text[name] for name in names])
     data = make_data(config, train_set, validation, prepare_tokens)
     module = GeneratorModule(model, config.optim, config.trainer.max_steps, config.seed)
-    cond = torch.arange(config.trainer.num_pictures) % max(1, len(class_names))
-    return module, data, draw_generations(tokenizer, cond)
+    return module, data, draw_generations(tokenizer, cond, names)
+
+
+def add_text(
+    conditioner: TextConditioner, folder: Path, tokens: TokenDataset, config: ExperimentConfig
+) -> None:
+    """Give a token data set the rows of its captions, cached in `folder`."""
+    without = tokens.captions.count("")
+    if without == len(tokens):
+        raise ConfigError(
+            "no picture has a caption: a text conditioner needs them (.txt files beside pictures, "
+            "a caption column or key), or choose conditioner {name: class}"
+        )
+    if without:
+        log.warning("%d of %d pictures have no caption: null text", without, len(tokens))
+    sided = sum(bool(re.search(r"\b(left|right)\b", caption)) for caption in tokens.captions)
+    if config.data.flip and sided:
+        log.warning("data.flip=true mirrors pictures, and %d captions say left or right", sided)
+    encoder = conditioner.encoder
+    tokens.text = build_text_cache(folder, encoder, tokens.captions, cache_device(config))
+    conditioner.null_row = tokens.text[""]
+
+
+def evaluation(config: ExperimentConfig, tokenizer: Any) -> Any:
+    """What the Evaluation callback runs: (model, folder) -> report. None where none is asked."""
+    asked = config.evaluation
+    if asked is None:
+        return None
+    assert config.data.validation is not None
+    pictures = take(make_dataset(config.data.validation), asked.limit)
+    options = Options(networks=tuple(asked.networks), batch_size=asked.batch_size, seed=config.seed)
+    load_networks(options.networks)  # missing weights are told before training
+    names = {"model": config.output_dir, "data": json.dumps(config.data.validation)}
+
+    def evaluate(model: Any, folder: Path) -> dict[str, Any]:
+        cells = [Cell(k) for k in asked.num_tokens or [model.num_tokens]]
+        if tokenizer is None:
+            return evaluate_tokenizer(model, pictures, cells, options, folder, names)
+        tokenizer.to(next(model.parameters()).device)
+        return evaluate_generator(model, tokenizer, pictures, cells, options, folder, names)
+
+    return evaluate
 
 
 def cached_tokens(
@@ -173,8 +275,7 @@ def cached_tokens(
     if isinstance(spec, dict) and spec.get("name") == "tokens":
         return ready_tokens(spec, tokenizer)
     transform = make_transform(config, tokenizer.image_size)
-    wants_gpu = config.trainer.accelerator != "cpu" and torch.cuda.is_available()
-    tokenizer.to(local_device() if wants_gpu else "cpu")
+    tokenizer.to(cache_device(config))
     build_token_cache(
         folder,
         tokenizer,
@@ -188,6 +289,11 @@ def cached_tokens(
     tokenizer.to("cpu")
     wait_until_finished(folder)
     return TokenDataset(folder)
+
+
+def cache_device(config: ExperimentConfig) -> str:
+    """Where tokenizer and text encoder fill the caches: this process's GPU, if it trains on one."""
+    return "cpu" if config.trainer.accelerator == "cpu" else local_device()
 
 
 def ready_tokens(spec: dict[str, Any], tokenizer: Any) -> TokenDataset:
@@ -219,7 +325,19 @@ def make_data(
     )
 
 
-def make_trainer(config: ExperimentConfig, folder: Path, draw: Any) -> L.Trainer:
+def codebook_callbacks(config: ExperimentConfig, model: Any) -> list[L.Callback]:
+    quantizer, revive_every = getattr(model, "quantizer", None), config.trainer.revive_every
+    if revive_every and not hasattr(quantizer, "revive"):
+        raise ConfigError(f"trainer.revive_every={revive_every} needs a learned codebook (vq)")
+    if quantizer is None or not quantizer.codebook_size:
+        return []
+    every = revive_every or config.trainer.log_every
+    return [CodebookUsage(every, bool(revive_every), config.seed)]
+
+
+def make_trainer(
+    config: ExperimentConfig, folder: Path, model: Any, draw: Any, evaluate: Any
+) -> L.Trainer:
     options = config.trainer
     precision: Any = options.precision
     if precision == "auto":
@@ -230,9 +348,12 @@ def make_trainer(config: ExperimentConfig, folder: Path, draw: Any) -> L.Trainer
         LearningRateMonitor("step"),
         TQDMProgressBar(refresh_rate=10),
         SkipNonFinite(folder, options.max_nonfinite),
+        *codebook_callbacks(config, model),
     ]
     if draw is not None:
         callbacks.append(Pictures(folder / "pictures", draw))
+    if config.evaluation is not None:
+        callbacks.append(Evaluation(folder / "evaluation", evaluate, config.evaluation.every))
     callbacks.append(Export(folder))
     if config.optim.ema_decay > 0:
         callbacks.append(Averaging())
@@ -274,7 +395,8 @@ def check_same_model(path: Path, config: ExperimentConfig) -> None:
     if not path.exists():
         return
     found = load_experiment(path)
-    if found.model != config.model or found.task != config.task:
+    same = ("task", "model", "adversarial")
+    if any(getattr(found, key) != getattr(config, key) for key in same):
         raise ConfigError(
             f"{path.parent} holds a run of another model: choose another output_dir, or pass "
             "resume=false to start over there"

@@ -1,0 +1,273 @@
+"""`flextok evaluate | sweep | adaptive | probe`: the commands that measure."""
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+
+def add_commands(commands: Any) -> None:
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="FID, inception score, KID, precision, PSNR, SSIM, LPIPS, code usage, as JSON",
+        description="A tokenizer reconstructs DATA; a generator is compared with DATA. Several "
+        "processes: torchrun --nproc-per-node=N -m flextok.cli evaluate ...",
+    )
+    evaluate.add_argument("model", help="folder or hub id of a tokenizer or a generator")
+    evaluate.add_argument(
+        "data",
+        help="emoji:validation, emoji_scenes:train or a picture folder; for a generator also an "
+        "ADM reference .npz",
+    )
+    evaluate.add_argument("--tokenizer", help="generator: another place to find its tokenizer")
+    evaluate.add_argument("--num-tokens", type=int, nargs="+", help="default: all")
+    evaluate.add_argument("--steps", type=int, help="decoder steps")
+    evaluate.add_argument("--guidance-scale", type=float, help="decoder guidance, 1 = none")
+    evaluate.add_argument("--num-samples", type=int, help="generator: how many pictures")
+    evaluate.add_argument(
+        "--labels",
+        choices=("balanced", "data"),
+        default="balanced",
+        help="generator: all classes alike, or as often as in DATA",
+    )
+    evaluate.add_argument("--reference", metavar="NPZ", help="tokenizer: also compare with this")
+    evaluate.add_argument("--save-reference", metavar="NPZ", help="write DATA's statistics")
+    add_measuring(evaluate, ["inception", "lpips"])
+    evaluate.add_argument("--output", default="outputs/evaluation", help="folder to write")
+    evaluate.set_defaults(run=run_evaluate)
+
+    sweep = commands.add_parser(
+        "sweep",
+        help="reconstruction quality against the number of tokens, steps and guidance",
+        description="Prints a table and writes report.json, sweep.csv, tokens.png, bits.png, "
+        "time.png, strips.png and variance.png.",
+    )
+    sweep.add_argument("model", help="folder or hub id of a tokenizer")
+    sweep.add_argument("--data", metavar="SET", help="as for evaluate")
+    sweep.add_argument("--num-tokens", type=int, nargs="+", help="default 1 2 4 ... all")
+    sweep.add_argument("--steps", type=int, nargs="+", help="decoder steps")
+    sweep.add_argument("--guidance-scale", type=float, nargs="+", help="decoder guidance")
+    sweep.add_argument("--num-pictures", type=int, default=6, help="in the strips and the map")
+    sweep.add_argument("--json", metavar="FILE", help="another place for the report")
+    add_measuring(sweep, [])
+    sweep.add_argument("--output", default="outputs/sweep", help="folder to write")
+    sweep.set_defaults(run=run_sweep)
+
+    adaptive = commands.add_parser(
+        "adaptive",
+        help="how many tokens each picture needs to meet a target, and whether complexity shows",
+    )
+    adaptive.add_argument("model", help="folder or hub id of a tokenizer that decodes prefixes")
+    adaptive.add_argument("--data", default="emoji_scenes:validation", help="as for evaluate")
+    adaptive.add_argument("--target", required=True, help="psnr=20, ssim=, lpips=0.3, ...")
+    adaptive.add_argument("--steps", type=int, help="decoder steps")
+    adaptive.add_argument("--guidance-scale", type=float, help="decoder guidance, 1 = none")
+    add_measuring(adaptive, None)
+    adaptive.add_argument("--output", default="outputs/adaptive", help="folder to write")
+    adaptive.set_defaults(run=run_adaptive)
+
+    probe = commands.add_parser(
+        "probe", help="class accuracy of a linear probe on the first 1, 2, 4, ... codes"
+    )
+    probe.add_argument("model", help="folder or hub id of a tokenizer")
+    probe.add_argument("--train", default="emoji:train", metavar="SET", help="labelled pictures")
+    probe.add_argument("--data", default="emoji:validation", metavar="SET", help="to test on")
+    probe.add_argument("--num-tokens", type=int, nargs="+", help="default 1 2 4 ... all")
+    add_measuring(probe, None)
+    probe.add_argument("--output", default="outputs/probe", help="folder to write")
+    probe.set_defaults(run=run_probe)
+
+
+def add_measuring(parser: argparse.ArgumentParser, networks: list[str] | None) -> None:
+    """Options of all four; networks: the default ones, None where the command takes none."""
+    if networks is not None:
+        parser.add_argument(
+            "--networks",
+            nargs="*",
+            default=networks,
+            help="inception (FID), efficientnet_lite0 (offline, no FID), lpips; default: "
+            + (" ".join(networks) or "none"),
+        )
+        parser.add_argument("--inception-weights", metavar="FILE", help="default: torch's cache")
+        parser.add_argument("--solver", help="euler or heun")
+    parser.add_argument("--limit", type=int, help="take this many pictures, evenly spread")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--num-workers", type=int, default=0)
+    parser.add_argument(
+        "--dtype",
+        choices=("float64", "float32"),
+        help="float64 gives the same numbers for any batch size: the default on a CPU; on a GPU "
+        "float32",
+    )
+    parser.add_argument("--device", default=None, help="cpu, cuda, ...; a GPU where there is one")
+
+
+def run_evaluate(options: argparse.Namespace) -> None:
+    from flextok.cli import open_data
+    from flextok.data.datasets import take
+    from flextok.evaluation import processes
+    from flextok.evaluation.evaluate import evaluate_generator, evaluate_tokenizer
+    from flextok.evaluation.job import Cell
+    from flextok.hub import resolve
+    from flextok.pipeline import is_generator, load_tokenizer_of
+
+    settings = measuring_options(
+        options,
+        num_samples=options.num_samples,
+        labels=options.labels,
+        reference=options.reference,
+        save_reference=options.save_reference,
+    )
+    names = {"model": options.model, "data": options.data}
+    with processes.joined():
+        model = load_for_measuring(options)
+        stored = options.data.endswith(".npz")
+        data = options.data if stored else take(open_data(options.data), options.limit)
+        cells = [
+            Cell(k, options.steps, options.guidance_scale)
+            for k in options.num_tokens or [model.num_tokens]
+        ]
+        if is_generator(model):
+            if options.reference:
+                raise ValueError("a generator is compared with DATA: name the .npz there")
+            parameter = next(model.parameters())
+            tokenizer = load_tokenizer_of(
+                model, resolve(options.model), options.tokenizer, parameter.device
+            ).to(parameter.dtype)
+            report = evaluate_generator(
+                model, tokenizer, data, cells, settings, options.output, names
+            )
+        else:
+            if stored:
+                raise ValueError(f"a tokenizer needs pictures to reconstruct, not {options.data}")
+            report = evaluate_tokenizer(model, data, cells, settings, options.output, names)
+        if processes.rank() == 0:
+            print_report(report)
+            print(f"wrote {Path(options.output) / 'report.json'}")
+
+
+def run_sweep(options: argparse.Namespace) -> None:
+    from flextok.cli import open_data, token_lengths
+    from flextok.data.datasets import take
+    from flextok.evaluation.report import write_report
+    from flextok.evaluation.sweep import format_table, sweep
+
+    if not options.data:
+        raise ValueError("name the pictures to measure on, e.g. --data emoji:validation")
+    model = load_for_measuring(options)
+    report = sweep(
+        model,
+        take(open_data(options.data), options.limit),
+        measuring_options(options),
+        options.output,
+        token_lengths(options.num_tokens, model, model.num_tokens),
+        options.steps,
+        options.guidance_scale,
+        options.num_pictures,
+        names={"model": options.model, "data": options.data},
+    )
+    print(format_table(report))
+    print_warnings(report)
+    if options.json:
+        write_report(report, Path(options.json))
+    print(f"wrote {options.output}")
+
+
+def run_adaptive(options: argparse.Namespace) -> None:
+    from flextok.cli import open_data
+    from flextok.data.datasets import take
+    from flextok.evaluation.adaptive import Target, relate
+
+    target = Target.parse(options.target)
+    model = load_for_measuring(options)
+    asked = {"num_steps": options.steps, "guidance_scale": options.guidance_scale}
+    decoding = {k: v for k, v in asked.items() if v is not None}
+    data = take(open_data(options.data), options.limit or 256)
+    report = relate(model, data, target, measuring_options(options), decoding)
+    print("label  pictures  mean tokens  target met")
+    for label, row in report["by_label"].items():
+        print(f"{label:>5}  {row['count']:8d}  {row['mean_tokens']:11.2f}  {row['met']:10.2f}")
+    control = report["shuffled"]
+    print(
+        f"Spearman of length and label: {report['spearman']:+.3f}; with shuffled labels "
+        f"{control['first']:+.3f} ({control['mean']:+.3f} +- {control['std']:.3f} over "
+        f"{control['shuffles']}), p = {control['p_value']:.2g}"
+    )
+    print(
+        f"{report['count']} pictures, {report['met']} meet {report['target']}; "
+        f"{report['mean_tokens']:.1f} tokens each, at most {report['decodes_per_picture']} decodes"
+    )
+    write_measured(report, model, options)
+
+
+def run_probe(options: argparse.Namespace) -> None:
+    from flextok.cli import open_data, token_lengths
+    from flextok.data.datasets import take
+    from flextok.evaluation.probe import format_table, linear_probe
+
+    model = load_for_measuring(options)
+    train, test = (take(open_data(name), options.limit) for name in (options.train, options.data))
+    lengths = token_lengths(options.num_tokens, model, model.num_tokens)
+    report = linear_probe(model, train, test, measuring_options(options), lengths)
+    print(format_table(report))
+    write_measured(report, model, options)
+
+
+def load_for_measuring(options: argparse.Namespace) -> Any:
+    """The model on its device and in its precision."""
+    import torch
+
+    from flextok.cli import pick_device
+    from flextok.pipeline import load_model
+
+    device = pick_device(options.device)
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    dtype = options.dtype or ("float64" if device == "cpu" else "float32")
+    return load_model(options.model, device).to(getattr(torch, dtype))
+
+
+def measuring_options(options: argparse.Namespace, **more: Any) -> Any:
+    from flextok.evaluation.job import Options
+
+    if hasattr(options, "networks"):
+        more["networks"] = tuple(options.networks)
+        more |= {"inception_weights": options.inception_weights, "solver": options.solver}
+    return Options(
+        seed=options.seed,
+        batch_size=options.batch_size,
+        num_workers=options.num_workers,
+        **more,
+    )
+
+
+def print_report(report: dict[str, Any]) -> None:
+    for result in report["results"]:
+        facts = {k: v for k, v in result.items() if k != "scores"}
+        print(f"{facts['num_tokens']} tokens, {facts['count']} pictures")
+        for name, value in {**facts, **result["scores"]}.items():
+            if name not in ("num_tokens", "count") and value is not None:
+                print(f"  {name:<44}{value:.6g}")
+    if report["codes"]:
+        codes = report["codes"]
+        print(f"  {'codes used':<44}{codes['usage']:.6g} of {codes['vocab_size']}")
+        print(f"  {'entropy (bits), all positions':<44}{codes['entropy_bits']:.6g}")
+    run = report["run"]
+    if run["peak_memory_mib"] is not None:
+        print(f"peak memory {run['peak_memory_mib']:.0f} MiB, {run['seconds']:.1f} s")
+    print_warnings(report)
+
+
+def print_warnings(report: dict[str, Any]) -> None:
+    for warning in report["warnings"]:
+        print(f"note: {warning}")
+
+
+def write_measured(report: dict[str, Any], model: Any, options: argparse.Namespace) -> None:
+    """report.json of a command that is not one of the passes, with what it was asked."""
+    from flextok.evaluation.report import model_settings, write_report
+
+    asked = {k: v for k, v in vars(options).items() if k not in ("run", "dtype")}
+    document = {"settings": {**asked, **model_settings(model, model)}, **report}
+    print(f"wrote {write_report(document, Path(options.output))}")

@@ -1,0 +1,121 @@
+"""Captions beside a token cache: each different one once, as its text encoder's row.
+
+A frozen encoder's rows are its embeddings, which training then never computes again; those of an
+encoder that is trained are indices. A folder of parts (safetensors) and a manifest, like the token
+cache.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from flextok.generators.text import TextEncoder
+from flextok.hub import atomic_write
+
+MANIFEST = "manifest.json"
+
+
+class TextCache:
+    """cache[caption] -> (L,) long or (L, E) float16, as the encoder's rows. "" is always there."""
+
+    def __init__(self, folder: str | Path, encoder: TextEncoder):
+        """Raises ValueError when the folder's rows were made by another encoder, or by another
+        revision of it."""
+        self.folder = Path(folder)
+        check_manifest(self.folder, encoder.identity())
+        self.parts: list[Tensor] = []
+        self.places: dict[str, tuple[int, int, int]] = {}  # part, first, last + 1
+        for number, path in enumerate(sorted(self.folder.glob("part-*.safetensors"))):
+            with safe_open(path, framework="pt") as file:
+                self.parts.append(file.get_tensor("rows"))  # memory-mapped
+                texts = unpack(file.get_tensor("captions"), file.get_tensor("caption_ends"))
+                ends = file.get_tensor("row_ends").tolist()
+            spans = zip([0, *ends], ends, strict=False)
+            self.places |= {t: (number, *span) for t, span in zip(texts, spans, strict=True)}
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, caption: str) -> Tensor:
+        part, first, last = self.places[caption]
+        row = self.parts[part][first:last]
+        return row if row.is_floating_point() else row.long()
+
+
+def build_text_cache(
+    folder: str | Path,
+    encoder: TextEncoder,
+    captions: Sequence[str],
+    device: str | torch.device = "cpu",
+    part_size: int = 4096,
+) -> TextCache:
+    """Write the rows of "" and of each different caption into `folder`; parts already there are
+    kept. Raises ValueError for a folder made by another encoder or of other captions."""
+    folder = Path(folder)
+    different = list(dict.fromkeys(["", *captions]))
+    digest = hashlib.sha256("\0".join(different).encode()).hexdigest()[:16]
+    manifest = {**encoder.identity(), "captions": digest, "part_size": part_size}
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / MANIFEST).exists():
+        check_manifest(folder, manifest)
+    text = json.dumps(manifest, indent=2)
+    atomic_write(folder / MANIFEST, lambda p: p.write_text(text, encoding="utf-8"))
+    progress = tqdm(total=len(different), desc="reading captions", unit="caption")
+    for number, first in enumerate(range(0, len(different), part_size)):
+        some = different[first : first + part_size]
+        path = folder / f"part-{number:05d}.safetensors"
+        if not path.exists():
+            rows = encoder.rows(some, device)
+            tensors = {"row_ends": torch.tensor([len(row) for row in rows]).cumsum(0)}
+            tensors["rows"] = compact(torch.cat(rows).cpu())
+            tensors["captions"], tensors["caption_ends"] = pack(some)
+            atomic_write(path, lambda p, t=tensors: save_file(t, p))  # type: ignore[misc]
+        progress.update(len(some))
+    progress.close()
+    return TextCache(folder, encoder)
+
+
+def check_manifest(folder: Path, expected: dict[str, Any]) -> None:
+    path = folder / MANIFEST
+    if not path.exists():
+        raise ValueError(f"{folder} is no cache of captions: {path.name} is missing")
+    found = json.loads(path.read_text(encoding="utf-8"))
+    for key, value in expected.items():
+        if found.get(key) != value:
+            raise ValueError(
+                f"the captions in {folder} were read with {key}={found.get(key)!r}, now it is "
+                f"{value!r}: delete that folder, or name another data.token_cache"
+            )
+
+
+def compact(rows: Tensor) -> Tensor:
+    """Indices as int32, embeddings as float16, which must not overflow."""
+    if not rows.is_floating_point():
+        return rows.int()
+    half = rows.half()
+    if not half.isfinite().all():
+        raise ValueError(
+            f"embeddings reach {rows.abs().max():.0f}, beyond half precision: not cached"
+        )
+    return half
+
+
+def pack(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Texts as bytes, one after the other, (N,) uint8, and where each ends, (n,) long."""
+    encoded = [text.encode("utf-8", "replace") for text in texts]
+    content = torch.frombuffer(bytearray(b"".join(encoded) or b"\0"), dtype=torch.uint8)
+    return content, torch.tensor([len(text) for text in encoded], dtype=torch.long).cumsum(0)
+
+
+def unpack(content: Tensor, ends: Tensor) -> list[str]:
+    whole = content.numpy().tobytes()
+    last = ends.tolist()
+    return [whole[a:b].decode("utf-8") for a, b in zip([0, *last], last, strict=False)]

@@ -1,0 +1,149 @@
+"""How well generated scenes show what was asked for, against the number of tokens.
+
+The score of a picture is the part of its prompt's facts that the probe reads off it; of a class
+generator, whose classes are numbers of objects, the count alone. The control scores the same
+pictures against the prompts of other pictures: what agreement by chance looks like.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flextok.data.emoji import EmojiScenes
+from flextok.evaluation.scene_probe import UNKNOWN, Probe, fact_sizes, read_scenes
+from flextok.generators.conditioning import ClassConditioner, TextConditioner
+from flextok.pipeline import decode_prefixes, generate_images
+
+
+@dataclass
+class Alignment:
+    """Means over `count` pictures at one prefix length; each score is in [0, 1]."""
+
+    num_tokens: int
+    score: float  # of the pictures against their own prompts
+    error: float  # standard error of score
+    shuffled: float  # against other prompts
+    reconstructed: float  # of real scenes, encoded and decoded at this length
+    by_count: dict[int, float] = field(default_factory=dict)  # score, by number of objects
+    shuffled_by_count: dict[int, float] = field(default_factory=dict)
+    by_fact: dict[str, float] = field(default_factory=dict)
+    shuffled_by_fact: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class AlignmentReport:
+    count: int
+    real: float  # score of the real scenes: the best that the probe can tell
+    results: list[Alignment]
+
+
+def alignment(
+    generator: Any,
+    tokenizer: Any,
+    probe: Probe,
+    scenes: EmojiScenes,
+    lengths: list[int],
+    number: int = 256,
+    seed: int = 0,
+    sampling: dict[str, Any] | None = None,
+    decoding: dict[str, Any] | None = None,
+) -> AlignmentReport:
+    """Generate from the first `number` captions (or classes) of `scenes`, decode each length with
+    the same noise, score. Raises ValueError when generator, probe and scenes do not fit."""
+    if probe.sizes != fact_sizes(scenes) or probe.image_size != tokenizer.image_size:
+        raise ValueError(
+            "the probe was trained for other scenes or another picture size: delete its file"
+        )
+    images, facts, captions = read_scenes(scenes, tokenizer.image_size, number)
+    count = facts[:, 0] + 1
+    device = next(generator.parameters()).device
+    cond: Any = captions
+    conditioner = getattr(generator, "conditioner", None)
+    if isinstance(conditioner, ClassConditioner):
+        known = generator.metadata.get("class_names")
+        if known != scenes.class_names:
+            raise ValueError(
+                f"this generator's classes ({', '.join((known or ['?'])[:3])}, ...) are not the "
+                f"numbers of objects of the scenes ({', '.join(scenes.class_names)})"
+            )
+        cond = facts[:, 0].to(device)
+        facts = facts.clone()
+        facts[:, 1:] = UNKNOWN  # a class says how many, nothing else
+    elif not isinstance(conditioner, TextConditioner):
+        raise ValueError("an unconditional generator has nothing to be aligned with")
+    generated = generate_images(generator, tokenizer, cond, lengths, seed, sampling, decoding)
+    others = derangement(number, seed)
+    rebuilt = decode_all(tokenizer, images.to(device), lengths, seed, decoding)
+    results = []
+    for k in lengths:
+        found = probe.read(generated[k])
+        right, wrong = agreement(found, facts), agreement(found, facts[others])
+        results.append(
+            Alignment(
+                num_tokens=k,
+                score=right.nanmean(1).mean().item(),
+                error=(right.nanmean(1).std() / number**0.5).item(),
+                shuffled=wrong.nanmean(1).mean().item(),
+                reconstructed=agreement(probe.read(rebuilt[k]), facts).nanmean(1).mean().item(),
+                by_count=by_level(right, count),
+                shuffled_by_count=by_level(wrong, count[others]),
+                by_fact=by_fact(right, probe),
+                shuffled_by_fact=by_fact(wrong, probe),
+            )
+        )
+    real = agreement(probe.read(images), facts).nanmean(1).mean().item()
+    return AlignmentReport(number, real, results)
+
+
+def agreement(found: Tensor, facts: Tensor) -> Tensor:
+    """found, facts: (B, F) long. Returns (B, F) of 1 or 0, NaN where there is nothing to know."""
+    return torch.where(facts == UNKNOWN, torch.nan, (found == facts).float())
+
+
+def by_level(agreed: Tensor, count: Tensor) -> dict[int, float]:
+    levels = sorted(set(count.tolist()))
+    return {n: agreed[count == n].nanmean(1).mean().item() for n in levels}
+
+
+def by_fact(agreed: Tensor, probe: Probe) -> dict[str, float]:
+    known = (~agreed.isnan()).any(0).tolist()
+    means = agreed.nanmean(0).tolist()
+    return {name: m for name, m, k in zip(probe.sizes, means, known, strict=True) if k}
+
+
+def derangement(number: int, seed: int) -> Tensor:
+    """(n,) long, a random permutation that leaves nothing in place."""
+    order = torch.randperm(number, generator=torch.Generator().manual_seed(seed))
+    others = torch.empty_like(order)
+    others[order] = order.roll(1)
+    return others
+
+
+def decode_all(
+    tokenizer: Any, images: Tensor, lengths: list[int], seed: int, decoding: dict[str, Any] | None
+) -> dict[int, Tensor]:
+    parts = [
+        decode_prefixes(tokenizer, tokenizer.encode(batch), lengths, seed, decoding)
+        for batch in images.split(64)
+    ]
+    return {k: torch.cat([part[k] for part in parts]) for k in lengths}
+
+
+def format_report(report: AlignmentReport) -> str:
+    """A table: each length's score, the control's in brackets, all told and by complexity."""
+    levels = list(report.results[0].by_count)
+    names = [f"{n} object{'s' * (n > 1)}" for n in levels]
+    lines = ["score (shuffled prompts), of the facts of a prompt"]
+    lines.append(f"tokens  {'all':>20}  " + "  ".join(f"{n:>13}" for n in names) + "  rebuilt")
+    for r in report.results:
+        cells = [f"{r.by_count[n]:.2f} ({r.shuffled_by_count[n]:.2f})" for n in levels]
+        score = f"{r.score:.3f} ±{r.error:.3f} ({r.shuffled:.3f})"
+        columns = "  ".join(f"{cell:>13}" for cell in cells)
+        lines.append(f"{r.num_tokens:6d}  {score:>20}  {columns}  {r.reconstructed:7.2f}")
+    last = report.results[-1]
+    facts = (f"{k} {v:.2f} ({last.shuffled_by_fact[k]:.2f})" for k, v in last.by_fact.items())
+    lines.append(f"at {last.num_tokens} tokens: {', '.join(facts)}")
+    lines.append(f"{report.count} prompts; the probe reads {report.real:.2f} off the real scenes")
+    return "\n".join(lines)

@@ -1,0 +1,118 @@
+"""Linear probe: how much of a picture's class the first k codes tell, the tokenizer frozen.
+
+Multinomial logistic regression on the code vectors of a prefix, standardised and side by side, with
+an L2 penalty, fitted to its optimum (L-BFGS, float64): nothing is drawn.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flextok.evaluation import passes
+from flextok.evaluation.job import Options
+from flextok.pipeline import prefix_lengths
+
+L2 = 1e-2  # of the mean loss, on standardised codes
+
+
+def linear_probe(
+    tokenizer: Any,
+    train: Any,
+    test: Any,
+    options: Options,
+    lengths: list[int] | None = None,
+    penalty: float = L2,
+) -> dict[str, Any]:
+    """Class accuracy on `test` from the first k codes of each picture, for k = 1, 2, 4, ... all.
+
+    train, test: data sets with the same class_names. Beside each accuracy stand that of a probe
+    trained on shuffled labels and, once, the share of test's most frequent class: what no code at
+    all gives. Raises ValueError for data of different classes."""
+    names = [list(getattr(part, "class_names", [])) for part in (train, test)]
+    if names[0] != names[1]:
+        raise ValueError(f"train and test have different classes: {names[0][:5]}, {names[1][:5]}")
+    lengths = lengths or prefix_lengths(tokenizer.num_tokens)
+    train_codes, train_labels = codes_of(tokenizer, train, options)
+    test_codes, test_labels = codes_of(tokenizer, test, options)
+    order = torch.randperm(len(train_labels), generator=torch.Generator().manual_seed(options.seed))
+    results = []
+    for k in lengths:
+        x, y = (codes[:, :k].flatten(1) for codes in (train_codes, test_codes))
+        mean, std = x.mean(dim=0), x.std(dim=0).clamp_min(1e-6)
+        x, y = (x - mean) / std, (y - mean) / std
+        fitted = fit(x, train_labels, penalty)
+        control = fit(x, train_labels[order], penalty)
+        results.append(
+            {
+                "num_tokens": k,
+                "accuracy": accuracy(fitted, y, test_labels),
+                "train_accuracy": accuracy(fitted, x, train_labels),
+                "shuffled_accuracy": accuracy(control, y, test_labels),
+            }
+        )
+    most = test_labels == train_labels.mode().values
+    return {
+        "train_count": len(train_labels),
+        "test_count": len(test_labels),
+        "classes": len(names[0]) or int(train_labels.max()) + 1,
+        "most_frequent_class": float(most.double().mean()),
+        "penalty": penalty,
+        "results": results,
+    }
+
+
+def codes_of(tokenizer: Any, dataset: Any, options: Options) -> tuple[Tensor, Tensor]:
+    """Code vectors (n, K, C) float64 and labels (n,) of all readable pictures."""
+    source = passes.Numbered(dataset, tokenizer.image_size)
+    device = next(tokenizer.parameters()).device
+    codes, labels = [], []
+    for batch in passes.batches(source, options, "encoding"):
+        found = passes.encode(tokenizer, batch["image"].to(device))
+        if not found.is_floating_point():
+            found = tokenizer.quantizer.indices_to_codes(found)
+        codes.append(found.double().cpu())
+        labels.append(batch["label"])
+    if not codes:
+        raise ValueError("no picture of the data set could be read; see the warnings above")
+    return torch.cat(codes), torch.cat(labels)
+
+
+def fit(x: Tensor, labels: Tensor, penalty: float) -> Tensor:
+    """x: (n, D) float64; labels: (n,). Returns weights and, last, the bias: (D + 1, classes)."""
+    weights = torch.zeros(x.shape[1] + 1, int(labels.max()) + 1, dtype=x.dtype, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [weights], max_iter=500, tolerance_grad=1e-6, line_search_fn="strong_wolfe"
+    )
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = F.cross_entropy(scores(weights, x), labels)
+        value = value + penalty / 2 * weights[:-1].square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    return weights.detach()
+
+
+def scores(weights: Tensor, x: Tensor) -> Tensor:
+    return x @ weights[:-1] + weights[-1]
+
+
+def accuracy(weights: Tensor, x: Tensor, labels: Tensor) -> float:
+    return float((scores(weights, x).argmax(dim=-1) == labels).double().mean())
+
+
+def format_table(report: dict[str, Any]) -> str:
+    lines = ["tokens  accuracy  shuffled labels"]
+    lines += [
+        f"{r['num_tokens']:6d}  {r['accuracy']:8.3f}  {r['shuffled_accuracy']:15.3f}"
+        for r in report["results"]
+    ]
+    lines.append(
+        f"{report['classes']} classes, {report['train_count']} + {report['test_count']} pictures; "
+        f"the most frequent class alone: {report['most_frequent_class']:.3f}"
+    )
+    return "\n".join(lines)

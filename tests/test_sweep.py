@@ -1,0 +1,297 @@
+"""Prefix lengths: the sweep, the adaptive length and the linear probe."""
+
+import csv
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_tokenizer
+from PIL import Image
+
+from flextok.cli import main
+from flextok.data.datasets import take
+from flextok.data.emoji import Emoji
+from flextok.data.transforms import to_uint8
+from flextok.evaluation import adaptive
+from flextok.evaluation.adaptive import Target, encode, relate, spearman
+from flextok.evaluation.job import Cell, Options
+from flextok.evaluation.metrics import psnr
+from flextok.evaluation.probe import linear_probe
+from flextok.evaluation.sweep import draws_of, spread, sweep
+from flextok.schema import ConfigError
+
+SIZE, LENGTHS = 8, [1, 2, 4, 8, 16]
+
+
+class Exact(torch.nn.Module):
+    """A tokenizer whose quality is known: a picture's complexity is the grey level of its corner;
+    with k tokens its error is complexity / k, so that k = complexity / allowed error are needed."""
+
+    model_type, vocab_size, num_tokens, image_size = "exact", 64, 16, SIZE
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.calls = 0
+
+    def encode(self, images):
+        level = ((images[:, 0, 0, 0] + 1) * 127.5).round().long()
+        return level[:, None].expand(-1, 16).clone()
+
+    def decode(self, indices, keep=16):
+        self.calls += len(indices)
+        error = indices[:, 0] / torch.as_tensor(keep)
+        level = indices[:, 0] + error  # over the whole picture, in grey levels
+        return (level / 127.5 - 1)[:, None, None, None].expand(-1, 3, SIZE, SIZE)
+
+
+class Levels:
+    """Plain pictures of grey levels, labelled by them unless told otherwise."""
+
+    class_names = ("grey",)
+
+    def __init__(self, levels, labels=None):
+        self.levels, self.labels = levels, labels or levels
+
+    def __len__(self):
+        return len(self.levels)
+
+    def __getitem__(self, i):
+        picture = Image.new("RGB", (SIZE, SIZE), (self.levels[i],) * 3)
+        return {"image": picture, "label": self.labels[i]}
+
+
+def grey(levels):
+    level = torch.tensor(levels).float() / 127.5 - 1
+    return level[:, None, None, None].expand(-1, 3, SIZE, SIZE)
+
+
+def test_the_shortest_prefix_that_meets_the_target_is_found():
+    levels = [0, 1, 3, 5, 9, 17, 33, 60]
+    model, images = Exact(), grey(levels)
+    target = Target("psnr", 20 * math.log10(255 / 2.5))  # rounded errors of at most 2 levels
+    found = encode(model, images, target)
+    quality = torch.stack([psnr(model.decode(found.indices, k), images) for k in LENGTHS], dim=1)
+    for i, row in enumerate(quality.tolist()):
+        good = [k for k, value in zip(LENGTHS, row, strict=True) if value >= target.value]
+        assert found.keep[i] == (good[0] if good else 16)
+        assert found.met[i] == bool(good)
+        assert found.value[i] == row[LENGTHS.index(int(found.keep[i]))]
+    assert set(found.keep.tolist()) == set(LENGTHS)
+
+
+def test_the_search_is_bounded_and_explains_itself():
+    model, images = Exact(), grey([0, 7, 60])
+    found = encode(model, images, "psnr=40.1")
+    bound = math.ceil(math.log2(len(LENGTHS) + 1))
+    assert found.decodes <= bound
+    assert model.calls <= bound * len(images)
+    assert found.reason[0] == "psnr inf dB at 1, the shortest there is"
+    assert found.reason[1].startswith("psnr 42.11 dB at 4, but psnr 3")
+    assert found.reason[1].endswith("dB at 2")
+    assert found.reason[2] == "not met: psnr 36.09 dB at 16, which are all tokens"
+    assert found.keep.tolist() == [1, 4, 16]
+    assert found.met.tolist() == [True, True, False]
+
+
+def test_a_flextok_decodes_what_the_search_promises():
+    model = tiny_tokenizer().double()
+    images = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    decoding = {"num_steps": 2, "guidance_scale": 1.0}
+    noise = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    middle = psnr(model.decode(model.encode(images)[:, :2], noise=noise, **decoding), images)
+    target = Target("psnr", middle.median().item())
+    found = encode(model, images, target, noise=noise, decoding=decoding)
+    again = psnr(model.decode(found.indices, keep=found.keep, noise=noise, **decoding), images)
+    torch.testing.assert_close(again, found.value)
+    assert torch.equal(again >= target.value, found.met)
+    assert found.met.any()
+
+
+def test_distances_are_targets_too(monkeypatch):
+    def distance(self, device, dtype):
+        return lambda decoded, images: (decoded - images).abs().mean(dim=(1, 2, 3)).double()
+
+    monkeypatch.setattr(adaptive.Target, "measure", distance)
+    found = encode(Exact(), grey([4, 40]), "lpips=0.01")  # 1.275 grey levels
+    assert found.keep.tolist() == [4, 16]
+    assert found.met.tolist() == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("psnr", "must look like psnr=20"),
+        ("psnr=high", "must look like psnr=20"),
+        ("psnr=nan", "must look like|must be finite"),
+        ("pnsr=20", "unknown target 'pnsr'.*Did you mean 'psnr'"),
+    ],
+)
+def test_targets_that_make_no_sense(text, message):
+    with pytest.raises((ValueError, ConfigError), match=message):
+        Target.parse(text)
+
+
+def test_spearman_is_scipys_ties_included():
+    stats = pytest.importorskip("scipy.stats")
+    draws = np.random.default_rng(0)
+    a, b = draws.integers(0, 5, 60), draws.integers(0, 9, 60)
+    b = b + a
+    assert spearman(a, b) == pytest.approx(stats.spearmanr(a, b).statistic)
+    assert spearman(a, a * 0) == 0
+
+
+def test_the_experiment_finds_complexity_and_its_control_does_not():
+    levels = np.random.default_rng(0).integers(0, 64, 60).tolist()
+    report = relate(Exact(), Levels(levels), Target("psnr", 40.1), Options(batch_size=7))
+    assert report["spearman"] > 0.9
+    assert abs(report["shuffled"]["mean"]) < 0.05
+    assert report["shuffled"]["p_value"] < 0.01
+    assert report["count"] == sum(row["count"] for row in report["by_label"].values()) == 60
+    unrelated = np.random.default_rng(1).permutation(levels).tolist()
+    blind = relate(Exact(), Levels(levels, unrelated), Target("psnr", 40.1), Options())
+    assert abs(blind["spearman"]) < 0.4
+    assert blind["shuffled"]["p_value"] > 0.01
+
+
+def test_probe_reads_the_class_where_it_is(monkeypatch):
+    class Coded(Exact):
+        """The second code is the class; all others are noise."""
+
+        class quantizer:
+            @staticmethod
+            def indices_to_codes(indices):
+                return torch.nn.functional.one_hot(indices, 64)[..., :8].float()
+
+        def encode(self, images):
+            label = super().encode(images)[:, 0]
+            noise = torch.Generator().manual_seed(int(label.sum()))
+            codes = torch.randint(0, 8, (len(images), 16), generator=noise)
+            codes[:, 1] = label
+            return codes
+
+    levels = torch.randint(0, 4, (240,), generator=torch.Generator().manual_seed(0)).tolist()
+    report = linear_probe(
+        Coded(), Levels(levels[:160]), Levels(levels[160:]), Options(batch_size=160), [1, 2, 16]
+    )
+    first, second, all_ = (r["accuracy"] for r in report["results"])
+    assert first < 0.5
+    assert second == 1
+    assert all_ > 0.9
+    assert all(r["shuffled_accuracy"] < 0.5 for r in report["results"])
+    assert report["most_frequent_class"] < 0.5
+    other = Levels(levels)
+    other.class_names = ("black",)
+    with pytest.raises(ValueError, match="different classes"):
+        linear_probe(Coded(), Levels(levels), other, Options())
+
+
+# --- sweep --------------------------------------------------------------------------------------
+
+
+def test_a_sweep_writes_table_plots_strips_and_map(tmp_path):
+    model = tiny_tokenizer()
+    report = sweep(
+        model,
+        take(Emoji("validation"), 5),
+        Options(networks=()),
+        tmp_path,
+        lengths=[1, 8],
+        steps=[1, 2],
+        guidance=[1.0, 2.0],
+        num_pictures=2,
+        num_draws=3,
+    )
+    rows = list(csv.DictReader((tmp_path / "sweep.csv").open()))
+    ways = {(r["num_tokens"], r["num_steps"], r["guidance_scale"]) for r in rows}
+    assert len(rows) == len(ways) == 8
+    for row, result in zip(rows, report["results"], strict=True):
+        assert float(row["psnr"]) == result["scores"]["psnr"]
+        assert float(row["bits"]) == result["num_tokens"] * math.log2(200)
+    saved = json.loads((tmp_path / "report.json").read_text())
+    assert saved["spread"]["by_tokens"].keys() == {"1", "8"}
+    assert saved["settings"]["sample_count"] == 5
+    pictures = {p.stem: Image.open(p) for p in tmp_path.glob("*.png")}
+    assert set(pictures) == {"tokens", "bits", "time", "strips", "variance"}
+    assert pictures["tokens"].width > 2 * pictures["tokens"].height  # three panels
+    assert pictures["variance"].height > 1.5 * pictures["strips"].height / 128 * 96
+
+
+def test_the_map_is_dark_where_decodes_agree():
+    decoded = torch.zeros(1, 4, 3, 8, 8)
+    decoded[:, ::2, :, :, 4:] = 0.5  # half of the draws differ, on the right
+    levels = spread(decoded)[0]
+    assert (levels[:, :4] == 0).all()
+    apart = to_uint8(torch.full((3, 1, 1), 0.5)).item(0) - to_uint8(torch.zeros(3, 1, 1)).item(0)
+    torch.testing.assert_close(
+        levels[:, 4:], torch.full((8, 4), apart / 3**0.5, dtype=torch.float64)
+    )
+
+
+def test_draws_begin_with_the_evaluations_own_and_differ():
+    model = tiny_tokenizer()
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    batch = {"image": images, "index": torch.tensor([3, 9])}
+    decoded = draws_of(model, batch, [Cell(4, 1)], Options(), 3)[4]
+    assert decoded.shape == (2, 3, 3, 16, 16)
+    alone = {k: v[1:] for k, v in batch.items()}
+    torch.testing.assert_close(
+        draws_of(model, alone, [Cell(4, 1)], Options(), 2)[4][0], decoded[1, :2]
+    )
+    assert not torch.equal(decoded[:, 0], decoded[:, 1])
+
+
+# --- commands -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    return tmp_path
+
+
+def run(folder, command, *arguments):
+    output = folder / "out"
+    arguments = [str(a) for a in (command, folder / "tokenizer", *arguments, "--output", output)]
+    return main(arguments), output / "report.json"
+
+
+def test_evaluate_command(folder, capsys):
+    arguments = ["emoji:validation", "--limit", 4, "--steps", 1, "--networks"]
+    code, report = run(folder, "evaluate", *arguments)
+    assert code == 0
+    assert "psnr" in capsys.readouterr().out
+    document = json.loads(report.read_text())
+    assert document["settings"]["dtype"] == "float64"
+    assert document["settings"]["data"] == "emoji:validation"
+    assert document["results"][0]["num_tokens"] == 8
+
+
+def test_adaptive_and_probe_commands(folder, capsys):
+    arguments = ["--data", "emoji_scenes", "--limit", 6, "--target", "psnr=9", "--steps", 1]
+    code, report = run(folder, "adaptive", *arguments)
+    assert code == 0
+    assert "with shuffled labels" in capsys.readouterr().out
+    assert json.loads(report.read_text())["settings"]["target"] == "psnr=9"
+    code, report = run(folder, "probe", "--limit", 20, "--num-tokens", 1, 8)
+    assert code == 0
+    assert "most frequent class" in capsys.readouterr().out
+    assert len(json.loads(report.read_text())["results"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["evaluate", "emoji", "--networks", "inceptoin"], "Did you mean 'inception'"),
+        (["evaluate", "ref.npz", "--networks"], "needs pictures to reconstruct"),
+        (["evaluate", "emoji", "--networks", "--num-tokens", "9"], "num_tokens=9 must be in"),
+        (["adaptive", "--target", "psnr"], "must look like psnr=20"),
+        (["sweep"], "name the pictures"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(folder, capsys, arguments, message):
+    code, _ = run(folder, *arguments)
+    assert code == 1
+    assert message in capsys.readouterr().err

@@ -1,0 +1,287 @@
+"""Text encoders, frozen ones and the one over bytes, and the cache of what they make."""
+
+import io
+import json
+import shutil
+import tarfile
+
+import pytest
+import torch
+from conftest import tiny_tokenizer
+from test_datasets import encoded
+from torch.utils.data import Subset
+from transformers import (
+    BartConfig,
+    BartModel,
+    BertConfig,
+    BertModel,
+    ByT5Tokenizer,
+    CLIPConfig,
+    CLIPModel,
+    T5Config,
+    T5EncoderModel,
+)
+
+from flextok.data.datasets import DATASETS, HuggingFaceImages, WebDatasetImages
+from flextok.data.stream import collate
+from flextok.data.text import TextCache, build_text_cache, pack, unpack
+from flextok.data.tokens import TokenDataset, build_token_cache
+from flextok.data.transforms import ImageTransform
+from flextok.generators.text import ByteEncoder, PretrainedEncoder, Text, load_encoder
+from flextok.hub import CheckpointError
+
+PROMPTS = ["a red heart", "", "a bomb left of a whale"]
+SMALL = {"vocab_size": 384, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+def t5():
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+    return T5EncoderModel(T5Config(vocab_size=384, **sizes))
+
+
+def bert():
+    return BertModel(BertConfig(**SMALL, intermediate_size=32))
+
+
+def clip():
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**SMALL, "intermediate_size": 32, "eos_token_id": 1}
+    vision = {**sizes, "intermediate_size": 32, "image_size": 16, "patch_size": 8}
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
+
+
+def bart():
+    sizes = {f"{half}_{key}": n for half in ("encoder", "decoder") for key, n in
+             {"layers": 1, "attention_heads": 2, "ffn_dim": 32}.items()}  # fmt: skip
+    return BartModel(BartConfig(vocab_size=384, d_model=16, max_position_embeddings=64, **sizes))
+
+
+def save_encoder(folder, make=t5):
+    torch.manual_seed(0)
+    make().save_pretrained(folder)
+    ByT5Tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def t5_folder(tmp_path_factory):
+    return save_encoder(tmp_path_factory.mktemp("t5"))
+
+
+def test_bytes_are_byt5s():
+    heart, null = ByteEncoder(dim=16, depth=1, num_heads=2).rows(["é♥", ""])
+    assert heart.tolist() == [b + 3 for b in "é♥".encode()] + [1]
+    assert null.tolist() == [1]
+
+
+def test_an_over_long_prompt_is_cut_with_a_warning_that_says_how_much(caplog):
+    encoder = ByteEncoder(dim=16, depth=1, num_heads=2, max_length=8)
+    rows = encoder.rows(["x" * 7, "y" * 20, "z" * 9])
+    assert "2 of 3 prompts are longer than max_length=8 tokens and are cut, 'yyy" in caplog.text
+    assert "by 13" in caplog.text
+    assert [len(row) for row in rows] == [8, 8, 8]
+    assert rows[1].tolist() == [ord("y") + 3] * 7 + [1]
+    caplog.clear()
+    encoder.rows(["x" * 7])
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("make", [t5, bert, clip, bart])
+@torch.no_grad()
+def test_any_encoder_by_name_alone_or_padded(tmp_path, make):
+    encoder = PretrainedEncoder(str(save_encoder(tmp_path, make)))
+    assert encoder.dim == 16  # from its config
+    assert not list(encoder.parameters())
+    together = encoder.rows(PROMPTS)
+    assert [len(row) for row in together] == [12, 1, 23]
+    for prompt, row in zip(PROMPTS, together, strict=True):
+        torch.testing.assert_close(encoder.rows([prompt])[0], row, atol=1e-5, rtol=1e-5)
+    network = load_encoder(str(tmp_path), None)[0]
+    ids = torch.tensor([[b + 3 for b in PROMPTS[0].encode()] + [1]])
+    expected = network(input_ids=ids).last_hidden_state[0]
+    torch.testing.assert_close(together[0], expected, atol=1e-5, rtol=1e-5)
+    if make is bart:  # its encoder, not what the decoder makes of it
+        assert not hasattr(network, "decoder")
+
+
+def test_a_t5_folder_gives_t5s_own_numbers(t5_folder):
+    model = T5EncoderModel.from_pretrained(t5_folder).eval()
+    ids = ByT5Tokenizer()(PROMPTS[2], return_tensors="pt").input_ids
+    row = PretrainedEncoder(str(t5_folder)).rows([PROMPTS[2]])[0]
+    torch.testing.assert_close(row, model(ids).last_hidden_state[0], atol=1e-5, rtol=1e-5)
+
+
+def test_trained_encoder_ignores_padding():
+    torch.manual_seed(0)
+    encoder = ByteEncoder(dim=16, depth=2, num_heads=2).eval()
+    rows = encoder.rows(PROMPTS)
+    together = encoder(Text.pad(rows))
+    for i, row in enumerate(rows):
+        alone = encoder(Text.pad([row]))[0]
+        torch.testing.assert_close(together[i, : len(row)], alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "model.safetensors").unlink(), "gives no text encoder"),
+        (lambda f: (f / "config.json").unlink(), "does not say how wide"),
+        (lambda f: shutil.copy(f / "bert.safetensors", f / "model.safetensors"), "lacks weights"),
+    ],
+)
+def test_damaged_encoders_are_refused(t5_folder, tmp_path, damage, message):
+    folder = tmp_path / "copy"
+    shutil.copytree(t5_folder, folder)
+    bert().save_pretrained(tmp_path / "bert")
+    shutil.copy(tmp_path / "bert" / "model.safetensors", folder / "bert.safetensors")
+    damage(folder)
+    with pytest.raises(CheckpointError, match=message):
+        PretrainedEncoder(str(folder)).rows(["x"])
+
+
+def test_a_missing_encoder_offline_says_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(CheckpointError, match=r"`hf download google/flan-t5-xl`.*\{name: bytes\}"):
+        PretrainedEncoder(dim=2048).rows(["x"])
+    with pytest.raises(CheckpointError, match="hf download"):
+        PretrainedEncoder()  # to learn its width
+
+
+def test_a_hub_encoder_is_known_by_its_commit(t5_folder, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    commit = "0123456789012345678901234567890123456789"
+    cache = tmp_path / "models--someone--t5"
+    shutil.copytree(t5_folder, cache / "snapshots" / commit)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(commit)
+    encoder = PretrainedEncoder("someone/t5")
+    assert encoder.identity() == {"encoder": "someone/t5", "revision": commit, "max_length": 128}
+    local = PretrainedEncoder(str(t5_folder)).rows(PROMPTS)
+    assert all(torch.equal(a, b) for a, b in zip(encoder.rows(PROMPTS), local, strict=True))
+
+
+def test_a_folder_with_other_files_is_not_the_pinned_revision(t5_folder, tmp_path):
+    revision = PretrainedEncoder(str(t5_folder)).identity()["revision"]
+    assert PretrainedEncoder(str(t5_folder), revision).rows(["x"])
+    torch.manual_seed(1)
+    t5().save_pretrained(tmp_path)
+    ByT5Tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=f"is not the one of revision {revision}"):
+        PretrainedEncoder(str(tmp_path), revision)
+
+
+def test_batches_of_text():
+    a, b = Text.pad([torch.arange(3), torch.arange(1)]), Text.pad([torch.arange(5)])
+    assert a.mask.tolist() == [[True] * 3, [True, False, False]]
+    joined = a.join(b)
+    assert len(joined) == 3
+    assert joined.mask.sum(dim=1).tolist() == [3, 1, 5]
+    assert torch.equal(b.join(a).values[0], joined.values[2])
+    replaced = a.replace(torch.tensor([True, False]), torch.tensor([7, 8, 9, 9]))
+    assert replaced.values[0].tolist() == [7, 8, 9, 9]
+    assert replaced.mask.sum(dim=1).tolist() == [4, 1]
+    wide = Text(torch.ones(2, 3, 4), a.mask).replace(torch.tensor([False, True]), torch.zeros(1, 4))
+    assert wide.values.sum().item() == 12
+    assert torch.equal(a[1:].mask, a.mask[1:])
+
+
+def test_texts_packed_as_bytes_come_back():
+    for texts in (["", "é♥", "", "a\nb"], [""]):
+        assert unpack(*pack(texts)) == texts
+
+
+@pytest.mark.parametrize("kind", ["frozen", "trained"])
+def test_cached_rows_are_the_encoders(t5_folder, tmp_path, kind, monkeypatch):
+    frozen = kind == "frozen"
+    small = {"dim": 16, "depth": 1, "num_heads": 2}
+    encoder = PretrainedEncoder(str(t5_folder)) if frozen else ByteEncoder(**small)
+    captions = [*PROMPTS, PROMPTS[0], "a key", "a star"]
+    cache = build_text_cache(tmp_path, encoder, captions, part_size=2)
+    assert len(cache) == 5  # each once, and ""
+    for caption, row in zip(captions, encoder.rows(captions), strict=True):
+        torch.testing.assert_close(cache[caption].to(row.dtype), row, atol=2e-3, rtol=1e-3)
+    # an interrupted build makes the missing part only
+    (tmp_path / "part-00001.safetensors").unlink()
+    asked = []
+    original = type(encoder).rows
+
+    def rows(self, prompts, device="cpu"):
+        asked.extend(prompts)
+        return original(self, prompts, device)
+
+    monkeypatch.setattr(type(encoder), "rows", rows)
+    again = build_text_cache(tmp_path, encoder, captions, part_size=2)
+    assert asked == ["a bomb left of a whale", "a key"]
+    assert torch.equal(again["a key"], cache["a key"])
+
+
+@pytest.mark.parametrize("kind", ["emoji", "emoji_scenes", "webdataset", "huggingface"])
+def test_captions_of_every_data_set_reach_the_cache(tmp_path, kind):
+    """Those of folders: test_training.py."""
+    if kind == "webdataset":
+        with tarfile.open(tmp_path / "shard.tar", "w") as tar:
+            for name, content in {
+                "a.png": encoded(),
+                "a.txt": b"a caf\xc3\xa9",
+                "b.png": encoded(),
+                "b.json": json.dumps({"caption": "two words"}).encode(),
+                "c.png": encoded(),
+            }.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+        dataset = WebDatasetImages(str(tmp_path / "shard.tar"), label_key=None)
+        expected = ["a café", "two words", ""]
+    elif kind == "huggingface":
+        datasets = pytest.importorskip("datasets")
+        pictures = [{"bytes": encoded(), "path": None}] * 3
+        words = [["one", "another"], [], None]
+        table = datasets.Dataset.from_dict({"image": pictures, "words": words})
+        table.cast_column("image", datasets.Image()).save_to_disk(str(tmp_path / "saved"))
+        dataset = HuggingFaceImages(
+            str(tmp_path / "saved"), label_column=None, caption_column="words"
+        )
+        expected = ["one", "", ""]
+    else:
+        full = DATASETS[kind](split="validation")
+        dataset = Subset(full, range(3))
+        dataset.class_names = full.class_names
+        expected = [full[i]["caption"] for i in range(3)]
+        assert len(set(expected)) == 3
+    tokenizer, transform = tiny_tokenizer(), ImageTransform(16)
+    build_token_cache(tmp_path / "tokens", tokenizer, dataset, transform, {})
+    tokens = TokenDataset(tmp_path / "tokens")
+    assert tokens.captions == expected
+    encoder = ByteEncoder(dim=16, depth=1, num_heads=2)
+    tokens.text = build_text_cache(tmp_path / "text", encoder, tokens.captions)
+    batch = collate([tokens[i] for i in range(3)])
+    for caption, row, mask in zip(expected, batch["text"].values, batch["text"].mask, strict=True):
+        assert row[mask].tolist() == [b + 3 for b in caption.encode()] + [1]
+
+
+def test_a_cache_made_by_another_encoder_is_refused(t5_folder, tmp_path):
+    encoder = PretrainedEncoder(str(t5_folder))
+    build_text_cache(tmp_path / "cache", encoder, PROMPTS)
+    other = save_encoder(tmp_path / "other", bert)
+    with pytest.raises(ValueError, match=r"were read with encoder=.*other.*delete that folder"):
+        TextCache(tmp_path / "cache", PretrainedEncoder(str(other)))
+    with pytest.raises(ValueError, match="max_length=128, now it is 64"):
+        build_text_cache(tmp_path / "cache", PretrainedEncoder(str(t5_folder), max_length=64), [])
+    with pytest.raises(ValueError, match="captions="):
+        build_text_cache(tmp_path / "cache", encoder, ["something else"])
+    moved = tmp_path / "moved"  # the same name, other weights
+    shutil.copytree(t5_folder, moved)
+    build_text_cache(tmp_path / "second", PretrainedEncoder(str(moved)), PROMPTS)
+    torch.manual_seed(1)
+    t5().save_pretrained(moved)
+    with pytest.raises(ValueError, match="revision="):
+        TextCache(tmp_path / "second", PretrainedEncoder(str(moved)))
+
+
+def test_bad_options_are_refused():
+    with pytest.raises(ValueError, match="max_length=1"):
+        ByteEncoder(max_length=1)
+    with pytest.raises(ValueError, match="dim=10 must be a multiple of num_heads=4"):
+        ByteEncoder(dim=10)

@@ -1,0 +1,351 @@
+"""TiTok's whole training, tiny: teacher, both stages, discriminator, MaskGIT, sampling."""
+
+import copy
+
+import pytest
+import torch
+import yaml
+from conftest import TITOK, VQGAN
+from PIL import Image
+from test_training import Stop, interrupt_after, logged_losses, weights
+
+from flextok.cli import main
+from flextok.config import AdversarialConfig, OptimConfig, load_experiment
+from flextok.losses import perceptual
+from flextok.losses.adversarial import hinge_discriminator_loss, hinge_generator_loss
+from flextok.pipeline import load_model
+from flextok.quantizers.vq import codebook_usage
+from flextok.schema import ConfigError
+from flextok.tokenizers import MaskGITVQGAN, TiTok, TiTokConfig, VQGANConfig
+from flextok.training.adversarial import AdversarialModule
+from flextok.training.run import build_model, train
+
+MASKGIT = {"name": "maskgit", "dim": 16, "depth": 1, "num_heads": 2, "dropout": 0.1}
+ADVERSARIAL = {"start": 2, "dim": 32, "num_stages": 1, "weight": 0.1}
+
+
+def experiment(folder, name, model, **changes):
+    """The checked config of a six-step run into folder/name, on the pictures of folder/pictures."""
+    pictures = {"name": "folder", "root": str(folder / "pictures")}
+    values = {
+        "task": "generator" if model["name"] == "maskgit" else "tokenizer",
+        "output_dir": str(folder / name),
+        "model": model,
+        "data": {"train": pictures, "validation": pictures, "batch_size": 4, "flip": True},
+        "optim": {"lr": 1e-3, "warmup_steps": 2, "ema_decay": 0.9},
+        "trainer": {
+            "max_steps": 6,
+            "accelerator": "cpu",
+            "devices": 1,
+            "log_every": 1,
+            "validate_every": 3,
+            "checkpoint_every": 2,
+            "num_pictures": 2,
+        },
+        **changes,
+    }
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return load_experiment(path)
+
+
+def stages(folder):
+    """The four runs in order, as experiments."""
+    at = {name: str(folder / name) for name in ("vqgan", "stage1", "stage2")}
+    model = {"name": "titok", "proxy": VQGAN, **TITOK}
+    return [
+        experiment(folder, "vqgan", {"name": "maskgit_vqgan", **VQGAN}, adversarial=ADVERSARIAL),
+        experiment(folder, "stage1", {**model, "stage": "proxy"}, start={"proxy": at["vqgan"]}),
+        experiment(
+            folder,
+            "stage2",
+            {**model, "stage": "finetune"},
+            start={"proxy": at["vqgan"], "first": at["stage1"]},
+            adversarial=ADVERSARIAL,
+        ),
+        experiment(folder, "generator", MASKGIT, tokenizer=at["stage2"]),
+    ]
+
+
+def draw_pictures(folder):
+    draws = torch.Generator().manual_seed(0)
+    for name in ("cats", "dogs"):
+        (folder / "pictures" / name).mkdir(parents=True)
+        for i in range(3):
+            pixels = torch.randint(0, 256, (16, 16, 3), generator=draws, dtype=torch.uint8)
+            Image.fromarray(pixels.numpy()).save(folder / "pictures" / name / f"{i}.png")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("titok")
+    draw_pictures(folder)
+    for config in stages(folder):
+        train(config)
+    return folder
+
+
+def test_each_stage_starts_from_the_one_before(trained):
+    vqgan, first, second = (load_model(trained / n) for n in ("vqgan", "stage1", "stage2"))
+    for key, value in first.state_dict().items():
+        if key.startswith(("encoder.", "quantizer.")):
+            assert torch.equal(second.state_dict()[key], value), f"{key} is frozen"
+    decoder = second.pixel_decoder.conv_in.weight - vqgan.decoder.conv_in.weight
+    assert 0 < decoder.abs().max() < 0.02, "the pixel decoder began as the teacher's, then learned"
+    assert str(trained / "stage1") in second.metadata["start"]["first"]
+    assert "of 32 codes in use" in second.metadata["codebook"]
+    checkpoint = torch.load(trained / "stage2" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["metadata"] == second.metadata
+    assert not any("proxy" in key for key in checkpoint["state_dict"])
+
+
+def test_the_log_holds_every_loss_and_the_codebook(trained):
+    header = (trained / "stage2/logs/csv/version_0/metrics.csv").read_text().splitlines()[0]
+    for name in (
+        *(
+            "train/l2",
+            "train/adversarial",
+            "train/discriminator_hinge",
+            "train/discriminator_lecam",
+        ),
+        *("train/codes_used", "val/codes_used", "val/perplexity", "val/l2"),
+    ):
+        assert name in header.split(",")
+
+
+def test_sampling_drives_every_model(trained, capsys):
+    output = trained / "out.png"
+
+    def sample(model, *arguments):
+        return main(["sample", str(trained / model), *arguments, "--output", str(output)])
+
+    pictures = ("--images", str(trained / "pictures" / "cats"))
+    assert sample("vqgan", *pictures) == sample("stage2", *pictures) == 0
+    assert sample("stage1", *pictures) == 1
+    assert "train the second stage" in capsys.readouterr().err
+    assert sample("stage2", *pictures, "--num-tokens", "3") == 1
+    assert "decodes all 6 tokens only, got 3" in capsys.readouterr().err
+    assert sample("stage2", *pictures, "--steps", "3") == 1
+    assert "unknown titok decoding option 'num_steps'" in capsys.readouterr().err
+    some = ("--classes", "dogs", "none", "--num-samples", "3", "--generator-steps", "2")
+    assert sample("generator", *some, "--class-guidance", "1.5", "--temperature", "2") == 0
+    wide = Image.open(output)
+    assert wide.width > 3 * 128
+    assert 2 * 128 < wide.height < 3 * 128  # a row a class
+    assert sample("generator", "--top-k", "3") == 1
+    error = capsys.readouterr().err
+    assert "unknown maskgit sampling option 'top_k'" in error
+    assert "num_steps" in error
+
+
+def test_sweep_measures_a_tokenizer_of_one_length(trained, capsys):
+    assert main(["sweep", str(trained / "stage2"), "--data", str(trained / "pictures")]) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in table if line.strip()[:1].isdigit()] == ["6", "6"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "name"), [(2, "stage2"), (3, "generator")])
+def test_a_resumed_run_repeats_the_uninterrupted_one_to_the_last_bit(
+    trained, tmp_path, monkeypatch, number, name
+):
+    config = stages(trained)[number]
+    config.output_dir = str(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 3)
+        if name == "stage2":
+            patch.setattr(AdversarialModule, "training_step", dying(AdversarialModule, 3))
+        with pytest.raises(Stop):
+            train(config)
+    train(config)
+    expected, found = (logged_losses(folder) for folder in (trained / name, tmp_path / "run"))
+    assert found[5] == expected[5]
+    for key, value in weights(trained / name).items():
+        assert torch.equal(weights(tmp_path / "run")[key], value), key
+
+
+def dying(cls, step):
+    original = cls.training_step
+
+    def training_step(self, batch, batch_index):
+        if self.global_step == step:
+            raise Stop
+        return original(self, batch, batch_index)
+
+    return training_step
+
+
+def tiny_module(start=0, **changes):
+    torch.manual_seed(0)
+    model = MaskGITVQGAN(VQGANConfig(**VQGAN))
+    adversarial = AdversarialConfig(start=start, dim=32, num_stages=1, lr=3e-3, weight=0.5)
+    optim = OptimConfig(lr=1e-3, betas=[0.9, 0.999], weight_decay=0.01)
+    module = AdversarialModule(model, optim, 10, adversarial).train()
+    module.draws = lambda batch_index: None
+    module.logged = {}
+    module.log_losses = lambda stage, losses, size: module.logged.update(losses)
+    return module
+
+
+def test_one_backward_pass_equals_alternating_optimizers():
+    """Against the published alternation, written out with two optimisers."""
+    module = tiny_module().double()  # Adam makes much of rounding errors
+    model, critic, lecam = (
+        copy.deepcopy(getattr(module, n)) for n in ("model", "discriminator", "lecam")
+    )
+    options = {"betas": (0.9, 0.999), "weight_decay": 0.0}  # decay is tested elsewhere
+    optimizer = module.make_optimizer()
+    for group in optimizer.param_groups:
+        group["weight_decay"] = 0.0
+    generator_step = torch.optim.AdamW(model.parameters(), 1e-3, **options)
+    critic_step = torch.optim.AdamW(critic.parameters(), 3e-3, **options)
+    draws = torch.Generator().manual_seed(1)
+    for _ in range(3):
+        images = torch.rand(2, 3, 16, 16, generator=draws, dtype=torch.float64) * 2 - 1
+        optimizer.zero_grad()
+        module.training_step({"image": images}, 0).backward()
+        module.configure_gradient_clipping(optimizer, 1.0)
+        optimizer.step()
+
+        critic.requires_grad_(False)
+        result = model.reconstruct(images)
+        total = model.reconstruction_losses(images, result)["loss"]
+        total = total + 0.5 * hinge_generator_loss(critic(result.images))
+        generator_step.zero_grad()
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        critic.requires_grad_(True)
+        real, fake = critic(images), critic(result.images.detach())
+        loss = hinge_discriminator_loss(real, fake) + 1e-3 * lecam(real, fake)
+        lecam.update(real, fake)
+        critic_step.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(critic.parameters(), 1.0)
+        generator_step.step()
+        critic_step.step()
+    for ours, theirs in (
+        (module.model, model),
+        (module.discriminator, critic),
+        (module.lecam, lecam),
+    ):
+        for (key, a), b in zip(
+            ours.state_dict().items(), theirs.state_dict().values(), strict=True
+        ):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4, msg=key)
+
+
+def test_before_its_start_the_discriminator_neither_learns_nor_counts():
+    module = tiny_module(start=1)
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    total = module.training_step({"image": images}, 0)
+    assert total == module.model.loss(images)["loss"]
+    total.backward()
+    assert all((p.grad == 0).all() for p in module.discriminator.parameters())
+    assert "adversarial" not in module.logged
+
+
+def test_copies_share_teachers_and_perceptual_networks(monkeypatch):
+    monkeypatch.setitem(perceptual.PERCEPTUAL, "lpips", Distance)
+    config = TiTokConfig(
+        **TITOK, proxy=VQGANConfig(**VQGAN), stage="proxy", perceptual={"lpips": 2.0}
+    )
+    model = TiTok(config)
+    model.prepare_training(proxy=MaskGITVQGAN(VQGANConfig(**VQGAN)))
+    copied = copy.deepcopy(model)
+    assert copied.proxy is model.proxy
+    assert copied.perceptual.networks["lpips"].network is model.perceptual.networks["lpips"].network
+    assert copied.encoder.head is not model.encoder.head
+    assert model.metadata["perceptual"] == {"lpips": "weight 2, from a test"}
+
+
+class Distance(torch.nn.Module):
+    source = "a test"
+
+    def forward(self, images, targets):
+        return (images - targets).abs().mean()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"start": {}}, "stage 'proxy' starts from a trained maskgit_vqgan.*start.proxy"),
+        ({"start": {"first": "stage1", "proxy": "vqgan"}}, "has no use for start.first"),
+        ({"start": {"proxy": "stage2"}}, r"start.proxy \(got a titok model\)"),
+        ({"start": {"teacher": "vqgan"}}, "unknown model to start from 'teacher'"),
+        ({"start": {"proxy": "vqgan"}, "adversarial": {"start": 0}}, "learns no pixels"),
+    ],
+)
+def test_a_wrong_start_is_told_before_training(trained, tmp_path, changes, message):
+    changes["start"] = {key: str(trained / name) for key, name in changes["start"].items()}
+    (tmp_path / "pictures").symlink_to(trained / "pictures")
+    model = {"name": "titok", "proxy": VQGAN, **TITOK, "stage": "proxy"}
+    with pytest.raises(ValueError, match=message):
+        train(experiment(tmp_path, "run", model, **changes))
+
+
+def test_continuous_and_whole_losses_are_refused_where_they_do_not_fit(trained, tmp_path):
+    (tmp_path / "pictures").symlink_to(trained / "pictures")
+    single = {"name": "titok", **TITOK}
+    kl = {"name": "kl", "dim": 4}
+    steps = {"max_steps": 1, "accelerator": "cpu", "devices": 1, "validate_every": 1}
+    train(experiment(tmp_path, "kl", {**single, "quantizer": kl}, trainer=steps))
+    assert (tmp_path / "kl" / "pictures" / "step-0000001.png").exists()
+    with pytest.raises(ConfigError, match=r"is continuous \(KL\)"):
+        train(experiment(tmp_path, "over_kl", MASKGIT, tokenizer=str(tmp_path / "kl")))
+    fsq, trainer = {"name": "fsq", "levels": [4, 4]}, {**steps, "revive_every": 5}
+    with pytest.raises(ConfigError, match=r"revive_every=5 needs a learned codebook"):
+        train(experiment(tmp_path, "fsq", {**single, "quantizer": fsq}, trainer=trainer))
+
+
+def test_dead_codes_are_revived_and_usage_is_logged(trained, tmp_path):
+    """A codebook of which one code can win: without revival it stays at one."""
+    (tmp_path / "pictures").symlink_to(trained / "pictures")
+    used = {}
+    for revive_every in (0, 2):
+        trainer = {"max_steps": 8, "accelerator": "cpu", "devices": 1, "log_every": 1}
+        name = f"revive{revive_every}"
+        model = {"name": "titok", **TITOK}
+        model["quantizer"] = {"name": "vq", "codebook_size": 32, "dim": 4, "l2_norm": False}
+        config = experiment(
+            tmp_path, name, model, trainer={**trainer, "revive_every": revive_every}
+        )
+        config.data.validation = config.data.train
+        config.trainer.validate_every = 8
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("flextok.training.run.build_model", build_with_one_near_code)
+            train(config)
+        used[revive_every] = float(load_model(tmp_path / name).metadata["codebook"].split("%")[0])
+    assert used[0] == pytest.approx(100 / 32, abs=0.1)
+    assert used[2] > 3 * used[0]
+
+
+def build_with_one_near_code(registry, spec):
+    model = build_model(registry, spec)
+    with torch.no_grad():
+        model.quantizer.codebook.fill_(50.0)
+        model.quantizer.codebook[0] = 0.0
+    return model
+
+
+@pytest.mark.parametrize("name", ["titok", "flextok"])
+def test_components_combine_freely(trained, tmp_path, name):
+    """FSQ in TiTok, and MaskGIT over FlexTok's indices, by config alone."""
+    (tmp_path / "pictures").symlink_to(trained / "pictures")
+    fsq = {"name": "fsq", "levels": [4, 4]}
+    tail = {**TITOK, "quantizer": fsq, "nested_dropout": "uniform"}
+    flex = {"image_size": 16, "patch_size": 4, "num_registers": 6, "head_dim": 16}
+    flex |= {"encoder_depth": 1, "encoder_dim": 32, "decoder_depth": 2, "decoder_dim": 32}
+    flex |= {"vae": {"name": "identity"}, "quantizer": fsq, "decode": {"num_steps": 2}}
+    model = {"name": name, **(tail if name == "titok" else flex)}
+    train(experiment(tmp_path, "tokenizer", model))
+    at = str(tmp_path / "tokenizer")
+    generator = train(experiment(tmp_path, "generator", MASKGIT, tokenizer=at))
+    assert load_model(generator).config.vocab_size == 16
+    output = tmp_path / "out.png"
+    assert main(["sample", str(generator), "--output", str(output)]) == 0
+    assert Image.open(output).width > 3 * 128  # 1, 2, 4 and 6 tokens
+
+
+def test_usage_of_even_codes_is_whole():
+    used, perplexity = codebook_usage(torch.full((8,), 3))
+    assert (used.item(), round(perplexity.item(), 3)) == (1.0, 8.0)
