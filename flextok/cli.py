@@ -356,7 +356,7 @@ def run_tokenize(options: argparse.Namespace) -> None:
 
 
 def run_index(options: argparse.Namespace) -> None:
-    from flextok.data.web import write_index
+    from flextok.data.shards import write_index
     from flextok.hub import atomic_write
 
     index = write_index(options.urls)

@@ -19,8 +19,9 @@ import numpy as np
 import torch
 
 from flextok.data.pictures import CorruptPicture
+from flextok.data.shards import Raw
 from flextok.data.stream import Item, Stream, derived_generator
-from flextok.data.web import Cursor, Raw, WebDatasetStream
+from flextok.data.web import Cursor, WebDatasetStream
 
 Block = list[Raw | CorruptPicture]
 
@@ -44,7 +45,8 @@ class Place(NamedTuple):
 class ShardStream(Stream):
     """Maps a position p >= 0 to an augmented sample. Quick where each lane's positions are asked
     for in order, in one process, as a DataLoader with a PositionSampler does. A sample that cannot
-    be read is skipped with a counted warning: another of its block stands in."""
+    be read is skipped with a counted warning: another of its block, or of a later one, stands
+    in."""
 
     dataset: WebDatasetStream
 
@@ -65,7 +67,9 @@ class ShardStream(Stream):
                 f"{len(self.dataset)} samples are too few for {layout.world_size} processes with "
                 f"{layout.workers} workers each: every one needs a sample an epoch"
             )
-        self.blocks: dict[int, tuple[tuple[int, int], Block]] = {}  # lane -> the one it is in
+        self.num_blocks = -(-self.span // self.dataset.shuffle)  # of a span
+        # lane -> (epoch, block) that it is in, how many it had to go on from there, and the block
+        self.blocks: dict[int, tuple[tuple[int, int], int, Block]] = {}
         self.cursors: dict[int, Cursor] = {}
         self._shards: tuple[int, np.ndarray, np.ndarray] | None = None
 
@@ -80,33 +84,30 @@ class ShardStream(Stream):
     def __getitem__(self, position: int) -> Item:
         lane, epoch, offset = self.place(position)
         number, first = divmod(offset, self.dataset.shuffle)
-        block = self.block(lane, epoch, number)
-        for attempt in range(len(block)):
-            raw = block[(first + attempt) % len(block)]
-            if isinstance(raw, CorruptPicture):
-                continue  # counted when the block was read
-            generator = derived_generator(self.seed, 2, position)
-            try:
-                return self.prepare(self.dataset.item(raw), generator)
-            except CorruptPicture as error:
-                self.skips.skip(error)
-        raise ValueError(f"none of {len(block)} samples can be read; see the warnings above")
+        for later in range(self.num_blocks):
+            block = self.block(lane, epoch, number, later)
+            for attempt in range(len(block)):
+                raw = block[(first + attempt) % len(block)]
+                if isinstance(raw, CorruptPicture):
+                    continue  # counted when the block was read
+                generator = derived_generator(self.seed, 2, position)
+                try:
+                    return self.prepare(self.dataset.item(raw), generator)
+                except CorruptPicture as error:
+                    self.skips.skip(error)
+        raise ValueError(f"none of {self.span} samples can be read; see the warnings above")
 
-    def block(self, lane: int, epoch: int, number: int) -> Block:
-        """A block of a lane's span, shuffled; of one with nothing to read, the next stands in."""
-        if lane in self.blocks and self.blocks[lane][0] == (epoch, number):
-            return self.blocks[lane][1]
-        count = -(-self.span // self.dataset.shuffle)
-        for attempt in range(count):
-            block = self.read_block(lane, epoch, (number + attempt) % count)
-            if any(isinstance(raw, Raw) for raw in block):
-                break
-        else:
-            raise ValueError(f"none of {self.span} samples can be read; see the warnings above")
-        draws = derived_generator(self.seed, 6, epoch, lane, number)
-        shuffled = [block[i] for i in torch.randperm(len(block), generator=draws).tolist()]
-        self.blocks[lane] = ((epoch, number), shuffled)
-        return shuffled
+    def block(self, lane: int, epoch: int, number: int, later: int) -> Block:
+        """Block `number` of a lane's span, shuffled. Where nothing of it can be read, the one
+        `later` behind it stands in from then on."""
+        held = self.blocks.get(lane)
+        if held is None or held[0] != (epoch, number) or held[1] < later:
+            taken = (number + later) % self.num_blocks
+            block = self.read_block(lane, epoch, taken)
+            draws = derived_generator(self.seed, 6, epoch, lane, taken)
+            shuffled = [block[i] for i in torch.randperm(len(block), generator=draws).tolist()]
+            held = self.blocks[lane] = ((epoch, number), later, shuffled)
+        return held[2]
 
     def read_block(self, lane: int, epoch: int, number: int) -> Block:
         order, ends = self.shard_order(epoch)

@@ -86,7 +86,7 @@ class MuonAdamW(torch.optim.Optimizer):
         shared = [group for part in self.parts.values() for group in part.param_groups]
         super().__init__(shared, {})
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None if closure is None else closure()
         for muon, part in self.parts.items():
             # schedules and checkpoints know this optimizer's groups and state only

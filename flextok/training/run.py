@@ -353,7 +353,8 @@ def make_trainer(
     if draw is not None:
         callbacks.append(Pictures(folder / "pictures", draw))
     if config.evaluation is not None:
-        callbacks.append(Evaluation(folder / "evaluation", evaluate, config.evaluation.every))
+        every = config.evaluation.every * options.validate_every
+        callbacks.append(Evaluation(folder / "evaluation", evaluate, every))
     callbacks.append(Export(folder))
     if config.optim.ema_decay > 0:
         callbacks.append(Averaging())
