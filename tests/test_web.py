@@ -148,7 +148,8 @@ def test_continuing_with_other_readers_repeats_no_more_than_was_seen(shards):
     # the next epoch is whole again, from each reader's second sample in these batches on
     first, second, *others = epochs(shards, 2, after, start=10)
     later = [*first[1:], *second[1:], *(n for batch in others for n in batch)]
-    assert len(set(later)) == len(later) == 31
+    del later[-1]  # of the epoch after that
+    assert len(set(later)) == len(later) == 30
 
 
 def test_too_few_samples_for_so_many_readers(shards):
@@ -294,7 +295,7 @@ def test_hostile_shards_train_and_are_counted(tmp_path, caplog):
     assert all(image.isfinite().all() for image in batches)
     # 3 hopeless pictures (asked for, or standing in), 3 or 4 samples of b, 4 of c
     assert stream.skips.count.value >= 3 + 3 + 4
-    assert "b.tar: damaged after 2 of 6 samples" in caplog.text
+    assert "b.tar: damaged after 3 of 6 samples" in caplog.text
     assert "c.tar: damaged after 0 of 4 samples" in caplog.text
     again = ShardStream(data, prepare_image(ImageTransform(8)))
     assert all(torch.equal(again[p]["image"], batches[p]) for p in (26, 0, 13))
