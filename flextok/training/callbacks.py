@@ -143,8 +143,8 @@ def draw_generations(
 
 
 class Evaluation(L.Callback):
-    """At validations, every so many steps, runs `evaluate(model, folder)` on all processes, the code of the
-    command, which writes <folder>/step-<n>/report.json; its scores go to the logs as
+    """At validations, every so many steps, runs `evaluate(model, folder)` on all processes, the
+    code of the command, which writes <folder>/step-<n>/report.json; its scores go to the logs as
     eval/<score>@<tokens>. Listed before the averaging callback, so that it sees the average."""
 
     def __init__(self, folder: Path, evaluate: Callable[[Any, Path], dict[str, Any]], every: int):
