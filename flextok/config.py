@@ -25,6 +25,7 @@ class DataConfig:
 
 @dataclass
 class OptimConfig:
+    name: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices, AdamW for the rest
     lr: float = 1e-4
     lr_scale: dict[str, float] = field(default_factory=dict)  # {encoder: 0.1}: of a model's part
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])

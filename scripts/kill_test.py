@@ -4,6 +4,10 @@ end with what one run without a kill leaves.
     python scripts/kill_test.py --kills 20 -- \
         python train.py configs/quickstart_tokenizer.yaml trainer.max_steps=60 \
         trainer.checkpoint_every=10 trainer.validate_every=30 output_dir={out}
+    python scripts/kill_test.py --compare "*.safetensors" manifest.json -- \
+        flextok tokenize <tokenizer> emoji:train {out} --part-size 64 --variants 4
+    python scripts/kill_test.py --compare report.json -- \
+        flextok evaluate <tokenizer> emoji:validation --networks --output {out}
 
 {out} stands for the output folder. All processes of the command die at once (kill -9). After each
 kill every checkpoint in the folder must be intact. Prints a JSON report; exit code 1 if a start
@@ -20,6 +24,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from flextok.training.checkpoints import list_checkpoints, verify
 
@@ -46,7 +51,7 @@ def run_for(process: subprocess.Popen, seconds: float | None) -> bool:
 
 
 def differing(reference: Path, out: Path, patterns: list[str]) -> tuple[int, list[str]]:
-    """How many files the patterns name, and those that are not the same bytes."""
+    """How many files the patterns name, and those that are not the same bytes (JSON: values)."""
     names = {
         path.relative_to(folder).as_posix()
         for folder in (reference, out)
@@ -54,10 +59,25 @@ def differing(reference: Path, out: Path, patterns: list[str]) -> tuple[int, lis
         for path in folder.glob(pattern)
     }
 
-    def content(path: Path) -> bytes | None:
-        return path.read_bytes() if path.exists() else None
+    def content(path: Path) -> Any:
+        if not path.exists():
+            return None
+        if path.suffix == ".json":
+            return unmeasured(json.loads(path.read_text()))
+        return path.read_bytes()
 
     return len(names), sorted(n for n in names if content(reference / n) != content(out / n))
+
+
+def unmeasured(found: Any) -> Any:
+    """What a JSON file holds, but for time and memory taken, which no two runs share."""
+    if isinstance(found, list):
+        return [unmeasured(entry) for entry in found]
+    if isinstance(found, dict):
+        taken = ("seconds", "peak_memory")
+        kept = {k: v for k, v in found.items() if not any(word in k for word in taken)}
+        return {key: unmeasured(value) for key, value in kept.items()}
+    return found
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import TINY, TITOK, VQGAN, tiny_tokenizer
+from conftest import TINY, TITOK, VQGAN, tiny_gpt, tiny_tokenizer
 from test_text import save_encoder
 
 from flextok.config import OptimConfig, load_experiment
@@ -24,8 +24,9 @@ from flextok.losses import perceptual
 from flextok.pipeline import load_model
 from flextok.schema import ConfigError
 from flextok.tokenizers import TOKENIZERS, MaskGITVQGAN, VQGANConfig
-from flextok.training.optim import parameter_groups, warmup_cosine
+from flextok.training.optim import make_optimizer, parameter_groups, warmup_cosine
 from flextok.training.run import build_model, train
+from flextok.training.sharding import compile_blocks
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
@@ -482,3 +483,71 @@ def test_the_schedule_warms_up_then_falls_to_its_end():
     assert factor(55) == pytest.approx(0.55)
     assert factor(100) == pytest.approx(0.1)
     assert factor(1000) == pytest.approx(0.1)
+
+
+def take_steps(model, optimizer, steps=3):
+    draws = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        indices = torch.randint(0, 200, (4, 8), generator=draws)
+        optimizer.zero_grad()
+        model.loss(indices, torch.zeros(4, dtype=torch.long), generator=draws)["loss"].backward()
+        optimizer.step()
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch before 2.9 has no Muon")
+def test_muon_turns_the_blocks_matrices_and_adamw_the_rest(tmp_path):
+    config = OptimConfig(name="muon", lr=1e-3, weight_decay=0.0)
+    model, reference = tiny_gpt().train(), tiny_gpt().train()
+    optimizer = make_optimizer(model, config)
+    take_steps(model, optimizer, 1)
+    take_steps(reference, make_optimizer(reference, OptimConfig(lr=1e-3, weight_decay=0.0)), 1)
+    turned = {
+        name
+        for (name, a), b in zip(model.named_parameters(), reference.parameters(), strict=True)
+        if not torch.equal(a, b)
+    }
+    assert turned == {n for n, p in model.named_parameters() if "blocks." in n and p.ndim == 2}
+    change = (model.blocks[0].mlp.fc1.weight - tiny_gpt().blocks[0].mlp.fc1.weight) / 1e-3
+    singular = torch.linalg.svdvals(change)
+    assert singular.max() < 2.5 * singular.median()  # orthogonal, nearly
+    # its state goes through a checkpoint
+    torch.save([model.state_dict(), optimizer.state_dict()], tmp_path / "state")
+    take_steps(model, optimizer)
+    resumed = tiny_gpt().train()
+    weights_, state = torch.load(tmp_path / "state", weights_only=True)
+    resumed.load_state_dict(weights_)
+    continued = make_optimizer(resumed, config)
+    continued.load_state_dict(state)
+    take_steps(resumed, continued)
+    # the draws begin anew in each call: run the first one's again
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), resumed.parameters(), strict=True)
+    )
+
+
+def test_muon_is_refused_where_torch_lacks_it_or_weights_are_shared_out(
+    uninterrupted, tmp_path, monkeypatch
+):
+    options = [f"output_dir={tmp_path / 'run'}", "optim.name=muon"]
+    with pytest.raises(ConfigError, match="muon needs whole matrices"):
+        train(
+            load_experiment(uninterrupted / "tokenizer.yaml", [*options, "trainer.strategy=fsdp2"])
+        )
+    monkeypatch.delattr(torch.optim, "Muon", raising=False)
+    with pytest.raises(ConfigError, match=r"muon needs torch 2\.9"):
+        train(load_experiment(uninterrupted / "tokenizer.yaml", options))
+
+
+def test_recomputing_or_compiling_the_blocks_changes_no_gradient():
+    indices, cond = torch.arange(32).view(4, 8), torch.zeros(4, dtype=torch.long)
+
+    def gradients(model):
+        model.train().loss(indices, cond, torch.Generator().manual_seed(0))["loss"].backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    compiled = tiny_gpt()
+    compile_blocks(compiled, backend="eager")
+    plain = gradients(tiny_gpt())
+    assert torch.equal(plain, gradients(tiny_gpt(checkpoint_blocks=True)))
+    assert torch.allclose(plain, gradients(compiled), atol=1e-6)
+    assert compiled.state_dict().keys() == tiny_gpt().state_dict().keys()

@@ -1,4 +1,4 @@
-"""`flextok train | tokenize`: models from configs, data sets into tokens."""
+"""`flextok train | tokenize | plan | index`: runs from configs, data sets into tokens."""
 
 import argparse
 import logging
@@ -59,6 +59,36 @@ def add_commands(commands: Any) -> None:
     tokenize.add_argument("--verify", action="store_true", help="then check all checksums")
     add_json(tokenize)
 
+    plan = add_command(
+        commands,
+        "plan",
+        run_plan,
+        "a run's memory, arithmetic, data rate and cost, before it runs",
+        "From the config's sizes and stated assumptions; docs/scale.md says how they were checked.",
+        "flextok plan configs/flextok_d18_d28.yaml --gpus 128\n"
+        "flextok plan configs/ar_class_1.33B.yaml --gpus 8 --gpu a100 --json plan.json",
+    )
+    plan.add_argument("config", help="a YAML file, see configs/")
+    plan.add_argument("overrides", nargs="*", metavar="key=value")
+    plan.add_argument("--gpus", type=int, required=True, help="how many, over all nodes")
+    plan.add_argument("--gpu", default="h100", help="a100, h100 or h200")
+    plan.add_argument("--utilisation", type=float, default=0.35, help="of peak arithmetic")
+    plan.add_argument("--price", type=float, default=2.5, help="dollars a GPU hour")
+    plan.add_argument("--picture-kb", type=float, default=110.0, help="a picture file's size")
+    add_json(plan)
+
+    index = add_command(
+        commands,
+        "index",
+        run_index,
+        "count the samples of WebDataset shards, for streaming them",
+        "The file that it writes is what a webdataset_stream takes as urls: it states each shard's "
+        "number of samples, hence an epoch's length.",
+        "flextok index 'shards-{000..999}.tar' shards.json",
+    )
+    index.add_argument("urls", nargs="+", help="paths or URLs, with {000..012} or *")
+    index.add_argument("output", help="the .json to write")
+
 
 def run_train(options: argparse.Namespace) -> None:
     from flextok.config import load_experiment
@@ -79,6 +109,28 @@ def run_train(options: argparse.Namespace) -> None:
         print(f"flextok: {stop}; run the same command again to continue", file=sys.stderr)
         requeue(stop.signum)
         raise SystemExit(128 + stop.signum) from None
+
+
+def run_plan(options: argparse.Namespace) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from flextok.config import load_experiment
+    from flextok.training.plan import Assumptions, as_text, plan
+
+    assumed = Assumptions(options.gpu, options.utilisation, options.price, options.picture_kb)
+    found = plan(load_experiment(options.config, options.overrides), options.gpus, assumed)
+    print(as_text(found))
+    return asdict(found)
+
+
+def run_index(options: argparse.Namespace) -> None:
+    from flextok.cli.common import write_json
+    from flextok.data.shards import write_index
+
+    index = write_index(options.urls)
+    write_json(options.output, index)
+    total = sum(shard["nsamples"] for shard in index["shardlist"])
+    print(f"{options.output}: {total} samples in {len(index['shardlist'])} shards")
 
 
 def run_tokenize(options: argparse.Namespace) -> dict[str, Any] | None:

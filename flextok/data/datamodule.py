@@ -7,8 +7,10 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader
 
+from flextok.data.shard_stream import Layout, ShardStream
 from flextok.data.stream import EvaluationSet, Item, PositionSampler, Stream, collate
 from flextok.data.transforms import ImageTransform
+from flextok.data.web import WebDatasetStream
 
 
 def prepare_image(transform: ImageTransform) -> Callable[[Item, torch.Generator | None], Item]:
@@ -35,7 +37,8 @@ class DataModule(L.LightningDataModule):
         seed: int = 0,
     ):
         super().__init__()
-        self.stream = Stream(train, prepare, seed)
+        streams = isinstance(train, WebDatasetStream)
+        self.stream = (ShardStream if streams else Stream)(train, prepare, seed)
         self.evaluation = EvaluationSet(validation, prepare) if validation is not None else None
         self.batch_size, self.num_workers = batch_size, num_workers
 
@@ -44,6 +47,9 @@ class DataModule(L.LightningDataModule):
         assert trainer is not None, "the data module is driven by a Trainer"
         # batches already consumed: with a resumed run Lightning restores global_step before this
         start = trainer.global_step * trainer.accumulate_grad_batches
+        if isinstance(self.stream, ShardStream):
+            workers = max(1, self.num_workers)
+            self.stream.lay_out(Layout(self.batch_size, trainer.world_size, workers))
         sampler = PositionSampler(self.batch_size, start, trainer.global_rank, trainer.world_size)
         return DataLoader(self.stream, batch_sampler=sampler, **self._loader_options())
 

@@ -6,20 +6,21 @@ CorruptPicture; the stream skips and counts it. A new data set is one class here
 DATASETS.
 """
 
-import glob
-import json
-import re
-import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch.utils.data import Dataset, Subset
-from webdataset.shardlists import expand_urls
 
 from flextok.data.emoji import Emoji, EmojiScenes
-from flextok.data.pictures import UNLABELLED, CorruptPicture, list_pictures, load_picture
+from flextok.data.pictures import (
+    UNLABELLED,
+    CorruptPicture,
+    list_pictures,
+    load_picture,
+    read_text,
+)
+from flextok.data.web import WebDatasetImages, WebDatasetStream, index_labels
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
 
@@ -64,7 +65,7 @@ class ImageFolder(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         path, label = self.root / self.paths[index], self.labels[index]
         text = path.with_suffix(".txt")
-        caption = text.read_text("utf-8", "replace").strip() if text.is_file() else ""
+        caption = read_text(text.read_bytes(), str(text)) if text.is_file() else ""
         return {
             "image": load_picture(path),
             "label": label,
@@ -149,77 +150,13 @@ class HuggingFaceImages(Dataset[dict[str, Any]]):
         }
 
 
-class WebDatasetImages(Dataset[dict[str, Any]]):
-    """Local WebDataset shards (tar), read at random: each is indexed once, by member offset.
-
-    Keys are alternatives joined by ";", the first that a sample has counts: an extension ("cls") or
-    a field of its .json. Labels are class numbers or class names.
-    """
-
-    def __init__(
-        self,
-        urls: str | Sequence[str],
-        image_key: str = "jpg;jpeg;png;webp",
-        label_key: str | None = "cls;label",
-        caption_key: str = "txt;caption",
-        class_names: Sequence[str] | None = None,
-    ) -> None:
-        """urls: paths, with {000..012} or * where there are many. label_key None: one class."""
-        self.shards = expand_shards(urls)
-        self.caption_key = caption_key
-        self.keys: list[str] = []
-        rows: list[tuple[int, ...]] = []
-        labels: list[int | str] = []
-        for number, shard in enumerate(self.shards):
-            for key, members in read_index(shard):
-                image = next((members[k] for k in image_key.split(";") if k in members), (0, -1))
-                label = UNLABELLED if label_key is None else find(shard, members, label_key)
-                if label is None:
-                    raise ValueError(
-                        f"label_key={label_key!r} is not in {shard}: {key}, which has "
-                        f"{', '.join(members)}; name another or set label_key to null"
-                    )
-                text = members.get(next((k for k in caption_key.split(";") if k in members), ""))
-                field = members.get("json")
-                self.keys.append(key)
-                labels.append(label)
-                rows.append((number, *image, *(text or (0, -1)), *(field or (0, -1))))
-        # arrays, not objects: a data set of millions is shared between workers without copies
-        self.table = np.array(rows, dtype=np.int64).reshape(-1, 7)
-        if (self.table[:, 2] < 0).all():
-            raise ValueError(f"image_key={image_key!r} is in no sample of urls={urls!r}")
-        self.class_names, self.labels = index_labels(labels, class_names)
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        shard = self.shards[self.table[index, 0]]
-        offsets = self.table[index, 1:].reshape(3, 2).tolist()
-        image, text, field = (None if size < 0 else (offset, size) for offset, size in offsets)
-        key, label = self.keys[index], self.labels[index]
-        name = f"{shard}: {key}"
-        if image is None:
-            raise CorruptPicture(name, "the sample holds no picture")
-        caption = ""
-        if text is not None:
-            caption = read_member(shard, text).decode("utf-8", "replace").strip()
-        elif field is not None:
-            caption = str(find(shard, {"json": field}, self.caption_key) or "")
-        return {
-            "image": load_picture(read_member(shard, image), name),
-            "label": label,
-            "caption": caption or self.class_names[label],
-            "key": key,
-        }
-
-
 DATASETS: dict[str, Callable[..., Dataset[dict[str, Any]]]] = {
     "emoji": Emoji,
     "emoji_scenes": EmojiScenes,
     "folder": ImageFolder,
     "huggingface": HuggingFaceImages,
     "webdataset": WebDatasetImages,
+    "webdataset_stream": WebDatasetStream,
 }
 
 
@@ -232,26 +169,6 @@ def take(dataset: Any, limit: int | None) -> Any:
     chosen: Any = Subset(dataset, [i * len(dataset) // limit for i in range(limit)])
     chosen.class_names = dataset.class_names
     return chosen
-
-
-def index_labels(
-    labels: Sequence[int | str], class_names: Sequence[str] | None
-) -> tuple[list[str], list[int]]:
-    """Class names (given, or found and sorted) and the label of every sample as their index."""
-    numbers = {label for label in labels if isinstance(label, int)}
-    if class_names is None:
-        words = sorted({label for label in labels if isinstance(label, str)})
-        class_names = [str(i) for i in range(max(numbers) + 1)] if numbers else words
-    names = list(class_names)
-    table: dict[int | str, int] = {name: i for i, name in enumerate(names)}
-    table |= {i: i for i in range(len(names))}
-    if unknown := [label for label in dict.fromkeys(labels) if label not in table]:
-        raise ValueError(
-            f"label {unknown[0]!r} is none of the {len(names)} classes {', '.join(names[:9])}"
-            f"{', ...' if len(names) > 9 else ''}; mend it, name another column, key or folder, "
-            "or leave the labels out"
-        )
-    return names, [table[label] for label in labels]
 
 
 def load_huggingface(datasets: Any, path: str, split: str, config: str | None) -> Any:
@@ -267,68 +184,3 @@ def load_huggingface(datasets: Any, path: str, split: str, config: str | None) -
         return datasets.load_dataset(path, config, split=split)
     except (ValueError, FileNotFoundError) as error:  # the library names what it knows
         raise ValueError(f"path={path!r}, split={split!r}, config={config!r}: {error}") from error
-
-
-def expand_shards(urls: str | Sequence[str]) -> list[str]:
-    """Braces and globs to local files, in order."""
-    shards: list[str] = []
-    given = [urls] if isinstance(urls, str) else urls
-    for url in (expanded for one in given for expanded in expand_urls(one)):
-        if "://" in url or url.startswith("pipe:"):
-            raise ValueError(f"urls={url!r} is remote, which is not supported yet; download it")
-        path = str(Path(url).expanduser())
-        found = sorted(glob.glob(path)) or ([path] if Path(path).is_file() else [])
-        if not found:
-            raise ValueError(f"urls={url!r} matches no file")
-        shards += found
-    if not shards:
-        raise ValueError(f"urls={urls!r} names no shard")
-    return shards
-
-
-Span = tuple[int, int]  # offset and size in the shard
-
-
-def read_index(shard: str) -> Iterator[tuple[str, dict[str, Span]]]:
-    """(key, extension -> span) of each sample: consecutive members with one name up to the dot."""
-    key, members = "", dict[str, Span]()
-    try:
-        with tarfile.open(shard, "r:") as tar:
-            for member in tar:
-                match = re.fullmatch(r"((?:.*/)?[^./]+)\.([^/]+)", member.name)
-                if not member.isfile() or match is None:
-                    continue
-                stem, extension = match[1], match[2].lower()
-                if stem != key:
-                    if members:
-                        yield key, members
-                    key, members = stem, {}
-                members[extension] = (member.offset_data, member.size)
-    except tarfile.TarError as error:
-        raise ValueError(f"{shard} is no readable, uncompressed tar: {error}") from error
-    if members:
-        yield key, members
-
-
-def read_member(shard: str, span: Span) -> bytes:
-    """Opened anew for each read: nothing to share between, or to send to, worker processes."""
-    with open(shard, "rb") as file:
-        file.seek(span[0])
-        return file.read(span[1])
-
-
-def find(shard: str, members: dict[str, Span], keys: str) -> int | str | None:
-    """The value of the first of keys that is a member of the sample or a field of its .json."""
-    fields: dict[str, Any] = {}
-    if "json" in members:
-        try:
-            fields = json.loads(read_member(shard, members["json"]))
-        except ValueError as error:
-            raise ValueError(f"{shard}: unreadable .json at byte {members['json'][0]}") from error
-    for key in keys.split(";"):
-        if key in members:
-            text = read_member(shard, members[key]).decode("utf-8", "replace").strip()
-            return int(text) if re.fullmatch(r"-?\d+", text) else text
-        if fields.get(key) is not None:
-            return fields[key] if isinstance(fields[key], int | str) else str(fields[key])
-    return None

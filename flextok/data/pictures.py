@@ -1,6 +1,8 @@
 """Open any picture as 8-bit RGB, or say which one cannot be opened and why."""
 
 import io
+import itertools
+import logging
 import os
 import struct
 import zlib
@@ -11,6 +13,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 UNLABELLED = "unlabelled"  # the class of pictures without one
+log = logging.getLogger(__name__)
+_undecodable = itertools.count(1)  # texts, in this process
 PictureSource = str | os.PathLike[str] | bytes | IO[bytes]
 
 # What Pillow raises on damaged files of one format or another; opening a picture does nothing else.
@@ -71,6 +75,17 @@ def to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", rgba.size, "white")
         return Image.alpha_composite(white, rgba).convert("RGB")
     return image.convert("RGB")
+
+
+def read_text(data: bytes, name: str) -> str:
+    """UTF-8 text, stripped. Bytes that are none are replaced, with a counted warning that names
+    whose they are."""
+    try:
+        return data.decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        count = next(_undecodable)
+        log.warning("replaced text that is not UTF-8 (%d so far): %s: %s", count, name, error)
+        return data.decode("utf-8", "replace").strip()
 
 
 def list_pictures(root: Path, extensions: tuple[str, ...]) -> list[Path]:

@@ -22,16 +22,17 @@ Item = Mapping[str, Any]
 
 
 class SkipCounter:
-    """Counts unreadable samples over all worker processes and says so, once for each."""
+    """Counts unreadable samples over all worker processes and says so, naming each."""
 
     def __init__(self) -> None:
         self.count = Value("q", 0)
 
-    def skip(self, error: Exception) -> None:
+    def skip(self, error: Exception, samples: int = 1) -> None:
         with self.count.get_lock():
-            self.count.value += 1
+            self.count.value += samples
             count = self.count.value
-        log.warning("skipped an unreadable sample (%d so far): %s", count, error)
+        what = "an unreadable sample" if samples == 1 else f"{samples} unreadable samples"
+        log.warning("skipped %s (%d so far): %s", what, count, error)
 
 
 def derived_generator(*key: int) -> torch.Generator:

@@ -7,6 +7,7 @@ cache.
 
 import hashlib
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from flextok.data.processes import Process, this_process
 from flextok.generators.text import TextEncoder
 from flextok.hub import atomic_write
 
@@ -56,9 +58,11 @@ def build_text_cache(
     captions: Sequence[str],
     device: str | torch.device = "cpu",
     part_size: int = 4096,
+    process: Process | None = None,
 ) -> TextCache:
-    """Write the rows of "" and of each different caption into `folder`; parts already there are
-    kept. Raises ValueError for a folder made by another encoder or of other captions."""
+    """Write the rows of "" and of each different caption into `folder`: this process's parts of
+    them, less those already there; then wait for the other processes'. Raises ValueError for a
+    folder made by another encoder or of other captions."""
     folder = Path(folder)
     different = list(dict.fromkeys(["", *captions]))
     digest = hashlib.sha256("\0".join(different).encode()).hexdigest()[:16]
@@ -68,18 +72,21 @@ def build_text_cache(
         check_manifest(folder, manifest)
     text = json.dumps(manifest, indent=2)
     atomic_write(folder / MANIFEST, lambda p: p.write_text(text, encoding="utf-8"))
-    progress = tqdm(total=len(different), desc="reading captions", unit="caption")
-    for number, first in enumerate(range(0, len(different), part_size)):
-        some = different[first : first + part_size]
-        path = folder / f"part-{number:05d}.safetensors"
+    parts = {
+        folder / f"part-{number:05d}.safetensors": different[first : first + part_size]
+        for number, first in enumerate(range(0, len(different), part_size))
+    }
+    process = process or this_process()
+    mine = list(parts.items())[process.rank :: process.world_size]
+    for path, some in tqdm(mine, desc="reading captions", unit_scale=part_size):
         if not path.exists():
             rows = encoder.rows(some, device)
             tensors = {"row_ends": torch.tensor([len(row) for row in rows]).cumsum(0)}
             tensors["rows"] = compact(torch.cat(rows).cpu())
             tensors["captions"], tensors["caption_ends"] = pack(some)
             atomic_write(path, lambda p, t=tensors: save_file(t, p))  # type: ignore[misc]
-        progress.update(len(some))
-    progress.close()
+    while not all(path.exists() for path in parts):
+        time.sleep(1)
     return TextCache(folder, encoder)
 
 

@@ -20,6 +20,7 @@ from flextok.nn.attention import KVCache
 from flextok.nn.blocks import Block, LayerNorm
 from flextok.nn.layout import column_major
 from flextok.schema import build
+from flextok.tokenizers.common import draw, run_block
 
 
 @dataclass
@@ -46,6 +47,7 @@ class GPTConfig:
     )
     cond_drop: float = 0.1  # how often training sees the null condition
     dropout: float = 0.0  # on the input embeddings
+    checkpoint_blocks: bool = False  # recompute activations in the backward pass
     generate: GenerateConfig = field(default_factory=GenerateConfig)
 
 
@@ -101,9 +103,10 @@ class GPT(Pretrained, nn.Module):
         0..k."""
         condition = self.condition(cond, drop)
         x = self.join_start(indices, condition)
-        mask = context_mask(condition)
+        options: dict[str, Any] = {"is_causal": True, "context_mask": context_mask(condition)}
+        options["checkpoint"] = self.config.checkpoint_blocks and self.training
         for block, context in zip(self.blocks, self.contexts(condition), strict=True):
-            x = block(x, is_causal=True, context=context, context_mask=mask)
+            x = run_block(block, x, context=context, **options)
         return self.head(self.norm(x))
 
     def condition(self, cond: Any, drop: Tensor | None = None) -> Condition:
@@ -134,9 +137,8 @@ class GPT(Pretrained, nn.Module):
         self._check_indices(indices)
         drop = None
         if self.training and self.config.cond_drop > 0:
-            source = indices.device if generator is None else generator.device
-            u = torch.rand(len(indices), generator=generator, device=source)
-            drop = (u < self.config.cond_drop).to(indices.device)
+            u = draw(torch.rand, (len(indices),), generator, indices.device)
+            drop = u < self.config.cond_drop
         logits = self(indices[:, :-1], cond, drop)
         return {"loss": F.cross_entropy(logits.flatten(0, 1).float(), indices.flatten())}
 

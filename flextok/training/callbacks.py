@@ -143,31 +143,22 @@ def draw_generations(
 
 
 class Evaluation(L.Callback):
-    """At every so many validations runs `evaluate(model, folder)` on all processes, the code of the
-    command, which writes <folder>/step-<n>/report.json; its scores go to the logs as
+    """At validations, every so many steps, runs `evaluate(model, folder)` on all processes, the
+    code of the command, which writes <folder>/step-<n>/report.json; its scores go to the logs as
     eval/<score>@<tokens>. Listed before the averaging callback, so that it sees the average."""
 
     def __init__(self, folder: Path, evaluate: Callable[[Any, Path], dict[str, Any]], every: int):
+        """every: steps, a multiple of those between validations."""
         self.folder, self.evaluate, self.every = folder, evaluate, every
-        self.validations = 0
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.sanity_checking:
-            return
-        self.validations += 1
-        if self.validations % self.every:
+        if trainer.sanity_checking or trainer.global_step % self.every:
             return
         report = self.evaluate(pl_module.model, self.folder / f"step-{trainer.global_step:07d}")
         for result in report["results"]:
             scores = {f"eval/{k}@{result['num_tokens']}": v for k, v in result["scores"].items()}
             for logger in trainer.loggers:  # these write on the first process only
                 logger.log_metrics(scores, trainer.global_step)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"validations": self.validations}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.validations = state_dict["validations"]
 
 
 class Export(L.Callback):

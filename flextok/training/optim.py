@@ -1,13 +1,15 @@
-"""AdamW parameter groups and the learning-rate schedule."""
+"""Parameter groups, optimizers and the learning-rate schedule."""
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 
 from flextok.config import OptimConfig
-from flextok.schema import unknown_key
+from flextok.schema import ConfigError, unknown_key
+from flextok.training.sharding import blocks
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
@@ -43,10 +45,52 @@ def warmup_cosine(warmup_steps: int, max_steps: int, final: float) -> Callable[[
     return factor
 
 
-def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    first, second = config.betas
-    return torch.optim.AdamW(
-        parameter_groups(model, config),
-        betas=(first, second),
-        fused=True,
-    )
+def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    groups, (first, second) = parameter_groups(model, config), config.betas
+    if config.name == "muon":
+        return MuonAdamW(groups, block_matrices(model), betas=(first, second))
+    return torch.optim.AdamW(groups, betas=(first, second), fused=True)
+
+
+def block_matrices(model: nn.Module) -> set[nn.Parameter]:
+    return {p for block in blocks(model) for p in block.parameters() if p.ndim == 2}
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024) for `matrices`, AdamW for all other parameters, as one optimizer.
+    Muon's updates are scaled to AdamW's size (Moonlight, arXiv 2502.16982, section 2.2), so one
+    learning rate and weight decay serve both."""
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        matrices: set[nn.Parameter],
+        betas: tuple[float, float],
+        momentum: float = 0.95,
+    ):
+        if not hasattr(torch.optim, "Muon"):
+            raise ConfigError(
+                f"optim.name=muon needs torch 2.9 or newer, this is {torch.__version__}: take adamw"
+            )
+        split: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
+        for group in groups:
+            for muon, chosen in split.items():
+                if own := [p for p in group["params"] if (p in matrices) == muon]:
+                    chosen.append({**group, "params": own, "muon": muon})
+        if not split[True]:
+            raise ConfigError("optim.name=muon: the model has no blocks with matrices; take adamw")
+        self.parts = {
+            True: torch.optim.Muon(split[True], momentum=momentum, adjust_lr_fn="match_rms_adamw"),
+            False: torch.optim.AdamW(split[False], betas=betas, fused=True),
+        }
+        shared = [group for part in self.parts.values() for group in part.param_groups]
+        super().__init__(shared, {})
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None if closure is None else closure()
+        for muon, part in self.parts.items():
+            # schedules and checkpoints know this optimizer's groups and state only
+            part.param_groups = [group for group in self.param_groups if group["muon"] == muon]
+            part.state = self.state
+            part.step()
+        return loss

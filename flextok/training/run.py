@@ -28,6 +28,7 @@ from flextok.data.tokens import (
     wait_until_finished,
 )
 from flextok.data.transforms import ImageTransform
+from flextok.data.web import WebDatasetStream
 from flextok.evaluation.evaluate import evaluate_generator, evaluate_tokenizer
 from flextok.evaluation.features import load_networks
 from flextok.evaluation.job import Cell, Options
@@ -59,7 +60,7 @@ from flextok.training.checkpoints import (
 from flextok.training.finite import SkipNonFinite
 from flextok.training.modules import GeneratorModule, TokenizerModule, TrainingModule
 from flextok.training.record import record_start
-from flextok.training.sharding import ShardedStrategy, read_sharded
+from flextok.training.sharding import ShardedStrategy, compile_blocks, read_sharded
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +98,8 @@ def train(config: ExperimentConfig) -> Path:
             module.model.load_state_dict(averaged(state))
             export(module.model, folder, step)
         return folder
+    if config.trainer.compile:
+        compile_blocks(module.model)
     trainer = make_trainer(config, folder, module.model, draw, evaluate)
     trainer.fit(module, data, ckpt_path=None if last is None else str(last), weights_only=True)
     # fit leaves the averaged weights in place
@@ -109,6 +112,8 @@ def make_dataset(spec: dict[str, Any] | list[dict[str, Any]]) -> Any:
     if isinstance(spec, dict):
         return build(DATASETS, spec, "dataset")
     parts = [build(DATASETS, part, "dataset") for part in spec]
+    if any(isinstance(part, WebDatasetStream) for part in parts):
+        raise ConfigError("a webdataset_stream stands alone: list all its shards as its urls")
     joined: Any = ConcatDataset(parts)
     joined.class_names = parts[0].class_names
     return joined
@@ -352,12 +357,15 @@ def make_trainer(
     if draw is not None:
         callbacks.append(Pictures(folder / "pictures", draw))
     if config.evaluation is not None:
-        callbacks.append(Evaluation(folder / "evaluation", evaluate, config.evaluation.every))
+        every = config.evaluation.every * options.validate_every
+        callbacks.append(Evaluation(folder / "evaluation", evaluate, every))
     callbacks.append(Export(folder))
     if config.optim.ema_decay > 0:
         callbacks.append(Averaging())
     checkpoints = folder / "checkpoints"
     callbacks.append(Checkpoints(checkpoints, options.checkpoint_every, options.keep_last))
+    if options.strategy == "fsdp2" and config.optim.name == "muon":
+        raise ConfigError("optim.name=muon needs whole matrices: take trainer.strategy=ddp")
     plugins: list[Any] = [] if options.strategy == "fsdp2" else [WholeFiles()]
     if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
         # Checkpoints saves on signals, between two steps

@@ -1,10 +1,11 @@
 """FSDP2 through Lightning's ModelParallelStrategy: weights, gradients, optimizer state and average
 are shared out over all processes; what is saved is whole, checked, and loads on one process."""
 
+import functools
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from flextok.hub import sync
 from flextok.training.checkpoints import crc32
 
 # what training, validation and pictures call of a model: FSDP2 gathers its weights for these
-ENTRIES = ("loss", "encode", "decode", "reconstruct", "reconstruction_losses", "generate")
+ENTRIES = ("loss", "encode", "encode_codes", "decode", "decode_codes", "reconstruct", "generate")
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -70,6 +71,13 @@ def blocks(model: nn.Module) -> Iterator[nn.Module]:
             yield from module
 
 
+def compile_blocks(model: nn.Module, **options: Any) -> None:
+    """torch.compile each transformer block: one graph for all alike, soon compiled, and hooks that
+    gather or recompute stay outside of it."""
+    for block in blocks(model):
+        block.forward = torch.compile(block.forward, **options)
+
+
 def shard(model: nn.Module, mesh: DeviceMesh, bf16: bool = False) -> None:
     """Share a model's weights out over `mesh`, each block on its own. bf16: gather the weights in
     bf16, half the traffic; gradients are summed in fp32 either way."""
@@ -80,9 +88,32 @@ def shard(model: nn.Module, mesh: DeviceMesh, bf16: bool = False) -> None:
     for block in blocks(model):
         fully_shard(block, **options)
     fully_shard(model, **options)
-    for name in ENTRIES:
-        if hasattr(model, name):
-            register_fsdp_forward_method(model, name)
+    gather_once(model, [name for name in ENTRIES if hasattr(model, name)])
+
+
+def gather_once(model: Any, names: Iterable[str]) -> None:
+    """Have those methods gather the weights that lie outside of blocks. Of one that calls another
+    the outer does it: the inner one's end would share them out again too early."""
+    busy = False
+
+    def entry(plain: Callable[..., Any], gathering: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(plain)
+        def call(*arguments: Any, **options: Any) -> Any:
+            nonlocal busy
+            if busy:
+                return plain(*arguments, **options)
+            busy = True
+            try:
+                return gathering(*arguments, **options)
+            finally:
+                busy = False
+
+        return call
+
+    for name in names:
+        plain = getattr(model, name)
+        register_fsdp_forward_method(model, name)
+        setattr(model, name, entry(plain, getattr(model, name)))
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -1,0 +1,116 @@
+"""Is the data loader ever what training waits for? Samples a second of the loader and of the model.
+
+    python benchmarks/loader.py configs/quickstart_tokenizer.yaml [key=value ...] \
+        [--workers 0 1 2] [--seconds 10] [--json benchmarks/results/loader_cpu.json]
+
+The loader row reads, decodes, augments and batches as training does; the model row takes training
+steps (forward, backward, optimizer) on one batch again and again. The loader is not the bottleneck
+where it gives more than the model takes; workers run beside the model, so with a worker or more
+the two overlap. The first batches of each are not counted.
+"""
+
+import argparse
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+from torch.utils.data import DataLoader
+
+from flextok.config import load_experiment
+from flextok.data.datamodule import DataModule
+from flextok.data.processes import local_device
+from flextok.data.shard_stream import Layout, ShardStream
+from flextok.data.stream import PositionSampler, derived_generator
+from flextok.training.modules import TrainingModule
+from flextok.training.run import generator_run, tokenizer_run
+
+
+def rate(step: Callable[[], object], samples: int, seconds: float, warm_up: int = 3) -> float:
+    """Samples a second of a step that handles `samples` of them."""
+    for _ in range(warm_up):
+        step()
+    begun, count = time.perf_counter(), 0
+    while (passed := time.perf_counter() - begun) < seconds or count < 3:
+        step()
+        count += 1
+    return count * samples / passed
+
+
+def loader_rate(data: DataModule, workers: int, seconds: float) -> float:
+    data.num_workers = workers
+    if isinstance(data.stream, ShardStream):
+        data.stream.lay_out(Layout(data.batch_size, 1, max(1, workers)))
+    sampler = PositionSampler(data.batch_size)
+    batches = iter(DataLoader(data.stream, batch_sampler=sampler, **data._loader_options()))
+    # what the workers fetched ahead at the start must not count as speed
+    warm_up = 3 + 2 * workers
+    return rate(lambda: next(batches), data.batch_size, seconds, warm_up)
+
+
+def model_rate(module: TrainingModule, data: DataModule, device: str, seconds: float) -> float:
+    items: list[Any] = [data.stream[position] for position in range(data.batch_size)]
+    batch = torch.utils.data.default_collate(items)
+    batch = {key: value.to(device) for key, value in batch.items()}
+    module.model.to(device).train()
+    optimizer: Any = module.configure_optimizers()["optimizer"]
+    on_gpu = device.startswith("cuda")
+    draws = derived_generator(0)
+
+    def step() -> None:
+        with torch.autocast("cuda", torch.bfloat16, enabled=on_gpu):
+            loss = module.model.loss(*module.inputs(batch), generator=draws)["loss"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if on_gpu:
+            torch.cuda.synchronize()
+
+    return rate(step, data.batch_size, seconds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("config")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seconds", type=float, default=10.0, help="of measuring, each row")
+    parser.add_argument("--json", type=Path, help="add the figures to this file")
+    options = parser.parse_args()
+    config = load_experiment(options.config, options.overrides)
+    if config.task == "tokenizer":
+        module, data, _ = tokenizer_run(config)
+    else:
+        module, data, _ = generator_run(config, Path(config.output_dir))
+    device = local_device() if config.trainer.accelerator != "cpu" else "cpu"
+    facts: dict[str, Any] = {
+        "config": Path(options.config).stem,
+        "overrides": options.overrides,
+        "batch_size": data.batch_size,
+        "device": torch.cuda.get_device_name() if device != "cpu" else platform.machine(),
+        "cpus": os.cpu_count(),
+        "torch": torch.__version__,
+        "model_samples_per_s": model_rate(module, data, device, options.seconds),
+    }
+    print(f"{facts['config']}, batches of {data.batch_size}, {facts['device']}")
+    print(f"{'model, training steps':24s}{facts['model_samples_per_s']:12.1f} samples/s")
+    facts["loader_samples_per_s"] = {}
+    for workers in options.workers:
+        found = loader_rate(data, workers, options.seconds)
+        facts["loader_samples_per_s"][workers] = found
+        times = found / facts["model_samples_per_s"]
+        print(f"{f'loader, {workers} workers':24s}{found:12.1f} samples/s, {times:.1f} x the model")
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        known = json.loads(options.json.read_text()) if options.json.exists() else []
+        options.json.write_text(json.dumps([*known, facts], indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""The tar files of WebDataset: their addresses, their number of samples, and what is in them.
+
+Any shard can be read from its beginning to its end (local, HTTP, S3, GCS, a pipe), a local one also
+at random, by member offset.
+"""
+
+import glob
+import io
+import json
+import lzma
+import re
+import shlex
+import tarfile
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from webdataset import tariterators
+from webdataset.gopen import gopen
+from webdataset.shardlists import expand_urls
+
+from flextok.data.pictures import CorruptPicture, read_text
+from flextok.data.stream import SkipCounter
+
+Members = Mapping[str, bytes]  # extension, lower case -> content
+Span = tuple[int, int]  # offset and size in the shard
+# what a truncated, empty or unreachable shard raises, plain or compressed
+SHARD_ERRORS = (tarfile.TarError, OSError, EOFError, ValueError, zlib.error, lzma.LZMAError)
+
+
+@dataclass
+class Raw:
+    """An undecoded sample of a stream."""
+
+    name: str  # shard and key
+    members: Members
+
+
+def stated_counts(urls: str | Sequence[str], samples: int | None) -> tuple[list[str], list[int]]:
+    """Shards and how many samples each holds. A local shard that cannot be read holds as many as
+    can be."""
+    if isinstance(urls, str) and urls.endswith(".json"):
+        try:
+            with gopen(opened(urls)) as file:
+                listed = json.load(io.TextIOWrapper(io.BytesIO(file.read()), "utf-8"))["shardlist"]
+            return [entry["url"] for entry in listed], [int(e["nsamples"]) for e in listed]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{urls} is no readable index of shards: {error!r}") from None
+    shards = expand_shards(urls)
+    if samples is not None:
+        if samples < 1:
+            raise ValueError(f"samples={samples} must be at least 1, what each shard holds")
+        return shards, [samples] * len(shards)
+    if remote := [shard for shard in shards if is_remote(shard)]:
+        raise ValueError(
+            f"nobody says how many samples {remote[0]} holds: write an index with `flextok index "
+            "<urls> <index.json>` and give that as urls, or set samples, if all hold as many"
+        )
+    return shards, [count_samples(shard) for shard in shards]
+
+
+def write_index(urls: str | Sequence[str]) -> dict[str, Any]:
+    """The content of an index file: every shard, read whole, with its number of samples."""
+    shards = [str(Path(s).resolve()) if not is_remote(s) else s for s in expand_shards(urls)]
+    counts = [{"url": shard, "nsamples": count_samples(shard)} for shard in shards]
+    return {"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": counts}
+
+
+def count_samples(shard: str) -> int:
+    count = 0
+    plain = not is_remote(shard) and shard.endswith(".tar")
+    samples = read_index(shard) if plain else stream_samples(shard)
+    skips = SkipCounter()
+    try:
+        for count, _ in enumerate(samples, start=1):  # noqa: B007
+            pass
+    except SHARD_ERRORS as error:
+        skips.skip(CorruptPicture(shard, f"damaged after {count} samples: {error}"))
+    return count
+
+
+def stream_samples(url: str) -> Iterator[Raw]:
+    """The samples of a shard in order. Raises one of SHARD_ERRORS where it is damaged; the sample
+    in which that happens is left out."""
+    with gopen(opened(url)) as stream:
+        files = ({**file, "__url__": url} for file in tariterators.tar_file_iterator(stream))
+        for sample in tariterators.group_by_keys(files):
+            members = {k: v for k, v in sample.items() if not k.startswith("__")}
+            yield Raw(f"{url}: {sample['__key__']}", members)
+
+
+def opened(url: str) -> str:
+    """A URL as WebDataset opens it. It has openers for http, gs and more; s3 goes by the aws
+    command, as its manual does it."""
+    if url.startswith("s3://"):
+        return f"pipe:aws s3 cp {shlex.quote(url)} -"
+    return url
+
+
+def is_remote(url: str) -> bool:
+    return "://" in url or url.startswith("pipe:")
+
+
+def expand_shards(urls: str | Sequence[str]) -> list[str]:
+    """Braces and globs to local files and URLs, in order."""
+    shards: list[str] = []
+    given = [urls] if isinstance(urls, str) else urls
+    for url in (expanded for one in given for expanded in expand_urls(one)):
+        if is_remote(url):
+            shards.append(url)
+            continue
+        path = str(Path(url).expanduser())
+        found = sorted(glob.glob(path)) or ([path] if Path(path).is_file() else [])
+        if not found:
+            raise ValueError(f"urls={url!r} matches no file")
+        shards += found
+    if not shards:
+        raise ValueError(f"urls={urls!r} names no shard")
+    return shards
+
+
+def read_index(shard: str) -> Iterator[tuple[str, dict[str, Span]]]:
+    """(key, extension -> span) of each sample: consecutive members with one name up to the dot.
+    Raises TarError where the shard is damaged, leaving out the sample in which that happens."""
+    key, members = "", dict[str, Span]()
+    with tarfile.open(shard, "r:") as tar:
+        for member in tar:
+            match = re.fullmatch(r"((?:.*/)?[^./]+)\.([^/]+)", member.name)
+            if not member.isfile() or match is None or member.name.startswith("__"):  # metadata
+                continue
+            stem, extension = match[1], match[2].lower()
+            if stem != key:
+                if members:
+                    yield key, members
+                key, members = stem, {}
+            members[extension] = (member.offset_data, member.size)
+    if members:
+        yield key, members
+
+
+def whole_samples(shard: str, skips: SkipCounter) -> Iterator[tuple[str, dict[str, Span]]]:
+    """What read_index gives of a shard before it is damaged, if it is."""
+    try:
+        yield from read_index(shard)
+    except SHARD_ERRORS as error:
+        reason = f"{error}; what lies before the damage is used"
+        skips.skip(CorruptPicture(f"{shard} is no whole, uncompressed tar", reason))
+
+
+def read_member(shard: str, span: Span) -> bytes:
+    """Opened anew for each read: nothing to share between, or to send to, worker processes."""
+    with open(shard, "rb") as file:
+        file.seek(span[0])
+        return file.read(span[1])
+
+
+class LocalMembers(Mapping[str, bytes]):
+    """The members of a local shard's sample, each read when it is asked for."""
+
+    def __init__(self, shard: str, spans: Mapping[str, Span]):
+        self.shard, self.spans = shard, spans
+
+    def __getitem__(self, extension: str) -> bytes:
+        return read_member(self.shard, self.spans[extension])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.spans)
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+
+def find(members: Members, keys: str, name: str) -> int | str | None:
+    """The value of the first of keys that is a member of the sample or a field of its .json. Raises
+    CorruptPicture, naming the sample, when its .json cannot be read."""
+    fields: dict[str, Any] = {}
+    for key in keys.split(";"):
+        if key in members:
+            text = read_text(members[key], name)
+            return int(text) if re.fullmatch(r"-?\d+", text) else text
+        if "json" in members:
+            try:
+                fields = fields or json.loads(members["json"])
+            except (ValueError, RecursionError) as error:
+                raise CorruptPicture(name, f"unreadable .json ({error})") from None
+            if not isinstance(fields, dict):
+                raise CorruptPicture(name, "its .json is no mapping of fields")
+            if fields.get(key) is not None:
+                return fields[key] if isinstance(fields[key], int | str) else str(fields[key])
+    return None

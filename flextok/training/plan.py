@@ -1,0 +1,359 @@
+"""What a run will need, before it runs: memory, arithmetic, data and money, from its config.
+
+The model is built without memory (PyTorch's meta device) and takes one training step there.
+Arithmetic and the tensors kept for the backward pass are counted, not taken from formulas, so any
+model of the package is covered. Speed and price are assumptions, printed with the result.
+"""
+
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from inspect import signature
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from flextok.config import ExperimentConfig
+from flextok.generators import GENERATORS
+from flextok.generators.conditioning import TextConditioner
+from flextok.generators.text import Text
+from flextok.losses.alignment import RepresentationAlignment
+from flextok.losses.perceptual import PERCEPTUAL, PerceptualLoss
+from flextok.nn.frozen import Frozen
+from flextok.pipeline import load_model
+from flextok.schema import ConfigError
+from flextok.tokenizers import TOKENIZERS, MaskGITVQGAN
+from flextok.training.modules import GeneratorModule, TrainingModule
+from flextok.training.run import build_model, tokenizer_module
+from flextok.training.sharding import blocks
+
+# dense bf16 operations a second and bytes of memory, from the maker's data sheets (SXM versions)
+GPUS = {"a100": (312e12, 80e9), "h100": (989e12, 80e9), "h200": (989e12, 141e9)}
+
+
+@dataclass
+class Step:
+    """A training step of one sample, and the model that takes it."""
+
+    flops: float  # multiplications and additions: forward, backward and what is recomputed
+    saved: float  # bytes kept for the backward pass
+    trained: int  # parameters
+    frozen: int  # of the model itself
+    beside: int  # of frozen networks that it looks at
+    block: int  # parameters of the largest transformer block
+    rest: int  # parameters outside of blocks
+
+
+@dataclass
+class Assumptions:
+    gpu: str = "h100"
+    utilisation: float = 0.35  # of the peak arithmetic
+    price: float = 2.5  # dollars an hour and GPU
+    picture_kb: float = 110.0  # a file of the data; ImageNet's mean
+
+    def __post_init__(self) -> None:
+        if self.gpu not in GPUS:
+            raise ConfigError(f"unknown gpu {self.gpu!r}; known: {', '.join(GPUS)}")
+        if not 0 < self.utilisation <= 1:
+            raise ConfigError(f"utilisation={self.utilisation} must be in (0, 1]")
+
+
+@dataclass
+class Plan:
+    gpus: int
+    strategy: str
+    trained: int  # parameters
+    frozen: int
+    batch_size: int  # of all GPUs, accumulated
+    flops_per_step: float
+    memory: dict[str, float]  # bytes on each GPU, by what they hold
+    fits: bool
+    traffic: float  # bytes that each GPU sends a step
+    seconds_per_step: float
+    samples_per_second: float
+    data_per_second: float  # bytes, for all GPUs
+    hours: float
+    dollars: float
+    assumptions: Assumptions
+
+
+def plan(config: ExperimentConfig, gpus: int, assumptions: Assumptions | None = None) -> Plan:
+    """The needs of a run on `gpus` GPUs, whatever its config says of devices and nodes."""
+    if gpus < 1:
+        raise ConfigError(f"gpus={gpus} must be at least 1")
+    assumed = assumptions or Assumptions()
+    peak, capacity = GPUS[assumed.gpu]
+    step, accumulate = measure(config), config.trainer.accumulate
+    width = 2 if is_half(config) else 4  # bytes of a gathered weight
+    sharded = config.trainer.strategy == "fsdp2"
+    share = gpus if sharded else 1
+    # fp32: weight, gradient, AdamW's two moments (Muon has one), average
+    memory = {
+        "weights": 4 * step.trained / share,
+        "gradients": 4 * step.trained / share,
+        "optimizer": 8 * step.trained / share,
+        "average": (4 if config.optim.ema_decay > 0 else 0) * step.trained / share,
+        "frozen weights": 4 * (step.frozen / share + step.beside),
+        "activations": step.saved * config.data.batch_size,
+    }
+    ring = (gpus - 1) / gpus  # so much of its data does a process send in gathering or reducing
+    if sharded:  # the block at work, the next one, what lies outside of blocks; their gradients too
+        memory["gathered"] = 2 * width * (step.rest + 2 * step.block)
+        gathered = width * (step.trained + step.frozen)
+        traffic = ring * accumulate * (2 * gathered + 4 * step.trained)
+    else:
+        memory["buckets"] = (4 if gpus > 1 else 0) * step.trained  # DDP's, of gradients
+        traffic = ring * 2 * 4 * step.trained
+    batch = config.data.batch_size * gpus * accumulate
+    seconds = step.flops * batch / (gpus * peak * assumed.utilisation)
+    hours = seconds * config.trainer.max_steps / 3600
+    sample = assumed.picture_kb * 1e3
+    if config.task == "generator":
+        sample = 2 * build(config).model.num_tokens + 8
+    return Plan(
+        gpus=gpus,
+        strategy=config.trainer.strategy,
+        trained=step.trained,
+        frozen=step.frozen + step.beside,
+        batch_size=batch,
+        flops_per_step=step.flops * batch,
+        memory=memory,
+        fits=sum(memory.values()) < 0.92 * capacity,  # the rest: CUDA, NCCL, fragmentation
+        traffic=traffic,
+        seconds_per_step=seconds,
+        samples_per_second=batch / seconds,
+        data_per_second=batch / seconds * sample,
+        hours=hours,
+        dollars=hours * gpus * assumed.price,
+        assumptions=assumed,
+    )
+
+
+def is_half(config: ExperimentConfig) -> bool:
+    return config.trainer.precision in ("auto", "bf16-mixed")  # auto is bf16 on these GPUs
+
+
+def measure(config: ExperimentConfig) -> Step:
+    """A training step of one sample on the meta device: two samples' less one's."""
+    module = build(config)
+    model = module.model
+    sizes = [(p.numel(), p.requires_grad) for p in module.parameters()]
+    total, trained = sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
+    beside = sum(p.numel() for network in frozen_networks(model) for p in network.parameters())
+    parts = [sum(p.numel() for p in block.parameters()) for block in blocks(model)]
+    flops, saved = count_sample(module, config)
+    if config.model.get("checkpoint_blocks"):
+        # besides the blocks' inputs, the activations of the one that is being recomputed
+        whole = replace(config, model={**config.model, "checkpoint_blocks": False})
+        saved += (count_sample(build(whole), config)[1] - saved) / max(1, len(parts))
+    rest = total - sum(parts)
+    return Step(flops, saved, trained, total - trained, beside, max(parts, default=0), rest)
+
+
+def build(config: ExperimentConfig) -> TrainingModule:
+    """What trains the model of `config`, on the meta device, without any trained weights. A
+    generator's sizes come from its tokenizer where that is at hand, else from the config and the
+    published tokenizer (64,000 codes, 256 tokens)."""
+    spec = dict(config.model)
+    with torch.device("meta"):
+        if config.task == "tokenizer":
+            model = build_model(TOKENIZERS, spec)
+            add_frozen(model)
+            if config.adversarial is not None:  # at its dearest, once the discriminator learns
+                config = replace(config, adversarial=replace(config.adversarial, start=0))
+            module = tokenizer_module(config, model)
+        else:
+            derived: dict[str, Any] = {}
+            try:
+                tokenizer = load_model(str(config.tokenizer), "meta")
+                derived = {"vocab_size": tokenizer.vocab_size, "num_tokens": tokenizer.num_tokens}
+            except ValueError:
+                pass
+            conditioner = {"name": "class", **spec.get("conditioner", {})}
+            if conditioner["name"] == "class":
+                conditioner = {"num_classes": 1000, **conditioner}
+            model = build_model(GENERATORS, {**derived, **spec, "conditioner": conditioner})
+            model.config.cond_drop = 0.0  # costs nothing, and its null text needs an encoder
+            module = GeneratorModule(model, config.optim, config.trainer.max_steps)
+    # a step as training takes it, but without a trainer
+    module.draws = lambda batch_index: None  # type: ignore[assignment,method-assign]
+    module.log_losses = lambda *arguments: None  # type: ignore[method-assign]
+    return module.train()
+
+
+def add_frozen(model: Any) -> None:
+    """Give a tokenizer the networks that prepare_training would load, without their weights."""
+    if getattr(model.config, "repa", None):
+        width = model.decoder.head.in_features
+        options = {**model.config.repa, "pretrained": False}
+        model.repa = RepresentationAlignment(width, **options)
+    if getattr(model.config, "stage", None) == "proxy":
+        model.attach_proxy(MaskGITVQGAN(model.config.proxy))
+        proxy = model.proxy  # its encode(), but for the check of the pictures' range
+        proxy.encode = torch.no_grad()(lambda images: proxy.quantizer(proxy._latents(images))[1])
+    losses = getattr(model, "perceptual", None)
+    for name in losses.weights if losses else ():
+        network = PERCEPTUAL[name]
+        options = {"pretrained": False} if "pretrained" in signature(network).parameters else {}
+        losses.networks[name] = Frozen(network(**options).to("meta"))
+
+
+def perceptual_losses(model: nn.Module) -> list[Frozen]:
+    losses = getattr(model, "perceptual", None)
+    return list(losses.networks.values()) if isinstance(losses, PerceptualLoss) else []
+
+
+def frozen_networks(model: nn.Module) -> list[nn.Module]:
+    """The networks that a model looks at in training and that are no part of it."""
+    held = [value for module in model.modules() for value in vars(module).values()]
+    found = [value for value in held if isinstance(value, Frozen)]
+    return [frozen.network for frozen in (*found, *perceptual_losses(model))]
+
+
+def count_sample(module: TrainingModule, config: ExperimentConfig) -> tuple[float, float]:
+    """Operations and saved bytes of one sample's step."""
+    if is_half(config):  # nearly what autocast computes and keeps
+        module.to(torch.bfloat16)
+        for loss in perceptual_losses(module.model):
+            loss.network.to(torch.bfloat16)
+    (flops, saved), (more_flops, more_saved) = (count_step(module, n) for n in (1, 2))
+    return more_flops - flops, more_saved - saved
+
+
+def make_batch(model: Any, count: int) -> dict[str, Any]:
+    """What training would be given, on the meta device; texts of the greatest length."""
+    with torch.device("meta"):
+        if model.model_type in TOKENIZERS:
+            dtype = next(model.parameters()).dtype
+            return {"image": torch.empty(count, 3, *2 * [model.image_size], dtype=dtype)}
+        batch: dict[str, Any] = {"indices": torch.empty(count, model.num_tokens, dtype=torch.long)}
+        batch["label"] = torch.empty(count, dtype=torch.long)
+        if isinstance(model.conditioner, TextConditioner):
+            encoder = model.conditioner.encoder
+            shape = (count, encoder.max_length)
+            values = torch.empty(*shape, encoder.dim)
+            if not encoder.frozen:
+                values = torch.empty(shape, dtype=torch.long)
+            batch["text"] = Text(values, torch.empty(shape, dtype=torch.bool))
+        return batch
+
+
+def count_step(module: TrainingModule, count: int) -> tuple[float, float]:
+    """Operations and saved bytes of one step of `count` samples on the meta device."""
+    model, batch = module.model, make_batch(module.model, count)
+    networks = (module, *frozen_networks(model))
+    own = {storage(t) for n in networks for t in (*n.parameters(), *n.buffers())}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if storage(tensor) not in own:
+            kept[storage(tensor)] = tensor
+        return tensor
+
+    def keep_inputs(block: nn.Module, arguments: Iterable[Any]) -> None:
+        for argument in arguments:  # a recomputed block keeps them without any hook
+            if isinstance(argument, Tensor):
+                keep(argument)
+
+    hooks = [block.register_forward_pre_hook(keep_inputs) for block in blocks(model)]
+    counter, attention = FlopCounterMode(display=False), CountAttention()
+    # the meta device has no autocast; the model has its types already
+    no_autocast = mock.patch.object(torch, "autocast", return_value=nullcontext())
+    fused = mock.patch.object(F, "scaled_dot_product_attention", attention)
+    with counter, MetaNumbers(model.num_tokens), fused, no_autocast:
+        with saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = module.training_step(batch, 0)
+        for hook in hooks:
+            hook.remove()
+        saved = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+        loss.backward()
+    module.zero_grad()
+    return counter.get_total_flops() + attention.flops, float(saved)
+
+
+def storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+class MetaNumbers(TorchDispatchMode):
+    """Reads numbers from tensors without memory: a whole one as `count`, so that nested dropout
+    keeps all tokens, others as 0, so that checks of inputs pass."""
+
+    def __init__(self, count: int):
+        super().__init__()
+        self.count = count
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            if args[0].dtype == torch.bool:
+                return False
+            return 0.0 if args[0].is_floating_point() else self.count
+        return func(*args, **(kwargs or {}))
+
+
+class CountAttention:
+    """Stands in for attention and counts it as a fused kernel does it: it keeps its inputs and
+    output, no N x N matrix, and takes two products forward, five backward; half of each if
+    causal."""
+
+    flops = 0.0
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *_: Any, is_causal: bool = False, **__: Any
+    ) -> Tensor:
+        share = 0.5 if is_causal else 1.0
+        product = 2 * share * q.shape[:-2].numel() * q.shape[-2] * k.shape[-2] * q.shape[-1]
+        return FusedAttention.apply(q, k, v, self, product)
+
+
+class FusedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, count: Any, product: float) -> Tensor:
+        output = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, output)
+        ctx.count, ctx.product = count, product
+        count.flops += 2 * product
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.count.flops += 5 * ctx.product
+        q, k, v, _ = ctx.saved_tensors
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None, None
+
+
+def as_text(found: Plan) -> str:
+    """The plan as lines to print."""
+    assumed = found.assumptions
+    total = sum(found.memory.values())
+    capacity = GPUS[assumed.gpu][1]
+    frozen = f" and {found.frozen / 1e6:,.0f}M frozen" if found.frozen else ""
+    lines = [
+        f"model           {found.trained / 1e6:,.0f}M trained{frozen} parameters",
+        f"run             {found.gpus} x {assumed.gpu}, {found.strategy}, batch {found.batch_size}",
+        f"arithmetic      {found.flops_per_step / 1e12:,.1f} TFLOP a step, "
+        f"{found.seconds_per_step:.3f} s at {assumed.utilisation:.0%} of the peak",
+        f"memory          {total / 1e9:,.1f} of {capacity / 1e9:,.0f} GB on each GPU"
+        + ("" if found.fits else ": DOES NOT FIT"),
+        *(f"  {name:<14}{size / 1e9:,.1f} GB" for name, size in found.memory.items() if size),
+        f"traffic         {found.traffic / 1e9:,.1f} GB sent by each GPU a step, "
+        f"{found.traffic / 1e9 / found.seconds_per_step:,.1f} GB/s",
+        f"data            {found.samples_per_second:,.0f} samples/s, "
+        f"{found.data_per_second / 1e6:,.1f} MB/s for all GPUs",
+        f"whole run       {found.hours:,.1f} hours, {found.hours * found.gpus:,.0f} GPU hours, "
+        f"${found.dollars:,.0f} at ${assumed.price:.2f} a GPU hour",
+    ]
+    if not found.fits:
+        lines.append(
+            "to make it fit  trainer.strategy=fsdp2, model.checkpoint_blocks=true, or a smaller "
+            "data.batch_size with trainer.accumulate"
+        )
+    return "\n".join(lines)

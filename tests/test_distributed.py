@@ -1,0 +1,162 @@
+"""Two processes do what one does: DDP and sharded training over gloo on the CPU."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from conftest import TITOK
+from processes import finish, start_ranks
+from test_reliability import same
+from test_training import generator_yaml, logged_losses, tokenizer_yaml, weights
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+
+from flextok.config import load_experiment
+from flextok.data.stream import derived_generator
+from flextok.pipeline import load_model
+from flextok.tokenizers import TOKENIZERS
+from flextok.tokenizers.common import draw
+from flextok.training.checkpoints import find_checkpoint, list_checkpoints, verify
+from flextok.training.modules import TrainingModule
+from flextok.training.run import build_model, train
+from flextok.training.sharding import gather, shard
+
+STEPS, BATCH = 20, 8
+
+
+def draw_for_two(patch) -> None:
+    """Let one process draw for each half of its batch what one of two processes draws for it."""
+
+    def draws(self, batch_index):
+        return [derived_generator(self.seed, 3, self.global_step, rank, 0) for rank in range(2)]
+
+    def draw_halves(sampler, shape, generators, device):
+        if not isinstance(generators, list):
+            return draw(sampler, shape, generators, device)
+        axis = shape.index(BATCH)
+        half = (*shape[:axis], BATCH // 2, *shape[axis + 1 :])
+        return torch.cat([draw(sampler, half, g, device) for g in generators], axis)
+
+    patch.setattr(TrainingModule, "draws", draws)
+    for module in ("tokenizers.flextok", "generators.ar"):
+        patch.setattr(f"flextok.{module}.draw", draw_halves)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Configs of a tokenizer and a generator of 20 steps, and both trained by one process with
+    batches of 8."""
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("distributed")
+    draws = torch.Generator().manual_seed(0)
+    (folder / "pictures").mkdir()
+    for i in range(12):
+        pixels = torch.randint(0, 256, (16, 16, 3), generator=draws, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(folder / "pictures" / f"{i:02d}.png")
+    options = {"max_steps": STEPS, "checkpoint_every": 8, "validate_every": 10, "num_pictures": 1}
+    paths = [tokenizer_yaml(folder, folder / "pictures", **options)]
+    paths.append(generator_yaml(folder, folder / "pictures", cond_drop=0.5))
+    with pytest.MonkeyPatch.context() as patch:
+        draw_for_two(patch)
+        for path in paths:
+            spec = yaml.safe_load(path.read_text())
+            spec["trainer"] |= options
+            path.write_text(yaml.safe_dump(spec))
+            train(load_experiment(path, [f"data.batch_size={BATCH}"]))
+    return folder
+
+
+def run(place, config, output, *overrides, processes=2):
+    command = ["train", place / config, f"output_dir={output}", f"trainer.devices={processes}"]
+    log = output.with_suffix(".log")
+    codes = finish(*start_ranks(processes, [*command, *overrides], log))
+    text = "\n".join(p.read_text()[-3000:] for p in sorted(output.parent.glob("*.log")))
+    assert codes == [0] * processes, text
+    return output
+
+
+def distance(a, b) -> float:
+    a, b = weights(a), weights(b)
+    assert a.keys() == b.keys()
+    return max(float((a[key] - b[key]).abs().max()) for key in a)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["tokenizer", "generator"])
+def test_ddp_is_one_process_with_twice_the_batch(place, tmp_path, task):
+    """Same samples, same draws, same mean of the gradients. The processes of the generator share
+    the work of tokenizing, too."""
+    two = run(place, f"{task}.yaml", tmp_path / "ddp", "trainer.strategy=ddp")
+    assert distance(two, place / task) < 1e-5
+    assert logged_losses(two).keys() == set(range(STEPS))
+    starts = list((two / "starts").glob("*.json"))
+    assert len(starts) == 1  # one process speaks for both
+    assert json.loads(starts[0].read_text())["processes"] == 2
+    # or one with twice the accumulation, whose draws need no help to be the same
+    one = [f"output_dir={tmp_path / 'one'}", "trainer.accumulate=2"]
+    assert distance(two, train(load_experiment(place / f"{task}.yaml", one))) < 1e-5
+
+
+SHARDED = ("trainer.strategy=fsdp2", "model.checkpoint_blocks=true")
+
+
+@pytest.mark.slow
+def test_a_sharded_tokenizer_trains_saves_continues_and_loads_on_one_process(place, tmp_path):
+    two = run(place, "tokenizer.yaml", tmp_path / "two", *SHARDED)
+    assert distance(two, place / "tokenizer") < 1e-5
+    tokenizer = load_model(two)  # one process
+    image = torch.zeros(1, 3, 16, 16)
+    assert tokenizer.decode(tokenizer.encode(image), num_steps=1).shape == image.shape
+    checkpoints = list_checkpoints(two / "checkpoints")
+    assert set(checkpoints) >= {16, 20}
+    assert all(path.is_dir() for path in checkpoints.values())
+    # the newest loses a file, as if a disk had: the run goes on from the one before
+    verify(checkpoints[20])
+    next(checkpoints[20].glob("__1_*.distcp")).write_bytes(b"")
+    assert find_checkpoint(two / "checkpoints") == checkpoints[16]
+    (two / "model.safetensors").rename(tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((two / "config.json").read_bytes())
+    run(place, "tokenizer.yaml", two, *SHARDED)
+    assert same(two, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_sharded_generator_trains_saves_and_loads_on_one_process(place, tmp_path):
+    two = run(place, "generator.yaml", tmp_path / "two", *SHARDED)
+    assert distance(two, place / "generator") < 1e-5
+    generator = load_model(two)  # one process
+    assert generator.generate(torch.zeros(2, dtype=torch.long)).shape == (2, 8)
+    # started once more, when finished, in one process: the export comes from the folder of shards
+    exported = two / "model.safetensors"
+    before = exported.read_bytes()
+    exported.unlink()
+    train(load_experiment(place / "generator.yaml", [f"output_dir={two}", *SHARDED]))
+    assert exported.read_bytes() == before
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """A group of one process."""
+    store = f"file://{tmp_path / 'store'}"
+    distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()
+
+
+def test_methods_that_call_others_gather_the_weights_once(alone):
+    """TiTok's loss calls reconstruct, which calls decode_codes."""
+    spec = {"name": "titok", **TITOK, "stage": "single"}
+    plain, sharded = (build_model(TOKENIZERS, spec).train() for _ in range(2))
+    sharded.load_state_dict(plain.state_dict())
+    shard(sharded, alone)
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    for model in (plain, sharded):
+        model.loss(images)["loss"].backward()
+    gradients = gather({n: p.grad for n, p in sharded.named_parameters()}, keep=True)
+    for name, parameter in plain.named_parameters():
+        assert torch.allclose(parameter.grad, gradients[name], atol=1e-6), name
+    indices = plain.encode(images)
+    assert torch.equal(sharded.encode(images), indices)
+    assert torch.allclose(sharded.decode(indices), plain.decode(indices), atol=1e-6)

@@ -1,0 +1,158 @@
+"""The calculator's figures against formulas and against steps that are really taken."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from conftest import TINY
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from flextok.cli import main
+from flextok.config import load_experiment
+from flextok.generators import GENERATORS
+from flextok.schema import ConfigError
+from flextok.tokenizers import TOKENIZERS
+from flextok.training.plan import Assumptions, measure, plan
+from flextok.training.run import build_model
+
+GPT = {"name": "gpt", "vocab_size": 500, "num_tokens": 64, "depth": 4, "dim": 128, "num_heads": 4}
+
+
+def experiment(folder, model, overrides=(), **changes):
+    task = "tokenizer" if model["name"] == "flextok" else "generator"
+    spec = {
+        "task": task,
+        "output_dir": str(folder / "run"),
+        "tokenizer": str(folder / "none") if task == "generator" else None,
+        "model": model,
+        "data": {"train": {"name": "emoji"}, "batch_size": 4},
+        "trainer": {"max_steps": 1000, "precision": "32-true"},
+        **changes,
+    }
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(spec))
+    return load_experiment(path, list(overrides))
+
+
+def gpt(folder, *overrides):
+    model = {**GPT, "conditioner": {"name": "class", "num_classes": 10}}
+    return experiment(folder, model, overrides)
+
+
+def test_arithmetic_of_a_gpt_is_that_of_the_formula(tmp_path):
+    """2 operations a weight and token forward, 4 backward; attention 7 products, halved."""
+    step = measure(gpt(tmp_path))
+    model = build_model(GENERATORS, gpt(tmp_path).model)
+    assert step.trained == sum(p.numel() for p in model.parameters())
+    matrices = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2 and "emb" not in n)
+    matrices -= model.positions.numel()
+    attention = 7 * 2 * 64 * 64 * 128 * 4 / 2
+    # the loss reads 64 positions, the last index is only predicted
+    assert step.flops == pytest.approx(6 * matrices * 64 + attention, rel=0.01)
+    assert step.block == sum(p.numel() for p in model.blocks[0].parameters())
+
+
+def test_recomputing_costs_a_forward_pass_and_saves_most_of_the_memory(tmp_path):
+    """But for the last product of each block, which the backward pass does not need."""
+    plain, recomputed = (
+        measure(gpt(tmp_path, f"model.checkpoint_blocks={on}")) for on in ("false", "true")
+    )
+    blocks = build_model(GENERATORS, gpt(tmp_path).model).blocks
+    again = sum(p.numel() for p in blocks.parameters() if p.ndim == 2)
+    again -= sum(block.mlp.fc2.weight.numel() for block in blocks)
+    attention = 2 * 2 * 64 * 64 * 128 * 4 / 2
+    assert recomputed.flops - plain.flops == pytest.approx(2 * 64 * again + attention, rel=0.02)
+    assert recomputed.saved < 0.6 * plain.saved
+
+
+def real_step(config, registry, batch) -> tuple[float, float]:
+    model = build_model(registry, config.model).train()
+    draws = torch.Generator().manual_seed(0)
+    if config.task == "tokenizer":
+        inputs = (torch.rand(batch, 3, model.image_size, model.image_size, generator=draws),)
+    else:
+        indices = torch.randint(0, 500, (batch, 64), generator=draws)
+        inputs = (indices, torch.zeros(batch, dtype=torch.long))
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        place = tensor.untyped_storage().data_ptr()
+        if place not in own:
+            kept[place] = tensor
+        return tensor
+
+    with FlopCounterMode(display=False) as counter:
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = model.loss(*inputs, generator=draws)["loss"]
+        loss.backward()
+    return counter.get_total_flops(), sum(t.untyped_storage().nbytes() for t in kept.values())
+
+
+@pytest.mark.parametrize("kind", ["gpt", "flextok"])
+def test_the_plan_agrees_with_a_step_really_taken(tmp_path, kind):
+    if kind == "gpt":
+        config, registry = gpt(tmp_path), GENERATORS
+    else:
+        config = experiment(tmp_path, {"name": "flextok", **TINY})
+        registry = TOKENIZERS
+    (flops_1, saved_1), (flops_2, saved_2) = (real_step(config, registry, n) for n in (8, 16))
+    step = measure(config)
+    assert step.flops == pytest.approx((flops_2 - flops_1) / 8, rel=0.1)
+    assert step.saved == pytest.approx((saved_2 - saved_1) / 8, rel=0.15)
+
+
+def test_sharding_divides_what_training_holds(tmp_path):
+    whole = plan(gpt(tmp_path), 8)
+    shared = plan(gpt(tmp_path, "trainer.strategy=fsdp2"), 8)
+    for part in ("weights", "gradients", "optimizer", "average"):
+        assert shared.memory[part] == whole.memory[part] / 8 > 0
+    assert shared.memory["activations"] == whole.memory["activations"]
+    assert whole.memory["weights"] == 4 * whole.trained
+    no_average = plan(gpt(tmp_path, "optim.ema_decay=0"), 8)
+    assert no_average.memory["average"] == 0
+
+
+def test_more_gpus_take_less_time_for_the_same_samples(tmp_path):
+    one, eight = plan(gpt(tmp_path), 1), plan(gpt(tmp_path), 8)
+    assert one.batch_size * 8 == eight.batch_size
+    assert one.seconds_per_step == pytest.approx(eight.seconds_per_step)
+    assert eight.samples_per_second == pytest.approx(8 * one.samples_per_second)
+    assert eight.dollars == pytest.approx(8 * one.dollars)
+    assert one.traffic == 0
+    assert eight.data_per_second == pytest.approx(eight.samples_per_second * (2 * 64 + 8))
+    with pytest.raises(ConfigError, match="unknown gpu 'h10'"):
+        Assumptions(gpu="h10")
+    with pytest.raises(ConfigError, match="gpus=0"):
+        plan(gpt(tmp_path), 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "trained", "frozen"),
+    [  # in millions, as the papers and tests/test_golden.py have them
+        ("flextok_d12_d12", 265.3, 83.8 + 304.8),  # the VAE, and the teacher of the alignment
+        ("ar_class_1.33B", 1575.4, 0),  # with embedding and head
+        ("ar_text_3.06B", 3362.3, 0),
+        ("titok_l32_stage1", 610.3, 54.5),
+        ("titok_l32_stage2", 339.5, 353.7),  # with the discriminator
+        ("maskgit_titok_l32", 177.2, 0),
+    ],
+)
+def test_published_sizes_fit_the_gpus_that_their_configs_name(name, trained, frozen):
+    config = load_experiment(f"configs/{name}.yaml")
+    found = plan(config, int(config.trainer.devices) * config.trainer.num_nodes)
+    assert found.fits
+    assert found.trained / 1e6 == pytest.approx(trained, abs=0.05)
+    assert found.frozen / 1e6 == pytest.approx(frozen, abs=0.05)
+
+
+def test_the_command_prints_the_plan(capsys):
+    config = "configs/quickstart_tokenizer.yaml"
+    assert main(["plan", config, "--gpus", "128", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["batch_size"] == 128 * load_experiment(config).data.batch_size
+    assert main(["plan", config, "data.batch_size=10000000", "--gpus", "1", "--gpu", "a100"]) == 0
+    assert "DOES NOT FIT" in capsys.readouterr().out

@@ -1,0 +1,426 @@
+"""Shards as streams: every sample once an epoch, exact continuation, and no damage stops a run."""
+
+import functools
+import http.server
+import io
+import json
+import logging
+import resource
+import shutil
+import struct
+import tarfile
+import threading
+import zlib
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_tokenizer
+from PIL import Image
+from test_training import Stop, interrupt_after, logged_losses, tokenizer_yaml, weights
+from torch.utils.data import DataLoader
+
+from flextok.cli import main
+from flextok.config import load_experiment
+from flextok.data.datamodule import prepare_image
+from flextok.data.datasets import ImageFolder
+from flextok.data.pictures import CorruptPicture, load_picture
+from flextok.data.shard_stream import Layout, ShardStream
+from flextok.data.shards import opened
+from flextok.data.stream import EvaluationSet, PositionSampler, collate
+from flextok.data.tokens import TokenDataset, build_token_cache, cache_identity
+from flextok.data.transforms import ImageTransform
+from flextok.data.web import Cursor, WebDatasetImages, WebDatasetStream
+from flextok.training.run import train
+
+SIZES = (7, 12, 5, 9)  # of the shards: 33 samples
+
+
+def write_shard(path: Path, members: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def encoded(color=(255, 0, 0), size=(8, 8), form="PNG", mode="RGB", **options) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, color).convert(mode).save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def shards(tmp_path) -> Path:
+    """Four shards; sample n's picture has the color (n, 0, 0)."""
+    number = 0
+    for shard, size in enumerate(SIZES):
+        members = {}
+        for _ in range(size):
+            members[f"{number:03d}.png"] = encoded((number, 0, 0))
+            members[f"{number:03d}.json"] = json.dumps({"label": number % 3}).encode()
+            members[f"{number:03d}.txt"] = f"number {number}".encode()
+            number += 1
+        write_shard(tmp_path / f"{shard}.tar", members)
+    return tmp_path
+
+
+def dataset(folder, **options) -> WebDatasetStream:
+    return WebDatasetStream(str(folder / "*.tar"), **{"class_names": 3, "shuffle": 4, **options})
+
+
+def number_of(item, generator):
+    return {"number": int(np.asarray(item["image"])[0, 0, 0]), "label": item["label"]}
+
+
+def epochs(folder, count=1, layout=None, start=0, **options) -> list[list[int]]:
+    """The batches of each process (one after the other), until the end of `count` epochs."""
+    layout = layout or Layout(1)
+    data = dataset(folder, **options)
+    batches = []
+    for rank in range(layout.world_size):
+        stream = ShardStream(data, number_of, seed=5)
+        stream.lay_out(layout)
+        loader = DataLoader(
+            stream,
+            batch_sampler=PositionSampler(layout.batch_size, start, rank, layout.world_size),
+            num_workers=layout.workers if layout.workers > 1 else 0,
+            collate_fn=collate,
+        )
+        total = count * stream.span * layout.workers // layout.batch_size - start
+        batches += [
+            batch["number"].tolist() for batch, _ in zip(loader, range(total), strict=False)
+        ]
+    return batches
+
+
+def test_a_stream_is_also_a_data_set(shards):
+    stream = dataset(shards)
+    assert len(stream) == sum(SIZES)
+    for index in (0, 1, 1, 18, 19, 32, 7):
+        item = stream[index]
+        assert number_of(item, None) == {"number": index, "label": index % 3}
+        assert item["caption"] == f"number {index}"
+    with pytest.raises(IndexError):
+        stream[33]
+    everything = DataLoader(EvaluationSet(stream, number_of), batch_size=4, num_workers=2)
+    assert torch.cat([batch["number"] for batch in everything]).tolist() == list(range(33))
+
+
+def test_an_epoch_has_every_sample_once_in_an_order_of_its_own(shards):
+    first, second = (np.array(epochs(shards, 2)).reshape(2, 33)).tolist()
+    assert sorted(first) == sorted(second) == list(range(33))
+    assert first != second
+    assert first == np.array(epochs(shards, 1)).ravel().tolist()
+    # shuffled within blocks and in the order of the shards
+    assert first != sorted(first)
+    whole = {*range(7)} | {*range(7, 19)}
+    assert set(first) >= whole
+
+
+@pytest.mark.parametrize(
+    "layout", [Layout(1, 3, 1), Layout(2, 1, 2), Layout(1, 2, 4)], ids=lambda x: f"{x.lanes} lanes"
+)
+def test_no_reader_starves_and_no_sample_is_read_twice(shards, layout):
+    """More readers than shards too."""
+    found = Counter(n for batch in epochs(shards, 1, layout) for n in batch)
+    assert set(found.values()) == {1}
+    assert len(found) > 33 - layout.lanes * layout.batch_size
+    per_rank = len(epochs(shards, 1, layout)) / layout.world_size
+    assert per_rank == int(per_rank)  # all processes end together
+
+
+def test_a_continued_stream_is_the_one_never_stopped(shards):
+    for layout in (Layout(2), Layout(2, 1, 2)):
+        whole = epochs(shards, 3, layout)
+        for start in (1, 7, len(whole) - 2):
+            assert epochs(shards, 3, layout, start) == whole[start:]
+
+
+def test_continuing_with_other_readers_repeats_no_more_than_was_seen(shards):
+    before, after = Layout(3, 1, 1), Layout(3, 1, 2)
+    seen = [n for batch in epochs(shards, 1, before)[:4] for n in batch]
+    rest = [n for batch in epochs(shards, 1, after, start=4) for n in batch]
+    assert len(rest) <= 33 - len(seen)
+    assert max(Counter(rest).values()) == 1
+    # the next epoch is whole again, from each reader's second sample in these batches on
+    first, second, *others = epochs(shards, 2, after, start=10)
+    later = [*first[1:], *second[1:], *(n for batch in others for n in batch)]
+    del later[-1]  # of the epoch after that
+    assert len(set(later)) == len(later) == 30
+
+
+def test_too_few_samples_for_so_many_readers(shards):
+    stream = ShardStream(dataset(shards), number_of)
+    with pytest.raises(ValueError, match="33 samples are too few for 17 processes with 2 workers"):
+        stream.lay_out(Layout(1, 17, 2))
+
+
+# --- damage ---------------------------------------------------------------------------------------
+
+
+def bomb() -> bytes:
+    """A PNG that says it is 50,000 x 50,000 pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    header = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
+    pixels = zlib.compress(bytes(1_000_000))
+    head = b"\x89PNG\r\n\x1a\n"
+    return head + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+def animated(form: str) -> bytes:
+    buffer = io.BytesIO()
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue", "green")]
+    frames[0].save(buffer, form, save_all=True, append_images=frames[1:], lossless=True)
+    return buffer.getvalue()
+
+
+def rotated() -> bytes:
+    image = Image.new("RGB", (16, 8), "red")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", exif=exif, quality=95)
+    return buffer.getvalue()
+
+
+def deep() -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((8, 8), 128 * 257, np.uint16)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+HARD = {  # readable ones
+    "cmyk.jpg": encoded(form="JPEG", mode="CMYK", quality=95),
+    "deep.png": deep(),
+    "palette.png": encoded(mode="P"),
+    "gif.gif": animated("GIF"),
+    "webp.webp": animated("WEBP"),
+    "apng.png": animated("PNG"),
+    "rotated.jpg": rotated(),
+    "misnamed.jpg": encoded(form="PNG"),
+}
+HOPELESS = {"bomb.png": bomb(), "text.jpg": b"no picture", "nothing.png": b""}
+
+
+def check(name: str, image: Image.Image) -> None:
+    assert image.mode == "RGB"
+    expected = (128, 128, 128) if name.startswith("deep") else (255, 0, 0)
+    assert np.abs(np.subtract(image.getpixel((2, 2)), expected)).max() <= 6
+    assert image.size == ((8, 16) if name.startswith("rotated") else (8, 8))
+
+
+def hostile_files(folder: Path) -> Path:
+    for name, data in (HARD | HOPELESS).items():
+        (folder / name).write_bytes(data)
+    (folder / "gif.txt").write_bytes("ein h\xe4sslicher Frosch".encode("latin-1"))
+    return folder
+
+
+def hostile_shards(folder: Path, extra: int = 6) -> Path:
+    """All of it in a shard, one that is cut in the middle, an empty one, and a sound one."""
+    members = {}
+    for name, data in (HARD | HOPELESS).items():
+        members[name] = data
+        members[f"{name.split('.')[0]}.txt"] = "h\xe4sslich".encode("latin-1")
+    write_shard(folder / "a.tar", members)
+    sound = {f"{i}.png": encoded((255, 0, 0)) for i in range(extra)}
+    write_shard(folder / "b.tar", {f"b{name}": data for name, data in sound.items()})
+    whole = (folder / "b.tar").read_bytes()
+    (folder / "b.tar").write_bytes(whole[: 3 * 1024 + 600])  # three samples and a bit
+    (folder / "c.tar").write_bytes(b"")
+    write_shard(folder / "d.tar", {f"d{name}": data for name, data in sound.items()})
+    return folder
+
+
+def test_hostile_pictures_in_a_folder(tmp_path, caplog):
+    data = EvaluationSet(ImageFolder(hostile_files(tmp_path)), lambda item, _: item)
+    items = [data[index] for index in range(len(data))]
+    found = {item["key"]: item for item in items if item is not None}
+    assert set(found) == set(HARD)
+    assert data.skips.count.value == len(HOPELESS)
+    assert all(f"{name}: " in caplog.text for name in HOPELESS)  # named, with the reason
+    for name, item in found.items():
+        check(name, item["image"])
+    assert found["gif.gif"]["caption"] == "ein h\ufffdsslicher Frosch"
+    assert "not UTF-8" in caplog.text
+    assert "gif.txt" in caplog.text
+
+
+def test_a_bomb_is_told_before_it_goes_off():
+    """7.5 GB of pixels: refused by its header, in a few MB."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(CorruptPicture, match=r"huge: .*2500000000 pixels.*bomb"):
+        load_picture(bomb(), "huge")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KB
+
+
+@pytest.mark.parametrize("kind", [WebDatasetImages, WebDatasetStream])
+def test_hostile_shards_do_not_stop_a_run(tmp_path, caplog, kind):
+    hostile_shards(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        data = kind(str(tmp_path / "*.tar"), label_key=None, image_key="jpg;png;gif;webp")
+        evaluation = EvaluationSet(data, lambda item, _: item)
+        items = [evaluation[index] for index in range(len(data))]
+    found = {item["key"].split(": ")[-1]: item for item in items if item is not None}
+    readable = {name.split(".")[0] for name in HARD}
+    assert readable <= found.keys()
+    for name in readable:
+        check(name, found[name]["image"])
+    assert sum(key.startswith("d") and key[1].isdigit() for key in found) == 6
+    assert sum(key.startswith("b") and key[1].isdigit() for key in found) in (2, 3)
+    for named in ("b.tar", "c.tar", "bomb", "text", "nothing", "not UTF-8"):
+        assert named in caplog.text, named
+
+
+def test_hostile_shards_train_and_are_counted(tmp_path, caplog):
+    hostile_shards(tmp_path)
+    listed = [("a", 11), ("b", 6), ("c", 4), ("d", 6)]
+    index = {"shardlist": [{"url": str(tmp_path / f"{n}.tar"), "nsamples": k} for n, k in listed]}
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    data = WebDatasetStream(
+        str(tmp_path / "index.json"), label_key=None, image_key="jpg;png;gif;webp", shuffle=3
+    )
+    stream = ShardStream(data, prepare_image(ImageTransform(8)))
+    assert len(data) == 27
+    with caplog.at_level(logging.WARNING):
+        batches = [stream[position]["image"] for position in range(27)]
+    assert all(image.isfinite().all() for image in batches)
+    # 3 hopeless pictures (asked for, or standing in), 3 or 4 samples of b, 4 of c
+    assert stream.skips.count.value >= 3 + 3 + 4
+    assert "b.tar: damaged after 3 of 6 samples" in caplog.text
+    assert "c.tar: damaged after 0 of 4 samples" in caplog.text
+    again = ShardStream(data, prepare_image(ImageTransform(8)))
+    assert all(torch.equal(again[p]["image"], batches[p]) for p in (26, 0, 13))
+
+
+def test_nothing_readable_is_an_error(tmp_path):
+    (tmp_path / "c.tar").write_bytes(b"")
+    data = WebDatasetStream(str(tmp_path / "c.tar"), samples=5, label_key=None)
+    with pytest.raises(ValueError, match="none of 5 samples can be read"):
+        ShardStream(data, number_of)[0]
+    with pytest.raises(ValueError, match="hold no sample"):
+        WebDatasetStream(str(tmp_path / "c.tar"), label_key=None)
+
+
+def test_hostile_data_can_be_tokenized(tmp_path):
+    (tmp_path / "data").mkdir()
+    hostile_shards(tmp_path / "data")
+    data = WebDatasetStream(
+        str(tmp_path / "data" / "*.tar"), label_key=None, image_key="jpg;png;gif;webp"
+    )
+    tokenizer, transform = tiny_tokenizer(), ImageTransform(16, flip=True)
+    options = {"variants": 2, "part_size": 8, "batch_size": 4}
+    identity = cache_identity(tokenizer, {}, transform)
+    for name, workers in (("one", 0), ("two", 2)):
+        assert build_token_cache(
+            tmp_path / name, tokenizer, data, transform, identity, num_workers=workers, **options
+        )
+    one, two = TokenDataset(tmp_path / "one"), TokenDataset(tmp_path / "two")
+    assert len(one) >= 2 * (len(HARD) + 6 + 2)
+    assert [p["sha256"] for p in one.manifest["parts"]] == [
+        p["sha256"] for p in two.manifest["parts"]
+    ]
+    assert sum(part["unreadable"] for part in one.manifest["parts"]) >= 3
+
+
+# --- labels, addresses, mistakes ------------------------------------------------------------------
+
+
+def test_labels_of_a_stream(tmp_path, caplog):
+    fields = [{"label": "tree"}, {"label": 0}, {"label": "house"}, {}]
+    members = {}
+    for i, record in enumerate(fields):
+        members[f"{i}.png"] = encoded()
+        members[f"{i}.json"] = json.dumps(record).encode()
+    members["4.png"], members["4.json"] = encoded(), b"{no json"
+    write_shard(tmp_path / "a.tar", members)
+    data = WebDatasetStream(str(tmp_path / "a.tar"), class_names=["car", "tree"])
+    assert [data[0]["label"], data[1]["label"]] == [1, 0]
+    for index, reason in ((2, "label 'house'"), (3, "label None"), (4, r"unreadable \.json")):
+        with pytest.raises(CorruptPicture, match=reason):
+            data[index]
+    with pytest.raises(ValueError, match="give class_names"):
+        WebDatasetStream(str(tmp_path / "a.tar"))
+
+
+NO_CURL = pytest.mark.skipif(shutil.which("curl") is None, reason="WebDataset fetches with curl")
+
+
+@pytest.fixture
+def server(shards):
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *arguments):
+            pass
+
+    handler = functools.partial(Quiet, directory=str(shards))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        thread = threading.Thread(target=running.serve_forever, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+
+
+@NO_CURL
+def test_shards_over_http_are_indexed_and_streamed(shards, server, tmp_path, capsys):
+    index = tmp_path / "index.json"
+    urls = f"{server}/{{0..3}}.tar"
+    with pytest.raises(ValueError, match="write an index with `flextok index"):
+        WebDatasetStream(urls, class_names=3)
+    assert main(["index", urls, str(index)]) == 0
+    assert "33 samples in 4 shards" in capsys.readouterr().out
+    remote = WebDatasetStream(str(index), class_names=3, shuffle=4)
+    stream, local = ShardStream(remote, number_of), ShardStream(dataset(shards), number_of)
+    assert [stream[p] for p in range(20)] == [local[p] for p in range(20)]
+    # a shard that is gone
+    (shards / "2.tar").rename(shards / "2.gone")
+    shard = remote.read(2, 0, 5, Cursor())
+    assert all(isinstance(raw, CorruptPicture) for raw in shard)
+    assert "2.tar: damaged after 0 of 5" in str(shard[0])
+
+
+def test_other_openers(shards):
+    piped = WebDatasetStream(f"pipe:cat {shards}/1.tar", samples=12, class_names=3)
+    assert [piped[i]["caption"] for i in (0, 11)] == ["number 7", "number 18"]
+    assert opened("s3://bucket/a b.tar") == "pipe:aws s3 cp 's3://bucket/a b.tar' -"
+
+
+def test_mistakes(shards):
+    with pytest.raises(ValueError, match="shuffle=0"):
+        dataset(shards, shuffle=0)
+    with pytest.raises(ValueError, match="samples=0"):
+        dataset(shards, samples=0)
+    (shards / "index.json").write_text("{}")
+    with pytest.raises(ValueError, match="no readable index of shards"):
+        WebDatasetStream(str(shards / "index.json"), class_names=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_that_streams_continues_to_the_last_bit(
+    shards, tmp_path_factory, monkeypatch, workers
+):
+    place = tmp_path_factory.mktemp("runs")
+    stream = f"{{name: webdataset_stream, urls: '{shards}/*.tar', class_names: 3, shuffle: 4}}"
+    path = tokenizer_yaml(place, shards, validate_every=100)
+    options = [f"data.train={stream}", "data.validation=null", f"data.num_workers={workers}"]
+
+    def run(name):
+        return train(load_experiment(path, [*options, f"output_dir={place / name}"]))
+
+    whole = run("whole")
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 5)
+        with pytest.raises(Stop):
+            run("again")
+    again = run("again")
+    assert logged_losses(again)[5] == logged_losses(whole)[5]
+    one, other = weights(whole), weights(again)
+    assert all(torch.equal(one[key], other[key]) for key in one)
