@@ -55,6 +55,7 @@ def test_imports_go_down_only(path):
     [
         ("lightning", ("training", "data/datamodule.py")),
         ("torch_fidelity", ("evaluation/features.py",)),
+        ("gradio", ("demo/page.py",)),
         ("omegaconf", ("config.py", "cli/common.py", "training/run.py")),
     ],
 )

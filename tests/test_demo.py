@@ -202,7 +202,7 @@ def test_the_token_need_is_the_shortest_that_meets_the_target(studio, crop):
     enough = [k for k in quality if quality[k] >= target]
     assert int(said.split()[0]) in enough
     assert studio.need(crop, 0, settings).startswith("1 of 8 tokens are enough for 0 dB")
-    assert studio.need(crop, 90, settings).startswith("not even all tokens")
+    assert studio.need(crop, 90, settings).startswith("90 dB is out of reach")
 
 
 def test_a_grown_picture_ends_as_the_one_generated_at_once(studio, models):

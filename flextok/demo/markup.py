@@ -11,7 +11,7 @@ CSS = """
 .ft-strip { display: flex; flex-wrap: wrap; gap: 0.8rem; align-items: flex-end; }
 .ft-strip figure { margin: 0; text-align: center; align-self: flex-start; }
 .ft-strip img { image-rendering: pixelated; border-radius: 6px; display: block; }
-.ft-strip figcaption { font-size: 0.85rem; padding-top: 0.25rem; }
+.ft-strip figcaption { font-size: 0.85rem; padding-top: 0.25rem; white-space: pre-line; }
 """
 
 

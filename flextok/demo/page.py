@@ -80,7 +80,7 @@ def told(work: Callable) -> Callable:
 
 
 def reconstruct_tab(studio: Studio, limits: Limits) -> None:
-    total, width = studio.tokenizer.num_tokens, shown(studio.tokenizer)
+    total, width = studio.tokenizer.num_tokens, shown_width(studio.tokenizer)
     emoji = Emoji("validation")
     image = gr.State()  # the crop that the model sees; nothing larger is kept
     next_emoji = gr.State(0)
@@ -107,11 +107,11 @@ def reconstruct_tab(studio: Studio, limits: Limits) -> None:
 
     @told
     def take(data: object) -> Iterator[Any]:
-        yield studio.crop(read_picture(data, limits))
+        yield studio.crop(read_picture(data, limits)), "", ""
 
     @told
     def take_emoji(number: int) -> Iterator[Any]:
-        yield studio.crop(emoji[number % len(emoji)]["image"]), number + 29
+        yield studio.crop(emoji[number % len(emoji)]["image"]), "", "", number + 29
 
     @told
     def show(crop: Any, k: Any, *wishes: Any) -> Iterator[str]:
@@ -128,9 +128,11 @@ def reconstruct_tab(studio: Studio, limits: Limits) -> None:
 
     @told
     def show_film(crop: Any, *wishes: Any) -> Iterator[str]:
+        if crop is None:
+            return
         figures: list[str] = []
-        for k, made, quality in studio.filmstrip(present(crop), Settings(*wishes)):
-            figures.append(figure(made, f"{tokens(k)}, {quality:.1f} dB", 96, f"flextok-{k}.png"))
+        for k, made, quality in studio.filmstrip(crop, Settings(*wishes)):
+            figures.append(figure(made, f"{tokens(k)}\n{quality:.1f} dB", 96, f"flextok-{k}.png"))
             yield strip(figures)
 
     @told
@@ -145,28 +147,22 @@ def reconstruct_tab(studio: Studio, limits: Limits) -> None:
         yield studio.need(present(crop), value, Settings(*wishes))
 
     taken = [
-        drop.submit(take, drop, image, **ONE_AT_A_TIME),
-        example.click(take_emoji, next_emoji, [image, next_emoji], **ONE_AT_A_TIME),
+        drop.submit(take, drop, [image, seeds, need], **ONE_AT_A_TIME),
+        example.click(take_emoji, next_emoji, [image, seeds, need, next_emoji], **ONE_AT_A_TIME),
     ]
-    shown_once: dict[str, Any] = {"fn": show, "inputs": [image, slider, *settings]}
+    shown: dict[str, Any] = {"fn": show, "inputs": [image, slider, *settings], "outputs": result}
+    filmed: dict[str, Any] = {"fn": show_film, "inputs": [image, *settings], "outputs": film}
     for event in taken:
-        event.success(**shown_once, outputs=result, **ONE_AT_A_TIME).success(
-            show_film, [image, *settings], film, **ONE_AT_A_TIME
-        )
-    gr.on(
-        [part.change for part in (slider, *settings)],
-        **shown_once,
-        outputs=result,
-        trigger_mode="always_last",
-        show_progress="hidden",
-        **ONE_AT_A_TIME,
-    )
+        event.success(**shown, **ONE_AT_A_TIME).success(**filmed, **ONE_AT_A_TIME)
+    latest: dict[str, Any] = {"trigger_mode": "always_last", "show_progress": "hidden"}
+    gr.on([part.change for part in (slider, *settings)], **shown, **latest, **ONE_AT_A_TIME)
+    gr.on([part.change for part in settings], **filmed, **latest, **ONE_AT_A_TIME)
     several.click(show_seeds, [image, slider, *settings], seeds, **ONE_AT_A_TIME)
     ask.click(show_need, [image, target, *settings], need, **ONE_AT_A_TIME)
 
 
 def generate_tab(voice: Voice) -> None:
-    total, width = voice.generator.num_tokens, shown(voice.tokenizer)
+    total, width = voice.generator.num_tokens, shown_width(voice.tokenizer)
     prefixes = len(voice.lengths) > 1
     own = voice.generator.config.generate
     with gr.Row():
@@ -202,7 +198,7 @@ def generate_tab(voice: Voice) -> None:
         figures: list[str] = []
         for k, made in voice.grow(wish, settings, most, steps, bool(every)):
             name = f"flextok-{k}.png"
-            figures.append(figure(made, tokens(k), 64))
+            figures.append(figure(made, tokens(k), 80))
             yield strip([figure(made, tokens(k), width, name)]), strip(figures)
 
     button.click(
@@ -249,7 +245,7 @@ def present(crop: Any) -> Any:
     return crop
 
 
-def shown(tokenizer: Any) -> int:
+def shown_width(tokenizer: Any) -> int:
     """The width on the page: whole multiples of small pictures."""
     size = tokenizer.image_size
     return size * max(1, 256 // size)

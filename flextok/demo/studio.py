@@ -167,8 +167,9 @@ class Studio:
             decoding=self.decoding(settings),
         )
         keep, total = int(found.keep[0]), self.tokenizer.num_tokens
-        verdict = f"{keep} of {total} tokens are enough" if found.met[0] else "not even all tokens"
-        return f"{verdict} for {value:g} dB ({found.reason[0]})"
+        if not found.met[0]:
+            return f"{value:g} dB is out of reach: {found.reason[0]}"
+        return f"{keep} of {total} tokens are enough for {value:g} dB: {found.reason[0]}"
 
     def noise(self, settings: Settings) -> torch.Tensor | None:
         """What a decode under this seed starts from, (1, C, h, w)."""
