@@ -90,7 +90,10 @@ def check(command: str) -> None:
     elif arguments is not None:
         options = make_parser().parse_args([a for a in arguments if a != "..."])
         if arguments[0] == "train":  # the config loads with these overrides, or says why not
-            load_experiment(ROOT / options.config, options.overrides)
+            changes = [a for a in options.arguments if "=" in a]
+            for config in options.arguments:
+                if config not in changes:
+                    load_experiment(ROOT / config, changes)
         for name in (getattr(options, key, None) for key in ("data", "train")):
             if name and not re.search(r"/|\.npz|^SET$", name):
                 data_spec(re.sub(r", \.\.\.", "", name))

@@ -182,7 +182,7 @@ def build(config: ExperimentConfig) -> TrainingModule:
             model.config.cond_drop = 0.0  # costs nothing, and its null text needs an encoder
             module = GeneratorModule(model, config.optim, config.trainer.max_steps)
     # a step as training takes it, but without a trainer
-    module.draws = lambda batch_index: None  # type: ignore[assignment,method-assign]
+    module.draws = lambda batch_index: None  # type: ignore[assignment,method-assign,return-value]
     module.log_losses = lambda *arguments: None  # type: ignore[method-assign]
     return module.train()
 
@@ -198,7 +198,9 @@ def add_frozen(model: Any) -> None:
         proxy = model.proxy  # its encode(), but for the check of the pictures' range
         proxy.encode = torch.no_grad()(lambda images: proxy.quantizer(proxy._latents(images))[1])
     losses = getattr(model, "perceptual", None)
-    for name in losses.weights if losses else ():
+    if not isinstance(losses, PerceptualLoss):
+        return
+    for name in losses.weights:
         network = PERCEPTUAL[name]
         options = {"pretrained": False} if "pretrained" in signature(network).parameters else {}
         losses.networks[name] = Frozen(network(**options).to("meta"))
