@@ -27,9 +27,9 @@ from flextok.config import load_experiment
 from flextok.data.datamodule import DataModule
 from flextok.data.processes import local_device
 from flextok.data.shard_stream import Layout, ShardStream
-from flextok.data.stream import PositionSampler, derived_generator
+from flextok.data.stream import PositionSampler, collate, derived_generator
 from flextok.training.modules import TrainingModule
-from flextok.training.run import generator_run, tokenizer_run
+from flextok.training.run import generator_run, load_tokenizer, tokenizer_run
 
 
 def rate(step: Callable[[], object], samples: int, seconds: float, warm_up: int = 3) -> float:
@@ -55,8 +55,7 @@ def loader_rate(data: DataModule, workers: int, seconds: float) -> float:
 
 
 def model_rate(module: TrainingModule, data: DataModule, device: str, seconds: float) -> float:
-    items: list[Any] = [data.stream[position] for position in range(data.batch_size)]
-    batch = torch.utils.data.default_collate(items)
+    batch = collate([data.stream[position] for position in range(data.batch_size)])
     batch = {key: value.to(device) for key, value in batch.items()}
     module.model.to(device).train()
     optimizer: Any = module.configure_optimizers()["optimizer"]
@@ -87,7 +86,7 @@ def main() -> None:
     if config.task == "tokenizer":
         module, data, _ = tokenizer_run(config)
     else:
-        module, data, _ = generator_run(config, Path(config.output_dir))
+        module, data, _ = generator_run(config, Path(config.output_dir), load_tokenizer(config))
     device = local_device() if config.trainer.accelerator != "cpu" else "cpu"
     facts: dict[str, Any] = {
         "config": Path(options.config).stem,

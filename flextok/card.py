@@ -80,7 +80,7 @@ def millions(number: int) -> str:
 def model_card(model: Any) -> str:
     """A README.md for the model's folder or hub page: use, numbers known, config."""
     facts = model_facts(model)
-    name = type(model).__name__
+    name = model_class(model).__name__
     license_name = str(provenance_of(facts).get("license", ""))
     front = ["library_name: flextok", "tags:", "- flextok", f"- {facts['model_type']}"]
     if license_name in _LICENSES:
@@ -102,8 +102,13 @@ def model_card(model: Any) -> str:
     )
 
 
+def model_class(model: Any) -> type:
+    """A model's class as one imports it: of a sharded model FSDP2 makes another."""
+    return next(cls for cls in type(model).__mro__ if "model_type" in vars(cls))
+
+
 def one_line(model: Any) -> str:
-    return (type(model).__doc__ or "").strip().splitlines()[0]
+    return (model_class(model).__doc__ or "").strip().splitlines()[0]
 
 
 def cell(text: str) -> str:

@@ -106,6 +106,7 @@ SHARDED = ("trainer.strategy=fsdp2", "model.checkpoint_blocks=true")
 def test_a_sharded_tokenizer_trains_saves_continues_and_loads_on_one_process(place, tmp_path):
     two = run(place, "tokenizer.yaml", tmp_path / "two", *SHARDED)
     assert distance(two, place / "tokenizer") < 1e-5
+    assert "from flextok import FlexTok\n" in (two / "README.md").read_text()
     tokenizer = load_model(two)  # one process
     image = torch.zeros(1, 3, 16, 16)
     assert tokenizer.decode(tokenizer.encode(image), num_steps=1).shape == image.shape

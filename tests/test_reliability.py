@@ -268,6 +268,29 @@ def test_a_run_killed_again_and_again_ends_as_one_never_killed(long_runs, tmp_pa
 
 
 @pytest.mark.slow
+def test_an_evaluation_killed_again_and_again_reports_as_one_never_killed(long_runs, tmp_path):
+    def command(folder):
+        data = ["emoji:validation", "--limit", 128, "--num-tokens", 2, 8, "--networks"]
+        return ["evaluate", long_runs / "tokenizer", *data, "--output", tmp_path / folder]
+
+    def report(folder):
+        found = json.loads((tmp_path / folder / "report.json").read_text())
+        assert found["settings"]["sample_count"] == 128
+        return found["settings"], [(r["num_tokens"], r["scores"]) for r in found["results"]]
+
+    assert finish(start(command("whole"), tmp_path / "log")) == [0]
+    for _ in range(2):  # after a part of the pictures, and at once
+        process = start(command("killed"), tmp_path / "log")
+        while process.is_alive() and not list((tmp_path / "killed").rglob("part-000000*")):
+            time.sleep(0.01)
+        process.kill()
+        process.join()
+    assert finish(start(command("killed"), tmp_path / "log")) == [0]
+    assert "continuing the evaluation" in (tmp_path / "log").read_text()
+    assert report("killed") == report("whole")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
 def test_a_signal_saves_and_slurm_gets_its_job_back(long_runs, tmp_path, name):
     (tmp_path / "bin").mkdir()

@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from transformers import (
 )
 
 from flextok.data.datasets import DATASETS, HuggingFaceImages, WebDatasetImages
+from flextok.data.processes import Process
 from flextok.data.stream import collate
 from flextok.data.text import TextCache, build_text_cache, pack, unpack
 from flextok.data.tokens import TokenDataset, build_token_cache
@@ -215,6 +217,29 @@ def test_cached_rows_are_the_encoders(t5_folder, tmp_path, kind, monkeypatch):
     again = build_text_cache(tmp_path, encoder, captions, part_size=2)
     assert asked == ["a bomb left of a whale", "a key"]
     assert torch.equal(again["a key"], cache["a key"])
+
+
+def test_processes_share_the_reading_of_captions(tmp_path, monkeypatch):
+    encoder = ByteEncoder(dim=16, depth=1, num_heads=2)
+    asked: list[tuple[str, ...]] = []
+    original = ByteEncoder.rows
+
+    def rows(self, prompts, device="cpu"):
+        asked.append(tuple(prompts))
+        return original(self, prompts, device)
+
+    monkeypatch.setattr(ByteEncoder, "rows", rows)
+    captions = [f"number {i}" for i in range(9)]
+
+    def build(rank):
+        process = Process(rank, 3)
+        return build_text_cache(tmp_path, encoder, captions, part_size=2, process=process)
+
+    with ThreadPoolExecutor(3) as pool:
+        caches = list(pool.map(build, range(3)))
+    assert sorted(sum(asked, ())) == sorted(["", *captions])  # each once
+    for cache in caches:
+        assert all(torch.equal(cache[c], original(encoder, [c])[0]) for c in captions)
 
 
 @pytest.mark.parametrize("kind", ["emoji", "emoji_scenes", "webdataset", "huggingface"])
