@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import yaml
-from conftest import TINY
+from conftest import TINY, TITOK, VQGAN
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -21,7 +21,7 @@ GPT = {"name": "gpt", "vocab_size": 500, "num_tokens": 64, "depth": 4, "dim": 12
 
 
 def experiment(folder, model, overrides=(), **changes):
-    task = "tokenizer" if model["name"] == "flextok" else "generator"
+    task = "tokenizer" if model["name"] in TOKENIZERS else "generator"
     spec = {
         "task": task,
         "output_dir": str(folder / "run"),
@@ -91,15 +91,24 @@ def real_step(config, registry, batch) -> tuple[float, float]:
     return counter.get_total_flops(), sum(t.untyped_storage().nbytes() for t in kept.values())
 
 
-@pytest.mark.parametrize("kind", ["gpt", "flextok"])
+CLASSES = {"conditioner": {"name": "class", "num_classes": 10}}
+SMALL = {
+    "gpt": {**GPT, **CLASSES},
+    "maskgit": {**GPT, **CLASSES, "name": "maskgit"},
+    "flextok": {"name": "flextok", **TINY},
+    "titok": {"name": "titok", **TITOK},
+    "maskgit_vqgan": {"name": "maskgit_vqgan", **VQGAN},
+}
+
+
+@pytest.mark.parametrize("kind", SMALL)
 def test_the_plan_agrees_with_a_step_really_taken(tmp_path, kind):
-    if kind == "gpt":
-        config, registry = gpt(tmp_path), GENERATORS
-    else:
-        config = experiment(tmp_path, {"name": "flextok", **TINY})
-        registry = TOKENIZERS
+    config = experiment(tmp_path, SMALL[kind])
+    registry = TOKENIZERS if config.task == "tokenizer" else GENERATORS
     (flops_1, saved_1), (flops_2, saved_2) = (real_step(config, registry, n) for n in (8, 16))
     step = measure(config)
+    model = build_model(registry, config.model)
+    assert step.trained + step.frozen == sum(p.numel() for p in model.parameters())
     assert step.flops == pytest.approx((flops_2 - flops_1) / 8, rel=0.1)
     assert step.saved == pytest.approx((saved_2 - saved_1) / 8, rel=0.15)
 

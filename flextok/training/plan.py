@@ -181,9 +181,9 @@ def build(config: ExperimentConfig) -> TrainingModule:
             model = build_model(GENERATORS, {**derived, **spec, "conditioner": conditioner})
             model.config.cond_drop = 0.0  # costs nothing, and its null text needs an encoder
             module = GeneratorModule(model, config.optim, config.trainer.max_steps)
-    # a step as training takes it, but without a trainer
-    module.draws = lambda batch_index: None  # type: ignore[assignment,method-assign,return-value]
-    module.log_losses = lambda *arguments: None  # type: ignore[method-assign]
+    alone: Any = module  # a step as training takes it, but without a trainer
+    alone.draws = lambda batch_index: None
+    alone.log_losses = lambda *arguments: None
     return module.train()
 
 
@@ -198,12 +198,10 @@ def add_frozen(model: Any) -> None:
         proxy = model.proxy  # its encode(), but for the check of the pictures' range
         proxy.encode = torch.no_grad()(lambda images: proxy.quantizer(proxy._latents(images))[1])
     losses = getattr(model, "perceptual", None)
-    if not isinstance(losses, PerceptualLoss):
-        return
-    for name in losses.weights:
-        network = PERCEPTUAL[name]
+    for name in [] if losses is None else losses.weights:
+        network: Any = PERCEPTUAL[name]
         options = {"pretrained": False} if "pretrained" in signature(network).parameters else {}
-        losses.networks[name] = Frozen(network(**options).to("meta"))
+        model.perceptual.networks[name] = Frozen(network(**options).to("meta"))
 
 
 def perceptual_losses(model: nn.Module) -> list[Frozen]:
