@@ -94,7 +94,8 @@ def real_step(config, registry, batch) -> tuple[float, float]:
 CLASSES = {"conditioner": {"name": "class", "num_classes": 10}}
 SMALL = {
     "gpt": {**GPT, **CLASSES},
-    "maskgit": {**GPT, **CLASSES, "name": "maskgit"},
+    # dropout keeps floats on a CPU, bools elsewhere
+    "maskgit": {**GPT, **CLASSES, "name": "maskgit", "dropout": 0.0},
     "flextok": {"name": "flextok", **TINY},
     "titok": {"name": "titok", **TITOK},
     "maskgit_vqgan": {"name": "maskgit_vqgan", **VQGAN},
