@@ -86,6 +86,6 @@ class Attention(nn.Module):
         attend = partial(F.scaled_dot_product_attention, scale=self.scale)
         y = attend(q[:, :, prefix:], k, v, attn_mask=mask, is_causal=causal)
         if prefix:
-            inside = attend(*(part[:, :, :prefix] for part in (q, k, v)))
+            inside = attend(q[:, :, :prefix], k[:, :, :prefix], v[:, :, :prefix])
             y = torch.cat([inside, y], dim=2)
         return self.proj(rearrange(y, "b h n d -> b n (h d)"))
