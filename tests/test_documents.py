@@ -74,9 +74,10 @@ def arguments_of(command: str) -> list[str] | None:
     """What `flextok` gets from a command; None for another's command. Redirections are the
     shell's."""
     words = shlex.split(re.sub(r"\s[<>]\s*\S+", "", command))
-    for script, name in (("train.py", "train"), ("sample.py", "sample")):
-        if words[:2] == ["python", script]:
-            return [name, *words[2:]]
+    scripts = {"train.py": "train", "sample.py": "sample", "scripts/train.slurm": "train"}
+    for script, name in scripts.items():
+        if words[0] in ("python", "torchrun", "sbatch") and script in words:
+            return [name, *words[words.index(script) + 1 :]]
     match = re.match("|".join(f"{launcher}(?= )" for launcher in LAUNCHERS), command)
     return words[len(match.group().split()) :] if match else None
 
@@ -178,6 +179,7 @@ SHORT = sorted(
         for _, command in DOCUMENTED
         if re.match(r"(flextok (info|reconstruct|sample)|python sample.py) ", command)
         and "EPFL" not in command
+        and "quickstart_titok" not in command  # make quickstart-titok runs it
         and " - " not in command
     }
 )

@@ -113,7 +113,7 @@ class AdaLNBlock(nn.Module):
         mask: Tensor | None = None,
         patches_only: bool = False,
     ) -> Tensor:
-        """x: (B, N+K, D); condition: (B, D), or (1, D) for all; lengths: (N, K); mask as in
+        """x: (B, N+K, D); condition: (B, D); lengths: (N, K); mask as in
         Attention; patches_only: the registers are seen but not computed. Returns (B, N+K, D), or
         (B, N, D)."""
         # the published chunk order: gates first
@@ -130,7 +130,7 @@ class AdaLNBlock(nn.Module):
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, lengths: tuple[int, ...]) -> Tensor:
-    """x (1 + scale) + shift. x: (B, sum(lengths), D); shift, scale: (B or 1, segments, D), a vector
+    """x (1 + scale) + shift. x: (B, sum(lengths), D); shift, scale: (B, segments, D), a vector
     for each segment of x."""
     parts = enumerate(x.split(lengths, dim=1))
     return torch.cat(
@@ -139,6 +139,6 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor, lengths: tuple[int, ...]) 
 
 
 def add_gated(x: Tensor, gate: Tensor, y: Tensor, lengths: tuple[int, ...]) -> Tensor:
-    """x + gate y. x, y: (B, sum(lengths), D); gate: (B or 1, segments, D)."""
+    """x + gate y. x, y: (B, sum(lengths), D); gate: (B, segments, D)."""
     parts = enumerate(zip(x.split(lengths, dim=1), y.split(lengths, dim=1), strict=True))
     return torch.cat([torch.addcmul(a, gate[:, i, None], b) for i, (a, b) in parts], dim=1)

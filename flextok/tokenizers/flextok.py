@@ -218,7 +218,7 @@ class FlowDecoder(nn.Module):
         x = self.patch_embed(patchify(x_t.to(self.patch_embed.weight.dtype), self.patch_size))
         x = x + self.patch_pos.flatten(2).transpose(1, 2).to(x.dtype)
         lengths = (x.shape[1], registers.shape[1])
-        condition = self.time_embed(t.to(x.device).view(-1))  # (B, D), or (1, D) for all
+        condition = self.time_embed(t.to(x.device).expand(len(x)))  # (B, D)
         x = torch.cat([x, registers.to(x.dtype)], dim=1)  # (B, N+K', D)
         features = x
         checkpoint = self.checkpoint_blocks and self.training
