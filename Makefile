@@ -4,14 +4,17 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= outputs/quickstart
 OUT_TEXT ?= outputs/quickstart_text
+TITOK ?= outputs/quickstart_titok
+SITE ?= outputs/site
 # the quickstarts' length; CI runs a handful of steps
 TOKENIZER_STEPS ?=
 GENERATOR_STEPS ?=
 PROBE_STEPS ?= 1000
 NUM_SCENES ?= 16000
+steps = $(if $(1),trainer.max_steps=$(1))
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: setup test quickstart quickstart-text lint types
+.PHONY: setup test quickstart quickstart-text quickstart-titok compare lint types notebooks docs package
 
 setup: $(VENV)/.installed
 
@@ -31,15 +34,26 @@ lint: setup
 types: setup
 	$(BIN)/mypy
 
+# on the quickstarts' models where they are, else on models trained for a moment
+notebooks: setup
+	$(BIN)/python -m pytest --nbmake notebooks
+
+docs: setup
+	$(BIN)/mkdocs build --strict --site-dir $(SITE)
+
+# wheel and sdist; the wheel into an empty environment elsewhere, and at work there
+package: setup
+	scripts/check_package.sh $(BIN)/python $(OUT)/tokenizer
+
 quickstart: setup
 	$(BIN)/python train.py configs/quickstart_tokenizer.yaml output_dir=$(OUT)/tokenizer \
-	    $(if $(TOKENIZER_STEPS),trainer.max_steps=$(TOKENIZER_STEPS))
+	    $(call steps,$(TOKENIZER_STEPS))
 	$(BIN)/python sample.py $(OUT)/tokenizer --data emoji:validation --limit 8 \
 	    --output $(OUT)/coarse_to_fine.png
 	$(BIN)/python -m flextok.cli sweep $(OUT)/tokenizer --data emoji:validation \
 	    --dtype float32 --output $(OUT)/sweep
 	$(BIN)/python train.py configs/quickstart_generator.yaml output_dir=$(OUT)/generator \
-	    tokenizer=$(OUT)/tokenizer $(if $(GENERATOR_STEPS),trainer.max_steps=$(GENERATOR_STEPS))
+	    tokenizer=$(OUT)/tokenizer $(call steps,$(GENERATOR_STEPS))
 	$(BIN)/python sample.py $(OUT)/generator --num-samples 1 --output $(OUT)/generated.png
 	@echo "pictures: $(OUT)/coarse_to_fine.png and $(OUT)/generated.png"
 
@@ -51,12 +65,30 @@ quickstart-text: setup
 	$(BIN)/python train.py configs/quickstart_tokenizer.yaml output_dir=$(OUT_TEXT)/tokenizer \
 	    "data.train={$(SCENES), prompts: train, length: $(NUM_SCENES)}" "data.validation=$(HELD_OUT)" \
 	    data.shift=0 "model.vae={name: identity, shift: 0.09, scale: 1.69}" \
-	    trainer.max_steps=$(or $(TOKENIZER_STEPS),2800)
+	    $(call steps,$(or $(TOKENIZER_STEPS),2800))
 	$(BIN)/python train.py configs/quickstart_text.yaml output_dir=$(OUT_TEXT)/generator \
 	    tokenizer=$(OUT_TEXT)/tokenizer data.train.length=$(NUM_SCENES) \
-	    $(if $(GENERATOR_STEPS),trainer.max_steps=$(GENERATOR_STEPS))
+	    $(call steps,$(GENERATOR_STEPS))
 	$(BIN)/python sample.py $(OUT_TEXT)/generator --data "$(HELD_OUT)" --limit 12 \
 	    --output $(OUT_TEXT)/prompts.png
 	$(BIN)/python -m flextok.cli align $(OUT_TEXT)/generator --data "$(HELD_OUT)" \
 	    --probe $(OUT_TEXT)/probe.safetensors --probe-steps $(PROBE_STEPS) --json $(OUT_TEXT)/align.json
 	@echo "pictures of held-out prompts: $(OUT_TEXT)/prompts.png"
+
+quickstart-titok: setup
+	$(BIN)/python train.py configs/quickstart_titok_vqgan.yaml output_dir=$(TITOK)/vqgan \
+	    $(call steps,$(TOKENIZER_STEPS))
+	$(BIN)/python train.py configs/quickstart_titok_stage1.yaml output_dir=$(TITOK)/stage1 \
+	    start.proxy=$(TITOK)/vqgan $(call steps,$(TOKENIZER_STEPS))
+	$(BIN)/python train.py configs/quickstart_titok_stage2.yaml output_dir=$(TITOK)/stage2 \
+	    start.proxy=$(TITOK)/vqgan start.first=$(TITOK)/stage1 $(call steps,$(TOKENIZER_STEPS))
+	$(BIN)/python sample.py $(TITOK)/stage2 --data emoji:validation --limit 8 \
+	    --output $(TITOK)/reconstructed.png
+	$(BIN)/python train.py configs/quickstart_titok_generator.yaml output_dir=$(TITOK)/generator \
+	    tokenizer=$(TITOK)/stage2 $(call steps,$(GENERATOR_STEPS))
+	$(BIN)/python sample.py $(TITOK)/generator --num-samples 6 --output $(TITOK)/generated.png
+	@echo "pictures: $(TITOK)/reconstructed.png and $(TITOK)/generated.png"
+
+# FlexTok, TiTok, TiTok with tail drop and a 2D grid on one budget
+compare: setup
+	$(BIN)/python benchmarks/compare_tokenizers.py --json benchmarks/results/compare.json

@@ -6,7 +6,7 @@ flextok.generators state; an option that a model does not take is an error that 
 
 import inspect
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +52,17 @@ def remember_tokenizer(generator: Pretrained, folder: Path, tokenizer: Any, sour
 
 
 def load_tokenizer_of(
-    generator: Any, folder: Path, override: str | None = None, device: str | torch.device = "cpu"
+    generator: Any,
+    folder: str | Path,
+    override: str | None = None,
+    device: str | torch.device = "cpu",
 ) -> Any:
     """The tokenizer that a generator, loaded from `folder`, was trained on. A different one is
     refused with CheckpointError."""
     reference = override or generator.metadata.get("tokenizer")
     if reference is None:
         raise CheckpointError(f"{folder} does not say which tokenizer it needs: name one")
-    beside = folder / reference
+    beside = Path(folder) / reference
     tokenizer = load_model(beside if override is None and beside.exists() else reference, device)
     expected = generator.metadata.get("tokenizer_fingerprint")
     if expected is not None and (found := fingerprint(tokenizer)) != expected:
@@ -99,6 +102,28 @@ def generate_images(
         )
         batches.append(decode_prefixes(tokenizer, indices, lengths, seed + start, decoding))
     return {k: torch.cat([batch[k] for batch in batches]) for k in lengths}
+
+
+def grow_images(
+    generator: Any,
+    tokenizer: Any,
+    cond: Any,
+    lengths: list[int],
+    seed: int = 0,
+    sampling: dict[str, Any] | None = None,
+    decoding: dict[str, Any] | None = None,
+) -> Iterator[tuple[int, Tensor]]:
+    """As generate_images, but yields (length, (B, 3, H, W) in [-1, 1]) as soon as that many indices
+    are there, shortest first. A generator that does not write them in order (MaskGIT) yields the
+    longest only."""
+    options = given(generator.generate, sampling, f"{generator.model_type} sampling option")
+    in_order = "prefix" in inspect.signature(generator.generate).parameters
+    cond = generator.conditioner.prepare(cond, next(generator.parameters()).device)
+    draws = torch.Generator().manual_seed(seed)
+    for k in sorted(set(lengths)) if in_order else [max(lengths)]:
+        indices = generator.generate(cond, num_tokens=k, generator=draws, **options)
+        options |= {"prefix": indices} if in_order else {}
+        yield k, decode_prefixes(tokenizer, indices, [k], seed, decoding)[k]
 
 
 def decode_prefixes(

@@ -102,7 +102,7 @@ def test_generate_by_class(models):
 
 
 def test_generate_by_prompt_writes_the_strip_and_the_pictures(models, caplog, monkeypatch):
-    monkeypatch.setattr("flextok.cli.TEXT_MODEL", str(models / "text"))
+    monkeypatch.setattr("flextok.cli.sample.TEXT_MODEL", str(models / "text"))
     few = ["--num-tokens", 1, 4, "--steps", 1]
     code, output = sample(models, "--prompt", "a red heart", "x" * 30, "--num-samples", 2, *few)
     assert code == 0

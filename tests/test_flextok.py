@@ -7,6 +7,7 @@ from conftest import tiny_tokenizer
 
 from flextok.nn.embeddings import patchify, unpatchify
 from flextok.tokenizers import FlexTok, FlexTokConfig
+from flextok.tokenizers.flextok import DecodeConfig
 from flextok.vae import IdentityVAE
 
 
@@ -75,6 +76,37 @@ def test_dropped_tokens_do_not_matter(images, drop_mode):
     assert torch.equal(first, second)
     full = model.decode(indices, num_steps=2, generator=seeded())
     assert not torch.equal(first, full)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("null", [None, [False, True, False], [True, True, True]])
+@pytest.mark.parametrize("keep", [[1, 1, 1], [2, 5, 1], [7, 8, 3]])
+def test_one_mask_token_stands_for_all(images, keep, null):
+    """In eval mode equal registers are merged; in training mode they are all there."""
+    model = tiny_tokenizer()
+    codes = model.quantizer.indices_to_codes(model.encode(images))
+    keep, null = torch.tensor(keep), None if null is None else torch.tensor(null)
+    merged, bias = model.decoder.embed_codes(codes, keep, null)
+    real = keep if null is None else keep.masked_fill(null, 0)
+    assert merged.shape[1] == int((real + (real < 8)).max())
+    full, no_bias = model.decoder.train().embed_codes(codes, keep, null)
+    assert (full.shape[1], no_bias) == (8, None)
+    t = torch.tensor([0.9, 0.5, 0.1])
+    torch.testing.assert_close(
+        model.velocity(images, t, merged, bias), model.velocity(images, t, full), atol=2e-6, rtol=0
+    )
+
+
+def test_an_interval_without_steps_is_no_guidance(images):
+    model = tiny_tokenizer(decode=DecodeConfig(num_steps=4, guidance_scale=3.0))
+    indices = model.encode(images)
+    plain = model.decode(indices, guidance_scale=1.0, generator=seeded())
+    outside = model.decode(indices, guidance_interval=[0.3, 0.4], generator=seeded())
+    assert torch.equal(plain, outside)
+    inside = model.decode(indices, guidance_interval=[0.3, 0.6], generator=seeded())
+    assert not torch.equal(plain, inside)
+    shifted = model.decode(indices, guidance_scale=1.0, time_shift=3.0, generator=seeded())
+    assert not torch.equal(plain, shifted)
 
 
 def test_truncation_shortens_the_decoder_sequence(images):

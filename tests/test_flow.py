@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from flextok.flow import path
-from flextok.flow.guidance import apg, cfg
-from flextok.flow.solvers import SOLVERS, euler, heun
+from flextok.flow.guidance import apg, cfg, within
+from flextok.flow.solvers import SOLVERS, ab2, euler, heun
 
 
 def test_the_path_runs_from_data_to_noise(generator):
@@ -52,10 +52,24 @@ def test_heun_is_second_order_and_euler_first():
 
     assert error(euler, 16) / error(euler, 32) == pytest.approx(2, rel=0.05)
     assert error(heun, 8) / error(heun, 16) == pytest.approx(4, rel=0.1)
+    assert error(ab2, 16) / error(ab2, 32) == pytest.approx(4, rel=0.1)
+    assert error(ab2, 8) < error(euler, 8) / 4  # for the same number of velocities
+
+
+def test_ab2_stays_second_order_on_unequal_steps():
+    def error(steps):
+        times = path.shift_times(path.linear_times(steps).double(), 2.0)
+        return abs(ab2(lambda x, t: x.double(), torch.ones(1), times).item() - 1 / math.e)
+
+    assert error(32) / error(64) == pytest.approx(4, rel=0.15)
 
 
 def test_linear_times_go_from_noise_to_data():
     assert path.linear_times(4).tolist() == [1.0, 0.75, 0.5, 0.25, 0.0]
+    shifted = path.shift_times(path.linear_times(4), 3.0)
+    torch.testing.assert_close(shifted, torch.tensor([1.0, 0.9, 0.75, 0.5, 0.0]))
+    with pytest.raises(ValueError, match="time_shift=0"):
+        path.shift_times(path.linear_times(4), 0)
     with pytest.raises(ValueError, match="num_steps=0"):
         path.linear_times(0)
 
@@ -71,6 +85,23 @@ def test_scale_one_is_the_conditional_velocity(rule, generator):
     x, t = torch.zeros_like(c), torch.tensor(0.5)
     assert torch.equal(rule(cond, null, 1.0)(x, t), c)
     torch.testing.assert_close(rule(cond, null, lambda t: 1.0)(x, t), c)
+
+
+@pytest.mark.parametrize("rule", [cfg, apg])
+def test_outside_its_interval_guidance_costs_nothing(rule, generator):
+    c, u, cond, _ = fields(generator)
+    calls = []
+
+    def null(x, t):
+        calls.append(float(t))
+        return u
+
+    guided = rule(cond, null, within(3.0, 0.3, 0.8))
+    outputs = {t: guided(c, torch.tensor(t)) for t in (1.0, 0.75, 0.5, 0.25)}
+    assert calls == [0.75, 0.5]
+    assert [torch.equal(v, c) for v in outputs.values()] == [True, False, False, True]
+    with pytest.raises(ValueError, match=r"guidance_interval=\[0.8, 0.3\]"):
+        within(3.0, 0.8, 0.3)
 
 
 def test_cfg_extrapolates(generator):

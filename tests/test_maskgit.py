@@ -337,6 +337,27 @@ def test_attends_to_a_condition_with_features(backbone, monkeypatch):
     assert model.conditioner.embedding.weight.grad[1:6].any(dim=-1).all()
 
 
+@pytest.mark.parametrize("backbone", ["bert", "uvit"])
+def test_learns_what_prompts_say(backbone):
+    torch.manual_seed(0)
+    text = {"name": "text", "encoder": {"name": "bytes", "dim": 16, "depth": 1, "num_heads": 2}}
+    config = MaskGITConfig(20, 8, backbone, 32, 1, 2, conditioner=text, dropout=0.0, cond_drop=0.0)
+    model = MaskGIT(config).train()
+    prompts, indices = ["a red heart", "a bomb left of a cat"], torch.randint(20, (2, 8))
+    optimizer = torch.optim.Adam(model.parameters(), 5e-3)
+    draws = torch.Generator().manual_seed(0)
+    for _ in range(150):
+        optimizer.zero_grad()
+        model.loss(indices.repeat(16, 1), prompts * 16, draws)["loss"].backward()
+        optimizer.step()
+    model.eval()
+    greedy = {"temperature": 0, "guidance_scale": 0}
+    assert torch.equal(model.generate(prompts, generator=draws, **greedy), indices)
+    assert torch.equal(model.generate(prompts[::-1], generator=draws, **greedy), indices.flip(0))
+    alone = model(indices[:1], prompts[:1])
+    close(model(indices, prompts)[:1], alone, 1e-5)  # the longer prompt's padding changes nothing
+
+
 def test_saves_and_loads(tmp_path):
     model, cond = build("uvit"), torch.tensor([1])
     loaded = MaskGIT.from_pretrained(model.save_pretrained(tmp_path))

@@ -293,6 +293,8 @@ def test_continuous_and_whole_losses_are_refused_where_they_do_not_fit(trained, 
     with pytest.raises(ConfigError, match=r"is continuous \(KL\)"):
         train(experiment(tmp_path, "over_kl", MASKGIT, tokenizer=str(tmp_path / "kl")))
     fsq, trainer = {"name": "fsq", "levels": [4, 4]}, {**steps, "revive_every": 5}
+    with pytest.raises(ConfigError, match="is a first stage, without pixels"):
+        train(experiment(tmp_path, "over_first", MASKGIT, tokenizer=str(trained / "stage1")))
     with pytest.raises(ConfigError, match=r"revive_every=5 needs a learned codebook"):
         train(experiment(tmp_path, "fsq", {**single, "quantizer": fsq}, trainer=trainer))
 

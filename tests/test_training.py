@@ -412,6 +412,10 @@ def test_every_config_takes_a_training_step_when_shrunk(
         config = load_experiment(path, [*overrides, "model.stage=proxy"])
         build_model(TOKENIZERS, config.model).save_pretrained(tmp_path / "first")
         overrides.append(f"start.first={tmp_path / 'first'}")
+    if "teacher" in spec.get("start", {}):
+        config = load_experiment(path, [*overrides, "model.distill=null"])
+        build_model(TOKENIZERS, config.model).save_pretrained(tmp_path / "teacher")
+        overrides.append(f"start.teacher={tmp_path / 'teacher'}")
     train(load_experiment(path, [*overrides, "trainer.log_every=1"]))
     losses = logged_losses(tmp_path / "run")
     assert list(losses) == [0]

@@ -166,6 +166,17 @@ def test_usage_and_revival():
     assert torch.cdist(moved[0], unit).min(dim=-1).values.max() < 1e-3
 
 
+def test_free_codes_go_where_the_error_is():
+    vq = VQ(4, 2, l2_norm=False)
+    with torch.no_grad():
+        vq.codebook.copy_(torch.tensor([[0.0, 0.0], [9.0, 9.0], [9.0, 9.0], [9.0, 9.0]]))
+    z = torch.cat([torch.zeros(1000, 2), torch.tensor([[3.0, 0.0], [0.0, 3.0]])])
+    moved = vq.revive(z, count_codes(vq(z)[1], 4), generator=torch.Generator().manual_seed(0))
+    assert moved == 3
+    assert all(code.sum() == 3 for code in vq.codebook[1:])  # none onto the many well served
+    assert vq.revive(z, torch.ones(4)) == 0
+
+
 def test_kl_samples_in_training_only():
     z = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
     kl = KL(4).eval()

@@ -1,6 +1,7 @@
 """Guidance: wraps a conditional and a null velocity into one; the solver never knows.
 
-A scale of 1 is the conditional model. The scale may be a number or a function of t.
+A scale of 1 is the conditional model, and where it is 1 the null velocity is not computed. The
+scale may be a number or a function of t.
 """
 
 from collections.abc import Callable
@@ -16,14 +17,25 @@ def scale_at(scale: Scale, t: Tensor) -> float:
     return float(scale(t)) if callable(scale) else float(scale)
 
 
+def within(scale: Scale, low: float, high: float) -> Scale:
+    """`scale` for times t in [low, high], none outside (arXiv 2404.07724): guidance hurts near pure
+    noise and hardly matters near the data. Raises ValueError unless 0 <= low <= high <= 1."""
+    if not 0 <= low <= high <= 1:
+        raise ValueError(f"guidance_interval=[{low}, {high}] must be 0 <= low <= high <= 1")
+    return lambda t: scale_at(scale, t) if low <= float(t) <= high else 1.0
+
+
 def cfg(cond_fn: Velocity, null_fn: Velocity, scale: Scale) -> Velocity:
     """Classifier-free guidance (arXiv 2207.12598): u + scale (c - u)."""
     if not callable(scale) and scale == 1:
         return cond_fn
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
-        c, u = cond_fn(x, t), null_fn(x, t)
-        return u + scale_at(scale, t) * (c - u)
+        c, s = cond_fn(x, t), scale_at(scale, t)
+        if s == 1:
+            return c
+        u = null_fn(x, t)
+        return u + s * (c - u)
 
     return velocity
 
@@ -46,8 +58,10 @@ def apg(
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
         nonlocal buffer
-        c, u = cond_fn(x, t), null_fn(x, t)
-        buffer = c - u + momentum * buffer
+        c, s = cond_fn(x, t), scale_at(scale, t)
+        if s == 1:
+            return c
+        buffer = c - null_fn(x, t) + momentum * buffer
         d = buffer
         dims = tuple(range(1, d.ndim))
         norm = d.norm(p=2, dim=dims, keepdim=True)
@@ -57,7 +71,7 @@ def apg(
         unit = c64 / c64.norm(p=2, dim=dims, keepdim=True).clamp_min(1e-12)
         parallel = (d64 * unit).sum(dim=dims, keepdim=True) * unit
         update = (d64 - parallel + eta * parallel).to(c.dtype)
-        return c + (scale_at(scale, t) - 1) * update
+        return c + (s - 1) * update
 
     return velocity
 

@@ -49,3 +49,11 @@ def linear_times(num_steps: int) -> Tensor:
     if num_steps < 1:
         raise ValueError(f"num_steps={num_steps} must be at least 1")
     return torch.arange(num_steps, -1, -1, dtype=torch.float32) / num_steps
+
+
+def shift_times(times: Tensor, shift: float) -> Tensor:
+    """shift t / (1 + (shift - 1) t) (SD3, eq. 23): times crowd near the noise for shift > 1, near
+    the data for shift < 1; 0 and 1 stay."""
+    if shift <= 0:
+        raise ValueError(f"time_shift={shift} must be positive (1 = equal steps)")
+    return shift * times / (1 + (shift - 1) * times)

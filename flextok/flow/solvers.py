@@ -30,4 +30,16 @@ def heun(velocity: Velocity, noise: Tensor, times: Tensor) -> Tensor:
     return x
 
 
-SOLVERS = {"euler": euler, "heun": heun}
+def ab2(velocity: Velocity, noise: Tensor, times: Tensor) -> Tensor:
+    """Second order with one velocity a step: Adams-Bashforth for unequal steps, Euler first. As
+    cheap as Euler for the same number of steps."""
+    x = noise.float()
+    before: tuple[Tensor, Tensor] | None = None  # the step and velocity before
+    for t, t_next in pairwise(times):
+        step, v = t_next - t, velocity(x, t).float()
+        slope = v if before is None else v + step / (2 * before[0]) * (v - before[1])
+        x, before = x + step * slope, (step, v)
+    return x
+
+
+SOLVERS = {"euler": euler, "heun": heun, "ab2": ab2}

@@ -18,6 +18,7 @@ from flextok.generators.sampling import check_sampling, sample
 from flextok.hub import Pretrained
 from flextok.nn.attention import KVCache
 from flextok.nn.blocks import Block, LayerNorm
+from flextok.nn.layout import column_major
 from flextok.schema import build
 from flextok.tokenizers.common import draw, run_block
 
@@ -192,9 +193,14 @@ class GPT(Pretrained, nn.Module):
         repeat = 2 if guided else 1
         caches = self.new_caches(repeat * batch, total)
         contexts, mask = self.contexts(condition), context_mask(condition)
+        blocks, head = self.blocks, self.head
+        if device.type == "cpu" and repeat * batch <= 4 and total - done >= 32:  # worth the copy
+            blocks, head = column_major(blocks), column_major(head)  # type: ignore[assignment]
         x = self.join_start(indices[:, :done].repeat(repeat, 1), condition)
         while True:
-            logits = self._step(x, caches, contexts, mask)
+            for block, cache, context in zip(blocks, caches, contexts, strict=True):
+                x = block(x, is_causal=True, cache=cache, context=context, context_mask=mask)
+            logits = head(self.norm(x[:, -1]))
             if guided:
                 c, u = logits.chunk(2)
                 logits = u + scale * (c - u)
@@ -211,18 +217,6 @@ class GPT(Pretrained, nn.Module):
         dim = self.positions.shape[1]
         heads = self.config.num_heads or self.config.depth
         return [KVCache(batch, heads, length, dim // heads, like=self.start) for _ in self.blocks]
-
-    def _step(
-        self,
-        x: Tensor,
-        caches: list[KVCache],
-        contexts: list[tuple[Tensor, Tensor] | None],
-        mask: Tensor | None,
-    ) -> Tensor:
-        """x: (B, n, D), the next n embeddings. Returns the last one's logits (B, V)."""
-        for block, cache, context in zip(self.blocks, caches, contexts, strict=True):
-            x = block(x, is_causal=True, cache=cache, context=context, context_mask=mask)
-        return self.head(self.norm(x[:, -1]))
 
     def _check_indices(self, indices: Tensor) -> None:
         if indices.ndim != 2 or indices.shape[1] > self.num_tokens:

@@ -3,19 +3,19 @@
 qk-norm is FlexTok's: a LayerNorm without affine over each head (arXiv 2502.13967, appendix).
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 
-def prefix_causal_mask(num_patches: int, num_registers: int) -> Tensor:
-    """(N+K, N+K) bool, True = attend. Patches see patches; register i sees all patches and
-    registers <= i (FlexTok, section 3.1)."""
+def register_mask(num_patches: int, num_registers: int) -> Tensor:
+    """(K, N+K) bool, True = attend: register i sees all patches and registers <= i. The patches'
+    own rows are not there: patches see patches (FlexTok, section 3.1)."""
     n = num_patches + num_registers
-    mask = torch.ones(n, n, dtype=torch.bool).tril()
-    mask[:, :num_patches] = True
-    return mask
+    return torch.ones(num_registers, n, dtype=torch.bool).tril(num_patches)
 
 
 class KVCache:
@@ -68,10 +68,12 @@ class Attention(nn.Module):
         is_causal: bool = False,
         cache: KVCache | None = None,
         keys_values: tuple[Tensor, Tensor] | None = None,
+        prefix: int = 0,
     ) -> Tensor:
         """x: (B, N, D); mask: broadcastable to (B, heads, N, M), bool (True = attend) or an
         additive bias; cache: self-attention continues after the cached positions; keys_values:
-        ready ones of another sequence (cross-attention). Returns (B, N, D)."""
+        ready ones of another sequence (cross-attention); prefix: the first so many positions see
+        just one another, and mask has the rows of the rest. Returns (B, N, D)."""
         q = self.split_heads(self.wq(x), self.qk_norm)
         k, v = keys_values if keys_values is not None else self.keys_values(x)
         if cache is not None:
@@ -81,7 +83,9 @@ class Attention(nn.Module):
                 mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=x.device)
                 mask = mask.tril(start)
         causal = is_causal and mask is None and q.shape[2] > 1
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=causal, scale=self.scale
-        )
+        attend = partial(F.scaled_dot_product_attention, scale=self.scale)
+        y = attend(q[:, :, prefix:], k, v, attn_mask=mask, is_causal=causal)
+        if prefix:
+            inside = attend(q[:, :, :prefix], k[:, :, :prefix], v[:, :, :prefix])
+            y = torch.cat([inside, y], dim=2)
         return self.proj(rearrange(y, "b h n d -> b n (h d)"))

@@ -62,14 +62,16 @@ class Block(nn.Module):
         cache: KVCache | None = None,
         context: tuple[Tensor, Tensor] | None = None,
         context_mask: Tensor | None = None,
+        prefix: int = 0,
         first: int = 0,
     ) -> Tensor:
-        """x: (B, N, D); mask as in Attention; context: keys and values of the condition from
-        `cross_attn.keys_values`; context_mask: (B, 1, 1, L) bool; first: only positions from here
-        on are computed (mask has their rows), the others just seen. Returns (B, N - first, D)."""
+        """x: (B, N, D); mask, prefix as in Attention; context: keys and values of the condition
+        from `cross_attn.keys_values`; context_mask: (B, 1, 1, L) bool; first: only positions from
+        here on are computed (mask has their rows), the others just seen.
+        Returns (B, N - first, D)."""
         h = self.norm1(x)
         seen = self.attn.keys_values(h) if first else None
-        x = x[:, first:] + self.attn(h[:, first:], mask, is_causal, cache, seen)
+        x = x[:, first:] + self.attn(h[:, first:], mask, is_causal, cache, seen, prefix)
         if self.cross_attn is not None and self.cross_norm is not None:
             x = x + self.cross_attn(self.cross_norm(x), context_mask, keys_values=context)
         return x + self.mlp(self.norm2(x))
@@ -92,12 +94,6 @@ class SegmentModulation(nn.Module):
         return list(out.view(-1, self.segments, self.chunks, self.dim).unbind(dim=2))
 
 
-def per_segment(modulation: Tensor, lengths: tuple[int, ...]) -> Tensor:
-    """modulation: (B, segments, D). Returns (B, sum(lengths), D): each segment's vector over it."""
-    parts = [modulation[:, i : i + 1].expand(-1, n, -1) for i, n in enumerate(lengths)]
-    return torch.cat(parts, dim=1)
-
-
 class AdaLNBlock(nn.Module):
     """adaLN-zero block (DiT) over [patches, registers], modulated apart (FlexTok, section 3.2)."""
 
@@ -110,16 +106,39 @@ class AdaLNBlock(nn.Module):
         self.modulation = SegmentModulation(dim, chunks=6, segments=2)
 
     def forward(
-        self, x: Tensor, condition: Tensor, lengths: tuple[int, int], mask: Tensor | None = None
+        self,
+        x: Tensor,
+        condition: Tensor,
+        lengths: tuple[int, ...],
+        mask: Tensor | None = None,
+        patches_only: bool = False,
     ) -> Tensor:
-        """x: (B, N+K, D); condition: (B, D); lengths: (N, K); mask as in Attention."""
+        """x: (B, N+K, D); condition: (B, D); lengths: (N, K); mask as in
+        Attention; patches_only: the registers are seen but not computed. Returns (B, N+K, D), or
+        (B, N, D)."""
         # the published chunk order: gates first
-        chunks = [per_segment(m, lengths) for m in self.modulation(condition)]
-        gate_attn, gate_mlp, shift_attn, scale_attn, shift_mlp, scale_mlp = chunks
-        x = x + gate_attn * self.attn(modulate(self.norm1(x), shift_attn, scale_attn), mask)
-        return x + gate_mlp * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+        modulation = self.modulation(condition)
+        gate_attn, gate_mlp, shift_attn, scale_attn, shift_mlp, scale_mlp = modulation
+        h = modulate(self.norm1(x), shift_attn, scale_attn, lengths)
+        seen = self.attn.keys_values(h) if patches_only else None
+        if patches_only:
+            lengths = lengths[:1]
+            x, h = x[:, : lengths[0]], h[:, : lengths[0]]
+        x = add_gated(x, gate_attn, self.attn(h, mask, keys_values=seen), lengths)
+        h = modulate(self.norm2(x), shift_mlp, scale_mlp, lengths)
+        return add_gated(x, gate_mlp, self.mlp(h), lengths)
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (1 + scale) + shift; all (B, N, D)."""
-    return x * (1 + scale) + shift
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    """x (1 + scale) + shift. x: (B, sum(lengths), D); shift, scale: (B, segments, D), a vector
+    for each segment of x."""
+    parts = enumerate(x.split(lengths, dim=1))
+    return torch.cat(
+        [torch.addcmul(shift[:, i, None], part, 1 + scale[:, i, None]) for i, part in parts], dim=1
+    )
+
+
+def add_gated(x: Tensor, gate: Tensor, y: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    """x + gate y. x, y: (B, sum(lengths), D); gate: (B, segments, D)."""
+    parts = enumerate(zip(x.split(lengths, dim=1), y.split(lengths, dim=1), strict=True))
+    return torch.cat([torch.addcmul(a, gate[:, i, None], b) for i, (a, b) in parts], dim=1)

@@ -5,7 +5,7 @@ decoder that rebuilds a plausible picture from any prefix. Time: t=1 is noise (f
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -13,17 +13,19 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from flextok.flow.guidance import GUIDANCE, Scale
-from flextok.flow.path import TIME_SAMPLERS, interpolate, linear_times, velocity_target
+from flextok.flow.guidance import GUIDANCE, Scale, within
+from flextok.flow.path import TIME_SAMPLERS, interpolate, linear_times, shift_times, velocity_target
 from flextok.flow.solvers import SOLVERS
 from flextok.hub import Pretrained
 from flextok.losses import RepresentationAlignment
-from flextok.nn.attention import prefix_causal_mask
-from flextok.nn.blocks import AdaLNBlock, Block, LayerNorm, SegmentModulation, modulate, per_segment
+from flextok.nn.attention import register_mask
+from flextok.nn.blocks import AdaLNBlock, Block, LayerNorm, SegmentModulation, modulate
 from flextok.nn.embeddings import TimeEmbedding, patchify, sincos_2d, unpatchify
+from flextok.nn.frozen import Frozen
 from flextok.quantizers import QUANTIZERS
-from flextok.schema import build
+from flextok.schema import ConfigError, build
 from flextok.tokenizers.common import check_images, check_indices, check_keep, draw, run_block
+from flextok.tokenizers.distillation import DistillConfig, distillation_loss
 from flextok.tokenizers.nested_dropout import NESTED_DROPOUT
 from flextok.vae import VAES
 
@@ -36,6 +38,8 @@ class DecodeConfig:
     solver: str = "euler"
     guidance: dict[str, Any] = field(default_factory=lambda: {"name": "apg"})
     guidance_scale: float = 7.5
+    guidance_interval: list[float] | None = None  # times [low, high] that are guided; None = all
+    time_shift: float = 1.0  # > 1: more of the steps near the noise, see flow.path.shift_times
 
 
 @dataclass
@@ -68,6 +72,7 @@ class FlexTokConfig:
     repa: dict[str, Any] | None = None  # see losses.RepresentationAlignment; training only
     checkpoint_blocks: bool = False  # recompute activations in the backward pass
     decode: DecodeConfig = field(default_factory=DecodeConfig)
+    distill: DistillConfig | None = None  # a few-step decoder, trained from a teacher
 
 
 class Encoder(nn.Module):
@@ -115,11 +120,12 @@ class Encoder(nn.Module):
             return self.head(self.norm(x))
         num_patches, num_registers = x.shape[1], self.registers.shape[0]
         x = torch.cat([x, self.registers.expand(len(x), -1, -1).to(x.dtype)], dim=1)  # (B, N+K, D)
-        mask = prefix_causal_mask(num_patches, num_registers).to(x.device)
+        mask = register_mask(num_patches, num_registers).to(x.device)
+        checkpoint = self.checkpoint_blocks and self.training
         *blocks, last = self.blocks
         for block in blocks:
-            x = run_block(block, x, mask, checkpoint=self.checkpoint_blocks and self.training)
-        x = last(x, mask[num_patches:], first=num_patches)  # nobody reads the patches after it
+            x = run_block(block, x, mask, prefix=num_patches, checkpoint=checkpoint)
+        x = last(x, mask, first=num_patches)  # nobody reads the patches after it
         return self.head(self.norm(x))
 
 
@@ -168,27 +174,42 @@ class FlowDecoder(nn.Module):
         self, codes: Tensor, keep: Tensor | None = None, null: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """codes: (B, k, code_dim) with k <= K; keep: (B,) long, tokens kept of each (default k);
-        null: (B,) bool, True = no condition. Returns registers (B, K', D) and an attention mask
-        (B, 1, 1, N+K') or None; both serve every step of a solve.
+        null: (B,) bool, True = no condition. Returns registers (B, K', D) and an additive attention
+        bias (B, 1, 1, N+K') or None; both serve every step of a solve.
 
-        Mask mode: K' = K, a dropped register is the mask token without a position. Truncate mode:
-        dropped registers leave the sequence, K' = max(keep)."""
+        Mask mode: the sequence has K registers, a dropped one is the mask token without a position.
+        Truncate mode: it has `keep`. The null token stands for all. Equal tokens stay equal
+        from block to block, so outside training one stands for them: log(their number) on its
+        attention logit says how many they are, and K' is as many different tokens as there are."""
         batch, k, _ = codes.shape
         total = self.register_pos.shape[0]
         if keep is None:
             keep = torch.full((batch,), k, device=codes.device)
-        length = int(keep.max()) if self.drop_mode == "truncate" else total
+        truncates = self.drop_mode == "truncate"
+        size = keep if truncates else torch.full_like(keep, total)  # registers of the sequence
+        real = keep if null is None else keep.masked_fill(null, 0)  # those that are codes
+        length = longest = int(keep.max()) if truncates else total
+        if not self.training:
+            length = int((real + (real < size)).max())
         x = self.code_embed(codes[:, :length].to(self.code_embed.weight.dtype))
         x = x + self.register_pos[: x.shape[1]].to(x.dtype)
         x = F.pad(x, (0, 0, 0, length - x.shape[1]))
-        kept = torch.arange(length, device=codes.device) < keep[:, None]  # (B, K')
-        x = torch.where(kept[..., None], x, self.mask_token.to(x.dtype))
+        filler = self.mask_token.to(x.dtype)
         if null is not None:
-            x = torch.where(null[:, None, None], self.null_token.to(x.dtype), x)
-        if self.drop_mode == "mask" or bool(kept.all()):
+            filler = torch.where(null[:, None, None], self.null_token.to(x.dtype), filler)
+        slots = torch.arange(length, device=codes.device)
+        x = torch.where((slots < real[:, None])[..., None], x, filler)
+        if length < longest:
+            copies = torch.where(slots == real[:, None], (size - real)[:, None], 0)
+            count = torch.where(slots < real[:, None], 1, copies)  # (B, K')
+        elif truncates:
+            count = (slots < size[:, None]).long()
+        else:
             return x, None
-        patches = kept.new_ones(batch, self.grid**2)
-        return x, torch.cat([patches, kept], dim=1)[:, None, None]
+        if bool((count == 1).all()):
+            return x, None
+        bias = F.pad(count.to(x.dtype).log(), (self.grid**2, 0))  # 0: a patch; -inf: not there
+        return x, bias[:, None, None]
 
     def forward(
         self, x_t: Tensor, t: Tensor, registers: Tensor, mask: Tensor | None = None
@@ -197,17 +218,17 @@ class FlowDecoder(nn.Module):
         x = self.patch_embed(patchify(x_t.to(self.patch_embed.weight.dtype), self.patch_size))
         x = x + self.patch_pos.flatten(2).transpose(1, 2).to(x.dtype)
         lengths = (x.shape[1], registers.shape[1])
-        condition = self.time_embed(t.to(x.device).expand(len(x)))
+        condition = self.time_embed(t.to(x.device).expand(len(x)))  # (B, D)
         x = torch.cat([x, registers.to(x.dtype)], dim=1)  # (B, N+K', D)
         features = x
-        for i, block in enumerate(self.blocks):
-            checkpoint = self.checkpoint_blocks and self.training
-            x = run_block(block, x, condition, lengths, mask, checkpoint=checkpoint)
-            if i == self.feature_block:
+        checkpoint = self.checkpoint_blocks and self.training
+        for i, block in enumerate(self.blocks, start=1):
+            last = i == len(self.blocks)  # nobody reads the registers after it
+            x = run_block(block, x, condition, lengths, mask, last, checkpoint=checkpoint)
+            if i == self.feature_block + 1:
                 features = x
-        x = self.norm(x[:, : lengths[0]])
-        shift, scale = (per_segment(m, lengths[:1]) for m in self.modulation(condition))
-        x = self.head(modulate(x, shift, scale))
+        shift, scale = self.modulation(condition)
+        x = self.head(modulate(self.norm(x), shift, scale, lengths[:1]))
         prediction = unpatchify(x, self.patch_size, self.grid)
         return DecoderOutput(prediction, features[:, : lengths[0]])
 
@@ -227,6 +248,10 @@ class FlexTok(Pretrained, nn.Module):
     def __init__(self, config: FlexTokConfig):
         super().__init__()
         self.config = config
+        if config.distill is not None:
+            steps = {"num_steps": config.distill.num_steps, "solver": "euler"}
+            fixed: dict[str, Any] = {**steps, "guidance_scale": 1.0, "guidance_interval": None}
+            config.decode = replace(config.decode, **fixed)
         self.vae = build(VAES, config.vae, "vae")
         self.quantizer = build(QUANTIZERS, config.quantizer, "quantizer")
         self.sample_keep = build(NESTED_DROPOUT, config.nested_dropout, "nested dropout")
@@ -264,16 +289,34 @@ class FlexTok(Pretrained, nn.Module):
             **shared,
         )
         self.repa: RepresentationAlignment | None = None  # see prepare_training
+        self.teacher: Frozen | None = None  # likewise
         self.init_weights()
 
-    def prepare_training(self) -> None:
+    def prepare_training(self, teacher: Any = None) -> None:
         """Load the VAE, and add what only training needs: the representation alignment that
         config.repa asks for, with its pretrained backbone. Without it the model is exactly the
-        published one."""
+        published one. With config.distill: begin as `teacher`, and learn its decoder only.
+        Raises ConfigError where the teacher is missing, not asked for, or of other sizes."""
+        if (teacher is None) != (self.config.distill is None):
+            raise ConfigError("a few-step decoder needs both model.distill and start.teacher")
+        if teacher is not None:
+            self._begin_as(teacher)
+            return
         self.vae.load_weights()
         if self.config.repa and self.repa is None:
             dim = self.decoder.head.in_features
             self.repa = RepresentationAlignment(dim, **self.config.repa)
+
+    def _begin_as(self, teacher: Any) -> None:
+        if not isinstance(teacher, FlexTok) or self.config.repa:
+            raise ConfigError("the teacher must be a flextok tokenizer, and model.repa be left out")
+        try:
+            self.load_state_dict(teacher.state_dict())
+        except RuntimeError as error:
+            raise ConfigError(f"model must have its teacher's sizes: {error}") from None
+        self.encoder.requires_grad_(False)
+        self.decoder.null_token.requires_grad_(False)  # guidance is the teacher's
+        self.teacher = Frozen(teacher)
 
     @property
     def num_tokens(self) -> int:
@@ -336,14 +379,16 @@ class FlexTok(Pretrained, nn.Module):
     def loss(self, images: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """images: (B, 3, H, W) float in [-1, 1]. Returns scalars; "loss" is the total. All random
         draws come from `generator`."""
+        if self.config.distill is not None:
+            if self.teacher is None:
+                raise ValueError("config.distill is set: call prepare_training(teacher) before")
+            return distillation_loss(self, self.teacher.to(images.device), images, generator)
         check_images(images, self.image_size)
         batch, device = len(images), images.device
         x0 = self.vae.encode(images, generator=generator)
         codes, _, aux = self.quantizer(self.encoder(x0))
         u_keep, u_null, u_time = draw(torch.rand, (3, batch), generator, device)
-        if self.config.drop_mode == "truncate":
-            u_keep = u_keep[:1].expand(batch)  # one length a batch, so that a short one costs less
-        keep = self.sample_keep(u_keep, num_registers=self.num_tokens)
+        keep = self.draw_keep(u_keep)
         registers, mask = self.decoder.embed_codes(codes, keep, u_null < self.config.null_prob)
         noise = draw(torch.randn, tuple(x0.shape), generator, device).to(x0.dtype)
         t = self.sample_times(u_time)
@@ -361,6 +406,12 @@ class FlexTok(Pretrained, nn.Module):
             losses["repa"] = self.repa(output.features, images)
             total = total + self.repa.weight * losses["repa"]
         return {"loss": total, **losses}
+
+    def draw_keep(self, u: Tensor) -> Tensor:
+        """u: (B,) uniform in [0, 1). Returns keep (B,) long: nested dropout in training."""
+        if self.config.drop_mode == "truncate":
+            u = u[:1].expand(len(u))  # one length a batch, so that a short one costs less
+        return self.sample_keep(u, num_registers=self.num_tokens)
 
     @torch.no_grad()
     def encode(
@@ -387,6 +438,8 @@ class FlexTok(Pretrained, nn.Module):
         guidance_scale: Scale | None = None,
         guidance: dict[str, Any] | str | None = None,
         solver: str | None = None,
+        guidance_interval: tuple[float, float] | list[float] | None = None,
+        time_shift: float | None = None,
         generator: torch.Generator | None = None,
         noise: Tensor | None = None,
         progress: Callable[[int], None] | None = None,
@@ -394,8 +447,9 @@ class FlexTok(Pretrained, nn.Module):
         """indices: (B, k) long, any 1 <= k <= K; keep: how many of the k to use, an int or
         (B,) long if ragged. Returns images (B, 3, H, W) in [-1, 1].
 
-        num_steps, solver ("euler", "heun"), guidance ("apg", "cfg") and guidance_scale (1 = none; a
-        number or a function of t) default to the model's config.decode. The initial noise
+        num_steps, solver ("euler", "heun", "ab2"), guidance ("apg", "cfg"), guidance_scale (1 =
+        none; a number or a function of t), guidance_interval (times [low, high] that are guided)
+        and time_shift default to the model's config.decode. The initial noise
         (B, C, h, w) is drawn from `generator` unless given. progress is called with the number of
         velocities evaluated so far. Raises ValueError on indices or keep out of range."""
         defaults = self.config.decode
@@ -406,17 +460,47 @@ class FlexTok(Pretrained, nn.Module):
                 f"this 2D grid decodes all {self.num_tokens} tokens only, got {int(keep.min())}: "
                 "the first ones are just its upper rows"
             )
+        if self.config.distill is not None:
+            asked = {"num_steps": num_steps, "guidance_scale": guidance_scale, "solver": solver}
+            for key, value in {**asked, "time_shift": time_shift}.items():
+                if value is not None and value != getattr(defaults, key):
+                    raise ValueError(
+                        f"{key}={value} must be {getattr(defaults, key)} or left out: this decoder "
+                        "was distilled to its few Euler steps, guidance included"
+                    )
         device = self.decoder.head.weight.device
         indices, keep = indices.to(device), keep.to(device)
-        codes = self.quantizer.indices_to_codes(indices)
-        batch = len(indices)
-        shape = (batch, *self.noise_shape)
+        shape = (len(indices), *self.noise_shape)
         if noise is None:
             noise = draw(torch.randn, shape, generator, device)
         elif tuple(noise.shape) != shape:
             raise ValueError(f"noise has shape {tuple(noise.shape)}, expected {shape}")
+        # the times stay on the CPU: reading one never waits for a GPU
+        times = linear_times(defaults.num_steps if num_steps is None else num_steps)
+        times = shift_times(times, defaults.time_shift if time_shift is None else time_shift)
+        codes = self.quantizer.indices_to_codes(indices)
+        options = (guidance_scale, guidance, solver, guidance_interval, progress)
+        x0 = self.solve(noise.to(device), times, codes, keep, *options)
+        return self.vae.decode(x0).float().clamp(-1, 1)
+
+    @torch.no_grad()
+    def solve(
+        self,
+        x: Tensor,
+        times: Tensor,
+        codes: Tensor,
+        keep: Tensor,
+        guidance_scale: Scale | None = None,
+        guidance: dict[str, Any] | str | None = None,
+        solver: str | None = None,
+        guidance_interval: tuple[float, float] | list[float] | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> Tensor:
+        """x: latents (B, C, h, w) at times[0]; times: (S+1,), decreasing; codes: (B, k, code_dim);
+        keep: (B,) long. All else as in decode. Returns latents at times[-1]."""
+        defaults = self.config.decode
         registers, mask = self.decoder.embed_codes(codes, keep)
-        everyone = torch.ones(batch, dtype=torch.bool, device=device)
+        everyone = torch.ones_like(keep, dtype=torch.bool)
         null_registers, null_mask = self.decoder.embed_codes(codes[:, :1], keep * 0 + 1, everyone)
         calls = 0
 
@@ -431,11 +515,12 @@ class FlexTok(Pretrained, nn.Module):
             return self.velocity(x, t, null_registers, null_mask)
 
         scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
+        interval = defaults.guidance_interval if guidance_interval is None else guidance_interval
+        if interval is not None:
+            scale = within(scale, *interval)
         guide = build(GUIDANCE, guidance or defaults.guidance, "guidance")
         solve = build(SOLVERS, solver or defaults.solver, "solver")
-        times = linear_times(num_steps if num_steps is not None else defaults.num_steps).to(device)
-        x0 = solve(guide(conditional, unconditional, scale), noise.to(device), times)
-        return self.vae.decode(x0).float().clamp(-1, 1)
+        return solve(guide(conditional, unconditional, scale), x, times)
 
 
 def check_token_grid(

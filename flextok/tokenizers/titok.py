@@ -61,6 +61,7 @@ class TiTokConfig:
     proxy: VQGANConfig = field(default_factory=VQGANConfig)  # its image_size follows ours
     legacy: bool = False  # the first releases' layout of the encoder's output, see TiTokEncoder
     nested_dropout: str = "none"  # "uniform" = One-D-Piece's tail drop, one length a batch
+    wide_start: bool = False  # larger weights at the start: small models route sooner
     text_length: int = 0  # TA-TiTok: text features that the decoder sees (77 of CLIP), 0 = none
     text_dim: int = 768
     perceptual: dict[str, Any] = field(default_factory=dict)  # weights by name; training only
@@ -285,16 +286,25 @@ class TiTok(Pretrained, nn.Module):
     def init_weights(self) -> None:
         """Linear: N(0, 0.02), cut at 2, no bias; wider in models narrower than the published ones,
         which would hardly see the picture at first. Tokens and positions: N(0, 1/D). The
-        convolutions and codebooks keep their own."""
+        convolutions and codebooks keep their own.
+
+        wide_start: linear Xavier, queries and keys doubled, tokens and positions N(0, 1). Latents
+        then look at different patches from the first step on."""
+        wide = self.config.wide_start
         for part in (self.encoder, self.decoder):
-            std = max(0.02, 0.45 * part.class_token.shape[-1] ** -0.5)  # 0.02 from D = 512 on
-            for module in part.modules():
+            dim = part.class_token.shape[-1]
+            for name, module in part.named_modules():
                 if isinstance(module, nn.Linear):
-                    nn.init.trunc_normal_(module.weight, std=std)
+                    if wide:
+                        nn.init.xavier_uniform_(module.weight)
+                    else:  # 0.02 from D = 512 on
+                        nn.init.trunc_normal_(module.weight, std=max(0.02, 0.45 * dim**-0.5))
                     nn.init.zeros_(module.bias)
+                    if wide and name.endswith("qkv"):
+                        module.weight.data[: 2 * dim] *= 2
             for name, parameter in part.named_parameters():
                 if name.endswith(("_token", "_tokens", "_pos")):
-                    nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+                    nn.init.normal_(parameter, std=1.0 if wide else dim**-0.5)
         if self.config.stage == "finetune":
             self.encoder.requires_grad_(False)
             self.quantizer.requires_grad_(False)

@@ -180,6 +180,10 @@ def load_tokenizer(config: ExperimentConfig) -> Any:
         raise ConfigError(
             f"tokenizer={config.tokenizer!r} is continuous (KL): it has no indices to generate"
         )
+    if getattr(tokenizer.config, "stage", None) == "proxy":
+        raise ConfigError(
+            f"tokenizer={config.tokenizer!r} is a first stage, without pixels: train the second one"
+        )
     return tokenizer
 
 

@@ -5,13 +5,21 @@ import os
 from pathlib import Path
 from typing import Any
 
+from flextok.cli.common import add_command, add_json, open_data, pick_device, token_lengths
+
 
 def add_commands(commands: Any) -> None:
-    evaluate = commands.add_parser(
+    evaluate = add_command(
+        commands,
         "evaluate",
-        help="FID, inception score, KID, precision, PSNR, SSIM, LPIPS, code usage, as JSON",
-        description="A tokenizer reconstructs DATA; a generator is compared with DATA. Several "
-        "processes: torchrun --nproc-per-node=N -m flextok.cli evaluate ...",
+        run_evaluate,
+        "FID, inception score, KID, precision, PSNR, SSIM, LPIPS, code usage",
+        "A tokenizer reconstructs DATA; a generator is compared with DATA. Writes report.json. "
+        "Several processes: torchrun --nproc-per-node=N -m flextok.cli evaluate ...",
+        "flextok evaluate outputs/quickstart/tokenizer emoji:validation "
+        "--networks efficientnet_lite0\n"
+        "flextok evaluate outputs/quickstart/generator emoji:validation --num-samples 200 "
+        "--networks",
     )
     evaluate.add_argument("model", help="folder or hub id of a tokenizer or a generator")
     evaluate.add_argument(
@@ -34,13 +42,15 @@ def add_commands(commands: Any) -> None:
     evaluate.add_argument("--save-reference", metavar="NPZ", help="write DATA's statistics")
     add_measuring(evaluate, ["inception", "lpips"])
     evaluate.add_argument("--output", default="outputs/evaluation", help="folder to write")
-    evaluate.set_defaults(run=run_evaluate)
 
-    sweep = commands.add_parser(
+    sweep = add_command(
+        commands,
         "sweep",
-        help="reconstruction quality against the number of tokens, steps and guidance",
-        description="Prints a table and writes report.json, sweep.csv, tokens.png, bits.png, "
+        run_sweep,
+        "reconstruction quality against the number of tokens, steps and guidance",
+        "Prints a table and writes report.json, sweep.csv, tokens.png, bits.png, "
         "time.png, strips.png and variance.png.",
+        "flextok sweep outputs/quickstart/tokenizer --data emoji:validation --steps 4 8",
     )
     sweep.add_argument("model", help="folder or hub id of a tokenizer")
     sweep.add_argument("--data", metavar="SET", help="as for evaluate")
@@ -48,14 +58,17 @@ def add_commands(commands: Any) -> None:
     sweep.add_argument("--steps", type=int, nargs="+", help="decoder steps")
     sweep.add_argument("--guidance-scale", type=float, nargs="+", help="decoder guidance")
     sweep.add_argument("--num-pictures", type=int, default=6, help="in the strips and the map")
-    sweep.add_argument("--json", metavar="FILE", help="another place for the report")
     add_measuring(sweep, [])
     sweep.add_argument("--output", default="outputs/sweep", help="folder to write")
-    sweep.set_defaults(run=run_sweep)
 
-    adaptive = commands.add_parser(
+    adaptive = add_command(
+        commands,
         "adaptive",
-        help="how many tokens each picture needs to meet a target, and whether complexity shows",
+        run_adaptive,
+        "how many tokens each picture needs to meet a target, and whether complexity shows",
+        "Finds the shortest prefix that meets the target, picture by picture, and tests by rank "
+        "correlation whether pictures of a higher label (more objects) need more.",
+        "flextok adaptive outputs/quickstart/tokenizer --target psnr=14 --limit 64",
     )
     adaptive.add_argument("model", help="folder or hub id of a tokenizer that decodes prefixes")
     adaptive.add_argument("--data", default="emoji_scenes:validation", help="as for evaluate")
@@ -64,10 +77,15 @@ def add_commands(commands: Any) -> None:
     adaptive.add_argument("--guidance-scale", type=float, help="decoder guidance, 1 = none")
     add_measuring(adaptive, None)
     adaptive.add_argument("--output", default="outputs/adaptive", help="folder to write")
-    adaptive.set_defaults(run=run_adaptive)
 
-    probe = commands.add_parser(
-        "probe", help="class accuracy of a linear probe on the first 1, 2, 4, ... codes"
+    probe = add_command(
+        commands,
+        "probe",
+        run_probe,
+        "class accuracy of a linear probe on the first 1, 2, 4, ... codes",
+        "Trains a linear classifier on the codes of labelled pictures and tests it on others: "
+        "what the first codes know of the class.",
+        "flextok probe outputs/quickstart/tokenizer --train emoji:train --data emoji:validation",
     )
     probe.add_argument("model", help="folder or hub id of a tokenizer")
     probe.add_argument("--train", default="emoji:train", metavar="SET", help="labelled pictures")
@@ -75,7 +93,6 @@ def add_commands(commands: Any) -> None:
     probe.add_argument("--num-tokens", type=int, nargs="+", help="default 1 2 4 ... all")
     add_measuring(probe, None)
     probe.add_argument("--output", default="outputs/probe", help="folder to write")
-    probe.set_defaults(run=run_probe)
 
 
 def add_measuring(parser: argparse.ArgumentParser, networks: list[str] | None) -> None:
@@ -89,7 +106,8 @@ def add_measuring(parser: argparse.ArgumentParser, networks: list[str] | None) -
             + (" ".join(networks) or "none"),
         )
         parser.add_argument("--inception-weights", metavar="FILE", help="default: torch's cache")
-        parser.add_argument("--solver", help="euler or heun")
+        parser.add_argument("--solver", help="euler, heun or ab2")
+    add_json(parser)
     parser.add_argument("--limit", type=int, help="take this many pictures, evenly spread")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=32)
@@ -103,8 +121,7 @@ def add_measuring(parser: argparse.ArgumentParser, networks: list[str] | None) -
     parser.add_argument("--device", default=None, help="cpu, cuda, ...; a GPU where there is one")
 
 
-def run_evaluate(options: argparse.Namespace) -> None:
-    from flextok.cli import open_data
+def run_evaluate(options: argparse.Namespace) -> dict[str, Any] | None:
     from flextok.data.datasets import take
     from flextok.evaluation import processes
     from flextok.evaluation.evaluate import evaluate_generator, evaluate_tokenizer
@@ -142,15 +159,15 @@ def run_evaluate(options: argparse.Namespace) -> None:
             if stored:
                 raise ValueError(f"a tokenizer needs pictures to reconstruct, not {options.data}")
             report = evaluate_tokenizer(model, data, cells, settings, options.output, names)
-        if processes.rank() == 0:
-            print_report(report)
-            print(f"wrote {Path(options.output) / 'report.json'}")
+        if processes.rank() != 0:
+            return None
+        print_report(report)
+        print(f"wrote {Path(options.output) / 'report.json'}")
+        return report
 
 
-def run_sweep(options: argparse.Namespace) -> None:
-    from flextok.cli import open_data, token_lengths
+def run_sweep(options: argparse.Namespace) -> dict[str, Any]:
     from flextok.data.datasets import take
-    from flextok.evaluation.report import write_report
     from flextok.evaluation.sweep import format_table, sweep
 
     if not options.data:
@@ -169,13 +186,11 @@ def run_sweep(options: argparse.Namespace) -> None:
     )
     print(format_table(report))
     print_warnings(report)
-    if options.json:
-        write_report(report, Path(options.json))
     print(f"wrote {options.output}")
+    return report
 
 
-def run_adaptive(options: argparse.Namespace) -> None:
-    from flextok.cli import open_data
+def run_adaptive(options: argparse.Namespace) -> dict[str, Any]:
     from flextok.data.datasets import take
     from flextok.evaluation.adaptive import Target, relate
 
@@ -198,11 +213,10 @@ def run_adaptive(options: argparse.Namespace) -> None:
         f"{report['count']} pictures, {report['met']} meet {report['target']}; "
         f"{report['mean_tokens']:.1f} tokens each, at most {report['decodes_per_picture']} decodes"
     )
-    write_measured(report, model, options)
+    return write_measured(report, model, options)
 
 
-def run_probe(options: argparse.Namespace) -> None:
-    from flextok.cli import open_data, token_lengths
+def run_probe(options: argparse.Namespace) -> dict[str, Any]:
     from flextok.data.datasets import take
     from flextok.evaluation.probe import format_table, linear_probe
 
@@ -211,14 +225,13 @@ def run_probe(options: argparse.Namespace) -> None:
     lengths = token_lengths(options.num_tokens, model, model.num_tokens)
     report = linear_probe(model, train, test, measuring_options(options), lengths)
     print(format_table(report))
-    write_measured(report, model, options)
+    return write_measured(report, model, options)
 
 
 def load_for_measuring(options: argparse.Namespace) -> Any:
     """The model on its device and in its precision."""
     import torch
 
-    from flextok.cli import pick_device
     from flextok.pipeline import load_model
 
     device = pick_device(options.device)
@@ -264,10 +277,13 @@ def print_warnings(report: dict[str, Any]) -> None:
         print(f"note: {warning}")
 
 
-def write_measured(report: dict[str, Any], model: Any, options: argparse.Namespace) -> None:
+def write_measured(
+    report: dict[str, Any], model: Any, options: argparse.Namespace
+) -> dict[str, Any]:
     """report.json of a command that is not one of the passes, with what it was asked."""
     from flextok.evaluation.report import model_settings, write_report
 
-    asked = {k: v for k, v in vars(options).items() if k not in ("run", "dtype")}
+    asked = {k: v for k, v in vars(options).items() if k not in ("run", "dtype", "json")}
     document = {"settings": {**asked, **model_settings(model, model)}, **report}
     print(f"wrote {write_report(document, Path(options.output))}")
+    return document

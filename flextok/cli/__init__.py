@@ -1,0 +1,59 @@
+"""The commands of `flextok`; train.py and sample.py are two of them, uninstalled. Each module here
+holds a group: add_commands() says what they take, run_...() does it."""
+
+import argparse
+import contextlib
+import logging
+import os
+import sys
+
+from flextok.cli import align, bench, demo, measure, models, reconstruct, sample, training
+from flextok.cli.common import write_json
+
+DESCRIPTION = "Images as short, ordered token sequences."
+EXIT = "exit codes: 0 well, 1 a mistake told in one line, 2 wrong usage, 130 interrupted"
+GROUPS = (training, sample, reconstruct, measure, align, bench, demo, models)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command. Returns its exit code: 0 well, 1 a user's mistake (told in one line), 130
+    interrupted. Wrong usage raises SystemExit(2)."""
+    # on a busy machine OpenMP's default of spinning threads can slow small models down 20 times
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    options = make_parser().parse_args(arguments)
+    try:
+        run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `flextok ... | head`: the reader has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError) as error:
+        print(f"flextok: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("flextok: interrupted; run the same command again to continue", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run the command; with --json write what it returns. JSON on standard output stands there
+    alone: what people read goes to standard error."""
+    asked = getattr(options, "json", None)
+    if asked is None:
+        options.run(options)
+        return
+    with contextlib.redirect_stdout(sys.stderr if asked == "-" else sys.stdout):
+        report = options.run(options)
+    if report is not None:  # None: another process writes it
+        write_json(asked, report)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("flextok", description=DESCRIPTION, epilog=EXIT)
+    commands = parser.add_subparsers(
+        required=True, metavar="command", help="flextok <command> --help teaches each"
+    )
+    for group in GROUPS:
+        group.add_commands(commands)
+    return parser

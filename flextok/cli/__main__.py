@@ -1,0 +1,7 @@
+"""`python -m flextok.cli`, where the command is not installed."""
+
+import sys
+
+from flextok.cli import main
+
+sys.exit(main())

@@ -1,0 +1,169 @@
+"""What the commands share: their style, devices, data and JSON."""
+
+import argparse
+import contextlib
+import json
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+DEFAULT_MODEL = "emoji"  # the tokenizer that comes with the package
+
+
+def add_command(
+    commands: Any,
+    name: str,
+    run: Callable[[argparse.Namespace], Any],
+    help: str,
+    description: str,
+    examples: str,
+) -> argparse.ArgumentParser:
+    """A command whose --help says what it does and shows how; `run` does it, and returns what
+    --json writes."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=help,
+        description=textwrap.fill(description, 88),
+        epilog="examples:\n" + textwrap.indent(examples, "  "),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--json",
+        nargs="?",
+        const="-",
+        type=json_file,
+        metavar="FILE.json",
+        help="write the numbers to a file; without a name to standard output, and nothing else",
+    )
+
+
+def json_file(name: str) -> str:
+    """Refuses what is no JSON file's name: the option would swallow the argument behind it."""
+    if name != "-" and not name.endswith(".json"):
+        raise argparse.ArgumentTypeError(f"{name!r} must end in .json, or put --json last")
+    return name
+
+
+def write_json(path: str, content: Any) -> None:
+    from flextok.hub import atomic_write
+
+    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    if path == "-":
+        sys.stdout.write(text)
+        return
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(Path(path), lambda p: p.write_text(text, encoding="utf-8"))
+
+
+@contextlib.contextmanager
+def need_model(names: list[str]) -> Iterator[None]:
+    """Around loading models: says what to do where the default one is missing."""
+    from flextok.hub import CheckpointError
+
+    try:
+        yield
+    except CheckpointError as error:
+        if DEFAULT_MODEL not in names:
+            raise
+        raise ValueError(
+            f"{error}. This installation brings no model of its own: name one, such as "
+            "outputs/quickstart/tokenizer after `make quickstart`"
+        ) from None
+
+
+def add_decoding(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data",
+        metavar="SET",
+        help="emoji:validation, emoji_scenes:train, a picture folder, shards (*.tar), or "
+        "{name: ...} as in configs",
+    )
+    parser.add_argument("--limit", type=int, help="take this many of --data, evenly spread")
+    parser.add_argument("--num-tokens", type=int, nargs="+", help="default 1 2 4 ... all, or all")
+    add_solving(parser)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default=None, help="cpu, cuda, ...; a GPU where there is one")
+
+
+def add_solving(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--steps", type=int, help="decoder steps")
+    parser.add_argument("--guidance-scale", type=float, help="decoder guidance, 1 = none")
+    parser.add_argument("--solver", help="euler, heun or ab2")
+    parser.add_argument(
+        "--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="guided times"
+    )
+    parser.add_argument("--time-shift", type=float, help="> 1: more steps near the noise")
+
+
+def pick_device(name: str | None) -> str:
+    import torch
+
+    if name is not None:
+        try:
+            torch.empty(0, device=name)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"--device {name}: {error}") from None
+    return name or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def token_lengths(asked: list[int] | None, tokenizer: Any, total: int) -> list[int]:
+    """Those asked for, sorted; by default 1, 2, 4, ... where the tokenizer decodes prefixes."""
+    from flextok.pipeline import decodable_lengths
+
+    return check_lengths(asked or decodable_lengths(tokenizer, total), total)
+
+
+def check_lengths(lengths: list[int], total: int) -> list[int]:
+    if bad := [k for k in lengths if not 1 <= k <= total]:
+        raise ValueError(f"--num-tokens {min(bad)} must be in [1, {total}]")
+    return sorted(set(lengths))
+
+
+def decoding_options(options: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "num_steps": options.steps,
+        "guidance_scale": options.guidance_scale,
+        "solver": options.solver,
+        "guidance_interval": options.guidance_interval,
+        "time_shift": options.time_shift,
+    }
+
+
+def open_data(name: str) -> Any:
+    from flextok.data.datasets import DATASETS
+    from flextok.schema import build
+
+    return build(DATASETS, data_spec(name), "dataset")
+
+
+def data_spec(name: str) -> dict[str, Any]:
+    """emoji, emoji:validation, emoji_scenes:train, a folder of pictures, WebDataset shards (*.tar)
+    or a spec as in configs, {name: folder, root: pictures}."""
+    if name.startswith("{"):
+        from omegaconf import OmegaConf
+        from omegaconf.errors import OmegaConfBaseException
+        from yaml import YAMLError
+
+        try:
+            spec: Any = OmegaConf.to_container(OmegaConf.create(name))
+        except (OmegaConfBaseException, YAMLError) as error:
+            raise ValueError(f"--data {name!r} is no mapping: {error}") from None
+        return spec
+    if Path(name).is_dir():
+        return {"name": "folder", "root": name}
+    if ".tar" in name:
+        return {"name": "webdataset", "urls": name}
+    dataset, _, split = name.partition(":")
+    if dataset not in ("emoji", "emoji_scenes"):
+        raise ValueError(
+            f"--data {name!r} is neither a folder nor shards (*.tar) nor emoji[:split] nor "
+            "emoji_scenes[:split] nor {name: ...}"
+        )
+    return {"name": dataset, "split": split or "validation"}

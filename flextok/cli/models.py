@@ -1,0 +1,70 @@
+"""`flextok info | convert`: what a model is, and published ones in our layout."""
+
+import argparse
+import json
+from typing import Any
+
+from flextok.cli.common import add_command
+
+
+def add_commands(commands: Any) -> None:
+    info = add_command(
+        commands,
+        "info",
+        run_info,
+        "a model's config, sizes, vocabulary, bits per image and provenance",
+        "Reads the header of the weight file only, so it is quick for the largest models too. "
+        "What a published file left open is listed as assumed.",
+        "flextok info outputs/quickstart/tokenizer\n"
+        "flextok info EPFL-VILAB/flextok_d12_d12_in1k --json | jq .parameters.total",
+    )
+    info.add_argument("model", help="folder, weight file or hub id, published ones too")
+    info.add_argument("--json", action="store_const", const="-", help="print JSON")
+
+    convert = add_command(
+        commands,
+        "convert",
+        run_convert,
+        "write a published model in our layout",
+        "Checks that every tensor is used and none is missing, then writes "
+        "model.safetensors, config.json and a model card.",
+        "flextok convert EPFL-VILAB/flextok_d12_d12_in1k outputs/flextok_d12\n"
+        "flextok convert weights.safetensors outputs/mine max_timestep=1.0 vae.scaling_factor=0.5",
+    )
+    convert.add_argument("input", help="folder, weight file, hub id, or owner/name/file.bin")
+    convert.add_argument("output", help="the folder to write")
+    convert.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="config fields to change, e.g. max_timestep=1.0 or vae.scaling_factor=0.5",
+    )
+
+
+def run_info(options: argparse.Namespace) -> dict[str, Any]:
+    from flextok.card import model_facts, summary
+    from flextok.pipeline import load_model
+
+    facts = model_facts(load_model(options.model, "meta"))  # the weights stay in their file
+    lines = summary(facts)
+    width = max(map(len, lines)) + 2
+    for label, value in lines.items():
+        print(f"{label:<{width}}{value}")
+    print(f"config {json.dumps(facts['config'], indent=2)}")
+    return facts
+
+
+def run_convert(options: argparse.Namespace) -> None:
+    from flextok.pipeline import load_model
+
+    overrides = {}
+    for entry in options.overrides:
+        key, equals, text = entry.partition("=")
+        if not equals:
+            raise ValueError(f"override {entry!r} must look like key=value, e.g. max_timestep=1.0")
+        try:
+            overrides[key] = json.loads(text)
+        except json.JSONDecodeError:
+            overrides[key] = text
+    folder = load_model(options.input, overrides=overrides).save_pretrained(options.output)
+    print(f"wrote {folder}")

@@ -1,0 +1,57 @@
+"""The page on a port of this machine. Not by Gradio's own launch(): that gives up where a busy
+machine is slow to answer itself."""
+
+import contextlib
+import socket
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import uvicorn
+
+FIRST_PORT, LAST_PORT = 7860, 7959
+
+
+def listen(host: str, port: int | None) -> socket.socket:
+    """A socket on that port, by default the first free one from FIRST_PORT. Raises ValueError."""
+    ports = range(FIRST_PORT, LAST_PORT + 1) if port is None else [port]
+    for candidate in ports:
+        try:
+            return socket.create_server((host, candidate), backlog=128)
+        except (OSError, OverflowError) as error:
+            reason = error
+    raise ValueError(f"cannot serve on {host}, port {candidate}: {reason}; choose another --port")
+
+
+def make_server(app: Any) -> uvicorn.Server:
+    config = uvicorn.Config(
+        app, log_level="warning", timeout_graceful_shutdown=1, server_header=False
+    )
+    return uvicorn.Server(config)
+
+
+def serve(app: Any, host: str = "127.0.0.1", port: int | None = None) -> None:
+    """Serve until Ctrl-C."""
+    with listen(host, port) as place:
+        print(f"open {address(place)} in a browser; Ctrl-C ends it", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            make_server(app).run(sockets=[place])
+
+
+@contextlib.contextmanager
+def served(app: Any) -> Iterator[str]:
+    """Serve in a thread while the context lasts: its address."""
+    server = make_server(app)
+    with listen("127.0.0.1", 0) as place:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [place]}, daemon=True)
+        thread.start()
+        try:
+            yield address(place)
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+def address(place: socket.socket) -> str:
+    host, port = place.getsockname()[:2]
+    return f"http://{host}:{port}/"

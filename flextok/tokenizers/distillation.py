@@ -1,0 +1,60 @@
+"""The few-step decoder: a student takes in one Euler step what its teacher takes several for.
+
+Progressive distillation (arXiv 2202.00512) done in one stage, with guidance taken in as in arXiv
+2210.03142. The student begins as its teacher; its velocity at the start of each of its steps learns
+the mean velocity of the teacher's own, guided solution over that step. The start is the student's
+own: it walks there from noise, so it learns to mend what its earlier steps left wrong. Why not a
+consistency, shortcut or MeanFlow model: those need the step's length as a new input, or derivatives
+through the network; here the target is an exact function of the input, model and sampler stay as
+they are, and a teacher's checkpoint loads as the student.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flextok.flow.path import linear_times, shift_times
+from flextok.tokenizers.common import check_images, draw
+
+
+@dataclass
+class DistillConfig:
+    """In a saved model it says: this decoder takes num_steps Euler steps and no guidance."""
+
+    num_steps: int = 4  # the student's
+    teacher_steps: int = 5  # the teacher's within each of them
+
+    def __post_init__(self) -> None:
+        for key in ("num_steps", "teacher_steps"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"distill.{key}={getattr(self, key)} must be at least 1")
+
+
+def distillation_loss(
+    student: Any, teacher: Any, images: Tensor, generator: torch.Generator | None
+) -> dict[str, Tensor]:
+    """images: (B, 3, H, W) in [-1, 1]: their codes are the condition. student, teacher: FlexTok
+    with the same encoder; the teacher solves as its config.decode says. One of the student's steps
+    is drawn for the whole batch. Returns scalars; "loss" is the mean velocity's squared error."""
+    config = student.config.distill
+    check_images(images, student.image_size)
+    batch, device = len(images), images.device
+    u_keep, u_step = draw(torch.rand, (2, batch), generator, device)
+    keep = student.draw_keep(u_keep)
+    steps = shift_times(linear_times(config.num_steps), student.config.decode.time_shift)
+    i = int(u_step[0] * config.num_steps)
+    start, end = steps[i], steps[i + 1]
+    within = start + (end - start) * torch.linspace(0, 1, config.teacher_steps + 1)
+    with torch.no_grad():
+        latents = student.vae.encode(images, generator=generator)
+        codes = student.quantizer(student.encoder(latents))[0]
+        x = draw(torch.randn, (batch, *student.noise_shape), generator, device)
+        if i:
+            x = student.solve(x, steps[: i + 1], codes, keep)
+        mean = (teacher.solve(x, within, codes, keep) - x) / (end - start).to(device)
+    registers, mask = student.decoder.embed_codes(codes, keep)
+    velocity = student.velocity(x, start, registers, mask)
+    loss = (velocity.float() - mean.float()).square().mean()
+    return {"loss": loss, "distill": loss}

@@ -1,0 +1,74 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # How many tokens?
+#
+# Quality against the number of tokens, what stays open at each length, and the length that each picture
+# needs. The same as `flextok sweep` and `flextok adaptive`, on few pictures.
+
+# %%
+import tempfile
+from pathlib import Path
+
+import models
+from IPython.display import Image, display
+
+from flextok import FlexTok, viz
+from flextok.data.datasets import take
+from flextok.data.emoji import Emoji
+from flextok.data.transforms import ImageTransform
+from flextok.evaluation import adaptive
+from flextok.evaluation.job import Options
+from flextok.evaluation.sweep import format_table, sweep
+
+tokenizer = FlexTok.from_pretrained(models.tokenizer())
+pictures = take(Emoji("validation"), 24)  # evenly spread over the set
+output = Path(tempfile.mkdtemp())
+
+# %%
+report = sweep(tokenizer, pictures, Options(networks=()), output, num_pictures=3, num_draws=4)
+print(format_table(report))
+display(Image(output / "tokens.png", width=500))
+
+# %% [markdown]
+# Where decodes of one prefix differ (bright), the tokens have not decided yet:
+
+# %%
+display(Image(output / "variance.png", width=700))
+
+# %% [markdown]
+# **Adaptive length.** The shortest prefix that reaches a PSNR, picture by picture: plain shapes need few
+# tokens, fine ones more. The target is what half of the tokens reach on average.
+
+# %%
+import torch
+
+transform = ImageTransform(tokenizer.image_size)
+images = torch.stack([transform(pictures[i]["image"]) for i in range(8)])
+scores = {row["num_tokens"]: row["scores"]["psnr"] for row in report["results"]}
+target = round(scores[tokenizer.num_tokens // 2], 1)
+found = adaptive.encode(tokenizer, images, f"psnr={target}")
+for keep, reason in zip(found.keep.tolist(), found.reason, strict=True):
+    print(f"{keep:3d} tokens: {reason}")
+
+# %%
+decoded = tokenizer.decode(
+    found.indices, keep=found.keep, noise=torch.zeros(8, *tokenizer.noise_shape)
+)
+names = [f"{k}" for k in found.keep.tolist()]
+display(viz.grid([images, decoded], names, ["original", f"{target} dB or all"], scale=2))
+assert scores[tokenizer.num_tokens] > scores[1]
+assert bool((found.value[found.met] >= target).all())

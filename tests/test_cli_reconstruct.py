@@ -1,0 +1,126 @@
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_gpt, tiny_tokenizer
+from PIL import Image
+
+from flextok.cli import main
+from flextok.data.pictures import load_picture
+from flextok.data.transforms import ImageTransform, to_uint8
+
+FEW = ("--steps", "1")
+
+
+@pytest.fixture
+def model(tmp_path):
+    return str(tiny_tokenizer().save_pretrained(tmp_path / "tokenizer"))
+
+
+def reconstruct(model, *arguments) -> int:
+    return main(["reconstruct", *map(str, arguments), "--model", model, *FEW])
+
+
+def test_one_picture_is_the_models_own_reconstruction(model, picture_folder, tmp_path):
+    source, output = picture_folder / "cats" / "0.png", tmp_path / "out.png"
+    assert reconstruct(model, source, "--num-tokens", 3, "--seed", 5, "--output", output) == 0
+    tokenizer = tiny_tokenizer()
+    indices = tokenizer.encode(ImageTransform(16)(load_picture(source))[None])
+    noise = torch.Generator().manual_seed(5)
+    expected = tokenizer.decode(indices[:, :3], num_steps=1, generator=noise)
+    assert Image.open(output).tobytes() == to_uint8(expected[0]).tobytes()
+
+
+def test_a_folder_keeps_its_shape_and_json_tells_the_numbers(
+    model, picture_folder, tmp_path, capsys
+):
+    out = tmp_path / "out"
+    source = picture_folder / "cats" / ".."  # no two names alike: cats/0, dogs/0
+    assert reconstruct(model, source, "--num-tokens", 8, 1, "--output", out, "--json") == 0
+    rows = json.loads(capsys.readouterr().out)  # nothing but JSON
+    assert len(rows) == 12
+    assert {row["num_tokens"] for row in rows} == {1, 8}
+    assert all(Path(row["output"]).is_file() for row in rows)
+    assert out / "dogs" / "2-8.png" in [Path(row["output"]) for row in rows]
+    assert all(0 < row["psnr"] < 60 for row in rows)
+
+
+def test_a_picture_does_not_depend_on_those_beside_it(model, picture_folder, tmp_path):
+    one, all_of_them = tmp_path / "one", tmp_path / "all"
+    reconstruct(model, picture_folder / "cats" / "1.png", "--output", one)
+    reconstruct(model, picture_folder / "cats", "--output", all_of_them)
+    assert (one / "1-8.png").read_bytes() == (all_of_them / "1-8.png").read_bytes()
+
+
+@pytest.mark.slow
+def test_standard_input_to_standard_output(model, picture_folder, tmp_path):
+    source = picture_folder / "dogs" / "1.png"
+    command = [sys.executable, "-m", "flextok.cli", "reconstruct", "-", "--model", model, *FEW]
+    piped = subprocess.run(command, input=source.read_bytes(), capture_output=True, check=True)
+    reconstruct(model, source, "--output", tmp_path / "file.png")
+    assert (
+        Image.open(io.BytesIO(piped.stdout)).tobytes()
+        == Image.open(tmp_path / "file.png").tobytes()
+    )
+
+
+@pytest.mark.slow
+def test_a_reader_that_leaves_early_is_no_error(model):
+    command = [sys.executable, "-m", "flextok.cli", "info", model]
+    read, write = os.pipe()
+    os.close(read)  # as `| head` does, but surely
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert done.returncode == 0
+    assert done.stderr == ""
+
+
+def test_unreadable_pictures_are_skipped_and_the_exit_code_says_so(
+    model, picture_folder, tmp_path, capsys, caplog
+):
+    (picture_folder / "cats" / "1.png").write_text("no picture")
+    assert reconstruct(model, picture_folder / "cats", "--output", tmp_path / "out") == 1
+    assert len(list((tmp_path / "out").iterdir())) == 2
+    assert "1 of 3 pictures could not be read" in capsys.readouterr().err
+    assert "cats/1.png" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere.jpg"], "there is no picture 'nowhere.jpg'"),
+        (["{empty}"], "no pictures in"),
+        (["{cats}", "{dogs}"], "would be written to the same file"),
+        (["{cats}", "--output", "x.png"], "--output x.png holds one picture, not 3"),
+        (["{cats}/0.png", "--num-tokens", "1", "2", "--output", "-"], "holds one picture, not 2"),
+        (["{cats}/0.png", "--output", "-", "--json"], "name a file for one"),
+        (["{cats}/0.png", "--num-tokens", "9"], "--num-tokens 9 must be in [1, 8]"),
+        (["{cats}/0.png", "--output", "{cats}/0.png/under"], "Not a directory"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(model, picture_folder, capsys, arguments, message):
+    (picture_folder / "empty").mkdir()
+    places = {name: picture_folder / name for name in ("cats", "dogs", "empty")}
+    assert reconstruct(model, *(a.format(**places) for a in arguments)) == 1
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_a_generator_reconstructs_nothing(picture_folder, tmp_path, capsys):
+    picture = str(picture_folder / "cats" / "0.png")
+    gpt = tiny_gpt().save_pretrained(tmp_path / "gpt")
+    assert main(["reconstruct", picture, "--model", str(gpt)]) == 1
+    assert "is a generator: name the tokenizer" in capsys.readouterr().err
+
+
+def test_json_is_a_files_name_or_the_last_option(model, picture_folder, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["reconstruct", "--json", str(picture_folder / "cats"), "--model", model])
+    assert exit.value.code == 2
+    assert "put --json last" in capsys.readouterr().err

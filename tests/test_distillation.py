@@ -1,0 +1,106 @@
+import copy
+
+import pytest
+import torch
+from conftest import tiny_tokenizer
+
+from flextok.schema import ConfigError
+from flextok.tokenizers import FlexTok
+from flextok.tokenizers.distillation import DistillConfig
+from flextok.tokenizers.flextok import DecodeConfig
+
+TEACHES = DecodeConfig(guidance={"name": "cfg"}, guidance_scale=2.0)
+
+
+def make_teacher(**changes) -> FlexTok:
+    model = tiny_tokenizer(decode=copy.copy(TEACHES), **changes)
+    with torch.no_grad():  # a velocity that bends, so that few Euler steps are not enough
+        for name, parameter in model.decoder.named_parameters():
+            if "modulation" in name or "head" in name:
+                parameter.mul_(2.5)
+    return model
+
+
+def make_student(teacher: FlexTok, **changes) -> FlexTok:
+    student = tiny_tokenizer(decode=copy.copy(TEACHES), distill=DistillConfig(2, 4), **changes)
+    student.prepare_training(teacher)
+    return student
+
+
+def pictures(seed: int, batch: int = 16) -> torch.Tensor:
+    return torch.rand(batch, 3, 16, 16, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def error(student: FlexTok, teacher: FlexTok) -> float:
+    """Of the student's two steps against the teacher's eight, on unseen codes and noise, relative
+    to how far the teacher's solution moves from the noise."""
+    codes = teacher.quantizer.indices_to_codes(teacher.encode(pictures(7)))
+    noise = torch.randn(16, 3, 16, 16, generator=torch.Generator().manual_seed(8))
+    keep = torch.tensor([1, 2, 4, 8] * 4)
+    many = teacher.solve(noise, torch.linspace(1, 0, 9), codes, keep)
+    few = student.solve(noise, torch.linspace(1, 0, 3), codes, keep)
+    return float((few - many).norm() / (many - noise).norm())
+
+
+def test_the_student_comes_to_the_teachers_many_steps():
+    teacher = make_teacher()
+    student = make_student(teacher)
+    before = error(student, teacher)
+    optimizer = torch.optim.AdamW(
+        [p for p in student.parameters() if p.requires_grad], lr=2e-3, weight_decay=0.0
+    )
+    draws, losses = torch.Generator().manual_seed(0), []
+    student.train()
+    for step in range(120):
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3 * (1 - step / 120)
+        loss = student.loss(pictures(100 + step, 8), draws)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    after = error(student.eval(), teacher)
+    assert after < before / 2, (before, after)
+    assert sum(losses[-20:]) < sum(losses[:20]) / 2
+    state, taught = student.state_dict(), teacher.state_dict()
+    same = {name for name in state if torch.equal(state[name], taught[name])}
+    assert {name for name in state if name.startswith("encoder.")} < same  # the same tokens
+
+
+def test_a_teacher_without_bends_is_matched_from_the_start():
+    """With a constant velocity the mean over a step is the velocity: no error, no gradient."""
+    teacher = make_teacher()
+    with torch.no_grad():
+        teacher.decoder.head.weight.zero_()
+    loss = make_student(teacher).loss(pictures(0), torch.Generator().manual_seed(0))["loss"]
+    assert loss < 1e-10
+
+
+def test_the_flag_travels_and_decides_how_to_decode(tmp_path):
+    student = make_student(make_teacher())
+    student.save_pretrained(tmp_path)
+    loaded = FlexTok.from_pretrained(tmp_path)
+    assert loaded.config.distill == DistillConfig(2, 4)
+    indices, calls = loaded.encode(pictures(0, 2)), []
+    noise = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    plain = loaded.decode(indices, noise=noise, progress=calls.append)
+    assert calls == [1, 2]  # two steps, one velocity each
+    asked = loaded.decode(indices, noise=noise, num_steps=2, guidance_scale=1.0)
+    assert torch.equal(plain, asked)
+    for option in ({"num_steps": 4}, {"guidance_scale": 2.0}, {"solver": "heun"}):
+        (key,) = option
+        with pytest.raises(ValueError, match=f"{key}=.*distilled"):
+            loaded.decode(indices, **option)
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(ConfigError, match=r"both model\.distill and start\.teacher"):
+        tiny_tokenizer().prepare_training(make_teacher())
+    with pytest.raises(ConfigError, match=r"both model\.distill and start\.teacher"):
+        tiny_tokenizer(distill=DistillConfig()).prepare_training()
+    with pytest.raises(ConfigError, match="teacher's sizes"):
+        make_student(make_teacher(decoder_dim=48))
+    with pytest.raises(ValueError, match="call prepare_training"):
+        tiny_tokenizer(distill=DistillConfig()).loss(pictures(0))
+    with pytest.raises(ValueError, match=r"distill.num_steps=0 must be"):
+        DistillConfig(num_steps=0)

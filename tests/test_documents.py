@@ -1,0 +1,268 @@
+"""What README, docs, help texts and notebooks tell people to type, read out of them and run."""
+
+import argparse
+import ast
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import tiny_gpt, tiny_tokenizer
+from PIL import Image
+
+from flextok.cli import main, make_parser
+from flextok.cli.common import data_spec
+from flextok.config import load_experiment
+from flextok.pipeline import remember_tokenizer
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+EXTRAS = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.M)
+LAUNCHERS = ("flextok", "python -m flextok.cli", "torchrun --nproc-per-node=[N0-9]+ -m flextok.cli")
+# commands of others, and what only a shell needs
+TAKEN_AS_THEY_ARE = (
+    *("export ", "python3 -m venv", ". .venv/", "jq ", "hf ", "jupytext "),
+    "python -m flextok.cli",  # a mention
+)
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text("utf-8"), re.M | re.S)
+
+
+def commands(text: str) -> list[str]:
+    """The single commands of a shell text: no comments, no pipes, lines joined."""
+    found = []
+    for line in text.replace("\\\n", " ").splitlines():
+        line = re.sub(r"(^|\s)#.*$", "", line).strip()
+        parts = shlex.shlex(line, posix=False, punctuation_chars="|&<>")
+        parts.whitespace_split = True
+        command: list[str] = []
+        for part in [*parts, "|"]:
+            if set(part) <= set("|&"):
+                found.append(" ".join(command))
+                command = []
+            else:
+                command.append(part)
+    return [command for command in found if command]
+
+
+DOCUMENTED = [
+    (page.relative_to(ROOT).as_posix(), command)
+    for page in PAGES
+    for block in blocks(page, "bash")
+    for command in commands(block)
+]
+INLINE = [  # `flextok ...` in running text
+    (page.relative_to(ROOT).as_posix(), command)
+    for page in PAGES
+    for command in re.findall(r"`((?:flextok|python|make) [^`\n]*)`", page.read_text("utf-8"))
+    if not re.search(r"\.\.\.|\||<|[A-Z]{4}", command)
+]
+
+
+def subparsers() -> dict[str, argparse.ArgumentParser]:
+    (action,) = (a for a in make_parser()._actions if isinstance(a, argparse._SubParsersAction))
+    return dict(action.choices)
+
+
+def arguments_of(command: str) -> list[str] | None:
+    """What `flextok` gets from a command; None for another's command. Redirections are the
+    shell's."""
+    words = shlex.split(re.sub(r"\s[<>]\s*\S+", "", command))
+    scripts = {"train.py": "train", "sample.py": "sample", "scripts/train.slurm": "train"}
+    for script, name in scripts.items():
+        if words[0] in ("python", "torchrun", "sbatch") and script in words:
+            return [name, *words[words.index(script) + 1 :]]
+    match = re.match("|".join(f"{launcher}(?= )" for launcher in LAUNCHERS), command)
+    return words[len(match.group().split()) :] if match else None
+
+
+def check(command: str) -> None:
+    """Raise unless the command is one that runs: its options parse, its files and extras are
+    there."""
+    arguments = arguments_of(command)
+    if arguments is not None and len(arguments) == 1:  # a mention
+        assert arguments[0] in subparsers(), f"no command {arguments[0]}"
+    elif arguments is not None:
+        options = make_parser().parse_args([a for a in arguments if a != "..."])
+        if arguments[0] == "train":  # the config loads with these overrides, or says why not
+            changes = [a for a in options.arguments if "=" in a]
+            for config in options.arguments:
+                if config not in changes:
+                    load_experiment(ROOT / config, changes)
+        for name in (getattr(options, key, None) for key in ("data", "train")):
+            if name and not re.search(r"/|\.npz|^SET$", name):
+                data_spec(re.sub(r", \.\.\.", "", name))
+    elif command.startswith("make"):
+        for word in command.split()[1:]:
+            targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
+            assert "=" in word or word in targets, f"make has no {word}"
+    elif command.startswith("pip install"):
+        for extra in re.findall(r"\[([\w,]+)\]", command):
+            assert set(extra.split(",")) <= set(EXTRAS), command
+    elif re.match(r"python \S+\.py", command):
+        script, *flags = shlex.split(command)[1:]
+        source = (ROOT / script).read_text()
+        assert all(f in source for f in flags if f.startswith("--")), command
+    else:
+        assert command.startswith(TAKEN_AS_THEY_ARE), f"teach this test to check {command!r}"
+
+
+@pytest.mark.parametrize(("page", "command"), [*DOCUMENTED, *INLINE])
+def test_documented_commands_are_right(page, command):
+    check(command)
+
+
+def test_the_check_finds_mistakes():
+    """The test above can fail: each of these is wrong."""
+    for wrong in [
+        "flextok sample model --no-such-option 1",
+        "flextok nothing",
+        "python train.py configs/nowhere.yaml",
+        "python train.py configs/quickstart_tokenizer.yaml optim.learning_rate=1",
+        "make nothing",
+        "pip install 'flextok[nothing]'",
+        "frobnicate",
+    ]:
+        with pytest.raises((SystemExit, ValueError, AssertionError)):
+            check(wrong)
+    assert len(DOCUMENTED) > 50
+
+
+@pytest.mark.parametrize("name", subparsers())
+def test_help_teaches(name):
+    parser = subparsers()[name]
+    assert len(parser.description) > 60
+    examples = parser.epilog.removeprefix("examples:\n")
+    parsed = [command for command in commands(examples) if arguments_of(command)]
+    assert parsed, f"flextok {name} --help shows no example"
+    for command in parsed:
+        check(command)
+
+
+# --- and really run, with tiny models in the quickstart's places ----------------------------------
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory):
+    """A folder that looks like a user's after both quickstarts."""
+    folder = tmp_path_factory.mktemp("desk")
+    tokenizer = tiny_tokenizer(num_registers=16, decode={"num_steps": 1, "guidance_scale": 1.0})
+    encoder = {"name": "bytes", "dim": 16, "depth": 1, "num_heads": 2, "max_length": 64}
+    for name, conditioner in [
+        ("quickstart", {"name": "class", "num_classes": 9}),
+        ("quickstart_text", {"name": "text", "encoder": encoder}),
+    ]:
+        place = folder / "outputs" / name
+        tokenizer.save_pretrained(place / "tokenizer")
+        gpt = tiny_gpt(num_tokens=16, conditioner=conditioner)
+        if name == "quickstart":
+            gpt.metadata["class_names"] = ["Food & Drink", *map(str, range(8))]
+        remember_tokenizer(gpt, place / "generator", tokenizer, str(place / "tokenizer"))
+        gpt.save_pretrained(place / "generator")
+    picture = Image.linear_gradient("L").resize((40, 30)).convert("RGB")
+    (folder / "holiday").mkdir()
+    for file in ("a.png", "b.jpg", "cat.jpg", "picture.jpg", "holiday/1.png", "holiday/2.jpg"):
+        picture.save(folder / file)
+    (folder / "prompts.txt").write_text("a red heart\na key\n")
+    return folder
+
+
+SHORT = sorted(
+    {
+        command
+        for _, command in DOCUMENTED
+        if re.match(r"(flextok (info|reconstruct|sample)|python sample.py) ", command)
+        and "EPFL" not in command
+        and "quickstart_titok" not in command  # make quickstart-titok runs it
+        and " - " not in command
+    }
+)
+
+
+@pytest.mark.parametrize("command", SHORT)
+def test_short_commands_run(desk, monkeypatch, command):
+    monkeypatch.chdir(desk)
+    assert main(arguments_of(command)) == 0
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.name)
+def test_python_examples_run(desk, monkeypatch, page):
+    """In order, as one session; of those that load published weights, the imports and the names."""
+    monkeypatch.chdir(desk)
+    session: dict[str, object] = {}
+    for code in blocks(page, "python"):
+        if re.search(r"EPFL|yucornetto|fun-research", code):
+            used = [line for line in ast.parse(code).body if isinstance(line, ast.ImportFrom)]
+            exec(compile(ast.Module(used, []), page.name, "exec"), session)
+            for name in re.findall(r"^(\w+)\.from_pretrained", code, re.M):
+                assert callable(session[name].from_pretrained)
+        else:
+            exec(compile(code, page.name, "exec"), session)
+
+
+def test_notebooks_are_paired():
+    """Each notebook holds the cells of the .py beside it."""
+    jupytext = pytest.importorskip("jupytext")
+    notebooks = sorted((ROOT / "notebooks").glob("*.ipynb"))
+    assert len(notebooks) == 5
+    for path in notebooks:
+        cells, script = (
+            [(cell.cell_type, cell.source) for cell in jupytext.read(p).cells]
+            for p in (path, path.with_suffix(".py"))
+        )
+        assert cells == script, f"{path.name}: run jupytext --sync notebooks/*.ipynb"
+
+
+@pytest.mark.slow
+def test_docs_build_without_a_warning_and_ask_nobody(tmp_path):
+    pytest.importorskip("mkdocstrings")
+    pytest.importorskip("material")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir"]
+    done = subprocess.run(
+        [*command, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "api/tokenizers/index.html").read_text()
+    assert "any 1 &lt;= k &lt;= K" in page  # FlexTok.decode's docstring
+    for path in tmp_path.rglob("*.html"):
+        loads = re.findall(
+            r'<(?:script|img|iframe)[^>]*src="([^"]+)"|<link[^>]*href="([^"]+)"', path.read_text()
+        )
+        strangers = [x for pair in loads for x in pair if x.startswith(("http", "//"))]
+        assert not strangers, f"{path.name} loads {strangers}"
+
+
+@pytest.mark.slow
+def test_the_wheel_works_away_from_the_repository(tmp_path, desk):
+    """Built and unpacked into an empty environment that borrows only the dependencies;
+    scripts/check_package.sh installs those too."""
+    pytest.importorskip("build")
+    source = tmp_path / "source"
+    source.mkdir()
+    tracked = ("flextok", "pyproject.toml", "README.md", "LICENSE")
+    for name in tracked:
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, source / name)
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path)]
+    subprocess.run([*build, str(source)], check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    env = tmp_path / "env"
+    shutil.unpack_archive(wheel, env, "zip")
+    environment = {**os.environ, "PYTHONPATH": str(env)}
+    for arguments in (
+        ["info", "outputs/quickstart/tokenizer"],
+        ["reconstruct", "picture.jpg", "--model", "outputs/quickstart/tokenizer"],
+    ):
+        code = (
+            "import flextok, sys; from flextok.cli import main; "
+            f"assert flextok.__file__.startswith({str(env)!r}); sys.exit(main({arguments!r}))"
+        )
+        subprocess.run([sys.executable, "-c", code], cwd=desk, env=environment, check=True)
+    assert (env / "flextok/py.typed").is_file()
+    assert (env / "flextok/data/assets/emoji-64.tar").is_file()
