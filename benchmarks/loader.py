@@ -31,13 +31,15 @@ from flextok.data.stream import PositionSampler, collate, derived_generator
 from flextok.training.modules import TrainingModule
 from flextok.training.run import generator_run, load_tokenizer, tokenizer_run
 
+CLOCK = time.perf_counter
+
 
 def rate(step: Callable[[], object], samples: int, seconds: float, warm_up: int = 3) -> float:
-    """Samples a second of a step that handles `samples` of them."""
+    """Samples a second, by CLOCK, of a step that handles `samples` of them."""
     for _ in range(warm_up):
         step()
-    begun, count = time.perf_counter(), 0
-    while (passed := time.perf_counter() - begun) < seconds or count < 3:
+    begun, count = CLOCK(), 0
+    while (passed := CLOCK() - begun) < seconds or count < 3:
         step()
         count += 1
     return count * samples / passed
@@ -81,7 +83,14 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--seconds", type=float, default=10.0, help="of measuring, each row")
     parser.add_argument("--json", type=Path, help="add the figures to this file")
+    parser.add_argument(
+        "--cpu-seconds", action="store_true", help="of this process: on a busy machine, no workers"
+    )
     options = parser.parse_args()
+    if options.cpu_seconds:
+        if any(options.workers):
+            parser.error("--cpu-seconds counts no other process: give --workers 0")
+        globals()["CLOCK"] = time.process_time
     config = load_experiment(options.config, options.overrides)
     if config.task == "tokenizer":
         module, data, _ = tokenizer_run(config)
@@ -94,6 +103,7 @@ def main() -> None:
         "batch_size": data.batch_size,
         "device": torch.cuda.get_device_name() if device != "cpu" else platform.machine(),
         "cpus": os.cpu_count(),
+        "clock": "cpu" if options.cpu_seconds else "wall",
         "torch": torch.__version__,
         "model_samples_per_s": model_rate(module, data, device, options.seconds),
     }

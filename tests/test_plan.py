@@ -144,11 +144,9 @@ def test_more_gpus_take_less_time_for_the_same_samples(tmp_path):
     ("name", "trained", "frozen"),
     [  # in millions, as the papers and tests/test_golden.py have them
         ("flextok_d12_d12", 265.3, 83.8 + 304.8),  # the VAE, and the teacher of the alignment
-        ("ar_class_1.33B", 1575.4, 0),  # with embedding and head
-        ("ar_text_3.06B", 3362.3, 0),
+        ("ar_text_3.06B", 3362.3, 0),  # with embedding and head
         ("titok_l32_stage1", 610.3, 54.5),
         ("titok_l32_stage2", 339.5, 353.7),  # with the discriminator
-        ("maskgit_titok_l32", 177.2, 0),
     ],
 )
 def test_published_sizes_fit_the_gpus_that_their_configs_name(name, trained, frozen):

@@ -193,15 +193,21 @@ def add_frozen(model: Any) -> None:
         width = model.decoder.head.in_features
         options = {**model.config.repa, "pretrained": False}
         model.repa = RepresentationAlignment(width, **options)
+    if getattr(model.config, "distill", None):
+        model._begin_as(type(model)(replace(model.config, distill=None)))
     if getattr(model.config, "stage", None) == "proxy":
-        model.attach_proxy(MaskGITVQGAN(model.config.proxy))
+        model.attach_proxy(MaskGITVQGAN(replace(model.config.proxy, image_size=model.image_size)))
         proxy = model.proxy  # its encode(), but for the check of the pictures' range
         proxy.encode = torch.no_grad()(lambda images: proxy.quantizer(proxy._latents(images))[1])
     losses = getattr(model, "perceptual", None)
     for name in [] if losses is None else losses.weights:
         network: Any = PERCEPTUAL[name]
-        options = {"pretrained": False} if "pretrained" in signature(network).parameters else {}
-        model.perceptual.networks[name] = Frozen(network(**options).to("meta"))
+        if "pretrained" in signature(network).parameters:
+            built = network(pretrained=False)
+        else:
+            with torch.device("cpu"):  # it comes with its weights
+                built = network()
+        model.perceptual.networks[name] = Frozen(built.to("meta"))
 
 
 def perceptual_losses(model: nn.Module) -> list[Frozen]:
