@@ -108,8 +108,9 @@ class Encoder(nn.Module):
         self.norm = LayerNorm(dim)
         self.head = nn.Linear(dim, out_dim)
 
-    def forward(self, latents: Tensor) -> Tensor:
-        """latents: (B, C, h, w). Returns z (B, K, out_dim), before quantization."""
+    def forward(self, latents: Tensor, length: int | None = None) -> Tensor:
+        """latents: (B, C, h, w); length: only so many registers, the first ones, which see none
+        of the others. Returns z (B, length or K, out_dim), before quantization."""
         x = self.patch_embed(patchify(latents, self.patch_size))  # (B, N, D)
         x = x + self.patch_pos.flatten(2).transpose(1, 2)
         if self.registers is None:
@@ -118,9 +119,10 @@ class Encoder(nn.Module):
             x = rearrange(x, "b (h w) d -> b d h w", w=self.patch_pos.shape[-1])
             x = F.adaptive_avg_pool2d(x, self.token_grid).flatten(2).transpose(1, 2)  # (B, K, D)
             return self.head(self.norm(x))
-        num_patches, num_registers = x.shape[1], self.registers.shape[0]
-        x = torch.cat([x, self.registers.expand(len(x), -1, -1).to(x.dtype)], dim=1)  # (B, N+K, D)
-        mask = register_mask(num_patches, num_registers).to(x.device)
+        registers = self.registers[:length]
+        num_patches = x.shape[1]
+        x = torch.cat([x, registers.expand(len(x), -1, -1).to(x.dtype)], dim=1)  # (B, N+K, D)
+        mask = register_mask(num_patches, len(registers)).to(x.device)
         checkpoint = self.checkpoint_blocks and self.training
         *blocks, last = self.blocks
         for block in blocks:
@@ -386,9 +388,10 @@ class FlexTok(Pretrained, nn.Module):
         check_images(images, self.image_size)
         batch, device = len(images), images.device
         x0 = self.vae.encode(images, generator=generator)
-        codes, _, aux = self.quantizer(self.encoder(x0))
         u_keep, u_null, u_time = draw(torch.rand, (3, batch), generator, device)
         keep = self.draw_keep(u_keep)
+        truncates = self.config.drop_mode == "truncate"
+        codes, _, aux = self.quantizer(self.encoder(x0, int(keep[0]) if truncates else None))
         registers, mask = self.decoder.embed_codes(codes, keep, u_null < self.config.null_prob)
         noise = draw(torch.randn, tuple(x0.shape), generator, device).to(x0.dtype)
         t = self.sample_times(u_time)
