@@ -98,7 +98,7 @@ def test_what_does_not_fit_is_refused():
         tiny_tokenizer().prepare_training(make_teacher())
     with pytest.raises(ConfigError, match=r"both model\.distill and start\.teacher"):
         tiny_tokenizer(distill=DistillConfig()).prepare_training()
-    with pytest.raises(ConfigError, match="teacher's sizes"):
+    with pytest.raises(ConfigError, match="sizes of what it starts from"):
         make_student(make_teacher(decoder_dim=48))
     with pytest.raises(ValueError, match="call prepare_training"):
         tiny_tokenizer(distill=DistillConfig()).loss(pictures(0))

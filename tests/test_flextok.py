@@ -6,6 +6,7 @@ import torch
 from conftest import tiny_tokenizer
 
 from flextok.nn.embeddings import patchify, unpatchify
+from flextok.schema import ConfigError
 from flextok.tokenizers import FlexTok, FlexTokConfig
 from flextok.tokenizers.flextok import DecodeConfig
 from flextok.vae import IdentityVAE
@@ -357,3 +358,26 @@ def test_2d_baseline_pools_patches_and_has_no_registers(images):
 def test_2d_baseline_needs_a_fitting_grid(grid, message):
     with pytest.raises(ValueError, match=message):
         tiny_tokenizer(token_grid=grid)
+
+
+def test_training_goes_on_from_a_trained_model_of_the_same_or_another_size(generator):
+    trained = tiny_tokenizer()
+    trained.init_weights()
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+    model = tiny_tokenizer(nested_dropout="uniform")
+    model.prepare_training(weights=trained)
+    images = torch.rand(2, 3, 16, 16, generator=generator) * 2 - 1
+    assert torch.equal(model.encode(images), trained.encode(images))
+    larger = tiny_tokenizer(image_size=32)
+    larger.prepare_training(weights=trained)
+    assert torch.equal(larger.encoder.registers, trained.encoder.registers)
+    small, large = trained.encoder.patch_pos, larger.encoder.patch_pos
+    assert large.shape[-1] == 2 * small.shape[-1]
+    # the middle of a cell of four says what the one patch there said
+    means = torch.nn.functional.avg_pool2d(large, 2)
+    assert (means - small).abs().mean() < 0.1 * small.abs().mean()
+    assert larger.decode(larger.encode(torch.zeros(1, 3, 32, 32))).shape == (1, 3, 32, 32)
+    with pytest.raises(ConfigError, match="sizes of what it starts from"):
+        tiny_tokenizer(encoder_depth=3).prepare_training(weights=trained)

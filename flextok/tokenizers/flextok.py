@@ -294,31 +294,43 @@ class FlexTok(Pretrained, nn.Module):
         self.teacher: Frozen | None = None  # likewise
         self.init_weights()
 
-    def prepare_training(self, teacher: Any = None) -> None:
+    def prepare_training(self, teacher: Any = None, weights: Any = None) -> None:
         """Load the VAE, and add what only training needs: the representation alignment that
         config.repa asks for, with its pretrained backbone. Without it the model is exactly the
-        published one. With config.distill: begin as `teacher`, and learn its decoder only.
-        Raises ConfigError where the teacher is missing, not asked for, or of other sizes."""
+        published one. `weights`: a trained model to go on from; one of another image_size lends
+        its positions, interpolated. With config.distill: begin as `teacher`, and learn its decoder
+        only. Raises ConfigError where one is missing, not asked for, or of other sizes."""
         if (teacher is None) != (self.config.distill is None):
             raise ConfigError("a few-step decoder needs both model.distill and start.teacher")
+        if teacher is not None and (weights is not None or self.config.repa):
+            raise ConfigError("with start.teacher leave out start.weights and model.repa")
         if teacher is not None:
             self._begin_as(teacher)
+            self.encoder.requires_grad_(False)
+            self.decoder.null_token.requires_grad_(False)  # guidance is the teacher's
+            self.teacher = Frozen(teacher)
             return
         self.vae.load_weights()
+        if weights is not None:
+            self._begin_as(weights)
         if self.config.repa and self.repa is None:
             dim = self.decoder.head.in_features
             self.repa = RepresentationAlignment(dim, **self.config.repa)
 
-    def _begin_as(self, teacher: Any) -> None:
-        if not isinstance(teacher, FlexTok) or self.config.repa:
-            raise ConfigError("the teacher must be a flextok tokenizer, and model.repa be left out")
+    def _begin_as(self, trained: Any) -> None:
+        if not isinstance(trained, FlexTok):
+            raise ConfigError(f"start needs a flextok tokenizer, not a {trained.model_type}")
+        state = trained.state_dict()
+        for name in ("encoder.patch_pos", "decoder.patch_pos"):
+            grid = self.get_parameter(name).shape[-2:]
+            if state[name].shape[-2:] != grid:
+                state[name] = F.interpolate(state[name], tuple(grid), mode="bicubic")
         try:
-            self.load_state_dict(teacher.state_dict())
+            self.load_state_dict(state)
         except RuntimeError as error:
-            raise ConfigError(f"model must have its teacher's sizes: {error}") from None
-        self.encoder.requires_grad_(False)
-        self.decoder.null_token.requires_grad_(False)  # guidance is the teacher's
-        self.teacher = Frozen(teacher)
+            raise ConfigError(
+                f"model must have the sizes of what it starts from: {error}"
+            ) from None
 
     @property
     def num_tokens(self) -> int:

@@ -194,7 +194,7 @@ def add_frozen(model: Any) -> None:
         options = {**model.config.repa, "pretrained": False}
         model.repa = RepresentationAlignment(width, **options)
     if getattr(model.config, "distill", None):
-        model._begin_as(type(model)(replace(model.config, distill=None)))
+        model.prepare_training(teacher=type(model)(replace(model.config, distill=None)))
     if getattr(model.config, "stage", None) == "proxy":
         model.attach_proxy(MaskGITVQGAN(replace(model.config.proxy, image_size=model.image_size)))
         proxy = model.proxy  # its encode(), but for the check of the pictures' range
