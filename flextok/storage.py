@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+RELEASES = Path(__file__).parent / "releases"  # models that come with the package, by name
 OLD_WEIGHTS = "pytorch_model.bin"  # what hub repositories held before safetensors
 PICKLES = (".bin", ".pt", ".pth")
 SUFFIXES = (".safetensors", *PICKLES)
@@ -26,16 +27,20 @@ class CheckpointError(ValueError):
 
 
 def resolve(path: str | Path, revision: str | None = None) -> Path:
-    """A local folder or file as it is; else, from the hub or its local cache, the snapshot of a
-    hub id owner/name or the file of owner/name/file.bin. Raises CheckpointError."""
+    """A local folder or file as it is; else a model that comes with the package, by its name; else,
+    from the hub or its local cache, the snapshot of a hub id owner/name or the file of
+    owner/name/file.bin. Raises CheckpointError."""
     place, name = Path(path), str(path)
     if place.is_dir() or place.is_file():
         return place
+    if name in released():
+        return RELEASES / name
     parts = name.split("/")
     is_hub_file = len(parts) > 2 and name.endswith(SUFFIXES)
     if name.startswith((".", "/", "~")) or not (len(parts) == 2 or is_hub_file):
         raise CheckpointError(
-            f"no model at {name!r}: expected a folder with {CONFIG}, a weight file or a hub id"
+            f"no model at {name!r}: expected a folder with {CONFIG}, a weight file, a hub id, or one "
+            f"of those that come with the package ({', '.join(released())})"
         )
     from huggingface_hub import hf_hub_download, snapshot_download
 
@@ -56,6 +61,11 @@ def resolve(path: str | Path, revision: str | None = None) -> Path:
     if not (folder / WEIGHTS).is_file():
         folder = snapshot(OLD_WEIGHTS, CONFIG)
     return folder
+
+
+def released() -> list[str]:
+    """The names of the models that come with the package."""
+    return sorted(path.parent.name for path in RELEASES.glob(f"*/{CONFIG}"))
 
 
 def from_hub(name: str, download: Callable[[], str]) -> str:

@@ -21,7 +21,7 @@ from flextok.evaluation.job import Cell, Options
 from flextok.generators import GENERATORS
 from flextok.hub import fingerprint
 from flextok.losses import perceptual
-from flextok.pipeline import load_model
+from flextok.pipeline import generate_images, load_model, load_tokenizer_of
 from flextok.schema import ConfigError
 from flextok.tokenizers import TOKENIZERS, MaskGITVQGAN, VQGANConfig
 from flextok.training.optim import make_optimizer, parameter_groups, warmup_cosine
@@ -154,6 +154,18 @@ def test_the_generator_learned_its_sizes_from_tokenizer_and_data(uninterrupted):
     manifest = json.loads((uninterrupted / "generator/tokens/train/manifest.json").read_text())
     assert manifest["variants"] == 3
     assert manifest["num_samples"] == 6
+
+
+def test_a_generator_may_write_only_the_first_tokens(uninterrupted, tmp_path):
+    pictures = uninterrupted / "pictures"
+    path = generator_yaml(uninterrupted, pictures, "short", num_tokens=3)
+    train(load_experiment(path, [f"output_dir={tmp_path}", "trainer.max_steps=2"]))
+    gpt = load_model(tmp_path)
+    tokenizer = load_tokenizer_of(gpt, tmp_path)
+    made = generate_images(gpt, tokenizer, torch.tensor([0, 1]), [2, 3], seed=0)
+    assert {k: tuple(v.shape) for k, v in made.items()} == dict.fromkeys((2, 3), (2, 3, 16, 16))
+    with pytest.raises(ConfigError, match=r"num_tokens=9 must be at most 8"):
+        train(load_experiment(path, [f"output_dir={tmp_path / 'long'}", "model.num_tokens=9"]))
 
 
 @pytest.mark.parametrize("name", ["text", "frozen"])

@@ -97,4 +97,6 @@ class TokenizerModule(TrainingModule):
 
 class GeneratorModule(TrainingModule):
     def inputs(self, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        return batch["indices"], batch["text" if "text" in batch else "label"]
+        # a generator may write only the first tokens of an ordered tokenizer's
+        indices = batch["indices"][:, : self.model.num_tokens]
+        return indices, batch["text" if "text" in batch else "label"]

@@ -199,6 +199,7 @@ def generator_run(
         "conditioner": {"name": "class"},
     }
     spec = {**derived, **config.model}
+    check_length(spec["num_tokens"], tokenizer)
     captions = spec["conditioner"].get("name") == "text"
     cache = Path(config.data.token_cache or folder / "tokens")
     train_set = cached_tokens(config, tokenizer, cache / "train", config.data.train)
@@ -230,6 +231,16 @@ def generator_run(
     data = make_data(config, train_set, validation, prepare_tokens)
     module = GeneratorModule(model, config.optim, config.trainer.max_steps, config.seed)
     return module, data, draw_generations(tokenizer, cond, names)
+
+
+def check_length(num_tokens: int, tokenizer: Any) -> None:
+    """Refuse a generator whose sequences its tokenizer cannot decode."""
+    whole = tokenizer.num_tokens
+    if num_tokens > whole or (num_tokens < whole and not tokenizer.decodes_prefixes):
+        wanted = f"at most {whole}" if tokenizer.decodes_prefixes else f"{whole}"
+        raise ConfigError(
+            f"model.num_tokens={num_tokens} must be {wanted}, as the tokenizer has it"
+        )
 
 
 def add_text(

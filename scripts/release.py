@@ -1,0 +1,64 @@
+"""Put trained models into the package: fp16 weights, a config and a card each, in flextok/releases.
+
+    python scripts/release.py emoji=outputs/emoji/tokenizer emoji-class=outputs/emoji/class_generator
+
+The tokenizer comes first; the generators after it are told where it lies now, and the hash of its
+rounded weights. Prints how many indices of the validation emoji the rounding changes. A line in
+NOTES beside each config (card.md) goes into the model card.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from flextok.data.datasets import take
+from flextok.data.emoji import Emoji
+from flextok.data.transforms import ImageTransform
+from flextok.hub import fingerprint
+from flextok.pipeline import is_generator, load_model
+from flextok.storage import RELEASES
+
+LIMIT = 40e6  # bytes of all models together
+
+
+def rounded(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
+
+
+def changed_indices(one: torch.nn.Module, other: torch.nn.Module) -> float:
+    """The share of the validation emoji's indices that differ between two tokenizers."""
+    transform = ImageTransform(one.image_size)
+    images = torch.stack([transform(item["image"]) for item in take(Emoji("validation"), 64)])
+    return float((one.encode(images) != other.encode(images)).float().mean())
+
+
+def main(arguments: list[str]) -> None:
+    tokenizer, place = None, None
+    for argument in arguments:
+        name, folder = argument.split("=", 1)
+        model = load_model(folder)
+        if is_generator(model):
+            if tokenizer is None:
+                raise SystemExit(f"{argument}: name its tokenizer before it")
+            trained_on = load_model(Path(folder) / model.metadata["tokenizer"])
+            if fingerprint(trained_on) != model.metadata["tokenizer_fingerprint"]:
+                raise SystemExit(f"{argument}: its tokenizer was trained on since")
+            if changed_indices(trained_on, tokenizer) > 0.02:
+                raise SystemExit(f"{argument}: trained on another tokenizer than {place}")
+            model.metadata["tokenizer"] = f"../{place}"
+            model.metadata["tokenizer_fingerprint"] = fingerprint(tokenizer)
+        target = model.save_pretrained(RELEASES / name, rounded(model))
+        released = load_model(target)
+        if not is_generator(model):
+            share = changed_indices(model, released)
+            print(f"{name}: rounding to fp16 changes {share:.2%} of the validation emoji's indices")
+            tokenizer, place = released, name
+    size = sum(path.stat().st_size for path in RELEASES.rglob("*") if path.is_file())
+    print(f"{size / 1e6:.1f} MB in {RELEASES}")
+    if size > LIMIT:
+        raise SystemExit(f"more than {LIMIT / 1e6:.0f} MB: leave something out")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
