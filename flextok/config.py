@@ -93,7 +93,8 @@ class ExperimentConfig:
     trainer: TrainerConfig
     optim: OptimConfig = field(default_factory=OptimConfig)
     tokenizer: str | None = None  # generator: folder or hub id of its tokenizer
-    # tokenizer: trained models that it starts from, {weights: folder or hub id}; see prepare_training
+    # tokenizer: trained models that it starts from, {weights: folder or hub id}, see
+    # prepare_training
     start: dict[str, str] = field(default_factory=dict)
     adversarial: AdversarialConfig | None = None  # tokenizer: none for FlexTok
     evaluation: EvaluationConfig | None = None

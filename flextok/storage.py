@@ -39,8 +39,8 @@ def resolve(path: str | Path, revision: str | None = None) -> Path:
     is_hub_file = len(parts) > 2 and name.endswith(SUFFIXES)
     if name.startswith((".", "/", "~")) or not (len(parts) == 2 or is_hub_file):
         raise CheckpointError(
-            f"no model at {name!r}: expected a folder with {CONFIG}, a weight file, a hub id, or one "
-            f"of those that come with the package ({', '.join(released())})"
+            f"no model at {name!r}: expected a folder with {CONFIG}, a weight file, a hub id, or "
+            f"one of those that come with the package ({', '.join(released())})"
         )
     from huggingface_hub import hf_hub_download, snapshot_download
 

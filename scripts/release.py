@@ -1,6 +1,6 @@
-"""Put trained models into the package: fp16 weights, a config and a card each, in flextok/releases.
+"""Put trained models into the package: fp16 weights, config and card, in flextok/releases.
 
-    python scripts/release.py emoji=outputs/emoji/tokenizer emoji-class=outputs/emoji/class_generator
+    python scripts/release.py emoji=outputs/emoji/tokenizer emoji-class=outputs/emoji/generator
 
 The tokenizer comes first; the generators after it are told where it lies now, and the hash of its
 rounded weights. Prints how many indices of the validation emoji the rounding changes. A line in
