@@ -1,5 +1,6 @@
 import copy
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -381,3 +382,18 @@ def test_training_goes_on_from_a_trained_model_of_the_same_or_another_size(gener
     assert larger.decode(larger.encode(torch.zeros(1, 3, 32, 32))).shape == (1, 3, 32, 32)
     with pytest.raises(ConfigError, match="sizes of what it starts from"):
         tiny_tokenizer(encoder_depth=3).prepare_training(weights=trained)
+
+
+def test_registers_may_begin_at_places_that_cover_the_picture():
+    options = {"register_start": "spread", "token_std": 0.0, "position_temperature": 10}
+    model = tiny_tokenizer(image_size=32, num_registers=64, **options)
+    model.init_weights()
+    positions = model.encoder.patch_pos
+    assert positions.shape[-1] == 8
+    for tokens in (model.encoder.registers, model.decoder.register_pos):
+        nearest = torch.cdist(tokens.detach(), positions[0].flatten(1).T).argmin(dim=1)
+        for k in (4, 16):  # every prefix lies in as many different cells of a k-cell grid
+            side = 8 // math.isqrt(k)
+            cells = {(int(p) // 8 // side, int(p) % 8 // side) for p in nearest[:k]}
+            assert len(cells) >= 0.75 * k
+        assert len(set(nearest.tolist())) > 48

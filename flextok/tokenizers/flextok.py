@@ -62,6 +62,9 @@ class FlexTokConfig:
     # small grids want a small temperature (10 to 100): at 10000 neighbouring patches look alike
     position_temperature: float = 10_000.0
     token_std: float = 0.02  # of the learned tokens at the start; 1 sets registers apart sooner
+    # where registers begin: anywhere, or "spread", each at a place of its own in the picture, so
+    # that they learn together to read from their places and write to them
+    register_start: Literal["normal", "spread"] = "normal"
     nested_dropout: str = "pow2"
     drop_mode: Literal["mask", "truncate"] = "mask"  # mask token, or leave the sequence
     null_prob: float = 0.2  # how often all codes become the null condition in training
@@ -375,6 +378,11 @@ class FlexTok(Pretrained, nn.Module):
         for token in tokens:
             if token is not None:
                 nn.init.normal_(token, std=self.config.token_std)
+        if self.config.register_start == "spread" and self.encoder.registers is not None:
+            for token, part in zip(tokens[:2], (self.encoder, self.decoder), strict=True):
+                places = spread_positions(part.patch_pos, self.num_tokens)
+                with torch.no_grad():
+                    token.add_(places)
         nn.init.zeros_(self.decoder.head.weight)
 
     def velocity(
@@ -536,6 +544,17 @@ class FlexTok(Pretrained, nn.Module):
         guide = build(GUIDANCE, guidance or defaults.guidance, "guidance")
         solve = build(SOLVERS, solver or defaults.solver, "solver")
         return solve(guide(conditional, unconditional, scale), x, times)
+
+
+def spread_positions(positions: Tensor, number: int) -> Tensor:
+    """positions: (1, D, h, w). Returns (number, D): their values at points of which every first k
+    cover the picture evenly (Roberts' R2 sequence), interpolated."""
+    steps = torch.arange(number, dtype=torch.float64)[:, None]
+    golden = 1.32471795724474602596  # the real root of x^3 = x + 1
+    points = (0.5 + steps * torch.tensor([1 / golden, 1 / golden**2], dtype=torch.float64)) % 1
+    grid = (2 * points - 1).to(positions)[None, None]  # (1, 1, K, 2), in [-1, 1]
+    values = F.grid_sample(positions, grid, padding_mode="border", align_corners=False)
+    return values[0, :, 0].T
 
 
 def check_token_grid(
