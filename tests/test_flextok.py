@@ -397,3 +397,9 @@ def test_registers_may_begin_at_places_that_cover_the_picture():
             cells = {(int(p) // 8 // side, int(p) % 8 // side) for p in nearest[:k]}
             assert len(cells) >= 0.75 * k
         assert len(set(nearest.tolist())) > 48
+    # and look there first: far pixels change a register's first attention less than its own place's
+    block = model.encoder.blocks[0].attn
+    sequence = torch.cat([positions.flatten(2).transpose(1, 2), model.encoder.registers[None]], 1)
+    q, k = (block.split_heads(w(sequence), True) for w in (block.wq, block.wk))
+    looked_at = (q[:, :, 64:] @ k[:, :, :64].mT).mean(dim=1)[0].argmax(dim=1)
+    assert (looked_at == nearest).float().mean() > 0.8

@@ -62,8 +62,8 @@ class FlexTokConfig:
     # small grids want a small temperature (10 to 100): at 10000 neighbouring patches look alike
     position_temperature: float = 10_000.0
     token_std: float = 0.02  # of the learned tokens at the start; 1 sets registers apart sooner
-    # where registers begin: anywhere, or "spread", each at a place of its own in the picture, so
-    # that they learn together to read from their places and write to them
+    # where registers begin: anywhere, or "spread", each at a place of its own in the picture, with
+    # keys equal to queries: like looks for like (mimetic initialisation, arXiv 2305.09828)
     register_start: Literal["normal", "spread"] = "normal"
     nested_dropout: str = "pow2"
     drop_mode: Literal["mask", "truncate"] = "mask"  # mask token, or leave the sequence
@@ -383,6 +383,8 @@ class FlexTok(Pretrained, nn.Module):
                 places = spread_positions(part.patch_pos, self.num_tokens)
                 with torch.no_grad():
                     token.add_(places)
+                    for block in part.blocks:
+                        block.attn.wk.weight.copy_(block.attn.wq.weight)
         nn.init.zeros_(self.decoder.head.weight)
 
     def velocity(
