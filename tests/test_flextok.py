@@ -305,7 +305,7 @@ def test_representation_alignment_with_efficientnet(spatial):
 def encoded(model, images):
     """A model's codes of `images` and what its loss draws."""
     draws = seeded()
-    u_keep, u_null, u_time = torch.rand(3, len(images), generator=draws)
+    u_keep, _, u_time = torch.rand(3, len(images), generator=draws)
     noise = torch.randn(images.shape, generator=draws)
     return model.quantizer(model.encoder(images))[0], model.draw_keep(u_keep), u_time, noise
 

@@ -69,8 +69,8 @@ def test_ifsq_is_the_sigmoid_bound_and_its_indices_mean_the_same(generator):
     fsq = FSQ([5, 7], gain=0.8)
     half = torch.tensor([2.0, 3.0]) * (1 + fsq.eps)
     torch.testing.assert_close(fsq.bound(z), half * (2 * torch.sigmoid(1.6 * z) - 1))
-    for other in (FSQ([8, 7, 2], gain=0.8), FSQ([8, 7, 2], gain=3.0, full_ends=True)):
-        spread = torch.tensor([[[0.7], [30.0]]])  # where all levels are in use, and saturated
+    for other in (FSQ([8, 7, 2], gain=0.8), FSQ([8, 7, 2], gain=0.8, full_ends=True)):
+        spread = torch.tensor([[[1.5], [30.0]]])  # where all levels are in use, and saturated
         z = torch.randn(4000, 2, 3, generator=generator) * spread
         codes, indices, _ = other(z)
         assert len(indices.unique()) == other.codebook_size
