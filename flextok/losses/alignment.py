@@ -14,6 +14,7 @@ from flextok.nn.frozen import Frozen
 class ViTFeatures(nn.Module):
     """The patch features of a timm ViT, on pictures resized so that it sees the same grid."""
 
+    network: Any
     mean: Tensor
     std: Tensor
 
@@ -21,11 +22,11 @@ class ViTFeatures(nn.Module):
         super().__init__()
         import timm  # slow to import, and only this loss needs it
 
-        self.network: Any = timm.create_model(
+        network: Any = timm.create_model(
             model, pretrained=pretrained, num_classes=0, dynamic_img_size=True
         )
-        self.dim = self.network.num_features
-        mean, std = (torch.tensor(self.network.default_cfg[k]) for k in ("mean", "std"))
+        self.network, self.dim = network, network.num_features
+        mean, std = (torch.tensor(network.default_cfg[k]) for k in ("mean", "std"))
         self.register_buffer("mean", mean.view(1, 3, 1, 1))
         self.register_buffer("std", std.view(1, 3, 1, 1))
 
