@@ -13,22 +13,9 @@ is no FID. Runs are kept in outputs/compare and go on where they stopped.
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor
-from torch.utils.data import DataLoader
-
-from flextok.card import count_parameters
-from flextok.config import load_experiment
-from flextok.data.datamodule import prepare_image
-from flextok.data.stream import EvaluationSet, collate
-from flextok.data.transforms import ImageTransform
-from flextok.evaluation.distances import Statistics, frechet_distance, statistics
-from flextok.evaluation.features import EfficientNetLite0
-from flextok.evaluation.metrics import psnr
-from flextok.pipeline import load_model, reconstruct_prefixes
-from flextok.training.run import make_dataset, train
+from flextok.config import ExperimentConfig, load_experiment
+from flextok.training.study import train_and_measure
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 GRIDS = {8: [2, 4], 16: [4, 4], 32: [4, 8], 64: [8, 8]}
@@ -54,23 +41,13 @@ def runs() -> dict[str, list[tuple[str, list[str], list[int]]]]:
     }
 
 
-def train_run(layout: str, config: str, overrides: list[str], steps: int, folder: Path) -> Any:
+def run_config(
+    layout: str, config: str, overrides: list[str], steps: int, folder: Path
+) -> ExperimentConfig:
     name = "_".join([layout, *(part.split("=")[1] for part in overrides)])
     place = folder / "".join(c if c.isalnum() else "_" for c in name)
     overrides = [*overrides, f"output_dir={place}", f"trainer.max_steps={steps}"]
-    return load_model(train(load_experiment(CONFIGS / f"{config}.yaml", overrides)))
-
-
-def validation_pictures(size: int) -> Tensor:
-    dataset = make_dataset({"name": "emoji", "split": "validation"})
-    pictures = EvaluationSet(dataset, prepare_image(ImageTransform(size)))
-    return next(iter(DataLoader(pictures, batch_size=len(pictures), collate_fn=collate)))["image"]
-
-
-def features(network: Any, images: Tensor) -> Statistics:
-    """images: (n, 3, H, W) in [-1, 1]. Statistics of the features of the pictures as 8 bits."""
-    pixels = ((images.clamp(-1, 1) + 1) * 127.5).round()
-    return statistics(torch.cat([network(part).pooled for part in pixels.split(16)]))
+    return load_experiment(CONFIGS / f"{config}.yaml", overrides)
 
 
 def main() -> None:
@@ -79,28 +56,26 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("outputs/compare"))
     parser.add_argument("--json", type=Path, help="also write the figures there")
     options = parser.parse_args()
-    images, network = validation_pictures(32), EfficientNetLite0("cpu", torch.float32)
-    real = features(network, images)
-    rows = []
+    rows, count = [], 0
     for layout, models in runs().items():
-        for config, overrides, lengths in models:
-            model = train_run(layout, config, overrides, options.steps, options.output)
-            for k, pictures in reconstruct_prefixes(model, images, lengths).items():
+        for name, overrides, lengths in models:
+            config = run_config(layout, name, overrides, options.steps, options.output)
+            measured = train_and_measure(config, lengths, ["efficientnet_lite0"])
+            for result in measured["report"]["results"]:
+                count, scores = result["count"], result["scores"]
                 rows.append(
                     {
                         "layout": layout,
-                        "tokens": k,
-                        "psnr": psnr(pictures, images).mean().item(),
-                        "frechet_efficientnet_lite0": frechet_distance(
-                            features(network, pictures), real
-                        ),
-                        "parameters": count_parameters(model),
+                        "tokens": result["num_tokens"],
+                        "psnr": scores["psnr"],
+                        "frechet_efficientnet_lite0": scores["frechet_efficientnet_lite0"],
+                        "parameters": measured["parameters"],
                     }
                 )
     sizes = [row["parameters"] for row in rows]
     if max(sizes) > 1.1 * min(sizes):
         raise SystemExit(f"parameters from {min(sizes):,} to {max(sizes):,}: over 10 % apart")
-    print(f"{options.steps} steps of 16, {len(images)} validation emoji; PSNR (dB) / Frechet")
+    print(f"{options.steps} steps of 16, {count} validation emoji; PSNR (dB) / Frechet")
     print("| layout | parameters | " + " | ".join(f"{k} tokens" for k in LENGTHS) + " |")
     print("|---|---|" + "---|" * len(LENGTHS))
     for layout in runs():
@@ -108,7 +83,7 @@ def main() -> None:
         cells = [f"{r['psnr']:.2f} / {r['frechet_efficientnet_lite0']:.1f}" for r in mine.values()]
         print(f"| {layout} | {mine[64]['parameters'] / 1e6:.2f}M | {' | '.join(cells)} |")
     if options.json:
-        facts = {"steps": options.steps, "pictures": len(images), "results": rows}
+        facts = {"steps": options.steps, "pictures": count, "results": rows}
         options.json.write_text(json.dumps(facts, indent=2) + "\n")
 
 

@@ -118,6 +118,31 @@ def test_dropped_condition_is_the_null_class():
     assert not torch.allclose(dropped, model(indices, LABELS))
 
 
+def inputs_and_loss(model, indices, monkeypatch):
+    """What the embedding reads while the loss is computed, and the loss."""
+    seen, embed = [], model.embedding.forward
+    monkeypatch.setattr(model.embedding, "forward", lambda x: seen.append(x) or embed(x))
+    loss = model.loss(indices, LABELS[:1].expand(len(indices)), seeded())["loss"]
+    return seen[0], loss
+
+
+def test_context_noise_replaces_a_share_of_the_inputs_in_training_only(monkeypatch):
+    indices = torch.zeros(400, 8, dtype=torch.long)
+    model = tiny_gpt(context_noise=0.25, cond_drop=0.0)
+    read, clean = inputs_and_loss(model.eval(), indices, monkeypatch)
+    assert torch.equal(read, indices[:, :-1])
+    read, noisy = inputs_and_loss(model.train(), indices, monkeypatch)
+    replaced = read != 0
+    assert replaced.float().mean().item() == pytest.approx(0.25, abs=0.03)
+    assert len(read[replaced].unique()) > 150  # of 200, uniformly
+    targets = model(read, LABELS[:1].expand(400)).flatten(0, 1)  # clean ones are still predicted
+    expected = torch.nn.functional.cross_entropy(targets, indices.flatten())
+    torch.testing.assert_close(noisy, expected)
+    assert not torch.equal(noisy, clean)
+    with pytest.raises(ValueError, match=r"context_noise=1\.5"):
+        tiny_gpt(context_noise=1.5)
+
+
 def test_unconditional_model():
     model = tiny_gpt(conditioner={"name": "none"})
     assert model.generate(torch.zeros(3), num_tokens=4, generator=seeded()).shape == (3, 4)

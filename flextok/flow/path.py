@@ -31,15 +31,30 @@ def mode(u: Tensor, scale: float = 0.25) -> Tensor:
 
 
 def logit_normal(u: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
-    """sigmoid of a normal (SD3, eq. 19), through the normal's inverse CDF."""
+    """sigmoid of a normal (SD3, eq. 19), through the normal's inverse CDF. Its mean shifts the
+    training times: mean + log(s) gives what shift_times(., s) makes of them."""
     eps = torch.finfo(torch.float32).eps
     return torch.sigmoid(mean + std * torch.special.ndtri(u.clamp(eps, 1 - eps)))
+
+
+def thick_tailed(
+    u: Tensor, mean: float = 0.0, std: float = 1.0, uniform_share: float = 0.1
+) -> Tensor:
+    """logit_normal, with a share of uniform times mixed in so that none is rare (FlowMo, arXiv
+    2503.11056: 10 %). Both come from the one u: below uniform_share it is stretched to [0, 1] and
+    taken as it is, the rest is stretched likewise and mapped by logit_normal."""
+    if not 0 < uniform_share < 1:
+        raise ValueError(f"uniform_share={uniform_share} must be between 0 and 1")
+    tail = u < uniform_share
+    rest = (u - uniform_share) / (1 - uniform_share)
+    return torch.where(tail, u / uniform_share, logit_normal(rest, mean, std))
 
 
 # each maps uniform draws in [0, 1] to times in [0, 1], so that one Generator serves them all
 TIME_SAMPLERS: dict[str, Callable[..., Tensor]] = {
     "mode": mode,
     "logit_normal": logit_normal,
+    "thick_tailed": thick_tailed,
     "uniform": uniform,
 }
 

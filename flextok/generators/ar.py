@@ -5,6 +5,7 @@ positions; pre-norm blocks with SwiGLU. Position j reads the start token and ind
 predicts index j.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,6 +48,7 @@ class GPTConfig:
     )
     cond_drop: float = 0.1  # how often training sees the null condition
     dropout: float = 0.0  # on the input embeddings
+    context_noise: float = 0.0  # share of input indices that training replaces by random ones
     checkpoint_blocks: bool = False  # recompute activations in the backward pass
     generate: GenerateConfig = field(default_factory=GenerateConfig)
 
@@ -60,6 +62,8 @@ class GPT(Pretrained, nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
+        if not 0 <= config.context_noise < 1:
+            raise ValueError(f"context_noise={config.context_noise} must be in [0, 1)")
         self.config = config
         dim = config.dim or 64 * config.depth
         self.conditioner = build(CONDITIONERS, {"dim": dim, **config.conditioner}, "conditioner")
@@ -133,13 +137,22 @@ class GPT(Pretrained, nn.Module):
         self, indices: Tensor, cond: Any, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
         """indices: (B, K) long; cond: as in forward. Returns scalars; "loss" is the
-        cross-entropy in nats an index. `generator` draws which conditions are dropped."""
+        cross-entropy in nats an index. `generator` draws which conditions are dropped, and the
+        noise in the context: in training a share config.context_noise of the indices read, not of
+        those predicted, is replaced by uniform ones, as sampling errors will (the noisy context of
+        reAR, arXiv 2510.04450, at a constant share)."""
         self._check_indices(indices)
         drop = None
         if self.training and self.config.cond_drop > 0:
             u = draw(torch.rand, (len(indices),), generator, indices.device)
             drop = u < self.config.cond_drop
-        logits = self(indices[:, :-1], cond, drop)
+        context = indices[:, :-1]
+        if self.training and self.config.context_noise > 0:
+            shape, device = tuple(context.shape), indices.device
+            any_index = functools.partial(torch.randint, self.config.vocab_size)
+            replaced = draw(torch.rand, shape, generator, device) < self.config.context_noise
+            context = torch.where(replaced, draw(any_index, shape, generator, device), context)
+        logits = self(context, cond, drop)
         return {"loss": F.cross_entropy(logits.flatten(0, 1).float(), indices.flatten())}
 
     @torch.no_grad()

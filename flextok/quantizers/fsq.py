@@ -11,13 +11,22 @@ from torch import Tensor, nn
 
 
 class FSQ(nn.Module):
-    """Rounds each of C dimensions to its own number of levels: prod(levels) codes, no codebook."""
+    """Rounds each of C dimensions to its own number of levels: prod(levels) codes, no codebook.
 
-    def __init__(self, levels: list[int], eps: float = 1e-3):
+    gain: of z, before tanh. 0.8 is iFSQ (arXiv 2601.17124), whose bound 2 sigmoid(1.6 z) - 1 is
+    tanh(0.8 z) and makes a standard normal z nearly uniform. Rounding then gives each outer level
+    half an inner one's share; full_ends: a whole one, without which 0.8 uses the levels less evenly
+    than 1 does. Neither changes what an index means."""
+
+    def __init__(
+        self, levels: list[int], eps: float = 1e-3, gain: float = 1.0, full_ends: bool = False
+    ):
         super().__init__()
         if not levels or any(not isinstance(n, int) or n < 2 for n in levels):
             raise ValueError(f"levels={levels} must be a non-empty list of integers >= 2")
-        self.levels, self.eps = list(levels), eps
+        if gain <= 0:
+            raise ValueError(f"gain={gain} must be positive (1 = FSQ, 0.8 = iFSQ)")
+        self.levels, self.eps, self.gain, self.full_ends = list(levels), eps, gain, full_ends
         self.dim = len(levels)
         self.codebook_size = math.prod(levels)
 
@@ -32,9 +41,11 @@ class FSQ(nn.Module):
         """z: (..., C). Returns z squashed so that rounding gives exactly L values a dimension."""
         level, _ = self._constants(z)
         half = (level - 1) * (1 + self.eps) / 2
+        if self.full_ends:
+            half = level * (1 - self.eps) / 2
         offset = torch.where(level % 2 == 0, 0.5, 0.0)
         shift = torch.atanh(offset / half)
-        return torch.tanh(z + shift) * half - offset
+        return torch.tanh(self.gain * z + shift) * half - offset
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """z: (B, K, C) float. Returns codes (B, K, C) in about [-1, 1], indices (B, K) long, and an

@@ -71,6 +71,7 @@ class FlexTokConfig:
     time_sampler: dict[str, Any] = field(default_factory=lambda: {"name": "mode", "scale": 0.25})
     prediction: Literal["velocity", "x0"] = "velocity"  # what the decoder's head puts out
     loss_space: Literal["velocity", "x0"] = "velocity"  # x0 weighs the velocity's error by t^2
+    cross_length: float | None = None  # also decode all tokens; weight of the alignment to them
     max_timestep: float = 1000.0  # time embedding's scale is 1000 / max_timestep
     repa: dict[str, Any] | None = None  # see losses.RepresentationAlignment; training only
     checkpoint_blocks: bool = False  # recompute activations in the backward pass
@@ -257,6 +258,11 @@ class FlexTok(Pretrained, nn.Module):
             steps = {"num_steps": config.distill.num_steps, "solver": "euler"}
             fixed: dict[str, Any] = {**steps, "guidance_scale": 1.0, "guidance_interval": None}
             config.decode = replace(config.decode, **fixed)
+        if config.cross_length is not None and (config.distill or config.nested_dropout == "none"):
+            raise ConfigError(
+                "cross_length compares prefixes in training: it needs a nested_dropout other than "
+                "none, and no distill"
+            )
         self.vae = build(VAES, config.vae, "vae")
         self.quantizer = build(QUANTIZERS, config.quantizer, "quantizer")
         self.sample_keep = build(NESTED_DROPOUT, config.nested_dropout, "nested dropout")
@@ -402,7 +408,15 @@ class FlexTok(Pretrained, nn.Module):
 
     def loss(self, images: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """images: (B, 3, H, W) float in [-1, 1]. Returns scalars; "loss" is the total. All random
-        draws come from `generator`."""
+        draws come from `generator`.
+
+        With config.cross_length = w each picture is decoded twice, from its random prefix ("flow")
+        and from all tokens ("flow_full"), with the same noise, time and null condition; the total
+        is their mean plus w times "align", the error of the prefix's prediction against that from
+        all tokens, detached, weighed over time as the flow is. The best prediction from a prefix
+        is the mean of the best ones from all tokens, so once those are right this only adds a
+        target with less noise. After NesTok (2026), whose decoder is a ViT: with a flow decoder it
+        is untested in the literature."""
         if self.config.distill is not None:
             if self.teacher is None:
                 raise ValueError("config.distill is set: call prepare_training(teacher) before")
@@ -412,23 +426,36 @@ class FlexTok(Pretrained, nn.Module):
         x0 = self.vae.encode(images, generator=generator)
         u_keep, u_null, u_time = draw(torch.rand, (3, batch), generator, device)
         keep = self.draw_keep(u_keep)
-        truncates = self.config.drop_mode == "truncate"
-        codes, _, aux = self.quantizer(self.encoder(x0, int(keep[0]) if truncates else None))
-        registers, mask = self.decoder.embed_codes(codes, keep, u_null < self.config.null_prob)
+        align, null = self.config.cross_length, u_null < self.config.null_prob
+        is_short = self.config.drop_mode == "truncate" and align is None
+        codes, _, aux = self.quantizer(self.encoder(x0, int(keep[0]) if is_short else None))
         noise = draw(torch.randn, tuple(x0.shape), generator, device).to(x0.dtype)
         t = self.sample_times(u_time)
         x_t = interpolate(x0, noise, t)
-        output = self.decoder(x_t, t, registers, mask)
-        velocity = self._to_velocity(output.prediction, x_t, t)
-        error = (velocity.float() - velocity_target(x0, noise).float()).square()
-        if self.config.loss_space == "x0":  # x0 = x_t - t v
-            error = error * t.view(-1, 1, 1, 1) ** 2
-        losses = {"flow": error.mean()}
+        # x0 = x_t - t v: an error of x0 is t times one of v
+        weight = t.view(-1, 1, 1, 1) ** 2 if self.config.loss_space == "x0" else 1.0
+
+        def decode(keep: Tensor) -> tuple[Tensor, Tensor]:
+            registers, mask = self.decoder.embed_codes(codes, keep, null)
+            output = self.decoder(x_t, t, registers, mask)
+            return self._to_velocity(output.prediction, x_t, t).float(), output.features
+
+        def error(velocity: Tensor, target: Tensor) -> Tensor:
+            return ((velocity - target).square() * weight).mean()
+
+        target = velocity_target(x0, noise).float()
+        velocity, features = decode(keep)
+        losses = {"flow": error(velocity, target)}
         total = losses["flow"] + aux
+        if align is not None:
+            full, _ = decode(torch.full_like(keep, self.num_tokens))
+            losses["flow_full"] = error(full, target)
+            losses["align"] = error(velocity, full.detach())
+            total = (losses["flow"] + losses["flow_full"]) / 2 + align * losses["align"] + aux
         if self.config.repa:
             if self.repa is None:
                 raise ValueError("config.repa is set: call prepare_training() before loss()")
-            losses["repa"] = self.repa(output.features, images)
+            losses["repa"] = self.repa(features, images)
             total = total + self.repa.weight * losses["repa"]
         return {"loss": total, **losses}
 

@@ -1,0 +1,119 @@
+"""The base recipe, and with one change each: the same steps, batch and seeds, measured alike.
+
+    python experiments/run.py --steps 2000 --batch-size 16 --seeds 0 1 [--only base paper ifsq]
+
+A recipe is a file of recipes/, the config keys that it changes in base.yaml. Every run has a folder
+<output>/<recipe>/seed-<n> with result.json. What is finished is skipped, what was interrupted goes
+on; another budget wants another --output. <output>/table.md is written anew after each run, from
+all that is finished there. Several of these may run side by side, each with its own --only.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from flextok.config import ExperimentConfig, load_experiment
+from flextok.training.study import train_and_measure
+
+HERE = Path(__file__).parent
+RECIPES = sorted(path.stem for path in (HERE / "recipes").glob("*.yaml"))
+LENGTHS = [1, 4, 16, 64, 256]
+
+
+def recipe_config(name: str, overrides: list[str]) -> ExperimentConfig:
+    changes = yaml.safe_load((HERE / "recipes" / f"{name}.yaml").read_text("utf-8"))
+    changed = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
+    return load_experiment(HERE / "base.yaml", [*changed, *overrides])
+
+
+def finished(output: Path) -> dict[str, list[dict[str, Any]]]:
+    """Recipe -> the results of its seeds, base and paper first."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted(output.glob("*/seed-*/result.json")):
+        found.setdefault(path.parent.parent.name, []).append(json.loads(path.read_text("utf-8")))
+    order = sorted(found, key=lambda name: (name != "paper", name != "base", name))
+    return {name: found[name] for name in order}
+
+
+def spread(values: list[float], digits: int) -> str:
+    """Mean, and half the range where there are several."""
+    text = f"{sum(values) / len(values):.{digits}f}"
+    return text + (f" ± {(max(values) - min(values)) / 2:.{digits}f}" if len(values) > 1 else "")
+
+
+def table(results: dict[str, list[dict[str, Any]]]) -> str:
+    """Markdown: a table for each score by number of tokens, and one of codes and cost."""
+    first = next(iter(results.values()))[0]
+    config, rows = first["config"], first["report"]["results"]
+    scores = {"psnr": ("PSNR (dB), higher is better", 2)}
+    if "lpips" in rows[0]["scores"]:
+        scores["lpips"] = ("LPIPS, lower is better", 3)
+    for name in rows[0]["scores"]:
+        if name.startswith("frechet") or name == "rfid":
+            scores[name] = (f"{name}, lower is better", 1)
+    steps, batch = config["trainer"]["max_steps"], config["data"]["batch_size"]
+    text = [f"{steps} steps of {batch}, {rows[0]['count']} pictures; ± half the range over seeds."]
+    lengths = [row["num_tokens"] for row in rows]
+    for score, (title, digits) in scores.items():
+        text += ["", f"**{title}**", "", f"| recipe | seeds | {' | '.join(map(str, lengths))} |"]
+        text.append("|---" * (len(lengths) + 2) + "|")
+        for name, runs in results.items():
+            cells = [
+                spread([run["report"]["results"][i]["scores"][score] for run in runs], digits)
+                for i in range(len(lengths))
+            ]
+            text.append(f"| {name} | {len(runs)} | {' | '.join(cells)} |")
+    text += [
+        "",
+        "**Codes and cost**",
+        "",
+        "| recipe | codes used (%) | perplexity | CPU s a step |",
+    ]
+    text.append("|---|---|---|---|")
+    for name, runs in results.items():
+        codes = [run["report"]["codes"] for run in runs]
+        seconds = [s for run in runs if (s := run["cpu_seconds_per_step"]) is not None]
+        cells = [
+            spread([100 * c["usage"] for c in codes], 1),
+            spread([c["perplexity"] for c in codes], 0),
+            spread(seconds, 3) if seconds else "unknown",
+        ]
+        text.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(text) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", nargs="+", choices=RECIPES, default=RECIPES, metavar="RECIPE")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--networks", nargs="+", default=["efficientnet_lite0"])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", type=Path, default=Path("outputs/experiments"))
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="for all recipes")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    for seed in options.seeds:  # all recipes with the first seed come first
+        for name in options.only:
+            budget = [
+                f"seed={seed}",
+                f"output_dir={options.output / name / f'seed-{seed}'}",
+                f"trainer.max_steps={options.steps}",
+                f"trainer.validate_every={options.steps}",
+                f"data.batch_size={options.batch_size}",
+            ]
+            config = recipe_config(name, [*options.set, *budget])
+            lengths = [k for k in LENGTHS if k <= config.model["num_registers"]]
+            print(f"== {name}, seed {seed}", flush=True)
+            train_and_measure(config, lengths, options.networks)
+            (options.output / "table.md").write_text(table(finished(options.output)), "utf-8")
+    print(table(finished(options.output)))
+
+
+if __name__ == "__main__":
+    main()

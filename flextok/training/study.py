@@ -1,0 +1,70 @@
+"""A run of a study: a tokenizer trained, then measured by prefix length. What is done is kept."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from flextok.card import count_parameters
+from flextok.config import ExperimentConfig, load_experiment
+from flextok.evaluation.evaluate import evaluate_tokenizer
+from flextok.evaluation.job import Cell, Options
+from flextok.hub import atomic_write
+from flextok.pipeline import load_model
+from flextok.schema import ConfigError, to_mapping
+from flextok.training.run import cache_device, make_dataset, train
+
+
+def train_and_measure(
+    config: ExperimentConfig, lengths: list[int], networks: list[str]
+) -> dict[str, Any]:
+    """Train the tokenizer that `config` describes, or go on where it was interrupted, and evaluate
+    it on its validation pictures at each of `lengths` tokens, as it decodes by default.
+
+    Returns what <output_dir>/result.json then holds: config, lengths, networks, parameters,
+    cpu_seconds_per_step (of training, all threads; None where another session finished it) and the
+    evaluation's report. Where that file is there already it is only read. Raises ConfigError where
+    output_dir holds a run with other settings, and without data.validation."""
+    if config.data.validation is None:
+        raise ConfigError("a study measures on data.validation: name the pictures there")
+    folder = Path(config.output_dir)
+    if (folder / "config.yaml").exists() and load_experiment(folder / "config.yaml") != config:
+        raise ConfigError(f"{folder} holds a run with other settings: choose another output_dir")
+    asked = {"config": to_mapping(config), "lengths": lengths, "networks": networks}
+    if (folder / "result.json").exists():
+        found = json.loads((folder / "result.json").read_text("utf-8"))
+        if {key: found[key] for key in asked} == asked:
+            return found
+    cost = train_timed(config, folder)
+    model = load_model(folder).to(cache_device(config))
+    report = evaluate_tokenizer(
+        model,
+        make_dataset(config.data.validation),
+        [Cell(k) for k in lengths],
+        Options(networks=tuple(networks), seed=config.seed),
+        folder / "evaluation",
+        {"model": str(folder), "data": json.dumps(config.data.validation)},
+    )
+    result = {
+        **asked,
+        "parameters": count_parameters(model),
+        "cpu_seconds_per_step": cost,
+        "report": report,
+    }
+    write_json(result, folder / "result.json")
+    return result
+
+
+def train_timed(config: ExperimentConfig, folder: Path) -> float | None:
+    """Train to the end. Returns the CPU seconds a step, of the session that ended it."""
+    path, started = folder / "cost.json", time.process_time()
+    train(config)
+    begun_at = json.loads(max((folder / "starts").glob("*.json")).read_text("utf-8"))["step"]
+    if steps := config.trainer.max_steps - begun_at:
+        seconds = (time.process_time() - started) / steps
+        write_json({"cpu_seconds_per_step": seconds}, path)
+    return json.loads(path.read_text())["cpu_seconds_per_step"] if path.exists() else None
+
+
+def write_json(value: Any, path: Path) -> None:
+    atomic_write(path, lambda p: p.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8"))

