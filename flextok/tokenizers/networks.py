@@ -1,0 +1,186 @@
+"""FlexTok's two networks (arXiv 2502.13967, section 3): the encoder with registers, and the
+decoder, a rectified-flow DiT over patches and registers. Time: t=1 is noise (flow/path.py)."""
+
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from flextok.nn.attention import register_mask
+from flextok.nn.blocks import AdaLNBlock, Block, LayerNorm, SegmentModulation, modulate
+from flextok.nn.embeddings import TimeEmbedding, patchify, sincos_2d, unpatchify
+from flextok.tokenizers.common import run_block
+
+
+class Encoder(nn.Module):
+    """Latents to K ordered register outputs; register i never sees register j > i.
+
+    With a token_grid (rows, columns) it is the encoder of a 2D tokenizer, the baseline: there are
+    no registers, and token (i, j) is the mean of the patches in its cell of the picture."""
+
+    def __init__(
+        self,
+        channels: int,
+        grid: int,
+        patch_size: int,
+        dim: int,
+        depth: int,
+        num_heads: int,
+        num_registers: int,
+        out_dim: int,
+        token_grid: tuple[int, int] | None = None,
+        position_temperature: float = 10_000.0,
+        checkpoint_blocks: bool = False,
+    ):
+        super().__init__()
+        self.patch_size, self.checkpoint_blocks = patch_size, checkpoint_blocks
+        self.token_grid = token_grid
+        self.patch_embed = nn.Linear(channels * patch_size**2, dim)
+        positions = sincos_2d(dim, grid, grid, position_temperature)
+        self.patch_pos = nn.Parameter(positions, requires_grad=False)
+        self.registers = None
+        if token_grid is None:
+            self.registers = nn.Parameter(torch.empty(num_registers, dim))
+        self.blocks = nn.ModuleList(Block(dim, num_heads, qk_norm=True) for _ in range(depth))
+        self.norm = LayerNorm(dim)
+        self.head = nn.Linear(dim, out_dim)
+
+    def forward(self, latents: Tensor, length: int | None = None) -> Tensor:
+        """latents: (B, C, h, w); length: only so many registers, the first ones, which see none
+        of the others. Returns z (B, length or K, out_dim), before quantization."""
+        x = self.patch_embed(patchify(latents, self.patch_size))  # (B, N, D)
+        x = x + self.patch_pos.flatten(2).transpose(1, 2)
+        if self.registers is None:
+            for block in self.blocks:
+                x = run_block(block, x, checkpoint=self.checkpoint_blocks and self.training)
+            x = rearrange(x, "b (h w) d -> b d h w", w=self.patch_pos.shape[-1])
+            x = F.adaptive_avg_pool2d(x, self.token_grid).flatten(2).transpose(1, 2)  # (B, K, D)
+            return self.head(self.norm(x))
+        registers = self.registers[:length]
+        num_patches = x.shape[1]
+        x = torch.cat([x, registers.expand(len(x), -1, -1).to(x.dtype)], dim=1)  # (B, N+K, D)
+        mask = register_mask(num_patches, len(registers)).to(x.device)
+        checkpoint = self.checkpoint_blocks and self.training
+        *blocks, last = self.blocks
+        for block in blocks:
+            x = run_block(block, x, mask, prefix=num_patches, checkpoint=checkpoint)
+        x = last(x, mask, first=num_patches)  # nobody reads the patches after it
+        return self.head(self.norm(x))
+
+
+class DecoderOutput(NamedTuple):
+    prediction: Tensor  # (B, C, h, w), like x_t
+    features: Tensor  # (B, N, D), patches after `feature_block`, for representation alignment
+
+
+class FlowDecoder(nn.Module):
+    """Rectified-flow DiT: noisy patches and registers under full attention, adaLN-zero on time."""
+
+    feature_block = 1
+
+    def __init__(
+        self,
+        channels: int,
+        grid: int,
+        patch_size: int,
+        dim: int,
+        depth: int,
+        num_heads: int,
+        num_registers: int,
+        code_dim: int,
+        position_temperature: float = 10_000.0,
+        max_timestep: float = 1000.0,
+        drop_mode: Literal["mask", "truncate"] = "mask",
+        checkpoint_blocks: bool = False,
+    ):
+        super().__init__()
+        self.patch_size, self.grid, self.drop_mode = patch_size, grid, drop_mode
+        self.checkpoint_blocks = checkpoint_blocks
+        self.code_embed = nn.Linear(code_dim, dim)
+        self.register_pos = nn.Parameter(torch.empty(num_registers, dim))
+        self.mask_token = nn.Parameter(torch.empty(dim))  # stands for every dropped register
+        self.null_token = nn.Parameter(torch.empty(dim))  # stands for all of them: no condition
+        self.patch_embed = nn.Linear(channels * patch_size**2, dim)
+        positions = sincos_2d(dim, grid, grid, position_temperature)
+        self.patch_pos = nn.Parameter(positions, requires_grad=False)
+        self.time_embed = TimeEmbedding(dim, max_timestep)
+        self.blocks = nn.ModuleList(AdaLNBlock(dim, num_heads) for _ in range(depth))
+        self.norm = LayerNorm(dim)
+        self.modulation = SegmentModulation(dim, chunks=2, segments=1)
+        self.head = nn.Linear(dim, channels * patch_size**2)
+
+    def embed_codes(
+        self, codes: Tensor, keep: Tensor | None = None, null: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """codes: (B, k, code_dim) with k <= K; keep: (B,) long, tokens kept of each (default k);
+        null: (B,) bool, True = no condition. Returns registers (B, K', D) and an additive attention
+        bias (B, 1, 1, N+K') or None; both serve every step of a solve.
+
+        Mask mode: the sequence has K registers, a dropped one is the mask token without a position.
+        Truncate mode: it has `keep`. The null token stands for all. Equal tokens stay equal
+        from block to block, so outside training one stands for them: log(their number) on its
+        attention logit says how many they are, and K' is as many different tokens as there are."""
+        batch, k, _ = codes.shape
+        total = self.register_pos.shape[0]
+        if keep is None:
+            keep = torch.full((batch,), k, device=codes.device)
+        truncates = self.drop_mode == "truncate"
+        size = keep if truncates else torch.full_like(keep, total)  # registers of the sequence
+        real = keep if null is None else keep.masked_fill(null, 0)  # those that are codes
+        length = longest = int(keep.max()) if truncates else total
+        if not self.training:
+            length = int((real + (real < size)).max())
+        x = self.code_embed(codes[:, :length].to(self.code_embed.weight.dtype))
+        x = x + self.register_pos[: x.shape[1]].to(x.dtype)
+        x = F.pad(x, (0, 0, 0, length - x.shape[1]))
+        filler = self.mask_token.to(x.dtype)
+        if null is not None:
+            filler = torch.where(null[:, None, None], self.null_token.to(x.dtype), filler)
+        slots = torch.arange(length, device=codes.device)
+        x = torch.where((slots < real[:, None])[..., None], x, filler)
+        if length < longest:
+            copies = torch.where(slots == real[:, None], (size - real)[:, None], 0)
+            count = torch.where(slots < real[:, None], 1, copies)  # (B, K')
+        elif truncates:
+            count = (slots < size[:, None]).long()
+        else:
+            return x, None
+        if bool((count == 1).all()):
+            return x, None
+        bias = F.pad(count.to(x.dtype).log(), (self.grid**2, 0))  # 0: a patch; -inf: not there
+        return x, bias[:, None, None]
+
+    def forward(
+        self, x_t: Tensor, t: Tensor, registers: Tensor, mask: Tensor | None = None
+    ) -> DecoderOutput:
+        """x_t: (B, C, h, w); t: (B,) or () in [0, 1]; registers, mask: from embed_codes."""
+        x = self.patch_embed(patchify(x_t.to(self.patch_embed.weight.dtype), self.patch_size))
+        x = x + self.patch_pos.flatten(2).transpose(1, 2).to(x.dtype)
+        lengths = (x.shape[1], registers.shape[1])
+        condition = self.time_embed(t.to(x.device).expand(len(x)))  # (B, D)
+        x = torch.cat([x, registers.to(x.dtype)], dim=1)  # (B, N+K', D)
+        features = x
+        checkpoint = self.checkpoint_blocks and self.training
+        for i, block in enumerate(self.blocks, start=1):
+            last = i == len(self.blocks)  # nobody reads the registers after it
+            x = run_block(block, x, condition, lengths, mask, last, checkpoint=checkpoint)
+            if i == self.feature_block + 1:
+                features = x
+        shift, scale = self.modulation(condition)
+        x = self.head(modulate(self.norm(x), shift, scale, lengths[:1]))
+        prediction = unpatchify(x, self.patch_size, self.grid)
+        return DecoderOutput(prediction, features[:, : lengths[0]])
+
+
+@torch.no_grad()
+def add_places(tokens: Tensor, positions: Tensor) -> None:
+    """tokens: (K, D), changed in place; positions: (1, D, h, w). Adds the positions of K points, of
+    which every first k cover the picture evenly (Roberts' R2 sequence), interpolated."""
+    steps = torch.arange(len(tokens), dtype=torch.float64)[:, None]
+    golden = 1.32471795724474602596  # the real root of x^3 = x + 1
+    points = (0.5 + steps * torch.tensor([1 / golden, 1 / golden**2], dtype=torch.float64)) % 1
+    grid = (2 * points - 1).to(positions)[None, None]  # (1, 1, K, 2), in [-1, 1]
+    values = F.grid_sample(positions, grid, padding_mode="border", align_corners=False)
+    tokens += values[0, :, 0].T
