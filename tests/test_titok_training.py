@@ -351,3 +351,17 @@ def test_components_combine_freely(trained, tmp_path, name):
 def test_usage_of_even_codes_is_whole():
     used, perplexity = codebook_usage(torch.full((8,), 3))
     assert (used.item(), round(perplexity.item(), 3)) == (1.0, 8.0)
+
+
+def test_the_teacher_may_quantize_with_fsq():
+    spec = VQGANConfig(**{**VQGAN, "quantizer": {"name": "fsq", "levels": [4, 4]}})
+    teacher = MaskGITVQGAN(spec).eval()
+    first = TiTok(TiTokConfig(**TITOK, stage="proxy", proxy=spec))
+    first.prepare_training(proxy=teacher)
+    second = TiTok(TiTokConfig(**TITOK, stage="finetune", proxy=spec))
+    second.prepare_training(proxy=teacher, first=first)
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    indices = first.eval().encode(images)
+    decoded = first.decode(indices)
+    assert decoded.std() > 0
+    assert torch.allclose(decoded, second.eval().decode(indices), atol=1e-5)

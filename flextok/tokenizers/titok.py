@@ -477,10 +477,12 @@ class TiTok(Pretrained, nn.Module):
             return from_unit(out)
         probabilities = out.float().softmax(dim=-1)  # (B, N, V): a soft choice of proxy codes
         if self.config.stage == "proxy":
-            codebook, decoder = self.proxy.quantizer.codebook, self.proxy.decoder
+            quantizer, decoder = self.proxy.quantizer, self.proxy.decoder
         else:
-            codebook, decoder = self.pixel_quantizer.codebook, self.pixel_decoder
-        soft = rearrange(probabilities @ codebook.float(), "b (h w) c -> b c h w", h=self.grid)
+            quantizer, decoder = self.pixel_quantizer, self.pixel_decoder
+        every = torch.arange(self.proxy_vocab_size, device=codes.device)
+        soft = probabilities @ quantizer.indices_to_codes(every).float()
+        soft = rearrange(soft, "b (h w) c -> b c h w", h=self.grid)
         return from_unit(decoder(soft.to(decoder.conv_in.weight.dtype)))
 
     def _check_discrete(self) -> None:
