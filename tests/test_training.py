@@ -357,7 +357,7 @@ SHRUNKEN = {
         "model.decoder_dim=64",
         "model.num_registers=8",
     ],
-    "gpt": ["model.depth=2", "model.dim=32"],
+    "gpt": ["model.depth=2", "model.dim=32", "model.num_heads=2", "model.num_tokens=6"],
     "maskgit": ["model.depth=3", "model.dim=32", "model.num_heads=2"],
     "maskgit_vqgan": [f"model.{key}={value}" for key, value in VQGAN.items()],
     "titok": [f"model.{key}={value}" for key, value in TITOK.items() if key != "quantizer"]
@@ -428,6 +428,10 @@ def test_every_config_takes_a_training_step_when_shrunk(
         config = load_experiment(path, [*overrides, "model.distill=null"])
         build_model(TOKENIZERS, config.model).save_pretrained(tmp_path / "teacher")
         overrides.append(f"start.teacher={tmp_path / 'teacher'}")
+    if "weights" in spec.get("start", {}):
+        config = load_experiment(path, [*overrides, "model.image_size=16"])
+        build_model(TOKENIZERS, config.model).save_pretrained(tmp_path / "weights")
+        overrides.append(f"start.weights={tmp_path / 'weights'}")
     train(load_experiment(path, [*overrides, "trainer.log_every=1"]))
     losses = logged_losses(tmp_path / "run")
     assert list(losses) == [0]
