@@ -150,9 +150,9 @@ class FlexTok(Pretrained, nn.Module):
         only. Raises ConfigError where one is missing, not asked for, or of other sizes."""
         if (teacher is None) != (self.config.distill is None):
             raise ConfigError("a few-step decoder needs both model.distill and start.teacher")
-        if teacher is not None and (weights is not None or self.config.repa):
-            raise ConfigError("with start.teacher leave out start.weights and model.repa")
         if teacher is not None:
+            if weights is not None or self.config.repa:
+                raise ConfigError("with start.teacher leave out start.weights and model.repa")
             self._begin_as(teacher)
             self.encoder.requires_grad_(False)
             self.decoder.null_token.requires_grad_(False)  # guidance is the teacher's
