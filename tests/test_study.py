@@ -23,7 +23,7 @@ spec.loader.exec_module(run)
 def test_every_recipe_builds_and_changes_something(name):
     config = run.recipe_config(name, [])
     model = build_model(TOKENIZERS, config.model)
-    assert (model.num_tokens, model.image_size, model.encoder.head.in_features) == (256, 64, 128)
+    assert (model.num_tokens, model.image_size, model.encoder.head.in_features) == (256, 32, 128)
     base = load_experiment(EXPERIMENTS / "base.yaml")
     assert (config == base) == (name == "base")
     assert f"`{name}`" in (EXPERIMENTS / "README.md").read_text("utf-8")
