@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 # torch's own name for the product, which torch.compile uses: private, so it may be missing from
 # some version, which then does without it
-_OP = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 # Below these oneDNN's 15 us a call outweigh what it saves (measured on Zen 5). They depend on
 # shapes alone, never on a timing, so that a run repeats and resumes bit for bit.
@@ -65,7 +65,7 @@ def _is_plain(x: Tensor) -> bool:
 def onednn_is_faster() -> bool:
     """Whether this machine has AVX-512 that MKL leaves unused."""
     return (
-        _OP is not None
+        ONEDNN_LINEAR is not None
         and torch.backends.mkldnn.is_available()
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
         and processor_vendor() not in ("GenuineIntel", "")
@@ -86,8 +86,8 @@ class _OneDNNLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        assert _OP is not None
-        return _OP(x, weight, bias, "none", [], "")
+        assert ONEDNN_LINEAR is not None
+        return ONEDNN_LINEAR(x, weight, bias, "none", [], "")
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
