@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from flextok.config import OptimConfig, load_experiment
 from flextok.generators import GENERATORS
@@ -295,10 +295,6 @@ def measure_row(row: Row, machine: Machine, repeats: int, compare_mkl: bool = Fa
     with FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:  # warms up, too
         row.run()
     wall, cpu = measure(row.run, device, repeats)
-    mkl_cpu = None
-    if compare_mkl:
-        with torch.backends.mkldnn.flags(enabled=False):
-            _, mkl_cpu = measure(row.run, device, repeats)
     seconds, flops = busy_seconds(wall, cpu, device), float(counter.get_total_flops())
     share = None if row.bytes_read is None else row.bytes_read / seconds / machine.bandwidth
     rate = flops / seconds
@@ -313,16 +309,34 @@ def measure_row(row: Row, machine: Machine, repeats: int, compare_mkl: bool = Fa
         bandwidth_share=share,
         peak_memory=peak_memory(device),
         published_cpu=PUBLISHED.get(row.name),
-        mkl_cpu=mkl_cpu,
+        mkl_cpu=without_onednn(row, device, repeats) if compare_mkl else None,
     )
 
 
-def linear_flops(x: tuple[int, ...], weight: tuple[int, ...], *_: object, **__: object) -> int:
+def without_onednn(row: Row, device: torch.device, repeats: int) -> float:
+    with torch.backends.mkldnn.flags(enabled=False):
+        return measure(row.run, device, repeats)[1]
+
+
+def linear_flops(x: Any, weight: Any, *_: object, **__: object) -> int:
     return 2 * math.prod(x) * weight[0]
 
 
-# what torch's counter does not know
-FLOPS: dict[Any, Any] = {} if ONEDNN_LINEAR is None else {ONEDNN_LINEAR: linear_flops}
+def attention_flops(q: Any, k: Any, v: Any, *_: object, **__: object) -> int:
+    return sdpa_flop_count(q, k, v)
+
+
+def attention_backward_flops(grad: Any, q: Any, k: Any, v: Any, *_: object, **__: object) -> int:
+    return sdpa_backward_flop_count(grad, q, k, v)
+
+
+aten = torch.ops.aten
+# what torch's counter does not know, in every version
+FLOPS: dict[Any, Any] = {
+    aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
+    **({} if ONEDNN_LINEAR is None else {ONEDNN_LINEAR: linear_flops}),
+}
 
 
 def measure(run: Callable[[], object], device: torch.device, repeats: int) -> tuple[float, float]:
