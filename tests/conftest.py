@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -6,7 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
+from flextok.data.emoji import Emoji
 from flextok.generators import GPT, GPTConfig
+from flextok.pipeline import remember_tokenizer
 from flextok.tokenizers import FlexTok, FlexTokConfig
 
 TINY = {
@@ -68,6 +71,33 @@ def tiny_gpt(**changes) -> GPT:
     }
     torch.manual_seed(0)
     return randomize(GPT(GPTConfig(**{**options, **changes}))).eval()
+
+
+def tiny_releases(folder: Path) -> Path:
+    """Tiny models by the names of those that come with the package, all else alike."""
+    tokenizer = tiny_tokenizer(num_registers=256, decode={"num_steps": 1, "guidance_scale": 1.0})
+    tokenizer.save_pretrained(folder / "emoji")
+    tokenizer.save_pretrained(folder / "emoji-few-step")
+    names = Emoji(label="subgroup").class_names
+    encoder = {"name": "bytes", "dim": 16, "depth": 1, "num_heads": 2, "max_length": 64}
+    for name, conditioner in [
+        ("emoji-class", {"name": "class", "num_classes": len(names)}),
+        ("emoji-text", {"name": "text", "encoder": encoder}),
+    ]:
+        gpt = tiny_gpt(num_tokens=64, conditioner=conditioner)
+        if name == "emoji-class":
+            gpt.metadata["class_names"] = names
+        remember_tokenizer(gpt, folder / name, tokenizer, str(folder / "emoji"))
+        gpt.save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture
+def releases(tmp_path, monkeypatch) -> Path:
+    """The package with tiny models in place of its own."""
+    folder = tiny_releases(tmp_path / "releases")
+    monkeypatch.setattr("flextok.storage.RELEASES", folder)
+    return folder
 
 
 @pytest.fixture

@@ -309,13 +309,15 @@ def test_a_taken_port_is_a_mistake_told_in_one_line():
         assert 7860 <= first.getsockname()[1] < second.getsockname()[1]
 
 
-@pytest.mark.parametrize("command", [["demo"], ["reconstruct", "{picture}", "--model"]])
-def test_a_missing_default_model_names_the_remedy(command, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("flextok.cli.common.DEFAULT_MODEL", "not_there")
-    (tmp_path / "picture.png").write_bytes(png())
-    words = [word.format(picture=tmp_path / "picture.png") for word in command]
-    assert main([*words, "not_there"]) == 1
-    assert "outputs/quickstart/tokenizer after `make quickstart`" in capsys.readouterr().err
+def test_without_models_the_page_shows_those_of_the_package(releases, monkeypatch):
+    pytest.importorskip("gradio", reason="needs pip install 'flextok[demo]'")
+    made: list = []
+    monkeypatch.setattr("flextok.demo.server.serve", lambda *arguments: None)
+    monkeypatch.setattr("flextok.demo.page.make_app", lambda *arguments: made.append(arguments))
+    assert main(["demo"]) == 0
+    ((studio, _, _),) = made
+    assert studio.tokenizer.num_tokens == 256
+    assert [voice.name for voice in studio.voices] == ["emoji-class", "emoji-text"]
 
 
 def test_without_gradio_the_command_says_what_to_install(models, monkeypatch, capsys):
