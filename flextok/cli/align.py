@@ -40,7 +40,6 @@ def run_align(options: argparse.Namespace) -> dict[str, Any]:
     from flextok.data.emoji import EmojiScenes
     from flextok.evaluation.alignment import alignment, format_report
     from flextok.evaluation.scene_probe import Probe, train_probe
-    from flextok.hub import resolve
     from flextok.pipeline import is_generator, load_model, load_tokenizer_of
     from flextok.schema import build
 
@@ -52,7 +51,7 @@ def run_align(options: argparse.Namespace) -> dict[str, Any]:
     if not is_generator(generator):
         raise ValueError(f"{options.model} is a {generator.model_type} model, not a generator")
     device = next(generator.parameters()).device
-    tokenizer = load_tokenizer_of(generator, resolve(options.model), options.tokenizer, device)
+    tokenizer = load_tokenizer_of(generator, options.model, options.tokenizer, device)
     if options.probe and Path(options.probe).is_file():
         probe = Probe.load(options.probe).to(device)
     else:

@@ -126,7 +126,6 @@ def run_evaluate(options: argparse.Namespace) -> dict[str, Any] | None:
     from flextok.evaluation import processes
     from flextok.evaluation.evaluate import evaluate_generator, evaluate_tokenizer
     from flextok.evaluation.job import Cell
-    from flextok.hub import resolve
     from flextok.pipeline import is_generator, load_tokenizer_of
 
     settings = measuring_options(
@@ -150,7 +149,7 @@ def run_evaluate(options: argparse.Namespace) -> dict[str, Any] | None:
                 raise ValueError("a generator is compared with DATA: name the .npz there")
             parameter = next(model.parameters())
             tokenizer = load_tokenizer_of(
-                model, resolve(options.model), options.tokenizer, parameter.device
+                model, options.model, options.tokenizer, parameter.device
             ).to(parameter.dtype)
             report = evaluate_generator(
                 model, tokenizer, data, cells, settings, options.output, names

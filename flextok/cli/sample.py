@@ -70,7 +70,6 @@ def add_commands(commands: Any) -> None:
 def run_sample(options: argparse.Namespace) -> None:
     from flextok import viz
     from flextok.generators.conditioning import TextConditioner
-    from flextok.hub import resolve
     from flextok.pipeline import (
         generate_images,
         is_generator,
@@ -97,7 +96,7 @@ def run_sample(options: argparse.Namespace) -> None:
         else:
             cond, names = class_labels(model, options.classes, options.num_samples)
             cond = cond.to(device)
-        tokenizer = load_tokenizer_of(model, resolve(options.model), options.tokenizer, device)
+        tokenizer = load_tokenizer_of(model, options.model, options.tokenizer, device)
         lengths = token_lengths(options.num_tokens, tokenizer, model.num_tokens)
         sampling = {
             "temperature": options.temperature,
