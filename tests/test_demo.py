@@ -33,18 +33,17 @@ def png(width: int = 20, height: int = 10) -> bytes:
     return buffer.getvalue()
 
 
-def bomb(side: int) -> bytes:
-    """A PNG of a few bytes that says it is side x side pixels."""
+def bomb(side: int, text: bytes = b"") -> bytes:
+    """A PNG of a few bytes that says it is side x side pixels and holds `text`, compressed."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         checked = kind + data
         return struct.pack(">I", len(data)) + checked + struct.pack(">I", zlib.crc32(checked))
 
     header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    pixels = zlib.compress(bytes(1000))
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
-    )
+    parts = [(b"IHDR", header), (b"zTXt", b"k\0\0" + zlib.compress(text))]
+    parts += [(b"IDAT", zlib.compress(bytes(1000))), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
 
 
 def test_a_good_picture_comes_through():
@@ -62,6 +61,7 @@ def test_a_good_picture_comes_through():
         (encoded(bomb(200)), "200 x 200 pixels is too large: at most 0.01 million"),
         (encoded(bomb(50_000)), "too large: at most 0.01 million pixels"),
         (encoded(bomb(50)), "damaged"),
+        (encoded(bomb(50, bytes(2**24))), "is no picture that this page reads"),
         (encoded(png()[:-30]), "damaged"),
         (encoded(bytes(2**16 + 1)), "too large: at most 0.0625 MB"),
         ("data:," + "A" * 2**18, "too large"),
