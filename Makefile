@@ -47,7 +47,8 @@ package: setup
 
 # the README's pictures, from the models that come with the package
 pictures: setup
-	$(BIN)/python sample.py --limit 6 --output docs/pictures/coarse_to_fine.png
+	$(BIN)/python sample.py --limit 5 --num-tokens 1 4 16 64 256 \
+	    --output docs/pictures/coarse_to_fine.png
 	$(BIN)/python sample.py --classes $(CLASSES) --num-samples 6 --num-tokens 64 \
 	    --output docs/pictures/classes.png
 	$(BIN)/python sample.py --prompt $(PROMPTS) --output outputs/pictures/prompts.png
