@@ -260,11 +260,11 @@ def print_report(report: dict[str, Any]) -> None:
         print(f"{facts['num_tokens']} tokens, {facts['count']} pictures")
         for name, value in {**facts, **result["scores"]}.items():
             if name not in ("num_tokens", "count") and value is not None:
-                print(f"  {name:<44}{value:.6g}")
+                print(f"  {name:<48}{value:.6g}")
     if report["codes"]:
         codes = report["codes"]
-        print(f"  {'codes used':<44}{codes['usage']:.6g} of {codes['vocab_size']}")
-        print(f"  {'entropy (bits), all positions':<44}{codes['entropy_bits']:.6g}")
+        print(f"  {'codes used':<48}{codes['usage']:.6g} of {codes['vocab_size']}")
+        print(f"  {'entropy (bits), all positions':<48}{codes['entropy_bits']:.6g}")
     run = report["run"]
     if run["peak_memory_mib"] is not None:
         print(f"peak memory {run['peak_memory_mib']:.0f} MiB, {run['seconds']:.1f} s")
