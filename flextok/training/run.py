@@ -230,7 +230,7 @@ def generator_run(
         cond = Text.pad([shown.text[name] for name in names])
     data = make_data(config, train_set, validation, prepare_tokens)
     module = GeneratorModule(model, config.optim, config.trainer.max_steps, config.seed)
-    return module, data, draw_generations(tokenizer, cond, names)
+    return module, data, draw_generations(tokenizer, cond, names) if number else None
 
 
 def check_length(num_tokens: int, tokenizer: Any) -> None:

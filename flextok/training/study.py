@@ -1,4 +1,4 @@
-"""A run of a study: a tokenizer trained, then measured by prefix length. What is done is kept."""
+"""A run of a study: a model trained, then measured by prefix length. What is done is kept."""
 
 import json
 import time
@@ -7,19 +7,20 @@ from typing import Any
 
 from flextok.card import count_parameters
 from flextok.config import ExperimentConfig, load_experiment
-from flextok.evaluation.evaluate import evaluate_tokenizer
+from flextok.evaluation.evaluate import evaluate_generator, evaluate_tokenizer
 from flextok.evaluation.job import Cell, Options
 from flextok.hub import atomic_write
 from flextok.pipeline import load_model
 from flextok.schema import ConfigError, to_mapping
-from flextok.training.run import cache_device, make_dataset, train
+from flextok.training.run import cache_device, load_tokenizer, make_dataset, train
 
 
 def train_and_measure(
     config: ExperimentConfig, lengths: list[int], networks: list[str]
 ) -> dict[str, Any]:
-    """Train the tokenizer that `config` describes, or go on where it was interrupted, and evaluate
-    it on its validation pictures at each of `lengths` tokens, as it decodes by default.
+    """Train the model that `config` describes, or go on where it was interrupted, and evaluate it
+    at each of `lengths` tokens, as it decodes by default: a tokenizer on its validation pictures, a
+    generator by as many pictures as it was trained on, and against those.
 
     Returns what <output_dir>/result.json then holds: config, lengths, networks, parameters,
     cpu_seconds_per_step (of training, all threads; None where another session finished it) and the
@@ -36,15 +37,17 @@ def train_and_measure(
         if {key: found[key] for key in asked} == asked:
             return found
     cost = train_timed(config, folder)
+    by_length = [Cell(k) for k in lengths]
+    options = Options(networks=tuple(networks), seed=config.seed)
+    data = config.data.validation if config.task == "tokenizer" else config.data.train
+    names = {"model": str(folder), "data": json.dumps(data)}
+    how = (make_dataset(data), by_length, options, folder / "evaluation", names)
     model = load_model(folder).to(cache_device(config))
-    report = evaluate_tokenizer(
-        model,
-        make_dataset(config.data.validation),
-        [Cell(k) for k in lengths],
-        Options(networks=tuple(networks), seed=config.seed),
-        folder / "evaluation",
-        {"model": str(folder), "data": json.dumps(config.data.validation)},
-    )
+    if config.task == "tokenizer":
+        report = evaluate_tokenizer(model, *how)
+    else:
+        tokenizer = load_tokenizer(config).to(cache_device(config))
+        report = evaluate_generator(model, tokenizer, *how)
     result = {
         **asked,
         "parameters": count_parameters(model),
