@@ -39,7 +39,7 @@ def test_held_out_emoji_sharpen_with_every_token(name):
     lengths = [1, 16, 256]
     decoded = reconstruct_prefixes(tokenizer, images, lengths)
     first, some, all_of_them = (psnr(decoded[k], images).mean().item() for k in lengths)
-    assert first + 1 < some < all_of_them - 1
+    assert first + 0.5 < some < all_of_them - 0.5
 
 
 def test_few_steps_speak_the_same_tokens():
