@@ -50,7 +50,7 @@ def test_few_steps_speak_the_same_tokens():
 def test_classes_and_prompts_change_the_picture():
     by_class, by_prompt = load_model("emoji-class"), load_model("emoji-text")
     names = by_class.metadata["class_names"]
-    assert len(names) == 97
+    assert len(names) == 96
     conds = torch.tensor([names.index("heart"), names.index("animal-mammal")]), ["a key", "a frog"]
     for generator, cond in zip((by_class, by_prompt), conds, strict=True):
         name = "emoji-class" if generator is by_class else "emoji-text"

@@ -24,7 +24,7 @@ def add_commands(commands: Any) -> None:
         "how well generated emoji scenes show their prompts, against the number of tokens",
         "A small classifier, trained on real scenes, reads generated ones; the same "
         "pictures scored against shuffled prompts are the control.",
-        "flextok align outputs/quickstart_text/generator --limit 64 --json align.json \\\n"
+        "flextok align emoji-text --limit 64 --json align.json \\\n"
         '    --data "{name: emoji_scenes, max_objects: 2, vocabulary: basic, prompts: held_out}"',
     )
     align.add_argument("model", help="folder or hub id of a generator")
