@@ -116,6 +116,11 @@ def test_other_products_are_torchs(faster):
     assert takes_onednn(x, weight)
 
 
+def test_a_misfit_gets_torchs_error(faster):
+    with pytest.raises(RuntimeError, match="64x500 and 512x512"):
+        linear(random(64, 500), random(512, 512))
+
+
 def test_layers_in_the_other_modes(faster):
     layer, x = Linear(512, 512), random(64, 512)
     plain = layer(x)

@@ -41,9 +41,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def takes_onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether `linear` gives this product to oneDNN; torch.backends.mkldnn.flags(enabled=False)
     keeps it from all."""
-    rows = x.numel() // max(1, x.shape[-1])
+    rows = x.numel() // max(1, weight.shape[1])
     return (
         not torch.compiler.is_compiling()  # the compiler chooses better itself
+        and x.shape[-1:] == weight.shape[1:]  # a misfit gets torch's own error
         and rows >= MIN_ROWS
         and min(weight.shape) >= MIN_WIDTH
         and rows * weight.numel() >= MIN_PRODUCTS
