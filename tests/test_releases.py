@@ -16,7 +16,7 @@ from flextok.pipeline import generate_images, load_model, load_tokenizer_of, rec
 from flextok.storage import RELEASES, read_tensors, released
 
 ROOT = Path(__file__).parent.parent
-NAMES = ["emoji", "emoji-class", "emoji-few-step", "emoji-text"]
+NAMES = ["emoji", "emoji-class", "emoji-few-step", "emoji-one-step", "emoji-text"]
 pytestmark = pytest.mark.skipif(not released(), reason="no weights in flextok/releases")
 
 
@@ -30,7 +30,10 @@ def test_they_are_small_and_complete():
         assert {t.dtype for t in tensors.values() if t.is_floating_point()} == {torch.float16}
 
 
-@pytest.mark.parametrize("name", ["emoji", "emoji-few-step"])
+TOKENIZERS = ["emoji", "emoji-few-step", "emoji-one-step"]
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
 def test_held_out_emoji_sharpen_with_every_token(name):
     tokenizer = load_model(name)
     emoji = take(Emoji("validation"), 16)
@@ -44,7 +47,8 @@ def test_held_out_emoji_sharpen_with_every_token(name):
 
 def test_few_steps_speak_the_same_tokens():
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    assert torch.equal(*(load_model(name).encode(images) for name in NAMES[::2]))
+    first, *others = (load_model(name).encode(images) for name in TOKENIZERS)
+    assert all(torch.equal(first, other) for other in others)
 
 
 def test_classes_and_prompts_change_the_picture():
