@@ -63,7 +63,7 @@ PROMPTS = "a red heart" "a green apple on a blue background" \
 figures: setup
 	$(BIN)/python -m flextok.cli sweep emoji --data emoji:validation --dtype float32 \
 	    --output outputs/figures/emoji --json benchmarks/results/emoji_model.json
-	$(BIN)/python -m flextok.cli sweep emoji --data emoji_scenes:validation --limit 400 \
+	$(BIN)/python -m flextok.cli sweep emoji --data emoji_scenes:validation --limit 160 \
 	    --dtype float32 --output outputs/figures/scenes --json benchmarks/results/emoji_model_scenes.json
 	$(BIN)/python -m flextok.cli align emoji-text --data "$(HELD_OUT)" \
 	    --json benchmarks/results/emoji_model_prompts.json
