@@ -287,8 +287,8 @@ class TiTok(Pretrained, nn.Module):
 
     def init_weights(self) -> None:
         """published: linear N(0, 0.02), cut at 2, no bias; wider in models narrower than the
-        published ones, which would hardly see the picture at first. Tokens and positions: N(0, 1/D).
-        The convolutions and codebooks keep their own.
+        published ones, which would hardly see the picture at first. Tokens and positions:
+        N(0, 1/D). The convolutions and codebooks keep their own.
 
         wide: linear Xavier, queries and keys doubled, tokens and positions N(0, 1). Latents then
         look at different patches from the first step on.

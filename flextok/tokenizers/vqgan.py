@@ -27,8 +27,8 @@ class VQGANConfig:
     dim: int = 128  # channels at full resolution
     multipliers: list[int] = field(default_factory=lambda: [1, 1, 2, 2, 4])  # one a resolution
     num_blocks: int = 2  # residual blocks a resolution
-    # of each GroupNorm. A group of one channel loses the picture's mean of it, so narrow models want
-    # fewer groups
+    # of every GroupNorm; with one channel a group each loses its mean over the picture, so narrow
+    # models want fewer
     norm_groups: int = 32
     quantizer: dict[str, Any] = field(
         default_factory=lambda: {
