@@ -14,7 +14,7 @@ NUM_SCENES ?= 16000
 steps = $(if $(1),trainer.max_steps=$(1))
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: setup test quickstart quickstart-text quickstart-titok compare lint types notebooks docs package
+.PHONY: setup test quickstart quickstart-text quickstart-titok compare lint types notebooks docs package pictures figures
 
 setup: $(VENV)/.installed
 
@@ -35,7 +35,6 @@ lint: setup
 types: setup
 	$(BIN)/mypy
 
-# on the quickstarts' models where they are, else on models trained for a moment
 notebooks: setup
 	$(BIN)/python -m pytest --nbmake notebooks
 
@@ -44,7 +43,30 @@ docs: setup
 
 # wheel and sdist; the wheel into an empty environment elsewhere, and at work there
 package: setup
-	scripts/check_package.sh $(BIN)/python $(OUT)/tokenizer
+	scripts/check_package.sh $(BIN)/python
+
+# the README's pictures, from the models that come with the package
+pictures: setup
+	$(BIN)/python sample.py --limit 5 --num-tokens 1 4 16 64 256 \
+	    --output docs/pictures/coarse_to_fine.png
+	$(BIN)/python sample.py --classes $(CLASSES) --num-samples 6 --num-tokens 64 \
+	    --output docs/pictures/classes.png
+	$(BIN)/python sample.py --prompt $(PROMPTS) --output outputs/pictures/prompts.png
+	cp outputs/pictures/prompts.png docs/pictures/
+
+CLASSES = heart food-fruit animal-mammal face-smiling
+PROMPTS = "a red heart" "a green apple on a blue background" \
+    "a basketball left of a frog on a light blue background" \
+    "a banana above an evergreen tree on a light blue background"
+
+# the figures of the models that come with the package, on what they were not trained on
+figures: setup
+	$(BIN)/python -m flextok.cli sweep emoji --data emoji:validation --dtype float32 \
+	    --output outputs/figures/emoji --json benchmarks/results/emoji_model.json
+	$(BIN)/python -m flextok.cli sweep emoji --data emoji_scenes:validation --limit 400 \
+	    --dtype float32 --output outputs/figures/scenes --json benchmarks/results/emoji_model_scenes.json
+	$(BIN)/python -m flextok.cli align emoji-text --data "$(HELD_OUT)" \
+	    --json benchmarks/results/emoji_model_prompts.json
 
 quickstart: setup
 	$(BIN)/python train.py configs/quickstart_tokenizer.yaml output_dir=$(OUT)/tokenizer \

@@ -12,7 +12,7 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from flextok.cli import open_data, write_json
+from flextok.cli.common import open_data, write_json
 from flextok.evaluation.evaluate import evaluate_tokenizer
 from flextok.evaluation.job import Cell, Options
 from flextok.pipeline import load_model

@@ -17,7 +17,7 @@ import torch
 
 from flextok import viz
 from flextok.bench import SIZES, measure
-from flextok.cli import write_json
+from flextok.cli.common import write_json
 from flextok.generators import GENERATORS
 from flextok.tokenizers import TOKENIZERS
 from flextok.training.run import build_model

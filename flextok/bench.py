@@ -6,19 +6,23 @@ on a GPU per second. FLOPs are those of matrix products, attention and convoluti
 2 a multiply-add. FlexTok's rows are about latents: its VAE is not part of them.
 """
 
+import math
 import platform
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from flextok.config import OptimConfig, load_experiment
 from flextok.generators import GENERATORS
+from flextok.nn.linear import ONEDNN_LINEAR, linear
 from flextok.schema import unknown_key
 from flextok.tokenizers import TOKENIZERS
 from flextok.training.optim import make_optimizer
@@ -82,8 +86,8 @@ SIZES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
 }
 DEFAULT_SIZES = ("quickstart", "quickstart-ar", "d12-d12", "ar-49M", "titok-s128", "maskgit-l32")
 
-# CPU seconds with one thread of the published modules, on the two-core AMD EPYC (Zen 3, 2.25 GHz)
-# that this package was developed on
+# CPU seconds with one thread of the published modules. A ratio to them is one of machines, too.
+PUBLISHED_ON = "a two-core AMD EPYC (Zen 3, 2.25 GHz)"
 PUBLISHED = {
     "d12-d12 encode B1": 1.28,
     "d12-d12 encode B4": 7.89,
@@ -130,6 +134,7 @@ class Result:
     bandwidth_share: float | None  # generating: weights and cache read, of the machine's bandwidth
     peak_memory: int  # bytes, of the process or the GPU, weights included
     published_cpu: float | None
+    mkl_cpu: float | None = None  # without oneDNN, as torch multiplies; where that was asked for
 
 
 @dataclass
@@ -148,17 +153,18 @@ def bench(
     repeats: int = 3,
     batches: list[int] | None = None,
     steps: int = 4,
+    compare_mkl: bool = False,
     report: Callable[[Result], None] = lambda result: None,
 ) -> dict[str, Any]:
     """sizes: names in SIZES or YAML files of experiments; only: rows whose name holds this text;
-    steps: of FlexTok's decoder. Returns the machine and its results as plain data; `report` gets
-    each result as it comes."""
+    steps: of FlexTok's decoder; compare_mkl: each row without oneDNN, too. Returns the machine and
+    its results as plain data; `report` gets each result as it comes."""
     place, kind = torch.device(device), getattr(torch, dtype)
     machine = measure_machine(place, kind)
     results = []
     for size in sizes:
         for row in rows(size, place, kind, batches, steps, only):
-            results.append(measure_row(row, machine, repeats))
+            results.append(measure_row(row, machine, repeats, compare_mkl))
             report(results[-1])
     return {"machine": asdict(machine), "results": [asdict(result) for result in results]}
 
@@ -283,10 +289,10 @@ def train_step(
     return step
 
 
-def measure_row(row: Row, machine: Machine, repeats: int) -> Result:
+def measure_row(row: Row, machine: Machine, repeats: int, compare_mkl: bool = False) -> Result:
     device = torch.device(machine.device)
     reset_peak_memory(device)
-    with FlopCounterMode(display=False) as counter:  # warms up, too
+    with FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:  # warms up, too
         row.run()
     wall, cpu = measure(row.run, device, repeats)
     seconds, flops = busy_seconds(wall, cpu, device), float(counter.get_total_flops())
@@ -303,7 +309,34 @@ def measure_row(row: Row, machine: Machine, repeats: int) -> Result:
         bandwidth_share=share,
         peak_memory=peak_memory(device),
         published_cpu=PUBLISHED.get(row.name),
+        mkl_cpu=without_onednn(row, device, repeats) if compare_mkl else None,
     )
+
+
+def without_onednn(row: Row, device: torch.device, repeats: int) -> float:
+    with torch.backends.mkldnn.flags(enabled=False):
+        return measure(row.run, device, repeats)[1]
+
+
+def linear_flops(x: Any, weight: Any, *_: object, **__: object) -> int:
+    return 2 * math.prod(x) * weight[0]
+
+
+def attention_flops(q: Any, k: Any, v: Any, *_: object, **__: object) -> int:
+    return sdpa_flop_count(q, k, v)
+
+
+def attention_backward_flops(grad: Any, q: Any, k: Any, v: Any, *_: object, **__: object) -> int:
+    return sdpa_backward_flop_count(grad, q, k, v)
+
+
+aten = torch.ops.aten
+# what torch's counter does not know, in every version
+FLOPS: dict[Any, Any] = {
+    aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
+    **({} if ONEDNN_LINEAR is None else {ONEDNN_LINEAR: linear_flops}),
+}
 
 
 def measure(run: Callable[[], object], device: torch.device, repeats: int) -> tuple[float, float]:
@@ -330,8 +363,9 @@ def synchronize(device: torch.device) -> None:
 
 
 def measure_machine(device: torch.device, dtype: torch.dtype) -> Machine:
-    """Its best rates: of square and of transformer-shaped matrix products, and of reading memory
-    (a dot product and a matrix-vector product far larger than its caches)."""
+    """Its best rates: of square and of transformer-shaped matrix products, by the better of the
+    libraries that `linear` takes, and of reading memory (a dot product and a matrix-vector product
+    far larger than its caches)."""
     on_gpu = device.type == "cuda"
 
     def seconds(run: Callable[[], object]) -> float:
@@ -340,10 +374,12 @@ def measure_machine(device: torch.device, dtype: torch.dtype) -> Machine:
 
     best = 0.0
     for m, k, n in [(8192, 8192, 8192)] if on_gpu else [(2048,) * 3, (512, 768, 2048)]:
-        a, b = (torch.ones(*shape, device=device, dtype=dtype) for shape in ((m, k), (k, n)))
+        a, b = (torch.ones(*shape, device=device, dtype=dtype) for shape in ((m, k), (n, k)))
         repeat = 1 if on_gpu else max(1, 2048**3 // (m * k * n))
-        took = seconds(lambda a=a, b=b, repeat=repeat: [a @ b for _ in range(repeat)])  # type: ignore[misc]
-        best = max(best, 2.0 * m * k * n * repeat / took)
+        for multiply in (F.linear, linear):
+            run = partial(multiply, a, b)
+            took = seconds(lambda run=run, repeat=repeat: [run() for _ in range(repeat)])  # type: ignore[misc]
+            best = max(best, 2.0 * m * k * n * repeat / took)
     size = 2**28 if on_gpu else 2**26
     x = torch.ones(size, device=device).to(dtype)
     matrix, vector = x.view(1024, -1), x[:1024]
@@ -404,8 +440,13 @@ def format_machine(machine: dict[str, Any]) -> str:
 def format_result(r: Result) -> str:
     memory = "" if r.bandwidth_share is None else f"{r.bandwidth_share:.0%}"
     ratio = "" if r.published_cpu is None else f"{r.published_cpu / r.cpu:.2f}x"
+    mkl = (
+        ""
+        if r.mkl_cpu is None
+        else f"  without oneDNN {r.mkl_cpu:.3f} CPU s, {r.mkl_cpu / r.cpu:.2f}x"
+    )
     return (
         f"{r.row:45s} {r.wall:8.3f} {r.cpu:8.3f} {r.flops / 1e9:8.2f} "
         f"{r.flops_per_second / 1e9:8.1f} {r.matmul_share:7.0%} {memory:>7s} "
-        f"{r.items_per_second:8.2f} {r.peak_memory / 1e9:5.1f} {ratio:>9s}"
+        f"{r.items_per_second:8.2f} {r.peak_memory / 1e9:5.1f} {ratio:>9s}{mkl}"
     )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flextok.generators import GENERATORS
-from flextok.hub import CheckpointError, Pretrained, fingerprint, read_model
+from flextok.hub import CheckpointError, Pretrained, fingerprint, read_model, resolve
 from flextok.schema import unknown_key
 from flextok.tokenizers import TOKENIZERS
 
@@ -57,13 +57,15 @@ def load_tokenizer_of(
     override: str | None = None,
     device: str | torch.device = "cpu",
 ) -> Any:
-    """The tokenizer that a generator, loaded from `folder`, was trained on. A different one is
-    refused with CheckpointError."""
+    """The tokenizer that a generator, loaded from `folder` (or by its name or hub id), was trained
+    on. A different one is refused with CheckpointError."""
     reference = override or generator.metadata.get("tokenizer")
     if reference is None:
         raise CheckpointError(f"{folder} does not say which tokenizer it needs: name one")
-    beside = Path(folder) / reference
-    tokenizer = load_model(beside if override is None and beside.exists() else reference, device)
+    if override is None and (beside := resolve(folder) / reference).exists():
+        tokenizer = load_model(beside, device)
+    else:
+        tokenizer = load_model(reference, device)
     expected = generator.metadata.get("tokenizer_fingerprint")
     if expected is not None and (found := fingerprint(tokenizer)) != expected:
         raise CheckpointError(

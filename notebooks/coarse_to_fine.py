@@ -21,7 +21,6 @@
 # Set `PICTURE` to a file of yours; without one an emoji stands in.
 
 # %%
-import models
 import torch
 from IPython.display import display
 
@@ -33,7 +32,7 @@ from flextok.pipeline import decodable_lengths, reconstruct_prefixes
 
 PICTURE = None  # "cat.jpg"
 
-tokenizer = FlexTok.from_pretrained(models.tokenizer())
+tokenizer = FlexTok.from_pretrained("emoji")  # comes with the package
 picture = load_picture(PICTURE) if PICTURE else Emoji("validation")[5]["image"]
 images = ImageTransform(tokenizer.image_size)(picture)[None]  # (1, 3, H, W) in [-1, 1]
 indices = tokenizer.encode(images)  # (1, K)
@@ -50,8 +49,8 @@ display(viz.coarse_to_fine(images, decoded))
 
 # %% [markdown]
 # What the tokens do not say, the decoder makes up: other noise, another picture. With more tokens there is
-# less left to make up. (The quickstart's decoder takes one step, which gives the mean of what is possible;
-# more steps draw a sample.)
+# less left to make up. (One step of the decoder gives about the mean of what is possible; more steps draw a
+# sample.)
 
 # %%
 seeds = [
@@ -68,8 +67,9 @@ display(viz.grid(rows, labels, [f"seed {seed}" for seed in range(3)], scale=2))
 # %%
 other = ImageTransform(tokenizer.image_size)(Emoji("validation")[40]["image"])[None]
 theirs = tokenizer.encode(other)
-mixed = torch.cat([torch.cat([indices[:, :k], theirs[:, k:]], dim=1) for k in range(0, 17, 4)])
+ours = [0, 4, 16, 64, 256]
+mixed = torch.cat([torch.cat([indices[:, :k], theirs[:, k:]], dim=1) for k in ours])
 pictures = tokenizer.decode(mixed, generator=torch.Generator().manual_seed(0))
-display(viz.grid([pictures], [f"{k} ours" for k in range(0, 17, 4)], scale=2))
+display(viz.grid([pictures], [f"{k} ours" for k in ours], scale=2))
 assert len(decoded) == len(lengths)
 assert not torch.equal(decoded[1], decoded[lengths[-1]])

@@ -20,16 +20,14 @@
 # length: what is there already is a picture.
 
 # %%
-import models
 import torch
 from IPython.display import display
 
 from flextok import GPT, viz
-from flextok.pipeline import generate_images, grow_images, load_tokenizer_of
+from flextok.pipeline import decodable_lengths, generate_images, grow_images, load_tokenizer_of
 
-folder = models.class_generator()
-generator = GPT.from_pretrained(folder)
-tokenizer = load_tokenizer_of(generator, folder)
+generator = GPT.from_pretrained("emoji-class")  # comes with the package
+tokenizer = load_tokenizer_of(generator, "emoji-class")
 names = generator.metadata["class_names"]
 print("classes:", ", ".join(names))
 
@@ -37,27 +35,30 @@ print("classes:", ", ".join(names))
 # One picture, as it grows. `grow_images` hands out a picture as soon as its tokens are there:
 
 # %%
-label = torch.tensor([names.index("Food & Drink")])
-frames = dict(grow_images(generator, tokenizer, label, list(range(1, 17)), seed=1))
+label = torch.tensor([names.index("heart")])
+frames = dict(
+    grow_images(generator, tokenizer, label, [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64], seed=1)
+)
 display(viz.grid([torch.cat(list(frames.values()))], [f"{k}" for k in frames]))
 
 # %% [markdown]
 # Several classes and seeds; guidance pushes towards the class:
 
 # %%
-labels = torch.arange(4).repeat_interleave(6)
-pictures = generate_images(generator, tokenizer, labels, sampling={"guidance_scale": 2.0})[16]
-display(viz.grid(list(pictures.split(6)), row_labels=names[:4], scale=2))
+chosen = ["heart", "food-fruit", "animal-mammal", "face-smiling"]
+labels = torch.tensor([names.index(name) for name in chosen]).repeat_interleave(6)
+pictures = generate_images(generator, tokenizer, labels, [64], sampling={"guidance_scale": 2.0})[64]
+display(viz.grid(list(pictures.split(6)), row_labels=chosen))
 
 # %% [markdown]
-# **From a prompt.** The quickstart's text model knows scenes of two emoji, and mostly their backgrounds:
+# **From a prompt.** The text model knows emoji by their names, and scenes of one or two well-known ones:
 
 # %%
-folder = models.text_generator()
-generator = GPT.from_pretrained(folder)
-tokenizer = load_tokenizer_of(generator, folder)
+generator = GPT.from_pretrained("emoji-text")
+tokenizer = load_tokenizer_of(generator, "emoji-text")
 prompts = ["a red heart left of a bomb on a blue background", "a key on a yellow background"]
-by_length = generate_images(generator, tokenizer, prompts, [1, 2, 4, 8, 16], seed=3)
+lengths = decodable_lengths(tokenizer, generator.num_tokens)
+by_length = generate_images(generator, tokenizer, prompts, lengths, seed=3)
 display(viz.coarse_to_fine(None, by_length, prompts))
 
 # %% [markdown]

@@ -26,7 +26,6 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # leave it out to download
 
-import models
 from IPython.display import display
 
 from flextok import FlexTok, viz
@@ -48,13 +47,13 @@ except CheckpointError as error:
 # file left open under *assumed*:
 
 # %%
-tokenizer = published or FlexTok.from_pretrained(models.tokenizer())
+tokenizer = published or FlexTok.from_pretrained("emoji")
 for label, value in summary(model_facts(tokenizer)).items():
     print(f"{label:<18}{value}")
 
 # %%
 images = ImageTransform(tokenizer.image_size)(Emoji("validation")[7]["image"])[None]
-display(viz.coarse_to_fine(images, reconstruct_prefixes(tokenizer, images, [1, 4, 16])))
+display(viz.coarse_to_fine(images, reconstruct_prefixes(tokenizer, images, [1, 16, 256])))
 
 # %% [markdown]
 # Fields of the config can be changed while loading, dots descend. Saved, it is our layout: safetensors, a
@@ -62,7 +61,7 @@ display(viz.coarse_to_fine(images, reconstruct_prefixes(tokenizer, images, [1, 4
 
 # %%
 folder = tempfile.mkdtemp()
-changed = FlexTok.from_pretrained(models.tokenizer(), overrides={"decode.num_steps": 4})
+changed = FlexTok.from_pretrained("emoji", overrides={"decode.num_steps": 4})
 changed.metadata["note"] = "decodes in four steps"
 changed.save_pretrained(folder)
 again = load_model(folder)

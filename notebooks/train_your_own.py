@@ -25,7 +25,6 @@ import logging
 import tempfile
 from pathlib import Path
 
-import models
 from IPython.display import display
 
 from flextok import FlexTok, viz
@@ -51,7 +50,7 @@ print(len(ImageFolder(ROOT)), "pictures")
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 data = f"{{name: folder, root: {ROOT}}}"
 experiment = load_experiment(
-    models.ROOT / "configs" / "quickstart_tokenizer.yaml",
+    Path("..", "configs", "quickstart_tokenizer.yaml"),
     [
         f"output_dir={work / 'run'}",
         f"data.train={data}",

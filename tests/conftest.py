@@ -1,4 +1,8 @@
+import io
 import os
+import tarfile
+from collections.abc import Iterable
+from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -6,7 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
+from flextok.data.emoji import Emoji
 from flextok.generators import GPT, GPTConfig
+from flextok.pipeline import remember_tokenizer
 from flextok.tokenizers import FlexTok, FlexTokConfig
 
 TINY = {
@@ -42,6 +48,17 @@ TITOK = {
 }
 
 
+SIX_STEPS = {  # a trainer's settings
+    "max_steps": 6,
+    "accelerator": "cpu",
+    "devices": 1,
+    "log_every": 1,
+    "validate_every": 3,
+    "checkpoint_every": 2,
+    "num_pictures": 2,
+}
+
+
 def randomize(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     """Give every parameter random values, so that no zero-initialised layer hides a mistake."""
     generator = torch.Generator().manual_seed(seed)
@@ -70,6 +87,66 @@ def tiny_gpt(**changes) -> GPT:
     return randomize(GPT(GPTConfig(**{**options, **changes}))).eval()
 
 
+def tiny_releases(folder: Path) -> Path:
+    """Tiny models by the names of those that come with the package, all else alike."""
+    tokenizer = tiny_tokenizer(num_registers=256, decode={"num_steps": 1, "guidance_scale": 1.0})
+    tokenizer.save_pretrained(folder / "emoji")
+    tokenizer.save_pretrained(folder / "emoji-few-step")
+    names = Emoji(label="subgroup").class_names
+    encoder = {"name": "bytes", "dim": 16, "depth": 1, "num_heads": 2, "max_length": 64}
+    for name, conditioner in [
+        ("emoji-class", {"name": "class", "num_classes": len(names)}),
+        ("emoji-text", {"name": "text", "encoder": encoder}),
+    ]:
+        gpt = tiny_gpt(num_tokens=64, conditioner=conditioner)
+        if name == "emoji-class":
+            gpt.metadata["class_names"] = names
+        remember_tokenizer(gpt, folder / name, tokenizer, str(folder / "emoji"))
+        gpt.save_pretrained(folder / name)
+    return folder
+
+
+def overfit(model: GPT, indices: torch.Tensor, cond: object, steps: int) -> float:
+    """Train on one batch. Returns the last loss."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(steps):
+        loss = model.loss(indices, cond)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return loss.item()
+
+
+CATS_AND_DOGS = [f"{name}/{i}.png" for name in ("cats", "dogs") for i in range(3)]
+
+
+def draw_pictures(folder: Path, names: Iterable[str], width: int = 16, height: int = 16) -> None:
+    """Pictures of noise under these names."""
+    generator = torch.Generator().manual_seed(0)
+    for name in names:
+        pixels = torch.randint(0, 256, (height, width, 3), generator=generator, dtype=torch.uint8)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.numpy()).save(folder / name)
+
+
+def write_shard(path: Path, members: dict[str, bytes]) -> str:
+    """A tar of these files. Returns its path."""
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return str(path)
+
+
+@pytest.fixture
+def releases(tmp_path, monkeypatch) -> Path:
+    """The package with tiny models in place of its own."""
+    folder = tiny_releases(tmp_path / "releases")
+    monkeypatch.setattr("flextok.storage.RELEASES", folder)
+    return folder
+
+
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
@@ -83,10 +160,5 @@ def images() -> torch.Tensor:
 @pytest.fixture
 def picture_folder(tmp_path):
     """Two classes of three 20x24 pictures."""
-    generator = torch.Generator().manual_seed(0)
-    for name in ("cats", "dogs"):
-        (tmp_path / name).mkdir()
-        for i in range(3):
-            pixels = torch.randint(0, 256, (20, 24, 3), generator=generator, dtype=torch.uint8)
-            Image.fromarray(pixels.numpy()).save(tmp_path / name / f"{i}.png")
+    draw_pictures(tmp_path, CATS_AND_DOGS, width=24, height=20)
     return tmp_path

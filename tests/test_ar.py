@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import tiny_gpt
+from conftest import overfit, tiny_gpt
 
 from flextok.nn.layout import column_major
 
@@ -155,13 +155,7 @@ def test_one_batch_overfits():
     model.init_weights()
     model.train()
     indices = torch.randint(0, 200, (4, 8), generator=seeded())
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(120):
-        loss = model.loss(indices, LABELS)["loss"]
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert loss < 0.05
+    assert overfit(model, indices, LABELS, steps=120) < 0.05
     assert torch.equal(model.eval().generate(LABELS, temperature=0, guidance_scale=1), indices)
 
 

@@ -47,6 +47,13 @@ def test_training_and_generation_are_measured():
     assert 2 < train["flops"] / plain["flops"] < 3.1
 
 
+def test_the_same_row_without_onednn():
+    enabled = torch.backends.mkldnn.enabled
+    (row,) = measured("quickstart", "encode B16", compare_mkl=True).values()
+    assert row["mkl_cpu"] > 0
+    assert torch.backends.mkldnn.enabled == enabled
+
+
 def test_command_writes_what_it_prints(tmp_path, capsys):
     file = tmp_path / "bench.json"
     command = ["bench", "quickstart", "--only", "encode B1", "--repeats", "1", "--device", "cpu"]

@@ -7,6 +7,7 @@ import pytest
 from conftest import tiny_gpt, tiny_tokenizer
 from PIL import Image
 
+from flextok import viz
 from flextok.cli import main
 from flextok.pipeline import load_model, remember_tokenizer
 
@@ -101,10 +102,10 @@ def test_generate_by_class(models):
     assert Image.open(output).height > 6 * 128
 
 
-def test_generate_by_prompt_writes_the_strip_and_the_pictures(models, caplog, monkeypatch):
-    monkeypatch.setattr("flextok.cli.sample.TEXT_MODEL", str(models / "text"))
+def test_generate_by_prompt_writes_the_strip_and_the_pictures(models, caplog):
     few = ["--num-tokens", 1, 4, "--steps", 1]
-    code, output = sample(models, "--prompt", "a red heart", "x" * 30, "--num-samples", 2, *few)
+    prompts = ["--prompt", "a red heart", "x" * 30, "--num-samples", 2]
+    code, output = sample(models, models / "text", *prompts, *few)
     assert code == 0
     assert "1 of 2 prompts are longer than max_length=24 tokens and are cut" in caplog.text
     assert Image.open(output).height > 4 * 128
@@ -154,9 +155,31 @@ def test_mistakes_with_prompts_are_told_in_one_line(models, capsys, model, argum
     assert "Traceback" not in error
 
 
-def test_without_a_model_only_prompts_have_a_default(models, capsys):
-    assert sample(models, "--data", "emoji")[0] == 1
-    assert "name a model" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("asked", "rows", "columns"),
+    [
+        ([], 8, 10),  # eight held-out emoji at 1, 2, 4, ... 256 tokens, and themselves
+        (["--data", "emoji", "--limit", 2], 2, 10),
+        (["--classes"], 16, 7),
+        (["--classes", "heart", "none"], 2, 7),
+        (["--prompt", "a red heart"], 1, 7),
+    ],
+)
+def test_without_a_model_those_of_the_package_serve(releases, tmp_path, asked, rows, columns):
+    code, output = sample(tmp_path, *asked)
+    assert code == 0
+    width, height = Image.open(output).size
+    assert height // (128 + viz.GAP) == rows
+    assert width // (128 + viz.GAP) in (columns, columns + 1)  # and labels
+
+
+def test_info_and_reconstruct_need_no_model_either(releases, picture_folder, tmp_path, capsys):
+    assert main(["info"]) == 0
+    assert "tokens" in capsys.readouterr().out
+    picture = str(picture_folder / "cats" / "0.png")
+    assert main(["reconstruct", picture, "--output", str(tmp_path / "out.png")]) == 0
+    assert main(["info", "not_there"]) == 1
+    assert "emoji, emoji-class, emoji-few-step, emoji-text" in capsys.readouterr().err
 
 
 def test_align_prints_both_scores_and_writes_json(models, capsys):
@@ -213,7 +236,7 @@ def test_bad_pictures_are_skipped_and_counted(models, picture_folder, caplog, ca
 @pytest.mark.parametrize(
     ("model", "arguments", "message"),
     [
-        ("tokenizer", [], "either --images FILE ... or --data SET"),
+        ("tokenizer", ["--images", "x.png", "--data", "emoji"], "not by both"),
         ("tokenizer", ["--data", "nowhere"], "neither a folder nor"),
         ("tokenizer", ["--data", "emoji:test"], "split='test'"),
         (

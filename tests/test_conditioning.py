@@ -5,7 +5,7 @@ Two kinds of text encoder stand behind it: one over bytes, trained along, and a 
 
 import pytest
 import torch
-from conftest import tiny_gpt
+from conftest import overfit, tiny_gpt
 from test_text import save_encoder
 
 from flextok.generators import GPT
@@ -170,13 +170,7 @@ def test_a_batch_of_prompts_overfits():
     model.init_weights()
     model.train()
     indices = indices_of(length=6)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(150):
-        loss = model.loss(indices, PROMPTS)["loss"]
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert loss < 0.05
+    assert overfit(model, indices, PROMPTS, steps=150) < 0.05
     drawn = model.eval().generate(PROMPTS, num_tokens=6, temperature=0, guidance_scale=1)
     assert torch.equal(drawn, indices)
 

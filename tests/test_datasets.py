@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import write_shard
 from PIL import Image
 
 from flextok.data.datasets import DATASETS, HuggingFaceImages, ImageFolder, WebDatasetImages
@@ -270,15 +271,6 @@ def test_folder_mistakes(folder, tmp_path_factory):
 
 
 # --- WebDataset ---------------------------------------------------------------------------------
-
-
-def write_shard(path: Path, members: dict[str, bytes]) -> str:
-    with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return str(path)
 
 
 def test_webdataset_reads_shards_in_order_at_random(tmp_path):

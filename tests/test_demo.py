@@ -33,18 +33,17 @@ def png(width: int = 20, height: int = 10) -> bytes:
     return buffer.getvalue()
 
 
-def bomb(side: int) -> bytes:
-    """A PNG of a few bytes that says it is side x side pixels."""
+def bomb(side: int, text: bytes = b"") -> bytes:
+    """A PNG of a few bytes that says it is side x side pixels and holds `text`, compressed."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         checked = kind + data
         return struct.pack(">I", len(data)) + checked + struct.pack(">I", zlib.crc32(checked))
 
     header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    pixels = zlib.compress(bytes(1000))
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
-    )
+    parts = [(b"IHDR", header), (b"zTXt", b"k\0\0" + zlib.compress(text))]
+    parts += [(b"IDAT", zlib.compress(bytes(1000))), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
 
 
 def test_a_good_picture_comes_through():
@@ -62,6 +61,7 @@ def test_a_good_picture_comes_through():
         (encoded(bomb(200)), "200 x 200 pixels is too large: at most 0.01 million"),
         (encoded(bomb(50_000)), "too large: at most 0.01 million pixels"),
         (encoded(bomb(50)), "damaged"),
+        (encoded(bomb(50, bytes(2**24))), "is no picture that this page reads"),
         (encoded(png()[:-30]), "damaged"),
         (encoded(bytes(2**16 + 1)), "too large: at most 0.0625 MB"),
         ("data:," + "A" * 2**18, "too large"),
@@ -309,13 +309,15 @@ def test_a_taken_port_is_a_mistake_told_in_one_line():
         assert 7860 <= first.getsockname()[1] < second.getsockname()[1]
 
 
-@pytest.mark.parametrize("command", [["demo"], ["reconstruct", "{picture}", "--model"]])
-def test_a_missing_default_model_names_the_remedy(command, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("flextok.cli.common.DEFAULT_MODEL", "not_there")
-    (tmp_path / "picture.png").write_bytes(png())
-    words = [word.format(picture=tmp_path / "picture.png") for word in command]
-    assert main([*words, "not_there"]) == 1
-    assert "outputs/quickstart/tokenizer after `make quickstart`" in capsys.readouterr().err
+def test_without_models_the_page_shows_those_of_the_package(releases, monkeypatch):
+    pytest.importorskip("gradio", reason="needs pip install 'flextok[demo]'")
+    made: list = []
+    monkeypatch.setattr("flextok.demo.server.serve", lambda *arguments: None)
+    monkeypatch.setattr("flextok.demo.page.make_app", lambda *arguments: made.append(arguments))
+    assert main(["demo"]) == 0
+    ((studio, _, _),) = made
+    assert studio.tokenizer.num_tokens == 256
+    assert [voice.name for voice in studio.voices] == ["emoji-class", "emoji-text"]
 
 
 def test_without_gradio_the_command_says_what_to_install(models, monkeypatch, capsys):

@@ -111,6 +111,10 @@ def test_a_picture_grows_from_a_prompt(page):
     grown = page.locator(".ft-grown img").evaluate_all("all => all.map(img => img.src)")
     assert len(set(grown)) == 4
     assert page.locator(".ft-generated img").get_attribute("src") == grown[-1]
+    with page.expect_download() as download:
+        page.locator(".ft-generated a[download]").click()
+    assert download.value.suggested_filename == "flextok-8.png"
+    assert encoded(download.value.path().read_bytes()) == grown[-1]
 
 
 def test_hostile_uploads_get_a_message_and_the_page_goes_on(page, tmp_path):

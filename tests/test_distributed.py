@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import yaml
-from conftest import TITOK
+from conftest import TITOK, draw_pictures
 from processes import finish, start_ranks
 from test_reliability import same
 from test_training import generator_yaml, logged_losses, tokenizer_yaml, weights
@@ -47,14 +47,8 @@ def draw_for_two(patch) -> None:
 def place(tmp_path_factory):
     """Configs of a tokenizer and a generator of 20 steps, and both trained by one process with
     batches of 8."""
-    from PIL import Image
-
     folder = tmp_path_factory.mktemp("distributed")
-    draws = torch.Generator().manual_seed(0)
-    (folder / "pictures").mkdir()
-    for i in range(12):
-        pixels = torch.randint(0, 256, (16, 16, 3), generator=draws, dtype=torch.uint8)
-        Image.fromarray(pixels.numpy()).save(folder / "pictures" / f"{i:02d}.png")
+    draw_pictures(folder / "pictures", [f"{i:02d}.png" for i in range(12)])
     options = {"max_steps": STEPS, "checkpoint_every": 8, "validate_every": 10, "num_pictures": 1}
     paths = [tokenizer_yaml(folder, folder / "pictures", **options)]
     paths.append(generator_yaml(folder, folder / "pictures", cond_drop=0.5))

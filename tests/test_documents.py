@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import tiny_gpt, tiny_tokenizer
+from conftest import tiny_gpt, tiny_releases, tiny_tokenizer
 from PIL import Image
 
 from flextok.cli import main, make_parser
@@ -150,7 +150,7 @@ def test_help_teaches(name):
 
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory):
-    """A folder that looks like a user's after both quickstarts."""
+    """A folder that looks like a user's after both quickstarts, and a package with tiny models."""
     folder = tmp_path_factory.mktemp("desk")
     tokenizer = tiny_tokenizer(num_registers=16, decode={"num_steps": 1, "guidance_scale": 1.0})
     encoder = {"name": "bytes", "dim": 16, "depth": 1, "num_heads": 2, "max_length": 64}
@@ -165,19 +165,22 @@ def desk(tmp_path_factory):
             gpt.metadata["class_names"] = ["Food & Drink", *map(str, range(8))]
         remember_tokenizer(gpt, place / "generator", tokenizer, str(place / "tokenizer"))
         gpt.save_pretrained(place / "generator")
+    tiny_releases(folder / "releases")
     picture = Image.linear_gradient("L").resize((40, 30)).convert("RGB")
     (folder / "holiday").mkdir()
     for file in ("a.png", "b.jpg", "cat.jpg", "picture.jpg", "holiday/1.png", "holiday/2.jpg"):
         picture.save(folder / file)
     (folder / "prompts.txt").write_text("a red heart\na key\n")
-    return folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("flextok.storage.RELEASES", folder / "releases")
+        yield folder
 
 
 SHORT = sorted(
     {
         command
         for _, command in DOCUMENTED
-        if re.match(r"(flextok (info|reconstruct|sample)|python sample.py) ", command)
+        if re.match(r"(flextok (info|reconstruct|sample)|python sample.py)\b", command)
         and "EPFL" not in command
         and "quickstart_titok" not in command  # make quickstart-titok runs it
         and " - " not in command
@@ -240,8 +243,8 @@ def test_docs_build_without_a_warning_and_ask_nobody(tmp_path):
 
 @pytest.mark.slow
 def test_the_wheel_works_away_from_the_repository(tmp_path, desk):
-    """Built and unpacked into an empty environment that borrows only the dependencies;
-    scripts/check_package.sh installs those too."""
+    """Built and unpacked into an empty environment that borrows only the dependencies, with tiny
+    models in it; scripts/check_package.sh installs all, and serves the page."""
     pytest.importorskip("build")
     source = tmp_path / "source"
     source.mkdir()
@@ -249,6 +252,8 @@ def test_the_wheel_works_away_from_the_repository(tmp_path, desk):
     for name in tracked:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, source / name)
+    shutil.rmtree(source / "flextok/releases", ignore_errors=True)
+    tiny_releases(source / "flextok/releases")
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path)]
     subprocess.run([*build, str(source)], check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
@@ -256,8 +261,9 @@ def test_the_wheel_works_away_from_the_repository(tmp_path, desk):
     shutil.unpack_archive(wheel, env, "zip")
     environment = {**os.environ, "PYTHONPATH": str(env)}
     for arguments in (
-        ["info", "outputs/quickstart/tokenizer"],
-        ["reconstruct", "picture.jpg", "--model", "outputs/quickstart/tokenizer"],
+        ["info", "emoji"],
+        ["reconstruct", "picture.jpg"],
+        ["sample", "--classes", "heart"],
     ):
         code = (
             "import flextok, sys; from flextok.cli import main; "

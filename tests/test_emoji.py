@@ -15,10 +15,10 @@ from flextok.data.emoji import (
     COLORS,
     Emoji,
     EmojiScenes,
-    noun_phrase,
     read_shard,
     select_records,
 )
+from flextok.data.scene_captions import noun_phrase
 
 SHARD = resources.files("flextok.data").joinpath("assets", "emoji-64.tar")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import draw_pictures
 from processes import finish, start
 from test_training import (
     Stop,
@@ -218,14 +219,8 @@ def test_the_first_weights_do_not_depend_on_what_the_token_cache_drew(run, place
 @pytest.fixture(scope="module")
 def long_runs(tmp_path_factory):
     """Configs of a tokenizer and a generator of 40 steps, and both trained without a stop."""
-    from PIL import Image
-
     folder = tmp_path_factory.mktemp("long")
-    draws = torch.Generator().manual_seed(0)
-    (folder / "pictures").mkdir()
-    for i in range(6):
-        pixels = torch.randint(0, 256, (16, 16, 3), generator=draws, dtype=torch.uint8)
-        Image.fromarray(pixels.numpy()).save(folder / "pictures" / f"{i}.png")
+    draw_pictures(folder / "pictures", [f"{i}.png" for i in range(6)])
     options = {"max_steps": 40, "checkpoint_every": 3, "validate_every": 20, "num_pictures": 1}
     paths = [tokenizer_yaml(folder, folder / "pictures", **options)]
     paths.append(generator_yaml(folder, folder / "pictures"))

@@ -288,7 +288,6 @@ def test_adaptive_and_probe_commands(folder, capsys):
         (["evaluate", "ref.npz", "--networks"], "needs pictures to reconstruct"),
         (["evaluate", "emoji", "--networks", "--num-tokens", "9"], "num_tokens=9 must be in"),
         (["adaptive", "--target", "psnr"], "must look like psnr=20"),
-        (["sweep"], "name the pictures"),
     ],
 )
 def test_mistakes_are_told_in_one_line(folder, capsys, arguments, message):

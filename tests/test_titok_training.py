@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import yaml
-from conftest import TITOK, VQGAN
+from conftest import CATS_AND_DOGS, SIX_STEPS, TITOK, VQGAN, draw_pictures
 from PIL import Image
 from test_training import Stop, interrupt_after, logged_losses, weights
 
@@ -33,15 +33,7 @@ def experiment(folder, name, model, **changes):
         "model": model,
         "data": {"train": pictures, "validation": pictures, "batch_size": 4, "flip": True},
         "optim": {"lr": 1e-3, "warmup_steps": 2, "ema_decay": 0.9},
-        "trainer": {
-            "max_steps": 6,
-            "accelerator": "cpu",
-            "devices": 1,
-            "log_every": 1,
-            "validate_every": 3,
-            "checkpoint_every": 2,
-            "num_pictures": 2,
-        },
+        "trainer": SIX_STEPS,
         **changes,
     }
     path = folder / f"{name}.yaml"
@@ -67,19 +59,10 @@ def stages(folder):
     ]
 
 
-def draw_pictures(folder):
-    draws = torch.Generator().manual_seed(0)
-    for name in ("cats", "dogs"):
-        (folder / "pictures" / name).mkdir(parents=True)
-        for i in range(3):
-            pixels = torch.randint(0, 256, (16, 16, 3), generator=draws, dtype=torch.uint8)
-            Image.fromarray(pixels.numpy()).save(folder / "pictures" / name / f"{i}.png")
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("titok")
-    draw_pictures(folder)
+    draw_pictures(folder / "pictures", CATS_AND_DOGS)
     for config in stages(folder):
         train(config)
     return folder

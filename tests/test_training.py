@@ -9,7 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import TINY, TITOK, VQGAN, tiny_gpt, tiny_tokenizer
+from conftest import (
+    CATS_AND_DOGS,
+    SIX_STEPS,
+    TINY,
+    TITOK,
+    VQGAN,
+    draw_pictures,
+    tiny_gpt,
+    tiny_tokenizer,
+)
 from test_text import save_encoder
 
 from flextok.config import OptimConfig, load_experiment
@@ -43,16 +52,7 @@ def tokenizer_yaml(folder, pictures, **trainer) -> Path:
             "flip": True,
         },
         "optim": {"lr": 1e-3, "warmup_steps": 2, "ema_decay": 0.9},
-        "trainer": {
-            "max_steps": 6,
-            "accelerator": "cpu",
-            "devices": 1,
-            "log_every": 1,
-            "validate_every": 3,
-            "checkpoint_every": 2,
-            "num_pictures": 2,
-            **trainer,
-        },
+        "trainer": {**SIX_STEPS, **trainer},
     }
     path = folder / "tokenizer.yaml"
     path.write_text(yaml.safe_dump(experiment))
@@ -108,16 +108,10 @@ def interrupt_after(monkeypatch, step):
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     """A tokenizer and a generator trained without interruption on the same pictures."""
-    from PIL import Image
-
     folder = tmp_path_factory.mktemp("run")
     pictures = folder / "pictures"
-    draws = torch.Generator().manual_seed(0)
+    draw_pictures(pictures, CATS_AND_DOGS)
     for name in ("cats", "dogs"):
-        (pictures / name).mkdir(parents=True)
-        for i in range(3):
-            pixels = torch.randint(0, 256, (16, 16, 3), generator=draws, dtype=torch.uint8)
-            Image.fromarray(pixels.numpy()).save(pictures / name / f"{i}.png")
         (pictures / name / "0.txt").write_text(f"two {name} left of a tree")
     train(load_experiment(tokenizer_yaml(folder, pictures)))
     train(load_experiment(generator_yaml(folder, pictures)))

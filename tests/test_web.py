@@ -8,7 +8,6 @@ import logging
 import resource
 import shutil
 import struct
-import tarfile
 import threading
 import zlib
 from collections import Counter
@@ -17,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_tokenizer
+from conftest import tiny_tokenizer, write_shard
 from PIL import Image
 from test_training import Stop, interrupt_after, logged_losses, tokenizer_yaml, weights
 from torch.utils.data import DataLoader
@@ -36,14 +35,6 @@ from flextok.data.web import Cursor, WebDatasetImages, WebDatasetStream
 from flextok.training.run import train
 
 SIZES = (7, 12, 5, 9)  # of the shards: 33 samples
-
-
-def write_shard(path: Path, members: dict[str, bytes]) -> None:
-    with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
 
 
 def encoded(color=(255, 0, 0), size=(8, 8), form="PNG", mode="RGB", **options) -> bytes:

@@ -24,7 +24,7 @@ def add_commands(commands: Any) -> None:
         "how well generated emoji scenes show their prompts, against the number of tokens",
         "A small classifier, trained on real scenes, reads generated ones; the same "
         "pictures scored against shuffled prompts are the control.",
-        "flextok align outputs/quickstart_text/generator --limit 64 --json align.json \\\n"
+        "flextok align emoji-text --limit 64 --json align.json \\\n"
         '    --data "{name: emoji_scenes, max_objects: 2, vocabulary: basic, prompts: held_out}"',
     )
     align.add_argument("model", help="folder or hub id of a generator")
@@ -40,7 +40,6 @@ def run_align(options: argparse.Namespace) -> dict[str, Any]:
     from flextok.data.emoji import EmojiScenes
     from flextok.evaluation.alignment import alignment, format_report
     from flextok.evaluation.scene_probe import Probe, train_probe
-    from flextok.hub import resolve
     from flextok.pipeline import is_generator, load_model, load_tokenizer_of
     from flextok.schema import build
 
@@ -52,7 +51,7 @@ def run_align(options: argparse.Namespace) -> dict[str, Any]:
     if not is_generator(generator):
         raise ValueError(f"{options.model} is a {generator.model_type} model, not a generator")
     device = next(generator.parameters()).device
-    tokenizer = load_tokenizer_of(generator, resolve(options.model), options.tokenizer, device)
+    tokenizer = load_tokenizer_of(generator, options.model, options.tokenizer, device)
     if options.probe and Path(options.probe).is_file():
         probe = Probe.load(options.probe).to(device)
     else:

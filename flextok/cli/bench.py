@@ -21,6 +21,7 @@ def add_commands(commands: Any) -> None:
     bench.add_argument("--batch", type=int, nargs="+", help="in place of a size's own")
     bench.add_argument("--steps", type=int, default=4, help="of FlexTok's decoder")
     bench.add_argument("--repeats", type=int, default=3, help="the best of these counts")
+    bench.add_argument("--compare-mkl", action="store_true", help="also without oneDNN, on a CPU")
     bench.add_argument("--threads", type=int, help="of the CPU")
     bench.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     bench.add_argument("--device", help="cpu, cuda, ...; a GPU where there is one")
@@ -30,7 +31,15 @@ def add_commands(commands: Any) -> None:
 def run_bench(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
-    from flextok.bench import DEFAULT_SIZES, HEADER, SIZES, bench, format_machine, format_result
+    from flextok.bench import (
+        DEFAULT_SIZES,
+        HEADER,
+        PUBLISHED_ON,
+        SIZES,
+        bench,
+        format_machine,
+        format_result,
+    )
 
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -44,7 +53,10 @@ def run_bench(options: argparse.Namespace) -> dict[str, Any]:
         options.repeats,
         options.batch,
         options.steps,
+        options.compare_mkl,
         report=lambda result: print(format_result(result), flush=True),
     )
     print(format_machine(report["machine"]))
+    if any(result["published_cpu"] for result in report["results"]):
+        print(f"published: a ratio to CPU seconds on {PUBLISHED_ON}, so of the machines too")
     return report

@@ -1,15 +1,16 @@
 """What the commands share: their style, devices, data and JSON."""
 
 import argparse
-import contextlib
 import json
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-DEFAULT_MODEL = "emoji"  # the tokenizer that comes with the package
+# the models that come with the package: a tokenizer, and generators by class and by prompt
+TOKENIZER, BY_CLASS, BY_PROMPT = "emoji", "emoji-class", "emoji-text"
+HELD_OUT = "emoji:validation"  # pictures that they were not trained on
 
 
 def add_command(
@@ -60,22 +61,6 @@ def write_json(path: str, content: Any) -> None:
         return
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     atomic_write(Path(path), lambda p: p.write_text(text, encoding="utf-8"))
-
-
-@contextlib.contextmanager
-def need_model(names: list[str]) -> Iterator[None]:
-    """Around loading models: says what to do where the default one is missing."""
-    from flextok.hub import CheckpointError
-
-    try:
-        yield
-    except CheckpointError as error:
-        if DEFAULT_MODEL not in names:
-            raise
-        raise ValueError(
-            f"{error}. This installation brings no model of its own: name one, such as "
-            "outputs/quickstart/tokenizer after `make quickstart`"
-        ) from None
 
 
 def add_decoding(parser: argparse.ArgumentParser) -> None:

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from flextok.cli.common import DEFAULT_MODEL, add_command, need_model, pick_device
+from flextok.cli.common import BY_CLASS, BY_PROMPT, TOKENIZER, add_command, pick_device
 
 
 def add_commands(commands: Any) -> None:
@@ -21,9 +21,10 @@ def add_commands(commands: Any) -> None:
     parser.add_argument(
         "models",
         nargs="*",
-        default=[DEFAULT_MODEL],
+        default=[TOKENIZER, BY_CLASS, BY_PROMPT],
         metavar="MODEL",
-        help="folders or hub ids: a tokenizer to reconstruct with, generators with theirs",
+        help="folders, names or hub ids: a tokenizer to reconstruct with, generators with theirs; "
+        "default: those that come with the package",
     )
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 shows it to your network")
     parser.add_argument("--port", type=int, help="by default the first free one from 7860")
@@ -43,6 +44,5 @@ def run_demo(options: argparse.Namespace) -> None:
     except ImportError as error:
         raise ValueError(f"the page needs Gradio: pip install 'flextok[demo]' ({error})") from None
     limits = Limits(int(options.max_megabytes * 2**20), int(options.max_megapixels * 1e6))
-    with need_model(options.models):
-        studio = Studio(options.models, pick_device(options.device))
+    studio = Studio(options.models, pick_device(options.device))
     serve(make_app(studio, limits, options.queue), options.host, options.port)

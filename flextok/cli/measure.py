@@ -5,7 +5,14 @@ import os
 from pathlib import Path
 from typing import Any
 
-from flextok.cli.common import add_command, add_json, open_data, pick_device, token_lengths
+from flextok.cli.common import (
+    HELD_OUT,
+    add_command,
+    add_json,
+    open_data,
+    pick_device,
+    token_lengths,
+)
 
 
 def add_commands(commands: Any) -> None:
@@ -16,10 +23,8 @@ def add_commands(commands: Any) -> None:
         "FID, inception score, KID, precision, PSNR, SSIM, LPIPS, code usage",
         "A tokenizer reconstructs DATA; a generator is compared with DATA. Writes report.json. "
         "Several processes: torchrun --nproc-per-node=N -m flextok.cli evaluate ...",
-        "flextok evaluate outputs/quickstart/tokenizer emoji:validation "
-        "--networks efficientnet_lite0\n"
-        "flextok evaluate outputs/quickstart/generator emoji:validation --num-samples 200 "
-        "--networks",
+        "flextok evaluate emoji emoji:validation --networks efficientnet_lite0\n"
+        "flextok evaluate emoji-class emoji:train --num-samples 960 --networks efficientnet_lite0",
     )
     evaluate.add_argument("model", help="folder or hub id of a tokenizer or a generator")
     evaluate.add_argument(
@@ -50,10 +55,10 @@ def add_commands(commands: Any) -> None:
         "reconstruction quality against the number of tokens, steps and guidance",
         "Prints a table and writes report.json, sweep.csv, tokens.png, bits.png, "
         "time.png, strips.png and variance.png.",
-        "flextok sweep outputs/quickstart/tokenizer --data emoji:validation --steps 4 8",
+        "flextok sweep emoji --data emoji:validation --steps 1 4",
     )
     sweep.add_argument("model", help="folder or hub id of a tokenizer")
-    sweep.add_argument("--data", metavar="SET", help="as for evaluate")
+    sweep.add_argument("--data", default=HELD_OUT, metavar="SET", help="as for evaluate")
     sweep.add_argument("--num-tokens", type=int, nargs="+", help="default 1 2 4 ... all")
     sweep.add_argument("--steps", type=int, nargs="+", help="decoder steps")
     sweep.add_argument("--guidance-scale", type=float, nargs="+", help="decoder guidance")
@@ -68,7 +73,7 @@ def add_commands(commands: Any) -> None:
         "how many tokens each picture needs to meet a target, and whether complexity shows",
         "Finds the shortest prefix that meets the target, picture by picture, and tests by rank "
         "correlation whether pictures of a higher label (more objects) need more.",
-        "flextok adaptive outputs/quickstart/tokenizer --target psnr=14 --limit 64",
+        "flextok adaptive emoji --target psnr=18 --limit 64",
     )
     adaptive.add_argument("model", help="folder or hub id of a tokenizer that decodes prefixes")
     adaptive.add_argument("--data", default="emoji_scenes:validation", help="as for evaluate")
@@ -85,11 +90,11 @@ def add_commands(commands: Any) -> None:
         "class accuracy of a linear probe on the first 1, 2, 4, ... codes",
         "Trains a linear classifier on the codes of labelled pictures and tests it on others: "
         "what the first codes know of the class.",
-        "flextok probe outputs/quickstart/tokenizer --train emoji:train --data emoji:validation",
+        "flextok probe emoji --train emoji:train --data emoji:validation",
     )
     probe.add_argument("model", help="folder or hub id of a tokenizer")
     probe.add_argument("--train", default="emoji:train", metavar="SET", help="labelled pictures")
-    probe.add_argument("--data", default="emoji:validation", metavar="SET", help="to test on")
+    probe.add_argument("--data", default=HELD_OUT, metavar="SET", help="to test on")
     probe.add_argument("--num-tokens", type=int, nargs="+", help="default 1 2 4 ... all")
     add_measuring(probe, None)
     probe.add_argument("--output", default="outputs/probe", help="folder to write")
@@ -126,7 +131,6 @@ def run_evaluate(options: argparse.Namespace) -> dict[str, Any] | None:
     from flextok.evaluation import processes
     from flextok.evaluation.evaluate import evaluate_generator, evaluate_tokenizer
     from flextok.evaluation.job import Cell
-    from flextok.hub import resolve
     from flextok.pipeline import is_generator, load_tokenizer_of
 
     settings = measuring_options(
@@ -150,7 +154,7 @@ def run_evaluate(options: argparse.Namespace) -> dict[str, Any] | None:
                 raise ValueError("a generator is compared with DATA: name the .npz there")
             parameter = next(model.parameters())
             tokenizer = load_tokenizer_of(
-                model, resolve(options.model), options.tokenizer, parameter.device
+                model, options.model, options.tokenizer, parameter.device
             ).to(parameter.dtype)
             report = evaluate_generator(
                 model, tokenizer, data, cells, settings, options.output, names
@@ -170,8 +174,6 @@ def run_sweep(options: argparse.Namespace) -> dict[str, Any]:
     from flextok.data.datasets import take
     from flextok.evaluation.sweep import format_table, sweep
 
-    if not options.data:
-        raise ValueError("name the pictures to measure on, e.g. --data emoji:validation")
     model = load_for_measuring(options)
     report = sweep(
         model,
@@ -261,11 +263,11 @@ def print_report(report: dict[str, Any]) -> None:
         print(f"{facts['num_tokens']} tokens, {facts['count']} pictures")
         for name, value in {**facts, **result["scores"]}.items():
             if name not in ("num_tokens", "count") and value is not None:
-                print(f"  {name:<44}{value:.6g}")
+                print(f"  {name:<48}{value:.6g}")
     if report["codes"]:
         codes = report["codes"]
-        print(f"  {'codes used':<44}{codes['usage']:.6g} of {codes['vocab_size']}")
-        print(f"  {'entropy (bits), all positions':<44}{codes['entropy_bits']:.6g}")
+        print(f"  {'codes used':<48}{codes['usage']:.6g} of {codes['vocab_size']}")
+        print(f"  {'entropy (bits), all positions':<48}{codes['entropy_bits']:.6g}")
     run = report["run"]
     if run["peak_memory_mib"] is not None:
         print(f"peak memory {run['peak_memory_mib']:.0f} MiB, {run['seconds']:.1f} s")

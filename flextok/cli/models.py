@@ -4,7 +4,7 @@ import argparse
 import json
 from typing import Any
 
-from flextok.cli.common import add_command
+from flextok.cli.common import TOKENIZER, add_command
 
 
 def add_commands(commands: Any) -> None:
@@ -15,10 +15,15 @@ def add_commands(commands: Any) -> None:
         "a model's config, sizes, vocabulary, bits per image and provenance",
         "Reads the header of the weight file only, so it is quick for the largest models too. "
         "What a published file left open is listed as assumed.",
-        "flextok info outputs/quickstart/tokenizer\n"
+        "flextok info emoji-class\n"
         "flextok info EPFL-VILAB/flextok_d12_d12_in1k --json | jq .parameters.total",
     )
-    info.add_argument("model", help="folder, weight file or hub id, published ones too")
+    info.add_argument(
+        "model",
+        nargs="?",
+        default=TOKENIZER,
+        help=f"folder, weight file, name or hub id, published ones too; default {TOKENIZER}",
+    )
     info.add_argument("--json", action="store_const", const="-", help="print JSON")
 
     convert = add_command(

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from flextok.cli.common import (
-    DEFAULT_MODEL,
+    TOKENIZER,
     add_command,
     add_json,
     add_solving,
     check_lengths,
     decoding_options,
-    need_model,
     pick_device,
 )
 
@@ -39,7 +38,7 @@ def add_commands(commands: Any) -> None:
         "flextok reconstruct - --num-tokens 4 < cat.jpg > cat-4.png",
     )
     parser.add_argument("pictures", nargs="+", metavar="PICTURE", help="files, folders or -")
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="a tokenizer's folder or hub id")
+    parser.add_argument("--model", default=TOKENIZER, help="a tokenizer's folder, name or hub id")
     parser.add_argument("--num-tokens", type=int, nargs="+", metavar="K", help="default: all")
     add_solving(parser)
     parser.add_argument("--seed", type=int, default=0, help="of the decoder's noise")
@@ -63,8 +62,7 @@ def run_reconstruct(options: argparse.Namespace) -> list[dict[str, Any]]:
     number = len(sources) * len(set(options.num_tokens or [0]))
     output = options.output or ("-" if options.pictures == ["-"] else FOLDER)
     check_output(output, number, options.json == "-")
-    with need_model([options.model]):
-        model = load_model(options.model, pick_device(options.device))
+    model = load_model(options.model, pick_device(options.device))
     if is_generator(model):
         raise ValueError(f"{options.model} is a generator: name the tokenizer that it speaks")
     lengths = check_lengths(options.num_tokens or [model.num_tokens], model.num_tokens)

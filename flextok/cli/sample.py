@@ -5,6 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from flextok.cli.common import (
+    BY_CLASS,
+    BY_PROMPT,
+    HELD_OUT,
+    TOKENIZER,
     add_command,
     add_decoding,
     decoding_options,
@@ -13,7 +17,7 @@ from flextok.cli.common import (
     token_lengths,
 )
 
-TEXT_MODEL = "outputs/quickstart_text/generator"  # what make quickstart-text trains
+MOST_CLASSES = 16  # in a grid whose classes nobody named
 
 
 def add_commands(commands: Any) -> None:
@@ -24,18 +28,27 @@ def add_commands(commands: Any) -> None:
         "reconstruct pictures, or generate by class or prompt, as a coarse-to-fine grid",
         "With a tokenizer: reconstruct --images or --data at each of --num-tokens. "
         "With a generator: generate --classes, or --prompt, --prompts-file or the captions of "
-        "--data; prompts also get their last pictures as files beside the grid.",
-        "flextok sample outputs/quickstart/tokenizer --images cat.jpg --num-tokens 1 4 16\n"
-        'flextok sample outputs/quickstart/generator --classes "Food & Drink" none\n'
-        'flextok sample --prompt "a red heart left of a bomb" --output heart.png',
+        "--data; prompts also get their last pictures as files beside the grid. "
+        "Without a model: the one for the purpose of those that come with the package.",
+        "flextok sample\n"
+        "flextok sample --images cat.jpg --num-tokens 1 16 256\n"
+        "flextok sample --classes food-fruit heart none --num-samples 4\n"
+        'flextok sample --prompt "a red heart left of a bomb" --output heart.png\n'
+        "flextok sample outputs/quickstart/generator",
     )
     sample.add_argument(
         "model",
         nargs="?",
-        help=f"folder or hub id of a tokenizer or a generator; for prompts default {TEXT_MODEL}",
+        help="folder, name or hub id of a tokenizer or a generator; "
+        f"default {TOKENIZER}, {BY_CLASS} or {BY_PROMPT}",
     )
     sample.add_argument("--images", nargs="+", metavar="FILE", help="picture files or folders")
-    sample.add_argument("--classes", nargs="+", metavar="CLASS", help="names or numbers; 'none'")
+    sample.add_argument(
+        "--classes",
+        nargs="*",
+        metavar="CLASS",
+        help=f"names or numbers; 'none'; alone: all, or {MOST_CLASSES} of them",
+    )
     sample.add_argument("--prompt", nargs="+", metavar="TEXT", help="texts; '' = none")
     sample.add_argument("--prompts-file", metavar="FILE", help="one prompt a line")
     sample.add_argument("--num-samples", type=int, default=1, help="pictures a class or prompt")
@@ -57,7 +70,6 @@ def add_commands(commands: Any) -> None:
 def run_sample(options: argparse.Namespace) -> None:
     from flextok import viz
     from flextok.generators.conditioning import TextConditioner
-    from flextok.hub import resolve
     from flextok.pipeline import (
         generate_images,
         is_generator,
@@ -67,9 +79,9 @@ def run_sample(options: argparse.Namespace) -> None:
     )
 
     if options.model is None:
-        if not (options.prompt or options.prompts_file):
-            raise ValueError("name a model: the folder or hub id of a tokenizer or a generator")
-        options.model = TEXT_MODEL
+        by_prompt = options.prompt or options.prompts_file
+        by_class = options.classes is not None
+        options.model = BY_PROMPT if by_prompt else BY_CLASS if by_class else TOKENIZER
     model = load_model(options.model, pick_device(options.device))
     device = next(model.parameters()).device
     decoding = decoding_options(options)
@@ -84,7 +96,7 @@ def run_sample(options: argparse.Namespace) -> None:
         else:
             cond, names = class_labels(model, options.classes, options.num_samples)
             cond = cond.to(device)
-        tokenizer = load_tokenizer_of(model, resolve(options.model), options.tokenizer, device)
+        tokenizer = load_tokenizer_of(model, options.model, options.tokenizer, device)
         lengths = token_lengths(options.num_tokens, tokenizer, model.num_tokens)
         sampling = {
             "temperature": options.temperature,
@@ -103,7 +115,7 @@ def run_sample(options: argparse.Namespace) -> None:
         if by_text:
             save_each(pictures[lengths[-1]], Path(options.output))
     else:
-        if options.classes or options.prompt or options.prompts_file:
+        if options.classes is not None or options.prompt or options.prompts_file:
             raise ValueError(
                 "a tokenizer reconstructs --images or --data; it has no --classes or prompts"
             )
@@ -115,7 +127,8 @@ def run_sample(options: argparse.Namespace) -> None:
 
 
 def read_images(options: argparse.Namespace, size: int) -> Any:
-    """--images or --data as (n, 3, size, size) in [-1, 1]; unreadable ones are skipped."""
+    """--images, --data or held-out emoji as (n, 3, size, size) in [-1, 1]; unreadable ones are
+    skipped."""
     from torch.utils.data import DataLoader
 
     from flextok.data.datamodule import prepare_image
@@ -123,10 +136,10 @@ def read_images(options: argparse.Namespace, size: int) -> Any:
     from flextok.data.stream import EvaluationSet, collate
     from flextok.data.transforms import ImageTransform
 
-    if bool(options.images) == bool(options.data):
-        raise ValueError("name the pictures to reconstruct: either --images FILE ... or --data SET")
-    source = PictureFiles(options.images) if options.images else open_data(options.data)
-    limit = 8 if options.limit is None and options.data else options.limit
+    if options.images and options.data:
+        raise ValueError("name the pictures to reconstruct by --images or by --data, not by both")
+    source = PictureFiles(options.images) if options.images else open_data(options.data or HELD_OUT)
+    limit = 8 if options.limit is None and not options.images else options.limit
     dataset = EvaluationSet(take(source, limit), prepare_image(ImageTransform(size)))
     batch = next(iter(DataLoader(dataset, batch_size=len(dataset), collate_fn=collate)))
     if not batch:
@@ -136,7 +149,7 @@ def read_images(options: argparse.Namespace, size: int) -> Any:
 
 def read_prompts(options: argparse.Namespace) -> list[str]:
     """--prompt, --prompts-file or the captions of --data, each --num-samples times."""
-    if options.images or options.classes:
+    if options.images or options.classes is not None:
         raise ValueError("this generator makes pictures from prompts, not --images or --classes")
     given = [bool(x) for x in (options.prompt, options.prompts_file, options.data)]
     if sum(given) != 1:
@@ -179,7 +192,8 @@ def save_each(pictures: Any, output: Path) -> None:
 
 
 def class_labels(model: Any, classes: list[str] | None, num_samples: int) -> tuple[Any, list[str]]:
-    """Class names or numbers to labels, each num_samples times. All classes by default."""
+    """Class names or numbers to labels, each num_samples times. By default all of
+    them, or MOST_CLASSES, evenly spread."""
     import torch
 
     from flextok.generators.conditioning import NULL_CLASS
@@ -188,7 +202,9 @@ def class_labels(model: Any, classes: list[str] | None, num_samples: int) -> tup
     if num_samples < 1:
         raise ValueError(f"--num-samples {num_samples} must be at least 1")
     labels, names = [], []
-    for entry in classes or [str(i) for i in range(len(known) or 1)]:
+    total = len(known) or 1
+    shown = min(total, MOST_CLASSES)
+    for entry in classes or [str(i * total // shown) for i in range(shown)]:
         if entry == "none":
             label = NULL_CLASS
         elif entry in known:

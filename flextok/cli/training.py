@@ -38,7 +38,7 @@ def add_commands(commands: Any) -> None:
         "Writes shards of indices, labels and captions. Run it again to continue; "
         "torchrun or srun share the work. A generator reads the result by "
         "data.train={name: tokens, path: <output>}.",
-        "flextok tokenize outputs/quickstart/tokenizer emoji:train outputs/tokens --variants 4\n"
+        "flextok tokenize emoji emoji:train outputs/tokens --variants 4\n"
         "torchrun --nproc-per-node=8 -m flextok.cli tokenize MODEL 'shards-{000..999}.tar' tokens",
     )
     tokenize.add_argument("model", help="folder or hub id of a tokenizer")

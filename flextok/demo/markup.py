@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from PIL import Image
 
 CSS = """
-.ft-strip { display: flex; flex-wrap: wrap; gap: 0.8rem; align-items: flex-end; }
+.ft-strip { display: flex; flex-wrap: wrap; gap: 0.6rem; align-items: flex-end; }
 .ft-strip figure { margin: 0; text-align: center; align-self: flex-start; }
 .ft-strip img { image-rendering: pixelated; border-radius: 6px; display: block; }
 .ft-strip figcaption { font-size: 0.85rem; padding-top: 0.25rem; white-space: pre-line; }
@@ -47,7 +47,8 @@ DROP = """
 </label>"""
 DROP_CSS = """
 .ft-drop { display: flex; flex-direction: column; gap: 0.4rem; align-items: center;
-  padding: 1.6rem; border: 2px dashed #999; border-radius: 10px; cursor: pointer; }
+  padding: 1.6rem; border: 2px dashed #999; border-radius: 10px; cursor: pointer;
+  text-align: center; }
 .ft-drop:hover, .ft-drop:focus-within { border-color: #e80; }
 input { opacity: 0; height: 1px; width: 1px; }
 .ft-note { color: #c00; }

@@ -21,13 +21,23 @@ from flextok.demo.markup import (
     strip,
     tokens,
 )
-from flextok.demo.studio import MAX_GUIDANCE, MAX_SEED, MAX_STEPS, NO_CLASS, Settings, Studio, Voice
+from flextok.demo.studio import (
+    MAX_GUIDANCE,
+    MAX_PROMPT,
+    MAX_SEED,
+    MAX_STEPS,
+    NO_CLASS,
+    Settings,
+    Studio,
+    Voice,
+)
 from flextok.demo.upload import Limits, megabytes, read_picture
 
 INTRO = """# FlexTok
 A picture as a short sequence of tokens, coarse to fine: the first few are a picture already.
 """
 HINT = "Drop a picture first, or take an emoji."
+EXAMPLE = "a red heart on a blue background"
 TARGET = 16.0  # dB, where the slider of the token need starts
 ONE_AT_A_TIME: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
 SYSTEM_FONTS = ["system-ui", "sans-serif"]
@@ -132,7 +142,7 @@ def reconstruct_tab(studio: Studio, limits: Limits) -> None:
             return
         figures: list[str] = []
         for k, made, quality in studio.filmstrip(crop, Settings(*wishes)):
-            figures.append(figure(made, f"{tokens(k)}\n{quality:.1f} dB", 96, f"flextok-{k}.png"))
+            figures.append(figure(made, f"{tokens(k)}\n{quality:.1f} dB", 76, f"flextok-{k}.png"))
             yield strip(figures)
 
     @told
@@ -168,7 +178,9 @@ def generate_tab(voice: Voice) -> None:
     with gr.Row():
         with gr.Column(scale=1):
             if voice.reads_text:
-                wish: Any = gr.Textbox(label="Prompt", max_lines=3, max_length=500)
+                wish: Any = gr.Textbox(
+                    label="Prompt", max_lines=3, max_length=MAX_PROMPT, placeholder=EXAMPLE
+                )
             else:
                 names = [*voice.classes, NO_CLASS]
                 wish = gr.Dropdown(names, value=names[0], label="Class")

@@ -13,7 +13,6 @@ from flextok.evaluation import adaptive
 from flextok.evaluation.metrics import psnr
 from flextok.evaluation.report import MAX_PSNR
 from flextok.generators.conditioning import NULL_CLASS, ClassConditioner, TextConditioner
-from flextok.hub import resolve
 from flextok.pipeline import (
     decodable_lengths,
     grow_images,
@@ -110,7 +109,7 @@ class Studio:
             if not is_generator(model):
                 self.tokenizer = self.tokenizer or model
                 continue
-            tokenizer = load_tokenizer_of(model, resolve(name), device=device)
+            tokenizer = load_tokenizer_of(model, name, device=device)
             self.voices.append(Voice(name, model, tokenizer, class_names(model)))
         self.tokenizer = self.tokenizer or self.voices[0].tokenizer
 

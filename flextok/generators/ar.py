@@ -20,6 +20,7 @@ from flextok.hub import Pretrained
 from flextok.nn.attention import KVCache
 from flextok.nn.blocks import Block, LayerNorm
 from flextok.nn.layout import column_major
+from flextok.nn.linear import Linear
 from flextok.schema import build
 from flextok.tokenizers.common import draw, run_block
 
@@ -78,7 +79,7 @@ class GPT(Pretrained, nn.Module):
             for _ in range(config.depth)
         )
         self.norm = LayerNorm(dim, eps=1e-6, affine=True)
-        self.head = nn.Linear(dim, config.vocab_size, bias=False)
+        self.head = Linear(dim, config.vocab_size, bias=False)
         self.init_weights()
 
     @property

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from flextok.generators.text import TEXT_ENCODERS, Text, check_prompts
+from flextok.nn.linear import Linear
 from flextok.schema import build
 
 NULL_CLASS = -1  # as a label: no condition
@@ -118,7 +119,7 @@ class TextConditioner(nn.Module):
         self.project: nn.Module = nn.Identity()
         if project:
             gelu = nn.GELU(approximate="tanh")
-            self.project = nn.Sequential(nn.Linear(width, hidden), gelu, nn.Linear(hidden, dim))
+            self.project = nn.Sequential(Linear(width, hidden), gelu, Linear(hidden, dim))
         self.null_row: Tensor | None = None  # "" as the encoder's rows give it, once known
 
     def pinned(self, spec: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from flextok.generators.conditioning import CONDITIONERS, Condition, NoConditioner
 from flextok.hub import Pretrained
+from flextok.nn.linear import Linear
 from flextok.nn.vit import ViTBlock
 from flextok.schema import build
 
@@ -91,7 +92,7 @@ class MaskGIT(Pretrained, nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-5 if self.is_uvit else 1e-12)
         # BERT's sentence marks: row 0 is added everywhere, row 1 is there for published weights
         self.segments = None if self.is_uvit else nn.Parameter(torch.empty(2, dim))
-        self.head = nn.Linear(dim, config.vocab_size)
+        self.head = Linear(dim, config.vocab_size)
         self.init_weights()
 
     @property

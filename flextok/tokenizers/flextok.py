@@ -81,7 +81,7 @@ class FlexTokConfig:
 class FlexTok(Pretrained, nn.Module):
     """The tokenizer: encode pictures to ordered indices, decode any prefix of them.
 
-    >>> tokenizer = FlexTok.from_pretrained("outputs/quickstart/tokenizer")
+    >>> tokenizer = FlexTok.from_pretrained("emoji")
     >>> indices = tokenizer.encode(images)              # (B, K)
     >>> pictures = tokenizer.decode(indices[:, :16])    # from 16 tokens
     """

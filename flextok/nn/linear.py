@@ -1,0 +1,102 @@
+"""Linear layers that take the faster of torch's two libraries for a matrix product on a CPU.
+
+torch gives fp32 products to MKL, which keeps its AVX-512 code to Intel's processors. oneDNN comes
+with torch too and runs it on any: twice the rate on AMD's Zen 5, equal to rounding (1e-6).
+"""
+
+import platform
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# torch's own name for the product, which torch.compile uses: private, so it may be missing from
+# some version, which then does without it
+ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+
+# Below these oneDNN's 15 us a call outweigh what it saves (measured on Zen 5). They depend on
+# shapes alone, never on a timing, so that a run repeats and resumes bit for bit.
+MIN_ROWS = 8  # generation's few rows are matrix-vector products, bound by memory
+MIN_WIDTH = 32
+MIN_PRODUCTS = 2**21
+
+
+class Linear(nn.Linear):
+    """nn.Linear in all but the library that multiplies."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear. x: (..., D); weight: (E, D); bias: (E,). Returns (..., E)."""
+    if takes_onednn(x, weight):
+        return _OneDNNLinear.apply(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+def takes_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Whether `linear` gives this product to oneDNN; torch.backends.mkldnn.flags(enabled=False)
+    keeps it from all."""
+    rows = x.numel() // max(1, weight.shape[1])
+    return (
+        not torch.compiler.is_compiling()  # the compiler chooses better itself
+        and x.shape[-1:] == weight.shape[1:]  # a misfit gets torch's own error
+        and rows >= MIN_ROWS
+        and min(weight.shape) >= MIN_WIDTH
+        and rows * weight.numel() >= MIN_PRODUCTS
+        and all(_is_plain(tensor) for tensor in (x, weight))
+        and onednn_is_faster()
+        and bool(torch.backends.mkldnn.enabled)
+        and not torch.is_autocast_enabled("cpu")
+        and torch._C._functorch.peek_interpreter_stack() is None  # no torch.func transform
+    )
+
+
+def _is_plain(x: Tensor) -> bool:
+    """A dense fp32 tensor of a CPU, not a subclass with rules of its own (FakeTensor, DTensor)."""
+    ordinary = type(x) is Tensor or type(x) is nn.Parameter
+    return ordinary and x.is_cpu and x.dtype is torch.float32 and x.layout is torch.strided
+
+
+@cache
+def onednn_is_faster() -> bool:
+    """Whether this machine has AVX-512 that MKL leaves unused."""
+    return (
+        ONEDNN_LINEAR is not None
+        and torch.backends.mkldnn.is_available()
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+        and processor_vendor() not in ("GenuineIntel", "")
+    )
+
+
+def processor_vendor() -> str:
+    """As Linux names it, "" elsewhere."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if platform.system() == "Linux" and info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")]
+    return names[0] if names else ""
+
+
+class _OneDNNLinear(torch.autograd.Function):
+    """The product of `linear` with its gradients, which torch has no formula for."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        assert ONEDNN_LINEAR is not None
+        return ONEDNN_LINEAR(x, weight, bias, "none", [], "")
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        rows, x_rows = grad.flatten(0, -2), x.flatten(0, -2)
+        return (
+            linear(grad, weight.t()) if needs_x else None,
+            linear(rows.t(), x_rows.t()) if needs_weight else None,
+            rows.sum(0) if needs_bias else None,
+        )

@@ -1,0 +1,25 @@
+"""The scripts beside the package start: what they import is still where they look for it."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = sorted(
+    str(path.relative_to(ROOT))
+    for folder in ("benchmarks", "experiments", "scripts")
+    for path in (ROOT / folder).glob("*.py")
+    if "argparse" in path.read_text("utf-8")
+)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_script_teaches_its_use(script, monkeypatch, capsys):
+    """benchmarks/few_steps.py once imported what had moved, and nothing noticed."""
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    assert end.value.code == 0
+    assert "usage:" in capsys.readouterr().out
