@@ -290,6 +290,25 @@ def test_first_stage_learns_its_teacher(images):
         build(stage="proxy", proxy=VQGANConfig(multipliers=[1, 1, 1])).attach_proxy(teacher)
 
 
+@torch.no_grad()
+def test_spread_latents_first_look_at_places_of_their_own():
+    def nearest_patches(init):
+        model = build(init=init, encoder_dim=64, image_size=32)  # 8 x 8 patches
+        encoder, looks = model.encoder, []
+        encoder.blocks[0].attn.qkv.register_forward_hook(lambda _, __, qkv: looks.append(qkv))
+        encoder(torch.zeros(1, 3, 32, 32))
+        q, k, _ = looks[0][0].chunk(3, dim=-1)
+        own = encoder.latent_pos @ encoder.patch_pos[1:].T  # (K, 64): what lies where the latent is
+        return torch.stack([own.argmax(dim=-1), (q[65:] @ k[1:65].T).argmax(dim=-1)])
+
+    own, looked_at = nearest_patches("spread")
+    assert len(own.unique()) == 6
+    steps = (own // 8 - looked_at // 8).abs() + (own % 8 - looked_at % 8).abs()
+    assert steps.max() <= 2, steps  # of 14 across the picture
+    own, looked_at = nearest_patches("published")
+    assert (own != looked_at).sum() > 3
+
+
 def test_second_stage_starts_from_the_first(images):
     first, teacher = build(stage="proxy"), MaskGITVQGAN(PROXY)
     first.attach_proxy(teacher)

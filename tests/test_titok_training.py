@@ -217,6 +217,30 @@ def test_one_backward_pass_equals_alternating_optimizers():
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4, msg=key)
 
 
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch before 2.9 has no Muon")
+def test_muon_leaves_the_discriminator_to_adamw():
+    """Its parameters join the optimizer later, without the mark that Muon's groups have."""
+    first, second = tiny_module(), tiny_module()
+    shape = {"image_size": 16, "patch_size": 4, "num_tokens": 4, "head_dim": 8}
+    sizes = {"encoder_dim": 16, "encoder_depth": 1, "decoder_dim": 16, "decoder_depth": 1}
+    torch.manual_seed(0)
+    first.model = TiTok(TiTokConfig(**shape, **sizes))
+    first.optim.name = "muon"
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    before = copy.deepcopy(first.state_dict())
+    for module in (first, second):
+        optimizer = module.make_optimizer()
+        module.discriminator_losses(images, images.flip(0))["loss"].backward()
+        if module is first:
+            first.model.loss(images)["loss"].backward()
+        optimizer.step()
+    ours, adamws = (module.discriminator.parameters() for module in (first, second))
+    assert all(torch.equal(a, b) for a, b in zip(ours, adamws, strict=True))
+    for name, now in first.state_dict().items():
+        if name.startswith("model.") and "blocks" in name and now.ndim == 2:
+            assert not torch.equal(now, before[name]), name
+
+
 def test_before_its_start_the_discriminator_neither_learns_nor_counts():
     module = tiny_module(start=1)
     images = torch.rand(2, 3, 16, 16) * 2 - 1

@@ -1,6 +1,7 @@
 """MaskGIT-VQGAN, the VQ and KL bottlenecks, and the adversarial and perceptual losses."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +21,7 @@ from flextok.losses.adversarial import (
 from flextok.quantizers import KL, VQ
 from flextok.quantizers.vq import codebook_usage, count_codes
 from flextok.schema import from_mapping
+from flextok.tokenizers.titok import TiTok, TiTokConfig
 from flextok.tokenizers.vqgan import MaskGITVQGAN, VQGANConfig
 
 
@@ -86,6 +88,15 @@ def test_sizes_and_errors(tiny):
         tiny.encode(torch.full((1, 3, 16, 16), 200.0))
     with pytest.raises(ValueError, match=r"expected \(B, 3, 16, 16\)"):
         tiny.loss(torch.zeros(1, 3, 8, 8))
+
+
+def test_norms_of_narrow_models_may_have_fewer_groups(tiny):
+    """With the published 32 groups each of 32 channels would lose its mean over the picture."""
+    few = replace(tiny.config, norm_groups=4)
+    for model in (MaskGITVQGAN(few), TiTok(TiTokConfig(16, 4, stage="finetune", proxy=few))):
+        norms = [m for m in model.modules() if isinstance(m, torch.nn.GroupNorm)]
+        assert norms
+        assert {norm.num_groups for norm in norms} == {4}
 
 
 def test_training_reduces_the_loss(tiny):

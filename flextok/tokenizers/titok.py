@@ -17,12 +17,14 @@ from torch import Tensor, nn
 
 from flextok.hub import Pretrained
 from flextok.losses.perceptual import PerceptualLoss
+from flextok.nn.embeddings import sincos_2d
 from flextok.nn.frozen import Frozen
 from flextok.nn.linear import Linear
 from flextok.quantizers import KL, QUANTIZERS
 from flextok.schema import build
 from flextok.tokenizers.common import check_images, check_indices, check_keep, draw
 from flextok.tokenizers.nested_dropout import NESTED_DROPOUT
+from flextok.tokenizers.networks import add_places
 from flextok.tokenizers.titok_networks import PixelHead, TiTokDecoder, TiTokEncoder
 from flextok.tokenizers.vqgan import (
     ConvDecoder,
@@ -61,7 +63,8 @@ class TiTokConfig:
     proxy: VQGANConfig = field(default_factory=VQGANConfig)  # its image_size follows ours
     legacy: bool = False  # the first releases' layout of the encoder's output, see TiTokEncoder
     nested_dropout: str = "none"  # "uniform" = One-D-Piece's tail drop, one length a batch
-    wide_start: bool = False  # larger weights at the start: small models route sooner
+    # weights at the start: wide or spread ones let small models route sooner, see init_weights
+    init: Literal["published", "wide", "spread"] = "published"
     text_length: int = 0  # TA-TiTok: text features that the decoder sees (77 of CLIP), 0 = none
     text_dim: int = 768
     perceptual: dict[str, Any] = field(default_factory=dict)  # weights by name; training only
@@ -138,7 +141,7 @@ class TiTok(Pretrained, nn.Module):
         if config.stage == "finetune":
             self.pixel_quantizer = quantizer
             self.pixel_decoder = ConvDecoder(
-                proxy.dim, proxy.multipliers, proxy.num_blocks, quantizer.dim
+                proxy.dim, proxy.multipliers, proxy.num_blocks, quantizer.dim, proxy.norm_groups
             )
         return nn.Sequential(
             Linear(dim, 2 * dim), nn.Tanh(), Linear(2 * dim, self.proxy_vocab_size)
@@ -162,27 +165,41 @@ class TiTok(Pretrained, nn.Module):
         return self.config.nested_dropout != "none"
 
     def init_weights(self) -> None:
-        """Linear: N(0, 0.02), cut at 2, no bias; wider in models narrower than the published ones,
-        which would hardly see the picture at first. Tokens and positions: N(0, 1/D). The
-        convolutions and codebooks keep their own.
+        """published: linear N(0, 0.02), cut at 2, no bias; wider in models narrower than the
+        published ones, which would hardly see the picture at first. Tokens and positions:
+        N(0, 1/D). The convolutions and codebooks keep their own.
 
-        wide_start: linear Xavier, queries and keys doubled, tokens and positions N(0, 1). Latents
-        then look at different patches from the first step on."""
-        wide = self.config.wide_start
+        wide: linear Xavier, queries and keys doubled, tokens and positions N(0, 1). Latents then
+        look at different patches from the first step on.
+
+        spread: linear Xavier, keys equal to queries (like looks for like: mimetic initialisation,
+        arXiv 2305.09828), tokens N(0, 0.1); patches begin at sin-cos positions that neighbours tell
+        apart, and each latent at a place of its own among them."""
+        init = self.config.init
         for part in (self.encoder, self.decoder):
             dim = part.class_token.shape[-1]
+            token_std = {"published": dim**-0.5, "wide": 1.0, "spread": 0.1}[init]
             for name, module in part.named_modules():
                 if isinstance(module, nn.Linear):
-                    if wide:
-                        nn.init.xavier_uniform_(module.weight)
-                    else:  # 0.02 from D = 512 on
+                    if init == "published":  # 0.02 from D = 512 on
                         nn.init.trunc_normal_(module.weight, std=max(0.02, 0.45 * dim**-0.5))
+                    else:
+                        nn.init.xavier_uniform_(module.weight)
                     nn.init.zeros_(module.bias)
-                    if wide and name.endswith("qkv"):
-                        module.weight.data[: 2 * dim] *= 2
+                    if name.endswith("qkv"):
+                        queries, keys, _ = module.weight.data.chunk(3)
+                        if init == "wide":
+                            queries.mul_(2)
+                            keys.mul_(2)
+                        elif init == "spread":
+                            keys.copy_(queries)
             for name, parameter in part.named_parameters():
                 if name.endswith(("_token", "_tokens", "_pos")):
-                    nn.init.normal_(parameter, std=1.0 if wide else dim**-0.5)
+                    nn.init.normal_(parameter, std=token_std)
+            if init == "spread":
+                places = sincos_2d(dim, self.grid, self.grid, temperature=10)
+                part.patch_pos.data[1:] = places[0].flatten(1).T
+                add_places(part.latent_pos, places)
         if self.config.stage == "finetune":
             self.encoder.requires_grad_(False)
             self.quantizer.requires_grad_(False)

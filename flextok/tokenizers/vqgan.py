@@ -27,6 +27,9 @@ class VQGANConfig:
     dim: int = 128  # channels at full resolution
     multipliers: list[int] = field(default_factory=lambda: [1, 1, 2, 2, 4])  # one a resolution
     num_blocks: int = 2  # residual blocks a resolution
+    # of every GroupNorm; with one channel a group each loses its mean over the picture, so narrow
+    # models want fewer
+    norm_groups: int = 32
     quantizer: dict[str, Any] = field(
         default_factory=lambda: {
             "name": "vq",
@@ -41,11 +44,11 @@ class VQGANConfig:
 class ResBlock(nn.Module):
     """Two 3x3 convolutions in front of a residual sum."""
 
-    def __init__(self, channels: int, out_channels: int):
+    def __init__(self, channels: int, out_channels: int, norm_groups: int):
         super().__init__()
-        self.norm1 = group_norm(channels)
+        self.norm1 = group_norm(norm_groups, channels)
         self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1, bias=False)
-        self.norm2 = group_norm(out_channels)
+        self.norm2 = group_norm(norm_groups, out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
         self.shortcut = None
         if channels != out_channels:
@@ -62,16 +65,18 @@ class ResBlock(nn.Module):
 class ConvEncoder(nn.Module):
     """Pictures to a grid of vectors, halved between resolutions."""
 
-    def __init__(self, dim: int, multipliers: list[int], num_blocks: int, out_dim: int):
+    def __init__(
+        self, dim: int, multipliers: list[int], num_blocks: int, out_dim: int, norm_groups: int
+    ):
         super().__init__()
         self.conv_in = nn.Conv2d(3, dim, 3, padding=1, bias=False)
         self.down = nn.ModuleList()
         width = dim
         for multiplier in multipliers:
-            self.down.append(res_blocks(width, dim * multiplier, num_blocks))
+            self.down.append(res_blocks(width, dim * multiplier, num_blocks, norm_groups))
             width = dim * multiplier
-        self.mid = res_blocks(width, width, num_blocks)
-        self.norm_out = group_norm(width)
+        self.mid = res_blocks(width, width, num_blocks, norm_groups)
+        self.norm_out = group_norm(norm_groups, width)
         self.conv_out = nn.Conv2d(width, out_dim, 1)
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -85,19 +90,21 @@ class ConvEncoder(nn.Module):
 class ConvDecoder(nn.Module):
     """A grid of vectors to pictures, doubled between resolutions."""
 
-    def __init__(self, dim: int, multipliers: list[int], num_blocks: int, in_dim: int):
+    def __init__(
+        self, dim: int, multipliers: list[int], num_blocks: int, in_dim: int, norm_groups: int
+    ):
         super().__init__()
         width = dim * multipliers[-1]
         self.conv_in = nn.Conv2d(in_dim, width, 3, padding=1)
-        self.mid = res_blocks(width, width, num_blocks)
+        self.mid = res_blocks(width, width, num_blocks, norm_groups)
         self.up = nn.ModuleList()  # coarse to fine, as forward runs them
         self.upsample_conv = nn.ModuleList()
         for multiplier in reversed(multipliers):
-            self.up.append(res_blocks(width, dim * multiplier, num_blocks))
+            self.up.append(res_blocks(width, dim * multiplier, num_blocks, norm_groups))
             width = dim * multiplier
             if len(self.up) < len(multipliers):
                 self.upsample_conv.append(nn.Conv2d(width, width, 3, padding=1))
-        self.norm_out = group_norm(width)
+        self.norm_out = group_norm(norm_groups, width)
         self.conv_out = nn.Conv2d(width, 3, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -132,8 +139,8 @@ class MaskGITVQGAN(Pretrained, nn.Module):
             )
         self.quantizer = build(QUANTIZERS, config.quantizer, "quantizer")
         shape = (config.dim, config.multipliers, config.num_blocks, self.quantizer.dim)
-        self.encoder = ConvEncoder(*shape)
-        self.decoder = ConvDecoder(*shape)
+        self.encoder = ConvEncoder(*shape, config.norm_groups)
+        self.decoder = ConvDecoder(*shape, config.norm_groups)
         self.perceptual = PerceptualLoss(config.perceptual)
 
     @property
@@ -201,13 +208,13 @@ class MaskGITVQGAN(Pretrained, nn.Module):
         return rearrange(z, "b c h w -> b (h w) c")
 
 
-def res_blocks(channels: int, out_channels: int, number: int) -> nn.Sequential:
+def res_blocks(channels: int, out_channels: int, number: int, norm_groups: int) -> nn.Sequential:
     widths = [channels] + [out_channels] * (number - 1)
-    return nn.Sequential(*(ResBlock(width, out_channels) for width in widths))
+    return nn.Sequential(*(ResBlock(width, out_channels, norm_groups) for width in widths))
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(32, channels, eps=1e-6)
+def group_norm(groups: int, channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
 def note_perceptual(model: Any) -> None:

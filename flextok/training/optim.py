@@ -86,6 +86,11 @@ class MuonAdamW(torch.optim.Optimizer):
         shared = [group for part in self.parts.values() for group in part.param_groups]
         super().__init__(shared, {})
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if "muon" not in param_group:  # one that came later, of a discriminator
+            param_group = {**self.parts[False].defaults, **param_group, "muon": False}
+        super().add_param_group(param_group)
+
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None if closure is None else closure()
         for muon, part in self.parts.items():
