@@ -9,6 +9,7 @@ from conftest import TINY, TITOK, VQGAN
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
+from flextok.bench import FLOPS
 from flextok.cli import main
 from flextok.config import load_experiment
 from flextok.generators import GENERATORS
@@ -84,7 +85,7 @@ def real_step(config, registry, batch) -> tuple[float, float]:
             kept[place] = tensor
         return tensor
 
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
         with saved_tensors_hooks(pack, lambda tensor: tensor):
             loss = model.loss(*inputs, generator=draws)["loss"]
         loss.backward()
