@@ -13,7 +13,7 @@ FLOORS = [
     },
     {"tokenizers", "generators"},
     {"pipeline", "data", "evaluation", "viz"},
-    {"config"},
+    {"config", "machine"},
     {"training"},
     {"demo", "bench"},
     {"cli"},

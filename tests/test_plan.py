@@ -9,10 +9,10 @@ from conftest import TINY, TITOK, VQGAN
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from flextok.bench import FLOPS
 from flextok.cli import main
 from flextok.config import load_experiment
 from flextok.generators import GENERATORS
+from flextok.machine import FLOPS
 from flextok.schema import ConfigError
 from flextok.tokenizers import TOKENIZERS
 from flextok.training.plan import Assumptions, measure, plan
