@@ -43,7 +43,9 @@ class KLVAE(nn.Module):
     channels: of the latents. weights: a local folder or hub id in diffusers' layout, loaded by
     `load_weights`; None leaves random weights for a checkpoint to fill. scaling_factor multiplies
     the latents (the published files state 1.0). sample_posterior: draw from the posterior in place
-    of taking its mode, which is our default (the published code samples).
+    of taking its mode, which is our default (the published code samples). slicing: a picture at a
+    time, the same numbers in less memory. tiling: pictures larger than sample_size in overlapping
+    tiles, for sizes that do not fit otherwise; the seams are blended, so pixels differ a little.
     """
 
     def __init__(
@@ -55,6 +57,9 @@ class KLVAE(nn.Module):
         scaling_factor: float = 1.0,
         sample_posterior: bool = False,
         weights: str | None = None,
+        slicing: bool = False,
+        tiling: bool = False,
+        sample_size: int = 512,  # pixels a side of a tile
     ):
         super().__init__()
         from diffusers import AutoencoderKL  # slow to import, and pixel models never need it
@@ -67,7 +72,12 @@ class KLVAE(nn.Module):
             up_block_types=("UpDecoderBlock2D",) * blocks,
             layers_per_block=layers_per_block,
             norm_num_groups=norm_groups,
+            sample_size=sample_size,
         )
+        if slicing:
+            self.vae.enable_slicing()
+        if tiling:
+            self.vae.enable_tiling()
         self.channels, self.downsample = channels, 2 ** (blocks - 1)
         self.scaling_factor, self.sample_posterior = scaling_factor, sample_posterior
         self.weights = weights
