@@ -65,7 +65,8 @@ class KLVAE(nn.Module):
         from diffusers import AutoencoderKL  # slow to import, and pixel models never need it
 
         blocks = len(block_channels)
-        self.vae: Any = AutoencoderKL(
+        make: Any = AutoencoderKL  # untyped: its stubs leave out what it inherits
+        self.vae: Any = make(
             latent_channels=channels,
             block_out_channels=tuple(block_channels),
             down_block_types=("DownEncoderBlock2D",) * blocks,
