@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 
-from flextok.nn.linear import ONEDNN_LINEAR, linear
+from flextok.nn.linear import ONEDNN_LINEAR, cpuinfo, linear
 
 
 @dataclass
@@ -107,10 +107,7 @@ def measure_machine(device: torch.device, dtype: torch.dtype) -> Machine:
 
 
 def processor_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    return cpuinfo("model name") or platform.processor() or platform.machine()
 
 
 def reset_peak_memory(device: torch.device) -> None:

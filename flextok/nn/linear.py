@@ -75,10 +75,15 @@ def onednn_is_faster() -> bool:
 
 def processor_vendor() -> str:
     """As Linux names it, "" elsewhere."""
+    return cpuinfo("vendor_id") if platform.system() == "Linux" else ""
+
+
+def cpuinfo(key: str) -> str:
+    """What Linux says of the first processor, "" where it says nothing."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if platform.system() == "Linux" and info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")]
-    return names[0] if names else ""
+    lines = info.read_text().splitlines() if info.exists() else []
+    values = [line.partition(":")[2].strip() for line in lines if line.startswith(key)]
+    return values[0] if values else ""
 
 
 class _OneDNNLinear(torch.autograd.Function):
