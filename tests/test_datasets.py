@@ -17,6 +17,8 @@ from PIL import Image
 from flextok.data.datasets import DATASETS, HuggingFaceImages, ImageFolder, WebDatasetImages
 from flextok.data.emoji import Emoji
 from flextok.data.pictures import CorruptPicture, load_picture, to_rgb
+from flextok.schema import ConfigError
+from flextok.training.run import make_dataset
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
 
@@ -43,6 +45,22 @@ def test_registry():
     for name in ("emoji", "emoji_scenes"):
         dataset = DATASETS[name](split="validation")
         check_item(dataset[0], dataset.class_names)
+
+
+def test_a_list_is_joined_each_part_as_often_as_it_says():
+    parts = [
+        {"name": "emoji", "split": "validation", "repeat": 3},
+        {"name": "emoji_scenes", "length": 5},
+    ]
+    joined, emoji = make_dataset(parts), Emoji("validation")
+    assert len(joined) == 3 * len(emoji) + 5
+    assert joined.class_names == emoji.class_names
+    for start in (0, len(emoji), 2 * len(emoji)):
+        assert joined[start + 7]["key"] == emoji[7]["key"]
+    assert parts[0]["repeat"] == 3  # the config stays as it was
+    for bad in (0, 1.5, "many", True):
+        with pytest.raises(ConfigError, match="repeat="):
+            make_dataset([{**parts[0], "repeat": bad}])
 
 
 # --- pictures -----------------------------------------------------------------------------------

@@ -79,6 +79,7 @@ def test_item():
     red, green, blue = item["image"].getpixel((24, 24))
     assert red > 200 > 100 > max(green, blue)
     assert item["caption"] == "red heart"
+    assert Emoji("all", caption="phrase")[by_name["red heart"]]["caption"] == "a red heart"
     assert item["key"] == "2764-fe0f"
 
 
@@ -87,6 +88,7 @@ def test_item():
     [
         (lambda: Emoji("test"), "'test'"),
         (lambda: Emoji(label="colour"), "'colour'"),
+        (lambda: Emoji(caption="prompt"), "'prompt'"),
         (lambda: Emoji(size=0), "size=0"),
         (lambda: EmojiScenes("test"), "'test'"),
         (lambda: EmojiScenes(max_objects=10), "max_objects=10"),

@@ -29,7 +29,9 @@ from flextok.data.stream import collate
 from flextok.data.text import TextCache, build_text_cache, pack, unpack
 from flextok.data.tokens import TokenDataset, build_token_cache
 from flextok.data.transforms import ImageTransform
+from flextok.generators.conditioning import TEXT_ENCODERS
 from flextok.generators.text import ByteEncoder, PretrainedEncoder, Text, load_encoder
+from flextok.generators.words import PIECES, WordEncoder
 from flextok.hub import CheckpointError
 
 PROMPTS = ["a red heart", "", "a bomb left of a whale"]
@@ -76,6 +78,48 @@ def test_bytes_are_byt5s():
     assert null.tolist() == [1]
 
 
+def test_words_are_known_by_themselves_and_their_trigrams():
+    encoder = WordEncoder(dim=16, depth=1, num_heads=2, buckets=10**6)  # no collisions
+    row, null = encoder.rows(["Red hearts, o'clock!", ""])
+    assert row.shape == (8, PIECES)  # red hearts , o ' clock ! and the end mark
+    assert torch.equal(row[-1:], null)
+    heart = encoder.rows(["heart"])[0][0]
+    common = set(row[1].tolist()) & set(heart.tolist()) - {0}
+    assert len(common) == 4  # <he hea ear art
+    assert not set(row[0].tolist()) & set(heart.tolist()) - {0}
+    long = encoder.rows(["x".join("abcdefghijklmnop")])[0]
+    assert (long[0] > 0).all()
+    assert int(row.max()) <= 10**6
+
+
+@torch.no_grad()
+def test_a_word_of_similar_form_is_read_similarly():
+    torch.manual_seed(0)
+    encoder = WordEncoder(dim=64, depth=1, num_heads=2).eval()
+
+    def read(word):
+        return encoder(Text.pad(encoder.rows([word])))[0, 0]
+
+    near, far = (torch.cosine_similarity(read("heart"), read(w), 0) for w in ("hearts", "bomb"))
+    assert near > far + 0.2
+
+
+@pytest.mark.parametrize("make", [ByteEncoder, WordEncoder])
+def test_all_of_a_trained_encoder_is_trained(make):
+    encoder = make(dim=16, depth=2, num_heads=2)
+    encoder(Text.pad(encoder.rows(PROMPTS))).square().sum().backward()
+    for name, parameter in encoder.named_parameters():
+        assert parameter.grad is not None and parameter.grad.any(), name
+
+
+@pytest.mark.parametrize("make", [ByteEncoder, WordEncoder])
+def test_an_over_long_prompt_keeps_its_end_mark(make):
+    encoder = make(dim=16, depth=1, num_heads=2, max_length=4)
+    long, null = encoder.rows(["one two three four five", ""])
+    assert len(long) == 4
+    assert torch.equal(long[-1:], null)
+
+
 def test_an_over_long_prompt_is_cut_with_a_warning_that_says_how_much(caplog):
     encoder = ByteEncoder(dim=16, depth=1, num_heads=2, max_length=8)
     rows = encoder.rows(["x" * 7, "y" * 20, "z" * 9])
@@ -113,9 +157,10 @@ def test_a_t5_folder_gives_t5s_own_numbers(t5_folder):
     torch.testing.assert_close(row, model(ids).last_hidden_state[0], atol=1e-5, rtol=1e-5)
 
 
-def test_trained_encoder_ignores_padding():
+@pytest.mark.parametrize("make", [ByteEncoder, WordEncoder])
+def test_trained_encoder_ignores_padding(make):
     torch.manual_seed(0)
-    encoder = ByteEncoder(dim=16, depth=2, num_heads=2).eval()
+    encoder = make(dim=16, depth=2, num_heads=2).eval()
     rows = encoder.rows(PROMPTS)
     together = encoder(Text.pad(rows))
     for i, row in enumerate(rows):
@@ -194,11 +239,12 @@ def test_texts_packed_as_bytes_come_back():
         assert unpack(*pack(texts)) == texts
 
 
-@pytest.mark.parametrize("kind", ["frozen", "trained"])
+@pytest.mark.parametrize("kind", ["pretrained", "bytes", "words"])
 def test_cached_rows_are_the_encoders(t5_folder, tmp_path, kind, monkeypatch):
-    frozen = kind == "frozen"
-    small = {"dim": 16, "depth": 1, "num_heads": 2}
-    encoder = PretrainedEncoder(str(t5_folder)) if frozen else ByteEncoder(**small)
+    options = {"model": str(t5_folder)}
+    if kind != "pretrained":
+        options = {"dim": 16, "depth": 1, "num_heads": 2}
+    encoder = TEXT_ENCODERS[kind](**options)
     captions = [*PROMPTS, PROMPTS[0], "a key", "a star"]
     cache = build_text_cache(tmp_path, encoder, captions, part_size=2)
     assert len(cache) == 5  # each once, and ""
@@ -310,3 +356,7 @@ def test_bad_options_are_refused():
         ByteEncoder(max_length=1)
     with pytest.raises(ValueError, match="dim=10 must be a multiple of num_heads=4"):
         ByteEncoder(dim=10)
+    with pytest.raises(ValueError, match="dim=0"):
+        WordEncoder(dim=0)
+    with pytest.raises(ValueError, match="buckets=0"):
+        WordEncoder(buckets=0)

@@ -58,16 +58,25 @@ def select_records(split: str) -> list[EmojiRecord]:
 class Emoji(Dataset[dict[str, Any]]):
     """Every emoji on white, labelled by its Unicode group (9 classes) or subgroup.
 
-    Items: image PIL RGB, label int, caption str (the name), key str (the code points).
+    Items: image PIL RGB, label int, caption str, key str (the code points).
     """
 
-    def __init__(self, split: str = "train", label: str = "group", size: int | None = None) -> None:
-        """size: pixels a side; None keeps the shard's 64."""
+    def __init__(
+        self,
+        split: str = "train",
+        label: str = "group",
+        size: int | None = None,
+        caption: str = "name",
+    ) -> None:
+        """size: pixels a side; None keeps the shard's 64. caption: name ("red heart") or phrase
+        ("a red heart", as in the captions of scenes)."""
         if label not in ("group", "subgroup"):
             raise ValueError(f"label={label!r} must be group or subgroup")
         if size is not None and size < 1:
             raise ValueError(f"size={size} must be at least 1")
-        self.records = select_records(split)
+        if caption not in ("name", "phrase"):
+            raise ValueError(f"caption={caption!r} must be name or phrase")
+        self.records, self.caption = select_records(split), caption
         self.class_names = sorted({getattr(r, label) for r in read_shard()})
         self.labels = [self.class_names.index(getattr(r, label)) for r in self.records]
         self.size = size
@@ -85,7 +94,7 @@ class Emoji(Dataset[dict[str, Any]]):
         return {
             "image": image,
             "label": self.labels[index],
-            "caption": record.name,
+            "caption": record.name if self.caption == "name" else noun_phrase(record.name),
             "key": record.key,
         }
 

@@ -15,11 +15,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from flextok.generators.text import TEXT_ENCODERS, Text, check_prompts
+from flextok.generators.text import ByteEncoder, PretrainedEncoder, Text, check_prompts
+from flextok.generators.words import WordEncoder
 from flextok.nn.linear import Linear
 from flextok.schema import build
 
 NULL_CLASS = -1  # as a label: no condition
+TEXT_ENCODERS = {"bytes": ByteEncoder, "words": WordEncoder, "pretrained": PretrainedEncoder}
 
 
 class Condition(NamedTuple):

@@ -1,6 +1,6 @@
 """Prompts for cross-attention: frozen encoders of the Hugging Face library, as FlexTok's
 text-conditional models use (arXiv 2502.13967, section 3.3), and a small one over bytes that is
-trained along with the generator and needs no download.
+trained along with the generator and needs no download. words.py has one over words.
 
 An encoder works in two halves: `rows` turns prompts into tensors of their own length, outside the
 graph and good for caching; `forward` turns padded rows into embeddings, and may be trained.
@@ -100,16 +100,23 @@ class TextEncoder(nn.Module):
         tokenizer = self.tokenizer()
         limit = min(self.max_length, tokenizer.model_max_length)
         indices = tokenizer(list(prompts), verbose=False)["input_ids"]
-        if excess := {i: len(ids) - limit for i, ids in enumerate(indices) if len(ids) > limit}:
-            worst = max(excess, key=excess.__getitem__)
-            log.warning(
-                "%d of %d prompts are longer than max_length=%d tokens and are cut, %r by %d",
-                *(len(excess), len(prompts), limit, shorten(prompts[worst]), excess[worst]),
-            )
-            cut = tokenizer([prompts[i] for i in excess], truncation=True, max_length=limit)
-            for i, ids in zip(excess, cut["input_ids"], strict=True):
+        if long := self.warn_of_cuts(prompts, [len(ids) for ids in indices], limit):
+            cut = tokenizer([prompts[i] for i in long], truncation=True, max_length=limit)
+            for i, ids in zip(long, cut["input_ids"], strict=True):
                 indices[i] = ids
         return indices
+
+    def warn_of_cuts(self, prompts: Sequence[str], lengths: Sequence[int], limit: int) -> list[int]:
+        """Which prompts are longer than `limit` tokens; one warning for them all."""
+        long = [i for i, length in enumerate(lengths) if length > limit]
+        if long:
+            worst = max(long, key=lengths.__getitem__)
+            excess = lengths[worst] - limit
+            log.warning(
+                "%d of %d prompts are longer than max_length=%d tokens and are cut, %r by %d",
+                *(len(long), len(prompts), limit, shorten(prompts[worst]), excess),
+            )
+        return long
 
 
 class ByteEncoder(TextEncoder):
@@ -128,24 +135,9 @@ class ByteEncoder(TextEncoder):
         dropout: float = 0.0,
     ):
         super().__init__()
-        from transformers import T5Config, T5EncoderModel
-
-        if dim % num_heads or min(dim, depth, num_heads) < 1:
-            raise ValueError(f"dim={dim} must be a multiple of num_heads={num_heads}")
-        check_max_length(max_length)
+        # ByT5's vocabulary: 256 bytes, 3 marks, 125 sentinels
+        self.stack = t5_stack(dim, depth, num_heads, hidden_dim, max_length, dropout, 384)
         self.dim, self.max_length = dim, max_length
-        config = T5Config(
-            vocab_size=384,  # ByT5's: 256 bytes, 3 marks, 125 sentinels
-            d_model=dim,
-            d_kv=dim // num_heads,
-            d_ff=hidden_dim or 2 * dim,
-            num_layers=depth,
-            num_heads=num_heads,
-            dropout_rate=dropout,
-            feed_forward_proj="gated-gelu",
-        )
-        # its stack alone: the model around it lists the embedding a second time
-        self.stack = T5EncoderModel(config).encoder
 
     def tokenizer(self) -> Any:
         return byte_tokenizer()
@@ -159,6 +151,36 @@ class ByteEncoder(TextEncoder):
     def forward(self, text: Text) -> Tensor:
         """text.values: (B, L) long. Returns (B, L, E)."""
         return self.stack(input_ids=text.values, attention_mask=text.mask.long()).last_hidden_state
+
+
+def t5_stack(
+    dim: int,
+    depth: int,
+    num_heads: int,
+    hidden_dim: int | None,
+    max_length: int,
+    dropout: float,
+    vocab_size: int,
+) -> Any:
+    """The stack of a small T5 encoder with fresh weights. Raises ValueError for sizes that do not
+    fit together."""
+    from transformers import T5Config, T5EncoderModel
+
+    if min(dim, depth, num_heads) < 1 or dim % num_heads:
+        raise ValueError(f"dim={dim} must be a multiple of num_heads={num_heads}")
+    check_max_length(max_length)
+    config = T5Config(
+        vocab_size=vocab_size,
+        d_model=dim,
+        d_kv=dim // num_heads,
+        d_ff=hidden_dim or 2 * dim,
+        num_layers=depth,
+        num_heads=num_heads,
+        dropout_rate=dropout,
+        feed_forward_proj="gated-gelu",
+    )
+    # its stack alone: the model around it lists the embedding a second time
+    return T5EncoderModel(config).encoder
 
 
 class PretrainedEncoder(TextEncoder):
@@ -214,9 +236,6 @@ class PretrainedEncoder(TextEncoder):
     def forward(self, text: Text) -> Tensor:
         """text.values: (B, L, E) float. Returns them."""
         return text.values
-
-
-TEXT_ENCODERS = {"bytes": ByteEncoder, "pretrained": PretrainedEncoder}
 
 
 @lru_cache(maxsize=1)

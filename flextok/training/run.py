@@ -108,10 +108,17 @@ def train(config: ExperimentConfig) -> Path:
 
 
 def make_dataset(spec: dict[str, Any] | list[dict[str, Any]]) -> Any:
-    """Build the dataset that a spec names; a list of specs is concatenated."""
+    """Build the dataset that a spec names; a list of specs is concatenated, each as often as its
+    `repeat` says, once by default."""
     if isinstance(spec, dict):
         return build(DATASETS, spec, "dataset")
-    parts = [build(DATASETS, part, "dataset") for part in spec]
+    parts = []
+    for part in spec:
+        keys = dict(part)
+        repeat = keys.pop("repeat", 1)
+        if type(repeat) is not int or repeat < 1:
+            raise ConfigError(f"repeat={repeat!r} of a dataset must be a whole number from 1 on")
+        parts += [build(DATASETS, keys, "dataset")] * repeat
     if any(isinstance(part, WebDatasetStream) for part in parts):
         raise ConfigError("a webdataset_stream stands alone: list all its shards as its urls")
     joined: Any = ConcatDataset(parts)
