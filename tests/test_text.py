@@ -109,7 +109,8 @@ def test_all_of_a_trained_encoder_is_trained(make):
     encoder = make(dim=16, depth=2, num_heads=2)
     encoder(Text.pad(encoder.rows(PROMPTS))).square().sum().backward()
     for name, parameter in encoder.named_parameters():
-        assert parameter.grad is not None and parameter.grad.any(), name
+        assert parameter.grad is not None, name
+        assert parameter.grad.any(), name
 
 
 @pytest.mark.parametrize("make", [ByteEncoder, WordEncoder])
