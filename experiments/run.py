@@ -50,23 +50,22 @@ def spread(values: list[float], digits: int) -> str:
     return text + (f" ± {(max(values) - min(values)) / 2:.{digits}f}" if len(values) > 1 else "")
 
 
-def table(results: dict[str, list[dict[str, Any]]]) -> str:
-    """Markdown: a table for each score by number of tokens, and one of codes and cost."""
-    first = next(iter(results.values()))[0]
-    config, rows = first["config"], first["report"]["results"]
+def score_tables(results: dict[str, list[dict[str, Any]]]) -> str:
+    """Markdown: a table for each score, by number of tokens."""
+    rows = next(iter(results.values()))[0]["report"]["results"]
     scores = {}
     if "psnr" in rows[0]["scores"]:
         scores["psnr"] = ("PSNR (dB), higher is better", 2)
+        scores["ssim"] = ("SSIM, higher is better", 3)
     if "lpips" in rows[0]["scores"]:
         scores["lpips"] = ("LPIPS, lower is better", 3)
     for name in rows[0]["scores"]:
         if name.startswith("frechet") or name in ("rfid", "gfid"):
             scores[name] = (f"{name}, lower is better", 1)
-    steps, batch = config["trainer"]["max_steps"], config["data"]["batch_size"]
-    text = [f"{steps} steps of {batch}, {rows[0]['count']} pictures; ± half the range over seeds."]
+    text = []
     lengths = [row["num_tokens"] for row in rows]
     for score, (title, digits) in scores.items():
-        text += ["", f"**{title}**", "", f"| recipe | seeds | {' | '.join(map(str, lengths))} |"]
+        text += [f"**{title}**", "", f"| recipe | seeds | {' | '.join(map(str, lengths))} |"]
         text.append("|---" * (len(lengths) + 2) + "|")
         for name, runs in results.items():
             cells = [
@@ -74,13 +73,24 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
                 for i in range(len(lengths))
             ]
             text.append(f"| {name} | {len(runs)} | {' | '.join(cells)} |")
-    text += [
+        text.append("")
+    return "\n".join(text)
+
+
+def table(results: dict[str, list[dict[str, Any]]]) -> str:
+    """Markdown: budget, scores by number of tokens, use of codes and cost."""
+    first = next(iter(results.values()))[0]
+    steps, batch = first["config"]["trainer"]["max_steps"], first["config"]["data"]["batch_size"]
+    count = first["report"]["results"][0]["count"]
+    text = [
+        f"{steps} steps of {batch}, {count} pictures; ± half the range over seeds.",
         "",
+        score_tables(results),
         "**Codes and cost**",
         "",
         "| recipe | codes used (%) | perplexity | CPU s a step |",
+        "|---|---|---|---|",
     ]
-    text.append("|---|---|---|---|")
     for name, runs in results.items():
         codes = [run["report"]["codes"] for run in runs]
         seconds = [s for run in runs if (s := run["cpu_seconds_per_step"]) is not None]

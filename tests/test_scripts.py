@@ -19,6 +19,7 @@ SCRIPTS = sorted(
 def test_script_teaches_its_use(script, monkeypatch, capsys):
     """benchmarks/few_steps.py once imported what had moved, and nothing noticed."""
     monkeypatch.setattr(sys, "argv", [script, "--help"])
+    monkeypatch.syspath_prepend((ROOT / script).parent)  # as python does
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(ROOT / script), run_name="__main__")
     assert end.value.code == 0

@@ -40,7 +40,7 @@ class WordEncoder(TextEncoder):
     def identity(self) -> dict[str, int | str]:
         return {"encoder": "words", "max_length": self.max_length, "buckets": self.buckets}
 
-    def tokenize(self, prompts: Sequence[str]) -> list[list[list[int]]]:
+    def words(self, prompts: Sequence[str]) -> list[list[list[int]]]:
         """Prompts -> words -> PIECES indices into the table, 0 where there are fewer. The last
         word is an end mark."""
         check_prompts(prompts)
@@ -58,7 +58,7 @@ class WordEncoder(TextEncoder):
 
     def rows(self, prompts: Sequence[str], device: torch.device | str = "cpu") -> list[Tensor]:
         """One (L, PIECES) long tensor a prompt."""
-        return [torch.tensor(words, device=device) for words in self.tokenize(prompts)]
+        return [torch.tensor(words, device=device) for words in self.words(prompts)]
 
     def forward(self, text: Text) -> Tensor:
         """text.values: (B, L, PIECES) long. Returns (B, L, E)."""
