@@ -144,7 +144,7 @@ def test_more_gpus_take_less_time_for_the_same_samples(tmp_path):
 @pytest.mark.parametrize(
     ("name", "trained", "frozen"),
     [  # in millions, as the papers and tests/test_golden.py have them
-        ("flextok_d12_d12", 265.3, 83.8 + 304.8),  # the VAE, and the teacher of the alignment
+        ("flextok_d12_d12_paper", 265.3, 83.8 + 304.8),  # the VAE, the teacher of the alignment
         ("ar_text_3.06B", 3362.3, 0),  # with embedding and head
         ("titok_l32_stage1", 610.3, 54.5),
         ("titok_l32_stage2", 339.5, 353.7),  # with the discriminator

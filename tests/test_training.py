@@ -404,8 +404,9 @@ def test_every_config_takes_a_training_step_when_shrunk(
         overrides.append(f"model.vae={vae}")
         monkeypatch.setattr("flextok.vae.KLVAE.load_weights", lambda self: None)
     if spec["model"].get("repa"):
-        repa = "{model: vit_tiny_patch16_224, pretrained: false, hidden_dim: 16}"
-        overrides.append(f"model.repa={repa}")
+        spatial = str(spec["model"]["repa"].get("spatial", False)).lower()
+        repa = "model: vit_tiny_patch16_224, pretrained: false, hidden_dim: 16"
+        overrides.append(f"model.repa={{{repa}, spatial: {spatial}}}")
     if spec["model"].get("perceptual"):
         for loss in spec["model"]["perceptual"]:
             monkeypatch.setitem(perceptual.PERCEPTUAL, loss, Difference)
