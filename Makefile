@@ -55,8 +55,7 @@ pictures: setup
 	cp outputs/pictures/prompts.png docs/pictures/
 
 CLASSES = heart food-fruit animal-mammal face-smiling
-PROMPTS = "a red heart" "a green apple on a blue background" \
-    "a basketball left of a frog on a light blue background" \
+PROMPTS = "a red heart" "a fish" "a strawberry on a cream background" \
     "a banana above an evergreen tree on a light blue background"
 
 # the figures of the models that come with the package, on what they were not trained on
