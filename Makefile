@@ -54,7 +54,7 @@ pictures: setup
 	$(BIN)/python sample.py --prompt $(PROMPTS) --output outputs/pictures/prompts.png
 	cp outputs/pictures/prompts.png docs/pictures/
 
-CLASSES = heart food-fruit animal-mammal face-smiling
+CLASSES = heart food-fruit tool transport-ground face-smiling
 PROMPTS = "a red heart" "a fish" "a strawberry on a cream background" \
     "a banana above an evergreen tree on a light blue background"
 

@@ -1,9 +1,9 @@
-"""The base recipe's models, decoded in several steps, with guidance at all times or at some.
+"""Guidance of a trained tokenizer's decoder: none, at all times, or in an interval of them.
 
-    python experiments/guidance.py --models outputs/experiments/base/seed-*
+    python experiments/guidance.py emoji --steps 8 --num-tokens 4 64 --seeds 0 1
 
-Needs no training: the models are those of run.py. <output>/guidance.md and guidance.json sum up, by
-setting and number of tokens, over the models.
+Needs no training; the seeds are those of the noise. <output>/guidance.md sums up by setting and
+number of tokens, guidance.json has all numbers.
 """
 
 import argparse
@@ -11,52 +11,56 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from run import LENGTHS, score_tables
+from run import score_tables
 
 from flextok import FlexTok
-from flextok.config import load_experiment
+from flextok.data.emoji import Emoji
 from flextok.evaluation.evaluate import evaluate_tokenizer
 from flextok.evaluation.job import Cell, Options
-from flextok.training.run import make_dataset
 from flextok.training.study import write_json
 
-SETTINGS: dict[str, dict[str, Any]] = {
-    "one step": {"num_steps": 1, "guidance_scale": 1.0},
-    "20 steps": {"num_steps": 20, "guidance_scale": 1.0},
-    "20 steps, guided": {"num_steps": 20, "guidance_scale": 2.0},
-    "20 steps, guided in [0.2, 0.8]": {
-        "num_steps": 20,
-        "guidance_scale": 2.0,
-        "guidance_interval": [0.2, 0.8],
-    },
-    "20 steps, guided in [0, 0.5]": {
-        "num_steps": 20,
-        "guidance_scale": 2.0,
-        "guidance_interval": [0.0, 0.5],
-    },
-}
+INTERVALS = ([0.0, 0.5], [0.2, 0.8], [0.5, 1.0])
+
+
+def settings(steps: int) -> dict[str, dict[str, Any]]:
+    """Name -> what it sets of the model's DecodeConfig."""
+    found: dict[str, dict[str, Any]] = {}
+    for number in dict.fromkeys((1, steps)):
+        name = "1 step" if number == 1 else f"{number} steps"
+        for scale in (1.0, 1.25, 1.5) if number == 1 else (1.0, 1.5):
+            guided = f", scale {scale}" if scale > 1 else ""
+            found[name + guided] = {"num_steps": number, "guidance_scale": scale}
+    for low, high in INTERVALS if steps > 1 else ():
+        found[f"{steps} steps, scale 1.5 in [{low}, {high}]"] = {
+            "num_steps": steps,
+            "guidance_scale": 1.5,
+            "guidance_interval": [low, high],
+        }
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--models", nargs="+", type=Path, required=True, help="folders of runs")
+    parser.add_argument("model", help="name, folder or hub id of a FlexTok")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--num-tokens", nargs="+", type=int, default=[1, 4, 16, 64, 256])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--networks", nargs="+", default=["efficientnet_lite0"])
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path, default=Path("outputs/experiments"))
+    parser.add_argument("--output", type=Path, default=Path("outputs/guidance"))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    results: dict[str, list[dict[str, Any]]] = {name: [] for name in SETTINGS}
-    for folder in options.models:
-        config = load_experiment(folder / "config.yaml")
-        dataset = make_dataset(config.data.validation)
-        model = FlexTok.from_pretrained(folder)
-        cells = [Cell(k) for k in LENGTHS if k <= model.num_tokens]
-        for name, changes in SETTINGS.items():
-            for key, value in ({"guidance_interval": None} | changes).items():
-                setattr(model.config.decode, key, value)
-            how = Options(networks=tuple(options.networks), seed=config.seed)
+    model, dataset = FlexTok.from_pretrained(options.model), Emoji("validation")
+    cells = [Cell(k) for k in options.num_tokens]
+    results: dict[str, list[dict[str, Any]]] = {}
+    for name, changes in settings(options.steps).items():
+        print(f"== {name}", flush=True)
+        for key, value in ({"guidance_interval": None} | changes).items():
+            setattr(model.config.decode, key, value)
+        for seed in options.seeds:
+            how = Options(networks=tuple(options.networks), seed=seed)
             report = evaluate_tokenizer(model, dataset, cells, how)
-            results[name].append({"seed": config.seed, "decode": changes, "report": report})
+            results.setdefault(name, []).append({"decode": changes, "report": report})
     options.output.mkdir(parents=True, exist_ok=True)
     write_json(results, options.output / "guidance.json")
     text = score_tables(results)
