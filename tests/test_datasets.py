@@ -346,8 +346,10 @@ def test_webdataset_mistakes(tmp_path, caplog):
         WebDatasetImages(url)
     with pytest.raises(ValueError, match="image_key='jpg' is in no sample"):
         WebDatasetImages(url, image_key="jpg", label_key=None)
-    for remote in ("https://host/a.tar", "s3://bucket/a.tar", "pipe:cat a.tar"):
-        with pytest.raises(ValueError, match=r"remote: take name webdataset_stream"):
+    with pytest.raises(ValueError, match=r"remote: take name webdataset_stream"):
+        WebDatasetImages("https://host/a.tar")
+    for remote in ("s3://bucket/a.tar", "pipe:cat a.tar"):
+        with pytest.raises(ValueError, match=r"neither a file nor an http\(s\) address"):
             WebDatasetImages(remote)
     with pytest.raises(ValueError, match=r"none\.tar.*matches no file"):
         WebDatasetImages(str(tmp_path / "none.tar"))

@@ -6,7 +6,6 @@ import io
 import json
 import logging
 import resource
-import shutil
 import struct
 import threading
 import zlib
@@ -27,7 +26,6 @@ from flextok.data.datamodule import prepare_image
 from flextok.data.datasets import ImageFolder
 from flextok.data.pictures import CorruptPicture, load_picture
 from flextok.data.shard_stream import Layout, ShardStream
-from flextok.data.shards import opened
 from flextok.data.stream import EvaluationSet, PositionSampler, collate
 from flextok.data.tokens import TokenDataset, build_token_cache, cache_identity
 from flextok.data.transforms import ImageTransform
@@ -342,9 +340,6 @@ def test_labels_of_a_stream(tmp_path, caplog):
         WebDatasetStream(str(tmp_path / "a.tar"))
 
 
-NO_CURL = pytest.mark.skipif(shutil.which("curl") is None, reason="WebDataset fetches with curl")
-
-
 @pytest.fixture
 def server(shards):
     class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -359,7 +354,6 @@ def server(shards):
         running.shutdown()
 
 
-@NO_CURL
 def test_shards_over_http_are_indexed_and_streamed(shards, server, tmp_path, capsys):
     index = tmp_path / "index.json"
     urls = f"{server}/{{0..3}}.tar"
@@ -375,12 +369,6 @@ def test_shards_over_http_are_indexed_and_streamed(shards, server, tmp_path, cap
     shard = remote.read(2, 0, 5, Cursor())
     assert all(isinstance(raw, CorruptPicture) for raw in shard)
     assert "2.tar: damaged after 0 of 5" in str(shard[0])
-
-
-def test_other_openers(shards):
-    piped = WebDatasetStream(f"pipe:cat {shards}/1.tar", samples=12, class_names=3)
-    assert [piped[i]["caption"] for i in (0, 11)] == ["number 7", "number 18"]
-    assert opened("s3://bucket/a b.tar") == "pipe:aws s3 cp 's3://bucket/a b.tar' -"
 
 
 def test_mistakes(shards):

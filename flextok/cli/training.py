@@ -84,10 +84,12 @@ def add_commands(commands: Any) -> None:
         "count the samples of WebDataset shards, for streaming them",
         "The file that it writes is what a webdataset_stream takes as urls: it states each shard's "
         "number of samples, hence an epoch's length.",
-        "flextok index 'shards-{000..999}.tar' shards.json",
+        "flextok index 'shards-{000..999}.tar' shards.json\n"
+        "flextok index 's3://bucket/{000..999}.tar' shards.json --fetch 'aws s3 cp {url} -'",
     )
     index.add_argument("urls", nargs="+", help="paths or URLs, with {000..012} or *")
     index.add_argument("output", help="the .json to write")
+    index.add_argument("--fetch", help="a command that writes the shard {url} to standard output")
 
 
 def run_train(options: argparse.Namespace) -> None:
@@ -125,9 +127,10 @@ def run_plan(options: argparse.Namespace) -> dict[str, Any]:
 
 def run_index(options: argparse.Namespace) -> None:
     from flextok.cli.common import write_json
+    from flextok.data.openers import parse_fetch
     from flextok.data.shards import write_index
 
-    index = write_index(options.urls)
+    index = write_index(options.urls, parse_fetch(options.fetch))
     write_json(options.output, index)
     total = sum(shard["nsamples"] for shard in index["shardlist"])
     print(f"{options.output}: {total} samples in {len(index['shardlist'])} shards")

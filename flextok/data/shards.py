@@ -1,15 +1,14 @@
 """The tar files of WebDataset: their addresses, their number of samples, and what is in them.
 
-Any shard can be read from its beginning to its end (local, HTTP, S3, GCS, a pipe), a local one also
-at random, by member offset.
+Any shard can be read from its beginning to its end (see openers), a local one also at random, by
+member offset.
 """
 
 import glob
-import io
+import http.client
 import json
 import lzma
 import re
-import shlex
 import tarfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,16 +17,21 @@ from pathlib import Path
 from typing import Any
 
 from webdataset import tariterators
-from webdataset.gopen import gopen
 from webdataset.shardlists import expand_urls
 
+from flextok.data.openers import check_address, check_listed, is_http, is_remote, open_shard
 from flextok.data.pictures import CorruptPicture, read_text
 from flextok.data.stream import SkipCounter
 
+MAX_INDEX = 64 << 20  # bytes of an index file: some 600,000 shards
+MAX_SAMPLES = 10**9  # that an index may state for one shard
 Members = Mapping[str, bytes]  # extension, lower case -> content
 Span = tuple[int, int]  # offset and size in the shard
 # what a truncated, empty or unreachable shard raises, plain or compressed
-SHARD_ERRORS = (tarfile.TarError, OSError, EOFError, ValueError, zlib.error, lzma.LZMAError)
+SHARD_ERRORS = (
+    *(tarfile.TarError, OSError, EOFError, ValueError, http.client.HTTPException),
+    *(zlib.error, lzma.LZMAError),
+)
 
 
 @dataclass
@@ -38,17 +42,14 @@ class Raw:
     members: Members
 
 
-def stated_counts(urls: str | Sequence[str], samples: int | None) -> tuple[list[str], list[int]]:
+def stated_counts(
+    urls: str | Sequence[str], samples: int | None, fetch: list[str] | None = None
+) -> tuple[list[str], list[int]]:
     """Shards and how many samples each holds. A local shard that cannot be read holds as many as
     can be."""
     if isinstance(urls, str) and urls.endswith(".json"):
-        try:
-            with gopen(opened(urls)) as file:
-                listed = json.load(io.TextIOWrapper(io.BytesIO(file.read()), "utf-8"))["shardlist"]
-            return [entry["url"] for entry in listed], [int(e["nsamples"]) for e in listed]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{urls} is no readable index of shards: {error!r}") from None
-    shards = expand_shards(urls)
+        return read_listed(check_address(urls, fetch), fetch)
+    shards = expand_shards(urls, fetch)
     if samples is not None:
         if samples < 1:
             raise ValueError(f"samples={samples} must be at least 1, what each shard holds")
@@ -58,20 +59,44 @@ def stated_counts(urls: str | Sequence[str], samples: int | None) -> tuple[list[
             f"nobody says how many samples {remote[0]} holds: write an index with `flextok index "
             "<urls> <index.json>` and give that as urls, or set samples, if all hold as many"
         )
-    return shards, [count_samples(shard) for shard in shards]
+    return shards, [count_samples(shard, fetch) for shard in shards]
 
 
-def write_index(urls: str | Sequence[str]) -> dict[str, Any]:
+def read_listed(index: str, fetch: list[str] | None) -> tuple[list[str], list[int]]:
+    """The shards that an index file lists, and their numbers of samples."""
+    place = index if is_remote(index) else str(Path(index).expanduser())
+    by = fetch if is_remote(index) and not is_http(index) else None
+    try:
+        with open_shard(place, by) as file:
+            content = file.read(MAX_INDEX + 1)
+        if len(content) > MAX_INDEX:
+            raise ValueError(f"it is larger than {MAX_INDEX >> 20} MB")
+        listed = json.loads(content.decode("utf-8"))["shardlist"]
+        found = [(entry["url"], entry["nsamples"]) for entry in listed]
+    except (*SHARD_ERRORS, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{index} is no readable index of shards: {error!r}") from None
+    shards, counts = [], []
+    for url, count in found:
+        shards.append(check_listed(index, url, fetch))
+        if type(count) is not int or not 0 <= count < MAX_SAMPLES:
+            raise ValueError(f"{index} says that {url} holds {count!r} samples: index it again")
+        counts.append(count)
+    if not shards:
+        raise ValueError(f"{index} lists no shard: write it with `flextok index`")
+    return shards, counts
+
+
+def write_index(urls: str | Sequence[str], fetch: list[str] | None = None) -> dict[str, Any]:
     """The content of an index file: every shard, read whole, with its number of samples."""
-    shards = [str(Path(s).resolve()) if not is_remote(s) else s for s in expand_shards(urls)]
-    counts = [{"url": shard, "nsamples": count_samples(shard)} for shard in shards]
+    shards = [str(Path(s).resolve()) if not is_remote(s) else s for s in expand_shards(urls, fetch)]
+    counts = [{"url": shard, "nsamples": count_samples(shard, fetch)} for shard in shards]
     return {"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": counts}
 
 
-def count_samples(shard: str) -> int:
+def count_samples(shard: str, fetch: list[str] | None = None) -> int:
     count = 0
-    plain = not is_remote(shard) and shard.endswith(".tar")
-    samples = read_index(shard) if plain else stream_samples(shard)
+    plain = fetch is None and not is_remote(shard) and shard.endswith(".tar")
+    samples = read_index(shard) if plain else stream_samples(shard, fetch)
     skips = SkipCounter()
     try:
         for count, _ in enumerate(samples, start=1):  # noqa: B007
@@ -81,44 +106,40 @@ def count_samples(shard: str) -> int:
     return count
 
 
-def stream_samples(url: str) -> Iterator[Raw]:
+def stream_samples(url: str, fetch: list[str] | None = None) -> Iterator[Raw]:
     """The samples of a shard in order. Raises one of SHARD_ERRORS where it is damaged; the sample
     in which that happens is left out."""
-    with gopen(opened(url)) as stream:
+    with open_shard(url, fetch) as stream:
         files = ({**file, "__url__": url} for file in tariterators.tar_file_iterator(stream))
         for sample in tariterators.group_by_keys(files):
             members = {k: v for k, v in sample.items() if not k.startswith("__")}
             yield Raw(f"{url}: {sample['__key__']}", members)
 
 
-def opened(url: str) -> str:
-    """A URL as WebDataset opens it. It has openers for http, gs and more; s3 goes by the aws
-    command, as its manual does it."""
-    if url.startswith("s3://"):
-        return f"pipe:aws s3 cp {shlex.quote(url)} -"
-    return url
-
-
-def is_remote(url: str) -> bool:
-    return "://" in url or url.startswith("pipe:")
-
-
-def expand_shards(urls: str | Sequence[str]) -> list[str]:
-    """Braces and globs to local files and URLs, in order."""
+def expand_shards(urls: str | Sequence[str], fetch: list[str] | None = None) -> list[str]:
+    """Braces and globs to local files and URLs, in order. A file of that very name goes first."""
     shards: list[str] = []
-    given = [urls] if isinstance(urls, str) else urls
-    for url in (expanded for one in given for expanded in expand_urls(one)):
-        if is_remote(url):
+    for url in expand_braces([urls] if isinstance(urls, str) else urls):
+        path = str(Path(url).expanduser())
+        is_file = Path(path).is_file()
+        if not is_file and is_remote(check_address(url, fetch)):
             shards.append(url)
             continue
-        path = str(Path(url).expanduser())
-        found = sorted(glob.glob(path)) or ([path] if Path(path).is_file() else [])
+        found = [path] if is_file else [f for f in sorted(glob.glob(path)) if Path(f).is_file()]
         if not found:
             raise ValueError(f"urls={url!r} matches no file")
         shards += found
     if not shards:
         raise ValueError(f"urls={urls!r} names no shard")
     return shards
+
+
+def expand_braces(urls: Sequence[str]) -> Iterator[str]:
+    for url in urls:
+        try:
+            yield from [url] if Path(url).expanduser().is_file() else expand_urls(url)
+        except (ValueError, RuntimeError) as error:  # unbalanced braces, no such home
+            raise ValueError(f"urls={url!r}: {error}") from None
 
 
 def read_index(shard: str) -> Iterator[tuple[str, dict[str, Span]]]:

@@ -1,5 +1,5 @@
-"""WebDataset shards (tar) as data sets: local ones read at random, any ones (local, HTTP, S3, GCS,
-a pipe) as streams. What is damaged is counted, named and left out; it never stops a run."""
+"""WebDataset shards (tar) as data sets: local ones read at random, any ones (see openers) as
+streams. What is damaged is counted, named and left out; it never stops a run."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
+from flextok.data.openers import is_remote, parse_fetch
 from flextok.data.pictures import UNLABELLED, CorruptPicture, load_picture, read_text
 from flextok.data.shards import (
     SHARD_ERRORS,
@@ -16,7 +17,6 @@ from flextok.data.shards import (
     Raw,
     expand_shards,
     find,
-    is_remote,
     read_member,
     stated_counts,
     stream_samples,
@@ -130,10 +130,13 @@ class WebDatasetStream(Dataset[dict[str, Any]]):
         label_key: str | None = "cls;label",
         caption_key: str = "txt;caption",
         shuffle: int = 1000,
+        fetch: str | Sequence[str] | None = None,
     ) -> None:
         """urls: paths and URLs with {000..012}, or an index file (.json). class_names: names, or
         their number where the labels are numbers. Keys as in WebDatasetImages. shuffle: so many
-        samples in a row, in each reader's part of the shuffled shards, are held and shuffled."""
+        samples in a row, in each reader's part of the shuffled shards, are held and shuffled.
+        fetch: a command that writes the shard {url} to its standard output, for addresses that are
+        not http(s); it is run without a shell."""
         if shuffle < 1:
             raise ValueError(f"shuffle={shuffle} must be at least 1: samples shuffled at a time")
         if label_key is None:
@@ -146,7 +149,8 @@ class WebDatasetStream(Dataset[dict[str, Any]]):
         names = range(class_names) if isinstance(class_names, int) else class_names
         self.class_names = [str(name) for name in names]
         self.labels = label_table(self.class_names)
-        self.shards, self.counts = stated_counts(urls, samples)
+        self.fetch = parse_fetch(fetch)
+        self.shards, self.counts = stated_counts(urls, samples, self.fetch)
         self.ends = np.cumsum(self.counts)
         if not self.ends[-1]:
             raise ValueError(f"urls={urls!r} hold no sample that can be read")
@@ -179,7 +183,8 @@ class WebDatasetStream(Dataset[dict[str, Any]]):
         are one and the same CorruptPicture."""
         if (cursor.shard, cursor.process) != (shard, os.getpid()) or cursor.next > first:
             cursor.shard, cursor.next, cursor.damage = shard, 0, None
-            cursor.samples, cursor.process = stream_samples(self.shards[shard]), os.getpid()
+            cursor.samples = stream_samples(self.shards[shard], self.fetch)
+            cursor.process = os.getpid()
         found: list[Raw | CorruptPicture] = []
         while cursor.damage is None and cursor.next < last:
             try:
