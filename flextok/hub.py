@@ -5,10 +5,8 @@ import copy
 import hashlib
 import json
 import logging
-import os
 import tempfile
-import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -21,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 import flextok
 from flextok.card import MARK, model_card
 from flextok.convert import convert_published
+from flextok.files import atomic_write
 from flextok.schema import from_mapping, to_mapping
 from flextok.storage import (
     CONFIG,
@@ -258,31 +257,3 @@ def fingerprint(model: nn.Module) -> str:
         digest.update(key.encode())
         digest.update(value.detach().cpu().float().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def atomic_write(path: Path, write: Callable[[Path], Any]) -> None:
-    """Call write(temporary path), then rename: readers see the old file or the new one, whole, and
-    it outlasts a power cut. What a killed process left aside is cleared by clear_leftovers."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
-    try:
-        write(temporary)
-        sync(temporary)
-        os.replace(temporary, path)
-        sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def clear_leftovers(path: Path) -> None:
-    """Remove what killed processes left of writing `path`. Only its one writer may call this."""
-    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
-        leftover.unlink(missing_ok=True)

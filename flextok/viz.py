@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from flextok.data.transforms import to_uint8
+from flextok.files import atomic_write
 
 MARGIN, GAP, HEADER = 6, 4, 18
 LABEL_WIDTH = 32  # characters
@@ -131,6 +132,9 @@ def curves(
 
 def save(picture: Image.Image, path: str | Path) -> Path:
     path = Path(path)
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    if kind is None:
+        raise ValueError(f"{path} names no picture format: let it end in .png")
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path)
+    atomic_write(path, lambda place: picture.save(place, kind))
     return path

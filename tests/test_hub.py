@@ -9,8 +9,9 @@ from conftest import tiny_gpt, tiny_tokenizer
 from golden.titok.load import load_case
 from huggingface_hub import errors
 
+from flextok.files import atomic_write
 from flextok.generators import GENERATORS, GPT
-from flextok.hub import CheckpointError, atomic_write, fingerprint
+from flextok.hub import CheckpointError, fingerprint
 from flextok.pipeline import load_model, load_tokenizer_of, remember_tokenizer
 from flextok.tokenizers import TOKENIZERS, FlexTok, TiTok
 

@@ -266,6 +266,24 @@ def test_cached_rows_are_the_encoders(t5_folder, tmp_path, kind, monkeypatch):
     assert torch.equal(again["a key"], cache["a key"])
 
 
+def test_a_changed_bit_of_a_cached_row_is_noticed(tmp_path):
+    encoder = TEXT_ENCODERS["bytes"](dim=16, depth=1, num_heads=2)
+    build_text_cache(tmp_path, encoder, PROMPTS)
+    part = tmp_path / "part-00000.safetensors"
+    whole = part.read_bytes()
+    part.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(ValueError, match=r"part-00000\.safetensors fails its checksum: remove it"):
+        build_text_cache(tmp_path, encoder, PROMPTS)
+    part.write_bytes(whole[:-1])
+    with pytest.raises(ValueError, match=r"part-00000\.safetensors is truncated or damaged"):
+        build_text_cache(tmp_path, encoder, PROMPTS)
+    part.write_bytes(whole)
+    for content in ("[]", "null", "{", ""):
+        (tmp_path / "manifest.json").write_text(content)
+        with pytest.raises(ValueError, match=r"manifest\.json is damaged .*: remove .* again"):
+            build_text_cache(tmp_path, encoder, PROMPTS)
+
+
 def test_processes_share_the_reading_of_captions(tmp_path, monkeypatch):
     encoder = ByteEncoder(dim=16, depth=1, num_heads=2)
     asked: list[tuple[str, ...]] = []

@@ -115,9 +115,11 @@ def test_damaged_and_exchanged_parts_are_named(picture_folder, tmp_path, tokeniz
     for read in (TokenDataset, verify_token_cache):
         with pytest.raises(ValueError, match=r"part-00001\.safetensors is missing, damaged"):
             read(folder)
-    part.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    with pytest.raises(ValueError, match=r"part-00001\.safetensors fails its checksum"):
-        verify_token_cache(folder)
+    for changed in (len(whole) - 1, len(whole) - 60):
+        part.write_bytes(whole[:changed] + bytes([whole[changed] ^ 1]) + whole[changed + 1 :])
+        for read in (TokenDataset, verify_token_cache):
+            with pytest.raises(ValueError, match=r"part-00001\.safetensors fails its checksum"):
+                read(folder)
     part.write_bytes((folder / "part-00000.safetensors").read_bytes())
     with pytest.raises(ValueError, match=r"part-00001\.safetensors is not the part"):
         TokenDataset(folder)
@@ -126,6 +128,65 @@ def test_damaged_and_exchanged_parts_are_named(picture_folder, tmp_path, tokeniz
         TokenDataset(folder)
     assert cache(folder, tokenizer, picture_folder)
     assert part.read_bytes() == whole
+
+
+DAMAGED = {
+    "text": b"no JSON",
+    "bytes": b"\xff\xfe",
+    "empty": b"",
+    "list": b"[]",
+    "null": b"null",
+    "number": b"7",
+    "deep": b"[" * 100_000,
+    "no keys": b"{}",
+}
+
+
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_manifest_is_refused_with_the_remedy(
+    tmp_path, content, picture_folder, tokenizer
+):
+    folder = tmp_path / "tokens"
+    folder.mkdir()
+    (folder / "manifest.json").write_bytes(content)
+    for use in (TokenDataset, verify_token_cache, lambda f: cache(f, tokenizer, picture_folder)):
+        with pytest.raises(ValueError, match=r"manifest\.json is damaged.*: remove .* again"):
+            use(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("sequences", None),
+        ("sequences", "4"),
+        ("sequences", True),
+        ("sequences", -1),
+        ("sequences", 10**15),
+        ("file", 3),
+        ("file", "../tokens/part-00000.safetensors"),
+        ("sha256", None),
+        ("sha256", "0" * 64),
+        ("unreadable", []),
+        ("more", 1),
+    ],
+)
+def test_what_a_manifest_claims_is_checked(picture_folder, tmp_path, tokenizer, key, value):
+    """One that claimed 10^15 sequences once kept training busy for ever."""
+    folder = tmp_path / "tokens"
+    cache(folder, tokenizer, picture_folder, variants=1)
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["parts"][0][key] = value
+    path.write_text(json.dumps(manifest))
+    for use in (TokenDataset, verify_token_cache):
+        with pytest.raises(ValueError, match=r"remove .* and run") as told:
+            use(folder)
+        assert str(folder) in str(told.value)
+        assert "\n" not in str(told.value)
+    for broken in (None, [None], [[]], {}, "parts"):
+        path.write_text(json.dumps({**manifest, "parts": broken}))
+        with pytest.raises(ValueError, match=r"manifest\.json is damaged|must be a mapping"):
+            TokenDataset(folder)
 
 
 def test_large_codebooks_need_wider_integers(tmp_path):
@@ -149,8 +210,10 @@ def test_mistakes(picture_folder, tmp_path, tokenizer):
     cache(tmp_path / "t", tokenizer, picture_folder)
     with pytest.raises(ValueError, match=r"made from something else \(seed, variants differ\)"):
         cache(tmp_path / "t", tokenizer, picture_folder, variants=2, seed=1)
-    with pytest.raises(ValueError, match="variants=0 must be at least 1"):
-        cache(tmp_path / "u", tokenizer, picture_folder, variants=0)
+    for name in ("variants", "batch_size", "part_size"):
+        with pytest.raises(ValueError, match=f"{name}=-1 must be at least 1"):
+            cache(tmp_path / "u", tokenizer, picture_folder, **{name: -1})
+    assert not (tmp_path / "u").exists()
     with pytest.raises(ValueError, match="is no token cache"):
         TokenDataset(picture_folder)
 

@@ -53,7 +53,7 @@ def json_file(name: str) -> str:
 
 
 def write_json(path: str, content: Any) -> None:
-    from flextok.hub import atomic_write
+    from flextok.files import atomic_write
 
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     if path == "-":

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from flextok.data.processes import Process, this_process
+from flextok.files import atomic_write, read_mapping
 from flextok.generators.text import TextEncoder
-from flextok.hub import atomic_write
 
 MANIFEST = "manifest.json"
 
@@ -36,10 +36,10 @@ class TextCache:
         self.parts: list[Tensor] = []
         self.places: dict[str, tuple[int, int, int]] = {}  # part, first, last + 1
         for number, path in enumerate(sorted(self.folder.glob("part-*.safetensors"))):
-            with safe_open(path, framework="pt") as file:
-                self.parts.append(file.get_tensor("rows"))  # memory-mapped
-                texts = unpack(file.get_tensor("captions"), file.get_tensor("caption_ends"))
-                ends = file.get_tensor("row_ends").tolist()
+            tensors = read_part(path)
+            self.parts.append(tensors["rows"])  # memory-mapped
+            texts = unpack(tensors["captions"], tensors["caption_ends"])
+            ends = tensors["row_ends"].tolist()
             spans = zip([0, *ends], ends, strict=False)
             self.places |= {t: (number, *span) for t, span in zip(texts, spans, strict=True)}
 
@@ -84,7 +84,8 @@ def build_text_cache(
             tensors = {"row_ends": torch.tensor([len(row) for row in rows]).cumsum(0)}
             tensors["rows"] = compact(torch.cat(rows).cpu())
             tensors["captions"], tensors["caption_ends"] = pack(some)
-            atomic_write(path, lambda p, t=tensors: save_file(t, p))  # type: ignore[misc]
+            metadata = {"sha256": checksum(tensors)}
+            atomic_write(path, lambda p, t=tensors, m=metadata: save_file(t, p, m))  # type: ignore[misc]
     while not all(path.exists() for path in parts):
         time.sleep(1)
     return TextCache(folder, encoder)
@@ -94,13 +95,41 @@ def check_manifest(folder: Path, expected: dict[str, Any]) -> None:
     path = folder / MANIFEST
     if not path.exists():
         raise ValueError(f"{folder} is no cache of captions: {path.name} is missing")
-    found = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        found = read_mapping(path)
+    except ValueError as error:
+        raise ValueError(f"{error}: remove {folder} and run the same training again") from None
     for key, value in expected.items():
         if found.get(key) != value:
             raise ValueError(
                 f"the captions in {folder} were read with {key}={found.get(key)!r}, now it is "
                 f"{value!r}: delete that folder, or name another data.token_cache"
             )
+
+
+def read_part(path: Path) -> dict[str, Tensor]:
+    """A part's tensors, memory-mapped, checked. Those of older versions have no checksum."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            expected = (file.metadata() or {}).get("sha256")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path} is truncated or damaged ({error}): remove it and run the same training again"
+        ) from None
+    if expected is not None and checksum(tensors) != expected:
+        raise ValueError(f"{path} fails its checksum: remove it and run the same training again")
+    if missing := {"rows", "row_ends", "captions", "caption_ends"} - tensors.keys():
+        raise ValueError(f"{path} is no part of a caption cache: it lacks {min(missing)}")
+    return tensors
+
+
+def checksum(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
+        digest.update(tensor.contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def compact(rows: Tensor) -> Tensor:

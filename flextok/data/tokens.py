@@ -6,11 +6,11 @@ aside and renamed, so a part that is there is whole and never made again. Once a
 manifest lists their counts and checksums.
 """
 
-import hashlib
 import json
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,24 @@ from tqdm import tqdm
 from flextok.data.pictures import UNLABELLED, CorruptPicture
 from flextok.data.processes import Process, this_process
 from flextok.data.stream import Item, SkipCounter, collate, derived_generator
-from flextok.data.text import TextCache, pack, unpack
+from flextok.data.text import TextCache, checksum, pack, unpack
 from flextok.data.transforms import ImageTransform
-from flextok.hub import atomic_write, clear_leftovers, fingerprint
+from flextok.files import atomic_write, clear_leftovers, read_mapping
+from flextok.hub import fingerprint
+from flextok.schema import from_mapping
 
 MANIFEST = "manifest.json"
 log = logging.getLogger(__name__)
+
+
+@dataclass
+class Part:
+    """What the manifest says about a part."""
+
+    file: str
+    sequences: int
+    unreadable: int
+    sha256: str
 
 
 class _Variants(Dataset):
@@ -105,7 +117,8 @@ def build_token_cache(
     refused with ValueError."""
     if not tokenizer.vocab_size:
         raise ValueError("the tokenizer is continuous (KL): it has no indices to cache")
-    for name, value in {"variants": variants, "part_size": part_size}.items():
+    counts = {"variants": variants, "part_size": part_size, "batch_size": batch_size}
+    for name, value in counts.items():
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
     folder, process = Path(folder), process or this_process()
@@ -220,7 +233,20 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.exists():
         raise ValueError(f"{folder} is no token cache: it has no {MANIFEST}; see flextok tokenize")
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        manifest = read_mapping(path, class_names=list)
+        if not all(isinstance(name, str) for name in manifest["class_names"]):
+            raise ValueError(f"{path} is damaged (class_names must be texts)")
+        if "parts" in manifest:
+            parts = [from_mapping(Part, part) for part in read_mapping(path, parts=list)["parts"]]
+            if any(Path(part.file).name != part.file for part in parts):
+                raise ValueError(f"{path} is damaged (a part lies outside of the folder)")
+    except ValueError as error:
+        raise ValueError(
+            f"{error}: remove {folder} and run the same flextok tokenize, or the same training, "
+            "again"
+        ) from None
+    return manifest
 
 
 def is_finished(folder: Path) -> bool:
@@ -233,8 +259,10 @@ def read_part(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            return tensors, json.loads(file.metadata()["part"])
-    except (SafetensorError, OSError, KeyError, TypeError) as error:
+            record = json.loads(file.metadata()["part"])
+            _ = record["sha256"], len(record["unreadable"]), tensors["indices"], tensors["labels"]
+            return tensors, record
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError) as error:
         raise ValueError(
             f"{path} is missing, damaged or of an older version ({error}): remove it and run the "
             "same flextok tokenize, or the same training, again"
@@ -251,10 +279,9 @@ def verify_token_cache(folder: str | Path) -> dict[str, Any]:
     last = -1
     for part in manifest["parts"]:
         tensors, _ = read_part(folder / part["file"])
+        check_part(folder / part["file"], part, tensors)
         positions = tensors["positions"]
         ascending = bool((positions.diff() > 0).all())
-        if checksum(tensors) != part["sha256"] or len(positions) != part["sequences"]:
-            raise ValueError(f"{folder / part['file']} fails its checksum: remove it and run again")
         if len(positions):
             if not ascending or positions[0] <= last:
                 raise ValueError(f"{folder / part['file']} holds a position twice: remove {folder}")
@@ -262,17 +289,18 @@ def verify_token_cache(folder: str | Path) -> dict[str, Any]:
     return manifest
 
 
-def checksum(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
-        digest.update(tensor.contiguous().numpy().data)
-    return digest.hexdigest()
+def check_part(path: Path, listed: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Refuse a part that is not, bit by bit, what the manifest lists."""
+    if checksum(tensors) != listed["sha256"] or len(tensors["labels"]) != listed["sequences"]:
+        raise ValueError(
+            f"{path} fails its checksum: remove it and run the same flextok tokenize, or the same "
+            "training, again"
+        )
 
 
 class TokenDataset(Dataset):
-    """The sequences of a finished token cache, memory-mapped: items {"indices": (K,) long, "label":
-    () long}, and "text", the row of its caption, once `text` is set."""
+    """The sequences of a finished token cache, checked and memory-mapped: items {"indices": (K,)
+    long, "label": () long}, and "text", the row of its caption, once `text` is set."""
 
     def __init__(self, path: str | Path):
         folder = Path(path)
@@ -289,6 +317,7 @@ class TokenDataset(Dataset):
                     f"{folder / part['file']} is not the part that {MANIFEST} lists: remove it and "
                     "run flextok tokenize again"
                 )
+            check_part(folder / part["file"], part, tensors)
             self.parts.append(tensors)
         self.starts = np.cumsum([0, *(part["sequences"] for part in self.manifest["parts"])])
 

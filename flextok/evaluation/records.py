@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flextok.evaluation import processes
-from flextok.hub import atomic_write
+from flextok.files import atomic_write
 
 PART = 64  # pictures: the unit of work that an interruption may lose, and that processes share
 MANIFEST = "identity.json"

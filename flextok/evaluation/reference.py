@@ -15,7 +15,7 @@ from torch import Tensor
 import flextok
 from flextok.evaluation.distances import Statistics, statistics
 from flextok.evaluation.features import FeatureNetwork, file_hash
-from flextok.hub import atomic_write
+from flextok.files import atomic_write
 
 SUFFIX = ".npz"
 FACTS = ("count", "image_size", "network", "weights")  # that our files state

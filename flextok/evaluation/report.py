@@ -25,7 +25,8 @@ from flextok.evaluation.scores import (
     proper_names,
     set_scores,
 )
-from flextok.hub import atomic_write, fingerprint
+from flextok.files import atomic_write
+from flextok.hub import fingerprint
 
 REPORT = "report.json"
 MAX_PSNR = 100.0  # dB, of a picture that comes back without any error; 8 bits cannot come near it

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from flextok.data.emoji import COLORS, LAYOUTS, EmojiScenes
 from flextok.data.stream import derived_generator
 from flextok.data.transforms import ImageTransform
-from flextok.hub import atomic_write
+from flextok.files import atomic_write
 
 UNKNOWN = -1  # a fact that a scene does not have, such as its second object's kind
 GRIDS = sorted({grid for grids, _ in LAYOUTS.values() for grid in grids})

@@ -16,7 +16,7 @@ from flextok.evaluation.job import Cell, Options
 from flextok.evaluation.metrics import to_8_bit
 from flextok.evaluation.passes import Numbered, decode, encode, noise_of
 from flextok.evaluation.report import write_report
-from flextok.hub import atomic_write
+from flextok.files import atomic_write
 from flextok.pipeline import prefix_lengths
 
 AXES = {

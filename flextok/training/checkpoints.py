@@ -20,7 +20,8 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
 from flextok.data.processes import this_process
-from flextok.hub import CheckpointError, atomic_write
+from flextok.files import atomic_write
+from flextok.hub import CheckpointError
 
 BEST = "best.json"
 CHECKSUMS = "checksums-*.json"  # of a checkpoint that is a folder, one a process

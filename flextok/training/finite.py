@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from flextok.hub import atomic_write
+from flextok.files import atomic_write
 
 
 class NonFiniteLoss(ValueError):

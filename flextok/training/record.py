@@ -15,7 +15,7 @@ import torch
 import flextok
 from flextok.config import ExperimentConfig
 from flextok.data.processes import this_process
-from flextok.hub import atomic_write
+from flextok.files import atomic_write
 from flextok.schema import to_mapping
 
 PACKAGES = ("flextok", "torch", "lightning", "numpy", "pillow", "timm", "diffusers", "webdataset")

@@ -32,10 +32,11 @@ from flextok.data.web import WebDatasetStream
 from flextok.evaluation.evaluate import evaluate_generator, evaluate_tokenizer
 from flextok.evaluation.features import load_networks
 from flextok.evaluation.job import Cell, Options
+from flextok.files import atomic_write
 from flextok.generators import GENERATORS
 from flextok.generators.conditioning import TextConditioner
 from flextok.generators.text import Text, load_encoder
-from flextok.hub import atomic_write, fingerprint
+from flextok.hub import fingerprint
 from flextok.pipeline import load_model, remember_tokenizer
 from flextok.schema import ConfigError, build, from_mapping, unknown_key
 from flextok.tokenizers import TOKENIZERS

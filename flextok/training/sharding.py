@@ -21,7 +21,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
-from flextok.hub import sync
+from flextok.files import sync
 from flextok.training.checkpoints import crc32
 
 # what training, validation and pictures call of a model: FSDP2 gathers its weights for these

@@ -9,7 +9,7 @@ from flextok.card import count_parameters
 from flextok.config import ExperimentConfig, load_experiment
 from flextok.evaluation.evaluate import evaluate_generator, evaluate_tokenizer
 from flextok.evaluation.job import Cell, Options
-from flextok.hub import atomic_write
+from flextok.files import atomic_write
 from flextok.pipeline import load_model
 from flextok.schema import ConfigError, to_mapping
 from flextok.training.run import cache_device, load_tokenizer, make_dataset, train

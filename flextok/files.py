@@ -1,0 +1,104 @@
+"""Files that are written whole or not at all, and one line about what could not be written."""
+
+import errno
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota, a limit on a file's size
+
+
+class WriteError(OSError):
+    """What could not be written, why, and what to do, in one line."""
+
+
+def atomic_write(path: Path, write: Callable[[Path], Any]) -> None:
+    """Call write(temporary path), then rename: readers see the old file or the new one, whole, and
+    it outlasts a power cut. Its mode is the umask's. Raises WriteError. What a killed process left
+    aside is cleared by clear_leftovers."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    with writing(path):
+        try:
+            temporary.touch()
+            mode = temporary.stat().st_mode
+            write(temporary)
+            if temporary.stat().st_mode != mode:  # safetensors makes files that others cannot read
+                temporary.chmod(mode)
+            sync(temporary)
+            os.replace(temporary, path)
+            sync(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def read_mapping(path: Path, **types: type) -> dict[str, Any]:
+    """The mapping in a JSON file that this program wrote. Raises ValueError when it is damaged, or
+    lacks one of the keys in `types`, or has it of another type."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, OSError) as error:
+        raise ValueError(f"{path} is damaged ({error})") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged (it holds a {type(found).__name__}, not a mapping)")
+    for key, kind in types.items():
+        value = found.get(key)
+        right = isinstance(value, (int, float) if kind is float else kind)
+        if not right or isinstance(value, bool) != (kind is bool):
+            raise ValueError(f"{path} is damaged ({key}={value!r} must be of type {kind.__name__})")
+    return found
+
+
+@contextmanager
+def writing(path: Path, only_full: bool = False) -> Iterator[None]:
+    """Makes errors of the operating system WriteErrors that name `path`. only_full: leave those
+    alone that reading gives, too."""
+    try:
+        yield
+    except WriteError:
+        raise
+    except (OSError, SafetensorError) as error:
+        number = error_number(error)
+        if number is None or (only_full and number not in (*FULL, errno.EROFS)):
+            raise
+        reason = f"could not write {path}: {os.strerror(number)}"
+        if number not in FULL:
+            raise WriteError(f"{reason}; name another folder, or see to its permissions") from error
+        place = next(p for p in (path, *path.absolute().parents) if p.exists())
+        free = shutil.disk_usage(place).free / 1e6
+        raise WriteError(
+            f"{reason} ({free:.1f} MB are free on that disk). Make room, then start the same "
+            "command again: it continues from what is already written"
+        ) from error
+
+
+def error_number(error: Exception) -> int | None:
+    """The operating system's number of an error; safetensors' have it in their text only."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"os error (\d+)", str(error))
+    return int(found[1]) if found else None
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on disk. Windows does without."""
+    if os.name == "nt":  # opens no folder, and syncs nothing that is open for reading only
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def clear_leftovers(path: Path) -> None:
+    """Remove what killed processes left of writing `path`. Only its one writer may call this."""
+    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
+        leftover.unlink(missing_ok=True)

@@ -1,0 +1,88 @@
+"""Files are written whole, as the user's umask says, or it is told in one line why not."""
+
+import errno
+import os
+import stat
+
+import pytest
+import torch
+from conftest import draw_pictures, tiny_tokenizer
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from flextok import viz
+from flextok.cli import main
+from flextok.files import WriteError, atomic_write
+
+
+@pytest.fixture
+def umask():
+    """Others may read, as on most machines."""
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has other modes")
+def test_files_have_the_mode_of_the_umask(tmp_path, umask):
+    """safetensors makes files that nobody but their owner can read: no colleague could load a model
+    from a shared folder."""
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    draw_pictures(tmp_path / "pictures", ["a.png"])
+    folders = [str(tmp_path / name) for name in ("model", "pictures", "tokens")]
+    assert main(["tokenize", *folders]) == 0
+    viz.save(Image.new("RGB", (4, 4)), tmp_path / "model" / "grid.png")
+    found = [p for name in ("model", "tokens") for p in (tmp_path / name).iterdir()]
+    assert {p.suffix for p in found} == {".safetensors", ".json", ".md", ".png"}
+    assert {oct(stat.S_IMODE(p.stat().st_mode)) for p in found} == {"0o644"}
+    os.umask(0o077)
+    atomic_write(tmp_path / "secret", lambda p: save_file({"a": torch.zeros(1)}, p))
+    assert stat.S_IMODE((tmp_path / "secret").stat().st_mode) == 0o600
+
+
+def raise_(error):
+    raise error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded", "somewhere"),
+        SafetensorError(
+            "Error while serializing: I/O error: No space left on device (os error 28)"
+        ),
+    ],
+)
+def test_a_full_disk_is_told_in_one_line(tmp_path, error):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(WriteError) as told:
+        atomic_write(path, lambda p: (p.write_text("half"), raise_(error)))
+    line = str(told.value)
+    assert "\n" not in line
+    assert line.startswith(f"could not write {path}: ")
+    assert "MB are free on that disk" in line
+    assert "start the same command again: it continues" in line
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_that_may_not_be_written_is_named(tmp_path):
+    denied = PermissionError(errno.EACCES, "Permission denied")
+    with pytest.raises(
+        WriteError, match=r"could not write .*file: Permission denied; name another"
+    ):
+        atomic_write(tmp_path / "file", lambda p: raise_(denied))
+
+
+def test_an_error_of_the_program_stays_what_it_is(tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        atomic_write(tmp_path / "file", lambda p: 1 // 0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_picture_of_no_known_format_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"picture names no picture format: let it end in \.png"):
+        viz.save(Image.new("RGB", (4, 4)), tmp_path / "picture")
