@@ -12,8 +12,9 @@ from conftest import tiny_gpt, tiny_tokenizer
 
 from flextok.data.datasets import ImageFolder, take
 from flextok.data.emoji import Emoji
+from flextok.data.pictures import CorruptPicture
 from flextok.data.transforms import ImageTransform
-from flextok.evaluation import evaluate, passes, processes
+from flextok.evaluation import evaluate, features, passes, processes
 from flextok.evaluation.distances import frechet_distance, statistics
 from flextok.evaluation.evaluate import evaluate_generator, evaluate_tokenizer
 from flextok.evaluation.features import EfficientNetLite0, Features, Networks
@@ -89,6 +90,74 @@ def whole(tmp_path_factory):
         return evaluate_tokenizer(tokenizer(), emoji(), CELLS, options(batch_size=NUMBER))
 
 
+def captioned(number):
+    """Emoji with their names as captions; the second cannot be read."""
+
+    class Captioned(torch.utils.data.Dataset):
+        class_names = ("a",)
+        emoji = Emoji("validation")
+
+        def __len__(self):
+            return number
+
+        def __getitem__(self, index):
+            if index == 1:
+                raise CorruptPicture("1.png", "broken")
+            return {**self.emoji[index], "label": 0}
+
+    return Captioned()
+
+
+def test_a_text_generator_is_evaluated_by_the_pictures_captions(monkeypatch, tmp_path):
+    """It was asked to draw class labels: a training run died at its first validation."""
+    encoder = {"name": "bytes", "dim": 16, "depth": 1, "num_heads": 2, "max_length": 64}
+    gpt = tiny_gpt(conditioner={"name": "text", "encoder": encoder}).double()
+    prompts = []
+    generate = gpt.generate
+
+    def listening(cond, **asked):
+        prompts.extend(cond)
+        return generate(cond, **asked)
+
+    monkeypatch.setattr(gpt, "generate", listening)
+    data = captioned(5)
+    report = evaluate_generator(
+        gpt, tokenizer(), data, [Cell(8, 1)], options(num_samples=7), tmp_path
+    )
+    names = [Emoji("validation")[i]["caption"] for i in (0, 2, 2, 3, 4, 0, 2)]
+    assert prompts == names
+    assert report["results"][0]["count"] == 7
+    assert {"gfid", "kid"} <= set(report["results"][0]["scores"])
+    monkeypatch.setattr(data.emoji, "caption", "name")
+    monkeypatch.setattr(type(data), "__getitem__", lambda self, i: {"caption": "", "label": 0})
+    with pytest.raises(ValueError, match="the pictures have no captions"):
+        evaluate_generator(gpt, tokenizer(), data, [Cell(8, 1)], options())
+
+
+def test_by_default_what_is_at_hand_is_measured_and_the_rest_named(monkeypatch):
+    """Inception's and VGG's weights are placed by hand, so the plain command failed."""
+
+    def only_offline(names, *rest):
+        if names != ["efficientnet_lite0"]:
+            raise ValueError(f"no weights of {names[0]} here")
+        return Networks([Projection("efficientnet_lite0")], None)
+
+    monkeypatch.setattr(evaluate, "load_networks", features.load_networks)
+    monkeypatch.setattr(features, "Inception", lambda *_: only_offline(["inception"]))
+    monkeypatch.setattr(features, "load_lpips", lambda *_: only_offline(["lpips"]))
+    monkeypatch.setattr(features, "EfficientNetLite0", lambda *_: Projection("efficientnet_lite0"))
+    report = evaluate_tokenizer(tokenizer(), emoji(5), [Cell(1, 1)], options(networks=None))
+    assert "frechet_efficientnet_lite0" in report["results"][0]["scores"]
+    assert "rfid" not in report["results"][0]["scores"]
+    for name in ("inception", "lpips"):
+        assert f"{name} is left out: no weights of {name} here" in report["warnings"]
+    with pytest.raises(ValueError, match="no weights of inception here"):
+        evaluate_tokenizer(tokenizer(), emoji(5), [Cell(1, 1)], options())
+    asked = options(networks=None, inception_weights="gone.pth")
+    with pytest.raises(ValueError, match="no weights of inception here"):
+        evaluate_tokenizer(tokenizer(), emoji(5), [Cell(1, 1)], asked)
+
+
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
 def test_reconstruction_scores_do_not_depend_on_the_batch_size(whole, batch_size):
     report = evaluate_tokenizer(tokenizer(), emoji(), CELLS, options(batch_size=batch_size))
@@ -149,7 +218,7 @@ def test_two_processes_count_every_picture_once_and_agree_with_one(whole, tmp_pa
     assert report["run"]["processes"] == 2
     assert report["settings"]["sample_count"] == NUMBER
     assert_same(report, whole)
-    assert not list((tmp_path / "report").glob("records*"))
+    assert [p.name for p in (tmp_path / "report").iterdir()] == ["report.json"]
 
 
 def test_scores_are_those_of_the_pictures(whole):
@@ -245,6 +314,58 @@ def test_records_of_another_evaluation_are_thrown_away(tmp_path, monkeypatch, ca
     assert_same(report, evaluate_tokenizer(tokenizer(), emoji(), CELLS, options(seed=1)))
 
 
+def test_a_damaged_part_is_measured_again(whole, tmp_path, monkeypatch, caplog):
+    """One bad part made every later run of the evaluation fail. Every byte counts: a bit that
+    flips in a number would be a wrong score."""
+    for place in (0, 100, -5, None):
+        output = tmp_path / f"{place}"
+        run_until(PART + 5, output, monkeypatch, batch_size=4)
+        part = output / "flextok-records" / "part-000000.safetensors"
+        data = bytearray(part.read_bytes())
+        if place is None:
+            data = data[: len(data) // 2]
+        else:
+            data[place] ^= 4
+        part.write_bytes(data)
+        report, seen = run_until(None, output, monkeypatch, batch_size=64)
+        assert seen == NUMBER
+        assert f"{part} is damaged" in caplog.text
+        assert_same(report, whole)
+
+
+def test_files_of_the_users_own_are_never_removed(tmp_path, monkeypatch):
+    """`--output DIR` removed a folder DIR/records, whatever it held."""
+    mine = {name: tmp_path / name for name in ("records/thesis.txt", "flextok-records/notes.txt")}
+    for path in mine.values():
+        path.parent.mkdir()
+        path.write_text("years of work")
+    with pytest.raises(ValueError, match=r"such as notes\.txt.*choose another output folder"):
+        evaluate_tokenizer(tokenizer(), emoji(5), [Cell(1, 1)], options(), tmp_path)
+    mine.pop("flextok-records/notes.txt").unlink()
+    evaluate_tokenizer(tokenizer(), emoji(5), [Cell(1, 1)], options(), tmp_path)
+    assert all(path.read_text() == "years of work" for path in mine.values())
+    run_until(PART + 5, tmp_path / "b", monkeypatch, batch_size=4)
+    note = tmp_path / "b" / "flextok-records" / "note.txt"
+    note.write_text("mine")  # put there while it ran
+    run_until(None, tmp_path / "b", monkeypatch, seed=1)
+    assert [p.name for p in note.parent.iterdir()] == ["note.txt"]
+    (tmp_path / "c").mkdir()
+    report = tmp_path / "c" / "report.json"
+    report.write_text('{"settings": ["of another program"]}')
+    with pytest.raises(ValueError, match=r"report\.json was not written by flextok"):
+        evaluate_tokenizer(tokenizer(), emoji(5), [Cell(1, 1)], options(), tmp_path / "c")
+    assert report.read_text() == '{"settings": ["of another program"]}'
+
+
+def test_a_damaged_manifest_starts_over(whole, tmp_path, monkeypatch):
+    for text in ("[]", "null", "{", ""):
+        run_until(PART + 5, tmp_path, monkeypatch, batch_size=4)
+        (tmp_path / "flextok-records" / "identity.json").write_text(text)
+        report, seen = run_until(None, tmp_path, monkeypatch, batch_size=64)
+        assert seen == NUMBER
+        assert_same(report, whole)
+
+
 def test_unreadable_pictures_are_counted(picture_folder, tmp_path):
     (picture_folder / "cats" / "1.png").write_bytes(b"broken")
     report = evaluate_tokenizer(
@@ -277,12 +398,16 @@ def test_a_perfect_picture_counts_as_100_db(monkeypatch):
         ({"networks": (), "reference": "x.npz"}, "needs a feature network"),
         ({"networks": (), "save_reference": "x.npz"}, "choose one of --networks"),
         ({"reference": "x.npz"}, "x.npz is not an .npz file"),
+        ({"save_reference": "x.dat"}, r"must end in \.npz"),
+        ({"number": 3}, "3 images are too few"),
     ],
 )
 def test_mistakes_are_told_before_the_work(change, message):
-    cells = change.pop("cells", [Cell(1)])
+    cells, number = change.pop("cells", [Cell(1)]), change.pop("number", 5)
+    model = tokenizer()
+    model.encode = None  # the work would fail otherwise
     with pytest.raises(ValueError, match=message):
-        evaluate_tokenizer(tokenizer(), emoji(5), cells, options(**change))
+        evaluate_tokenizer(model, emoji(number), cells, options(**change))
 
 
 def test_a_model_that_diverged_is_refused():

@@ -7,12 +7,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_tokenizer
+from conftest import CATS_AND_DOGS, draw_pictures, tiny_tokenizer
 from PIL import Image
 
 from flextok.cli import main
-from flextok.data.datasets import take
-from flextok.data.emoji import Emoji
+from flextok.config import load_experiment, save_experiment
+from flextok.data.datasets import labels_count, take
+from flextok.data.emoji import Emoji, EmojiScenes
 from flextok.data.transforms import to_uint8
 from flextok.evaluation import adaptive
 from flextok.evaluation.adaptive import Target, encode, relate, spearman
@@ -51,6 +52,7 @@ class Levels:
     """Plain pictures of grey levels, labelled by them unless told otherwise."""
 
     class_names = ("grey",)
+    labels_count = True
 
     def __init__(self, levels, labels=None):
         self.levels, self.labels = levels, labels or levels
@@ -146,14 +148,27 @@ def test_spearman_is_scipys_ties_included():
 def test_the_experiment_finds_complexity_and_its_control_does_not():
     levels = np.random.default_rng(0).integers(0, 64, 60).tolist()
     report = relate(Exact(), Levels(levels), Target("psnr", 40.1), Options(batch_size=7))
-    assert report["spearman"] > 0.9
-    assert abs(report["shuffled"]["mean"]) < 0.05
-    assert report["shuffled"]["p_value"] < 0.01
-    assert report["count"] == sum(row["count"] for row in report["by_label"].values()) == 60
+    found = report["complexity"]
+    assert found["spearman"] > 0.9
+    assert abs(found["shuffled"]["mean"]) < 0.05
+    assert found["shuffled"]["p_value"] < 0.01
+    assert report["count"] == sum(row["count"] for row in found["by_label"].values()) == 60
     unrelated = np.random.default_rng(1).permutation(levels).tolist()
     blind = relate(Exact(), Levels(levels, unrelated), Target("psnr", 40.1), Options())
-    assert abs(blind["spearman"]) < 0.4
-    assert blind["shuffled"]["p_value"] > 0.01
+    assert abs(blind["complexity"]["spearman"]) < 0.4
+    assert blind["complexity"]["shuffled"]["p_value"] > 0.01
+
+
+def test_numbers_of_classes_are_no_complexity():
+    """Class numbers are in the order of their names: a correlation with them means nothing."""
+    classes = Levels([3, 9, 20, 40])
+    classes.labels_count = False
+    report = relate(Exact(), classes, Target("psnr", 40.1), Options())
+    assert report["complexity"] is None
+    assert report["count"] == 4
+    assert report["mean_tokens"] > 1
+    assert not labels_count(Emoji("validation"))
+    assert labels_count(take(EmojiScenes("validation"), 5))
 
 
 def test_probe_reads_the_class_where_it_is(monkeypatch):
@@ -275,10 +290,67 @@ def test_adaptive_and_probe_commands(folder, capsys):
     assert code == 0
     assert "with shuffled labels" in capsys.readouterr().out
     assert json.loads(report.read_text())["settings"]["target"] == "psnr=9"
-    code, report = run(folder, "probe", "--limit", 20, "--num-tokens", 1, 8)
+    sets = ["--train", "emoji:train", "--data", "emoji:validation"]
+    code, report = run(folder, "probe", *sets, "--limit", 20, "--num-tokens", 1, 8)
     assert code == 0
     assert "most frequent class" in capsys.readouterr().out
     assert len(json.loads(report.read_text())["results"]) == 2
+
+
+@pytest.mark.parametrize("command", ["sweep", "adaptive", "probe"])
+def test_a_models_own_data_or_none(folder, capsys, monkeypatch, command):
+    """The default was the emoji for every model: a user's model was measured on images that it has
+    nothing to do with. It is what the run's config names, and an error where there is none."""
+    arguments = ["--limit", "4"]
+    arguments += ["--target", "psnr=9"] if command == "adaptive" else ["--num-tokens", "1"]
+    code, _ = run(folder, command, *arguments)
+    assert code == 1
+    assert "does not say which images it belongs to" in capsys.readouterr().err
+    draw_pictures(folder / "photos", CATS_AND_DOGS)
+    config = load_experiment("configs/quickstart_tokenizer.yaml", ["output_dir=x"])
+    config.data.train = config.data.validation = {"name": "folder", "root": str(folder / "photos")}
+    save_experiment(config, folder / "tokenizer" / "config.yaml")
+    code, report = run(folder, command, *arguments)
+    assert code == 0
+    document = json.loads(report.read_text())
+    if command == "probe":
+        assert document["classes"] == 2
+    else:
+        assert (
+            document["count"] if command == "adaptive" else document["results"][0]["count"]
+        ) == 4
+
+
+def test_each_model_has_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("runs/one", "runs/two"):
+        tiny_tokenizer().save_pretrained(tmp_path / name)
+        arguments = ["--data", "emoji:validation", "--limit", "2", "--num-tokens", "1"]
+        assert main(["sweep", name, *arguments, "--num-pictures", "1", "--steps", "1"]) == 0
+    assert sorted(p.name for p in (tmp_path / "outputs" / "sweep").iterdir()) == [
+        "runs-one", "runs-two"
+    ]  # fmt: skip
+
+
+def test_measuring_commands_take_the_same_decoding_options(folder):
+    """An interval without guidance changes nothing, one with it does, in each of the commands."""
+    scores = {}
+    for interval in ("0 0", "0 1"):
+        options = ["--steps", 2, "--guidance-scale", 3, "--solver", "heun"]
+        options += ["--time-shift", 2, "--guidance-interval", *interval.split(), "--limit", 4]
+        for command in ("evaluate", "sweep", "adaptive"):
+            data = ["emoji:validation"] if command == "evaluate" else ["--data", "emoji:validation"]
+            more = ["--target", "psnr=9"] if command == "adaptive" else ["--num-tokens", 4]
+            code, report = run(folder, command, *data, *more, *options)
+            assert code == 0
+            document = json.loads(report.read_text())
+            if command == "adaptive":
+                scores[command, interval] = [row["reason"] for row in document["pictures"]]
+            else:
+                scores[command, interval] = document["results"][0]["scores"]["psnr"]
+    for command in ("evaluate", "sweep", "adaptive"):
+        assert scores[command, "0 0"] != scores[command, "0 1"]
+    assert scores["evaluate", "0 1"] == pytest.approx(scores["sweep", "0 1"])
 
 
 @pytest.mark.parametrize(

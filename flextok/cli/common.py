@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import sys
 import textwrap
 from collections.abc import Callable
@@ -77,9 +78,11 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default=None, help="cpu, cuda, ...; a GPU where there is one")
 
 
-def add_solving(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--steps", type=int, help="decoder steps")
-    parser.add_argument("--guidance-scale", type=float, help="decoder guidance, 1 = none")
+def add_solving(parser: argparse.ArgumentParser, several: bool = False) -> None:
+    """several: of steps and scales, to be compared."""
+    many: dict[str, Any] = {"nargs": "+"} if several else {}
+    parser.add_argument("--steps", type=int, help="decoder steps", **many)
+    parser.add_argument("--guidance-scale", type=float, help="decoder guidance, 1 = none", **many)
     parser.add_argument("--solver", help="euler, heun or ab2")
     parser.add_argument(
         "--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="guided times"
@@ -109,6 +112,34 @@ def check_lengths(lengths: list[int], total: int) -> list[int]:
     if bad := [k for k in lengths if not 1 <= k <= total]:
         raise ValueError(f"--num-tokens {min(bad)} must be in [1, {total}]")
     return sorted(set(lengths))
+
+
+def data_of(asked: str | None, model: str, part: str = "validation") -> Any:
+    """The data set asked for; by default the one a model was validated (or, with part train,
+    trained) on, as its folder's config.yaml has it, and the emoji for the package's own models.
+    Raises ValueError for any other model."""
+    from flextok.config import load_experiment
+    from flextok.storage import released
+    from flextok.training.run import make_dataset
+
+    if asked is not None:
+        return open_data(asked)
+    if model in released():
+        return open_data(f"emoji:{part}")
+    config = Path(model) / "config.yaml"
+    spec = getattr(load_experiment(config).data, part) if config.is_file() else None
+    if not spec or (isinstance(spec, dict) and spec.get("name") == "tokens"):
+        option = "--train" if part == "train" else "--data"
+        raise ValueError(
+            f"{model} does not say which images it belongs to: name them with {option}"
+        )
+    return make_dataset(spec)
+
+
+def output_of(asked: str | None, command: str, model: str) -> str:
+    """The folder asked for; by default one of the command's own for each model."""
+    name = re.sub(r"[^\w.-]+", "-", model).strip("-.") or "model"
+    return asked or f"outputs/{command}/{name}"
 
 
 def decoding_options(options: argparse.Namespace) -> dict[str, Any]:

@@ -6,13 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from flextok.cli.common import (
-    HELD_OUT,
     add_command,
     add_json,
+    add_solving,
+    data_of,
+    decoding_options,
     open_data,
+    output_of,
     pick_device,
     token_lengths,
 )
+
+OWN_DATA = "default: what the model was validated on"
 
 
 def add_commands(commands: Any) -> None:
@@ -23,8 +28,8 @@ def add_commands(commands: Any) -> None:
         "FID, inception score, KID, precision, PSNR, SSIM, LPIPS, code usage",
         "A tokenizer reconstructs DATA; a generator is compared with DATA. Writes report.json. "
         "Several processes: torchrun --nproc-per-node=N -m flextok.cli evaluate ...",
-        "flextok evaluate emoji emoji:validation --networks efficientnet_lite0\n"
-        "flextok evaluate emoji-class emoji:train --num-samples 960 --networks efficientnet_lite0",
+        "flextok evaluate emoji emoji:validation\n"
+        "flextok evaluate emoji-class emoji:train --num-samples 960",
     )
     evaluate.add_argument("model", help="folder or hub id of a tokenizer or a generator")
     evaluate.add_argument(
@@ -34,8 +39,6 @@ def add_commands(commands: Any) -> None:
     )
     evaluate.add_argument("--tokenizer", help="generator: another place to find its tokenizer")
     evaluate.add_argument("--num-tokens", type=int, nargs="+", help="default: all")
-    evaluate.add_argument("--steps", type=int, help="decoder steps")
-    evaluate.add_argument("--guidance-scale", type=float, help="decoder guidance, 1 = none")
     evaluate.add_argument("--num-samples", type=int, help="generator: how many pictures")
     evaluate.add_argument(
         "--labels",
@@ -45,8 +48,9 @@ def add_commands(commands: Any) -> None:
     )
     evaluate.add_argument("--reference", metavar="NPZ", help="tokenizer: also compare with this")
     evaluate.add_argument("--save-reference", metavar="NPZ", help="write DATA's statistics")
-    add_measuring(evaluate, ["inception", "lpips"])
-    evaluate.add_argument("--output", default="outputs/evaluation", help="folder to write")
+    add_solving(evaluate)
+    add_networks(evaluate, None)
+    add_measuring(evaluate, "evaluation")
 
     sweep = add_command(
         commands,
@@ -58,13 +62,12 @@ def add_commands(commands: Any) -> None:
         "flextok sweep emoji --data emoji:validation --steps 1 4",
     )
     sweep.add_argument("model", help="folder or hub id of a tokenizer")
-    sweep.add_argument("--data", default=HELD_OUT, metavar="SET", help="as for evaluate")
+    sweep.add_argument("--data", metavar="SET", help=f"as for evaluate; {OWN_DATA}")
     sweep.add_argument("--num-tokens", type=int, nargs="+", help="default 1 2 4 ... all")
-    sweep.add_argument("--steps", type=int, nargs="+", help="decoder steps")
-    sweep.add_argument("--guidance-scale", type=float, nargs="+", help="decoder guidance")
     sweep.add_argument("--num-pictures", type=int, default=6, help="in the strips and the map")
-    add_measuring(sweep, [])
-    sweep.add_argument("--output", default="outputs/sweep", help="folder to write")
+    add_solving(sweep, several=True)
+    add_networks(sweep, ())
+    add_measuring(sweep, "sweep")
 
     adaptive = add_command(
         commands,
@@ -72,16 +75,18 @@ def add_commands(commands: Any) -> None:
         run_adaptive,
         "how many tokens each picture needs to meet a target, and whether complexity shows",
         "Finds the shortest prefix that meets the target, picture by picture, and tests by rank "
-        "correlation whether pictures of a higher label (more objects) need more.",
+        "correlation whether pictures of more objects need more, where labels count them.",
         "flextok adaptive emoji --target psnr=18 --limit 64",
     )
     adaptive.add_argument("model", help="folder or hub id of a tokenizer that decodes prefixes")
-    adaptive.add_argument("--data", default="emoji_scenes:validation", help="as for evaluate")
+    adaptive.add_argument(
+        "--data",
+        metavar="SET",
+        help=f"as for evaluate; {OWN_DATA}, emoji scenes for the package's own models",
+    )
     adaptive.add_argument("--target", required=True, help="psnr=20, ssim=, lpips=0.3, ...")
-    adaptive.add_argument("--steps", type=int, help="decoder steps")
-    adaptive.add_argument("--guidance-scale", type=float, help="decoder guidance, 1 = none")
-    add_measuring(adaptive, None)
-    adaptive.add_argument("--output", default="outputs/adaptive", help="folder to write")
+    add_solving(adaptive)
+    add_measuring(adaptive, "adaptive")
 
     probe = add_command(
         commands,
@@ -93,26 +98,32 @@ def add_commands(commands: Any) -> None:
         "flextok probe emoji --train emoji:train --data emoji:validation",
     )
     probe.add_argument("model", help="folder or hub id of a tokenizer")
-    probe.add_argument("--train", default="emoji:train", metavar="SET", help="labelled pictures")
-    probe.add_argument("--data", default=HELD_OUT, metavar="SET", help="to test on")
+    probe.add_argument(
+        "--train", metavar="SET", help="labelled images; default: those the model was trained on"
+    )
+    probe.add_argument("--data", metavar="SET", help=f"to test on; {OWN_DATA}")
     probe.add_argument("--num-tokens", type=int, nargs="+", help="default 1 2 4 ... all")
-    add_measuring(probe, None)
-    probe.add_argument("--output", default="outputs/probe", help="folder to write")
+    add_measuring(probe, "probe")
 
 
-def add_measuring(parser: argparse.ArgumentParser, networks: list[str] | None) -> None:
-    """Options of all four; networks: the default ones, None where the command takes none."""
-    if networks is not None:
-        parser.add_argument(
-            "--networks",
-            nargs="*",
-            default=networks,
-            help="inception (FID), efficientnet_lite0 (offline, no FID), lpips; default: "
-            + (" ".join(networks) or "none"),
-        )
-        parser.add_argument("--inception-weights", metavar="FILE", help="default: torch's cache")
-        parser.add_argument("--solver", help="euler, heun or ab2")
+def add_networks(parser: argparse.ArgumentParser, default: tuple[()] | None) -> None:
+    parser.add_argument(
+        "--networks",
+        nargs="*",
+        default=default,
+        help="inception (FID), efficientnet_lite0 (offline, no FID), lpips; default: "
+        + ("inception and lpips, or what is at hand" if default is None else "none"),
+    )
+    parser.add_argument("--inception-weights", metavar="FILE", help="default: torch's cache")
+
+
+def add_measuring(parser: argparse.ArgumentParser, folder: str) -> None:
+    """Options of all four; folder: where the command writes by default, below outputs/."""
     add_json(parser)
+    parser.add_argument(
+        "--output", help=f"folder to write; default: outputs/{folder}/ and the model's name"
+    )
+    parser.set_defaults(folder=folder)
     parser.add_argument("--limit", type=int, help="take this many pictures, evenly spread")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=32)
@@ -124,6 +135,15 @@ def add_measuring(parser: argparse.ArgumentParser, networks: list[str] | None) -
         "float32",
     )
     parser.add_argument("--device", default=None, help="cpu, cuda, ...; a GPU where there is one")
+
+
+def prepare_output(options: argparse.Namespace) -> str:
+    """The folder to write, found fit before the work."""
+    from flextok.evaluation.report import check_output
+
+    options.output = output_of(options.output, options.folder, options.model)
+    check_output(Path(options.output))
+    return str(options.output)
 
 
 def run_evaluate(options: argparse.Namespace) -> dict[str, Any] | None:
@@ -141,6 +161,7 @@ def run_evaluate(options: argparse.Namespace) -> dict[str, Any] | None:
         save_reference=options.save_reference,
     )
     names = {"model": options.model, "data": options.data}
+    prepare_output(options)
     with processes.joined():
         model = load_for_measuring(options)
         stored = options.data.endswith(".npz")
@@ -174,17 +195,19 @@ def run_sweep(options: argparse.Namespace) -> dict[str, Any]:
     from flextok.data.datasets import take
     from flextok.evaluation.sweep import format_table, sweep
 
+    prepare_output(options)
+    data = data_of(options.data, options.model)
     model = load_for_measuring(options)
     report = sweep(
         model,
-        take(open_data(options.data), options.limit),
+        take(data, options.limit),
         measuring_options(options),
         options.output,
         token_lengths(options.num_tokens, model, model.num_tokens),
         options.steps,
         options.guidance_scale,
         options.num_pictures,
-        names={"model": options.model, "data": options.data},
+        names={"model": options.model, "data": options.data or "the model's own validation data"},
     )
     print(format_table(report))
     print_warnings(report)
@@ -195,22 +218,26 @@ def run_sweep(options: argparse.Namespace) -> dict[str, Any]:
 def run_adaptive(options: argparse.Namespace) -> dict[str, Any]:
     from flextok.data.datasets import take
     from flextok.evaluation.adaptive import Target, relate
+    from flextok.storage import released
 
     target = Target.parse(options.target)
+    prepare_output(options)
+    if options.data is None and options.model in released():
+        options.data = "emoji_scenes:validation"
+    data = take(data_of(options.data, options.model), options.limit or 256)
     model = load_for_measuring(options)
-    asked = {"num_steps": options.steps, "guidance_scale": options.guidance_scale}
-    decoding = {k: v for k, v in asked.items() if v is not None}
-    data = take(open_data(options.data), options.limit or 256)
+    decoding = {k: v for k, v in decoding_options(options).items() if v is not None}
     report = relate(model, data, target, measuring_options(options), decoding)
-    print("label  pictures  mean tokens  target met")
-    for label, row in report["by_label"].items():
-        print(f"{label:>5}  {row['count']:8d}  {row['mean_tokens']:11.2f}  {row['met']:10.2f}")
-    control = report["shuffled"]
-    print(
-        f"Spearman of length and label: {report['spearman']:+.3f}; with shuffled labels "
-        f"{control['first']:+.3f} ({control['mean']:+.3f} +- {control['std']:.3f} over "
-        f"{control['shuffles']}), p = {control['p_value']:.2g}"
-    )
+    if (found := report["complexity"]) is not None:
+        print("label  pictures  mean tokens  target met")
+        for label, row in found["by_label"].items():
+            print(f"{label:>5}  {row['count']:8d}  {row['mean_tokens']:11.2f}  {row['met']:10.2f}")
+        control = found["shuffled"]
+        print(
+            f"Spearman of length and label: {found['spearman']:+.3f}; with shuffled labels "
+            f"{control['first']:+.3f} ({control['mean']:+.3f} +- {control['std']:.3f} over "
+            f"{control['shuffles']}), p = {control['p_value']:.2g}"
+        )
     print(
         f"{report['count']} pictures, {report['met']} meet {report['target']}; "
         f"{report['mean_tokens']:.1f} tokens each, at most {report['decodes_per_picture']} decodes"
@@ -222,8 +249,10 @@ def run_probe(options: argparse.Namespace) -> dict[str, Any]:
     from flextok.data.datasets import take
     from flextok.evaluation.probe import format_table, linear_probe
 
+    prepare_output(options)
+    train = take(data_of(options.train, options.model, "train"), options.limit)
+    test = take(data_of(options.data, options.model), options.limit)
     model = load_for_measuring(options)
-    train, test = (take(open_data(name), options.limit) for name in (options.train, options.data))
     lengths = token_lengths(options.num_tokens, model, model.num_tokens)
     report = linear_probe(model, train, test, measuring_options(options), lengths)
     print(format_table(report))
@@ -246,9 +275,12 @@ def load_for_measuring(options: argparse.Namespace) -> Any:
 def measuring_options(options: argparse.Namespace, **more: Any) -> Any:
     from flextok.evaluation.job import Options
 
-    if hasattr(options, "networks"):
-        more["networks"] = tuple(options.networks)
-        more |= {"inception_weights": options.inception_weights, "solver": options.solver}
+    if options.folder in ("evaluation", "sweep"):
+        more["networks"] = None if options.networks is None else tuple(options.networks)
+        more["inception_weights"] = options.inception_weights
+        if (interval := options.guidance_interval) is not None:
+            more["guidance_interval"] = tuple(interval)
+        more |= {"solver": options.solver, "time_shift": options.time_shift}
     return Options(
         seed=options.seed,
         batch_size=options.batch_size,
@@ -285,7 +317,7 @@ def write_measured(
     """report.json of a command that is not one of the passes, with what it was asked."""
     from flextok.evaluation.report import model_settings, write_report
 
-    asked = {k: v for k, v in vars(options).items() if k not in ("run", "dtype", "json")}
+    asked = {k: v for k, v in vars(options).items() if k not in ("run", "dtype", "json", "folder")}
     document = {"settings": {**asked, **model_settings(model, model)}, **report}
     print(f"wrote {write_report(document, Path(options.output))}")
     return document

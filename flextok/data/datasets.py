@@ -168,7 +168,14 @@ def take(dataset: Any, limit: int | None) -> Any:
         raise ValueError(f"limit {limit} must be at least 1")
     chosen: Any = Subset(dataset, [i * len(dataset) // limit for i in range(limit)])
     chosen.class_names = dataset.class_names
+    chosen.labels_count = labels_count(dataset)
     return chosen
+
+
+def labels_count(dataset: Any) -> bool:
+    """Whether a data set's labels are numbers of something, as those of emoji_scenes, and not just
+    numbers of classes."""
+    return getattr(dataset, "labels_count", False)
 
 
 def load_huggingface(datasets: Any, path: str, split: str, config: str | None) -> Any:

@@ -158,6 +158,8 @@ class EmojiScenes(Dataset[dict[str, Any]]):
     parts of the picture.
     """
 
+    labels_count = True  # a higher label is a picture of more, so a rank correlation makes sense
+
     def __init__(
         self,
         split: str = "train",

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flextok.data.datasets import labels_count
 from flextok.evaluation import passes
 from flextok.evaluation.features import load_networks
 from flextok.evaluation.job import Options
@@ -176,9 +177,9 @@ def relate(
     decoding: dict[str, Any] | None = None,
     shuffles: int = 1000,
 ) -> dict[str, Any]:
-    """The experiment: does a picture's adaptive length follow its label, where the label counts
-    (emoji_scenes: the number of objects)? Spearman's rank correlation, against the same with labels
-    shuffled `shuffles` times, and the mean length for each label."""
+    """The experiment: how many tokens each picture of a data set needs and, where its labels count
+    something (emoji_scenes: the objects), whether the length follows them: "complexity", else None.
+    """
     source = passes.Numbered(dataset, tokenizer.image_size)
     parameter = next(tokenizer.parameters())
     measure = target.measure(parameter.device, parameter.dtype)
@@ -193,17 +194,40 @@ def relate(
         decodes = max(decodes, found.decodes)
     if not keeps:
         raise ValueError("no picture of the data set could be read; see the warnings above")
-    # a picture that not even all tokens satisfy needs more than any that they do
-    length = np.where(met, keeps, 2 * tokenizer.num_tokens)
-    label, draws = np.array(labels), np.random.default_rng(options.seed)
-    control = np.array([spearman(length, draws.permutation(label)) for _ in range(shuffles)])
-    value = spearman(length, label)
+    follows = None
+    if labels_count(dataset):
+        arrays = (np.array(keeps), np.array(met), np.array(labels))
+        follows = complexity(*arrays, tokenizer.num_tokens, options.seed, shuffles)
     return {
         "target": f"{target.metric}={target.value:g}",
         "count": len(keeps),
         "met": int(np.sum(met)),
         "decodes_per_picture": decodes,
         "mean_tokens": float(np.mean(keeps)),
+        "complexity": follows,
+        "pictures": [
+            {"label": a, "keep": b, "reason": c}
+            for a, b, c in zip(labels, keeps, reasons, strict=True)
+        ],
+    }
+
+
+def complexity(
+    keeps: np.ndarray,
+    met: np.ndarray,
+    labels: np.ndarray,
+    num_tokens: int,
+    seed: int,
+    shuffles: int,
+) -> dict[str, Any]:
+    """Spearman's rank correlation of lengths and labels, all (n,), against the same with labels
+    shuffled `shuffles` times; and the mean length for each label."""
+    # an image that not even all tokens satisfy needs more than any that they do
+    length = np.where(met, keeps, 2 * num_tokens)
+    draws = np.random.default_rng(seed)
+    control = np.array([spearman(length, draws.permutation(labels)) for _ in range(shuffles)])
+    value = spearman(length, labels)
+    return {
         "spearman": value,
         "shuffled": {
             "shuffles": shuffles,
@@ -214,14 +238,10 @@ def relate(
         },
         "by_label": {
             str(one): {
-                "count": int((label == one).sum()),
-                "mean_tokens": float(np.array(keeps)[label == one].mean()),
-                "met": float(np.array(met)[label == one].mean()),
+                "count": int((labels == one).sum()),
+                "mean_tokens": float(keeps[labels == one].mean()),
+                "met": float(met[labels == one].mean()),
             }
-            for one in np.unique(label)
+            for one in np.unique(labels)
         },
-        "pictures": [
-            {"label": a, "keep": b, "reason": c}
-            for a, b, c in zip(labels, keeps, reasons, strict=True)
-        ],
     }

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 1024  # rows in memory at once
+NEIGHBOURS = 3  # of precision and recall
 MANIFOLD = 10_000  # rows a side in precision and recall, whose cost is quadratic (ADM's number)
 
 
@@ -98,7 +99,9 @@ def cubic_kernel(x: Tensor, y: Tensor) -> Tensor:
     return (x @ y.T / x.shape[1] + 1) ** 3
 
 
-def precision_recall(generated: Rows, real: Rows, neighbours: int = 3) -> tuple[float, float]:
+def precision_recall(
+    generated: Rows, real: Rows, neighbours: int = NEIGHBOURS
+) -> tuple[float, float]:
     """Kynkaanniemi et al. (arXiv 1904.06991): the share of generated pictures within the real ones'
     manifold, and of real ones within the generated ones'; a picture covers the ball that reaches
     its third neighbour. Larger sets are thinned evenly to MANIFOLD."""

@@ -1,6 +1,5 @@
 """Evaluations: load the networks, run the pass, score the rows, write report.json."""
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,22 +10,23 @@ import torch
 from torch import Tensor
 
 from flextok.evaluation import processes
-from flextok.evaluation.distances import statistics
+from flextok.evaluation.distances import NEIGHBOURS, statistics
 from flextok.evaluation.features import Networks, load_networks
 from flextok.evaluation.job import Cell, Job, Options
 from flextok.evaluation.passes import (
+    Captions,
+    Labels,
     Numbered,
-    Prompts,
     collect,
     generation,
     real_pictures,
     reconstruction,
 )
 from flextok.evaluation.records import Records
-from flextok.evaluation.reference import Reference, save_reference
-from flextok.evaluation.report import REPORT, make_report, read_report, write_report
+from flextok.evaluation.reference import Reference, check_suffix, save_reference
+from flextok.evaluation.report import check_output, make_report, read_report, write_report
 from flextok.evaluation.scores import Measured
-from flextok.generators.conditioning import NULL_CLASS
+from flextok.generators.conditioning import NULL_CLASS, ClassConditioner, TextConditioner
 
 
 def evaluate_tokenizer(
@@ -47,8 +47,9 @@ def evaluate_tokenizer(
     job = make_job(tokenizer, None, cells, options, names)
     references = load_references(options.reference, job.networks, tokenizer.image_size)
     source = Numbered(dataset, tokenizer.image_size)
+    check_number(job, len(source))
     with folder_of(output) as folder:
-        records = open_records(folder / "records", job, "reconstruction", source)
+        records = open_records(folder / "flextok-records", job, "reconstruction", source)
         seconds = collect(records, source, reconstruction(job), job, "reconstructing")
         measured = Measured(records, records, references, len(source), seconds)
         return finish(job, measured, folder)
@@ -65,26 +66,32 @@ def evaluate_generator(
 ) -> dict[str, Any]:
     """Generate pictures, decode them in each cell's way and score them as a set.
 
-    data: a data set whose crops are the reference, or the path of a reference .npz. All else as in
+    data: a data set whose crops are the reference, or the path of a reference .npz. A generator
+    that reads prompts gets the captions of data, one a sample. All else as in
     evaluate_tokenizer."""
     job = make_job(tokenizer, generator, cells, options, names)
     stored = data if isinstance(data, str | Path) else None
+    by_caption = isinstance(generator.conditioner, TextConditioner)
+    if stored is not None and by_caption:
+        raise ValueError(f"this generator reads prompts, and {stored} holds none: name pictures")
     if stored is not None and (options.labels == "data" or options.num_samples is None):
         raise ValueError(
             f"{stored} says neither how many pictures to generate nor of which classes: give "
             "num_samples, and labels=balanced"
         )
     references = load_references(stored, job.networks, tokenizer.image_size)
+    number = options.num_samples or (0 if stored is not None else len(data))
+    check_number(job, number if stored is not None else min(number, len(data)))
+    captions = Captions(data, number) if by_caption else None
     with folder_of(output) as folder:
-        real, number = None, options.num_samples or 0
+        real = None
         if stored is None:
             source = Numbered(data, tokenizer.image_size)
-            real = open_records(folder / "records-real", job, "real", source)
+            real = open_records(folder / "flextok-records-real", job, "real", source)
             collect(real, source, real_pictures(job), job, "real pictures")
             processes.barrier()  # labels may come from other processes' rows
-            number = number or len(source)
-        prompts = Prompts(class_of_each(generator, number, real, options))
-        made = open_records(folder / "records-generated", job, "generated", prompts)
+        prompts = captions or Labels(class_of_each(generator, number, real, options))
+        made = open_records(folder / "flextok-records-generated", job, "generated", prompts)
         seconds = collect(made, prompts, generation(job), job, "generating")
         asked = 0 if real is None else real.length
         return finish(job, Measured(made, real, references, asked, seconds), folder)
@@ -109,9 +116,20 @@ def make_job(
     networks = load_networks(
         options.networks, parameter.device, parameter.dtype, options.inception_weights
     )
+    if options.save_reference:
+        check_suffix(options.save_reference)
     if options.save_reference and len(networks.features) != 1:
         raise ValueError("a reference file holds one network's features: choose one of --networks")
     return Job(tokenizer, generator, networks, cells, options, names or {})
+
+
+def check_number(job: Job, number: int) -> None:
+    """Raises ValueError for too few images to compare as sets."""
+    if job.networks.features and number <= NEIGHBOURS:
+        raise ValueError(
+            f"{number} images are too few to compare as sets: give at least {NEIGHBOURS + 1}, or "
+            "no --networks"
+        )
 
 
 def load_references(path: Any, networks: Networks, size: int) -> dict[str, Reference]:
@@ -122,7 +140,9 @@ def load_references(path: Any, networks: Networks, size: int) -> dict[str, Refer
     return {n.name: Reference(path, n, size) for n in networks.features}
 
 
-def open_records(folder: Path, job: Job, what: str, source: Numbered | Prompts) -> Records:
+def open_records(
+    folder: Path, job: Job, what: str, source: Numbered | Labels | Captions
+) -> Records:
     first = processes.rank() == 0  # it alone writes the identity down
     identity = job.identity(what, source.identity()) if first else {}
     return Records(folder, len(source), identity)
@@ -134,9 +154,9 @@ def class_of_each(generator: Any, number: int, real: Records | None, options: Op
         assert real is not None, "checked before"
         labels = real.column("label")[:]
         return labels[torch.arange(number) % len(labels)]
-    conditioner = getattr(generator, "conditioner", generator.config)
-    classes = getattr(conditioner, "num_classes", 0)
-    return torch.arange(number) % classes if classes else torch.full((number,), NULL_CLASS)
+    if not isinstance(generator.conditioner, ClassConditioner):
+        return torch.full((number,), NULL_CLASS)
+    return torch.arange(number) % generator.conditioner.num_classes
 
 
 @contextmanager
@@ -144,7 +164,7 @@ def folder_of(output: str | Path | None) -> Iterator[Path]:
     if output is not None:
         Path(output).mkdir(parents=True, exist_ok=True)
         if processes.rank() == 0:  # what lies there until this one is done would be another's
-            (Path(output) / REPORT).unlink(missing_ok=True)
+            check_output(Path(output)).unlink(missing_ok=True)
         yield Path(output)
     elif processes.count() > 1:
         raise ValueError("several processes need an output folder, which they share")
@@ -167,7 +187,7 @@ def finish(job: Job, measured: Measured, folder: Path) -> dict[str, Any]:
                 job.names.get("data", ""),
             )
         write_report(make_report(job, measured), folder)
-        for records in filter(None, (measured.made, measured.real)):
-            shutil.rmtree(records.folder, ignore_errors=True)
+        for records in {measured.made, measured.real or measured.made}:
+            records.close()
     processes.barrier()
     return read_report(folder)

@@ -110,6 +110,7 @@ class EfficientNetLite0:
 
 
 NETWORKS = ("inception", "efficientnet_lite0", "lpips")
+PREFERRED = ("inception", "lpips")  # what papers report
 
 
 class Networks(NamedTuple):
@@ -117,6 +118,7 @@ class Networks(NamedTuple):
 
     features: list[FeatureNetwork]
     lpips: LPIPS | None
+    left_out: tuple[str, ...] = ()  # a sentence for each preferred network that is not at hand
 
     def identity(self) -> dict[str, dict[str, str]]:
         """Weights and preprocessing of each, for the report."""
@@ -126,14 +128,42 @@ class Networks(NamedTuple):
         return found
 
 
+def networks_at_hand(
+    device: str | torch.device, dtype: torch.dtype, inception_weights: str | Path | None
+) -> Networks:
+    """The preferred networks whose weights are on this machine; EfficientNet-Lite0 in place of
+    Inception where only that one is. What is left out stands in `left_out`, with the reason."""
+    found, missing = Networks([], None), []
+
+    def load(name: str) -> bool:
+        nonlocal found
+        try:
+            more = load_networks([name], device, dtype, inception_weights)
+        except ValueError as error:
+            missing.append(f"{name} is left out: {error}")
+            return False
+        found = Networks(found.features + more.features, found.lpips or more.lpips)
+        return True
+
+    if not load("inception"):
+        load("efficientnet_lite0")
+    load("lpips")
+    return found._replace(left_out=tuple(missing))
+
+
 def load_networks(
-    names: Iterable[str],
+    names: Iterable[str] | None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float64,
     inception_weights: str | Path | None = None,
 ) -> Networks:
-    """The networks by name, frozen; dtype float64, else float32. Raises ValueError for an unknown
-    name and for weights that are not on this machine, with the way to get them."""
+    """The networks by name, frozen; dtype float64, else float32. None takes what is at hand of
+    those that papers report. Raises ValueError for an unknown name and for named networks whose
+    weights are not on this machine, with the way to get them."""
+    if names is None:
+        if inception_weights is not None:
+            Inception(inception_weights, device, dtype)  # asked for by name, so it must be there
+        return networks_at_hand(device, dtype, inception_weights)
     features: list[FeatureNetwork] = []
     lpips = None
     for name in dict.fromkeys(names):

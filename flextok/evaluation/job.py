@@ -22,9 +22,11 @@ class Cell(NamedTuple):
 class Options:
     """How to evaluate; all of it is written beside the scores."""
 
-    networks: tuple[str, ...] = ("inception", "lpips")
+    networks: tuple[str, ...] | None = None  # None: Inception and LPIPS, or what is at hand
     inception_weights: str | None = None  # a file; by default torch's hub cache
     solver: str | None = None
+    guidance_interval: tuple[float, float] | None = None
+    time_shift: float | None = None
     seed: int = 0
     batch_size: int = 32  # of one process
     num_workers: int = 0
@@ -32,6 +34,14 @@ class Options:
     save_reference: str | None = None  # write the pictures' statistics to this .npz
     num_samples: int | None = None  # generator: by default as many as there are pictures
     labels: Literal["balanced", "data"] = "balanced"  # generator: all classes alike, or the data's
+
+    def solving(self) -> dict[str, Any]:
+        """How all cells alike are decoded; None is the tokenizer's own default."""
+        return {
+            "solver": self.solver,
+            "guidance_interval": self.guidance_interval,
+            "time_shift": self.time_shift,
+        }
 
 
 @dataclass(frozen=True)
@@ -65,7 +75,7 @@ class Job:
             "data": data,
             "networks": self.networks.identity(),
             "cells": self.cells,
-            "solver": self.options.solver,
+            **self.options.solving(),
             "seed": self.options.seed,
         }
 

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from flextok.data.datamodule import prepare_image
+from flextok.data.pictures import CorruptPicture
 from flextok.data.stream import EvaluationSet, Item, collate, derived_generator
 from flextok.data.transforms import ImageTransform
 from flextok.evaluation import processes
@@ -51,7 +52,7 @@ class Numbered(Dataset):
         )
 
 
-class Prompts(Dataset):
+class Labels(Dataset):
     """Numbered labels to generate from."""
 
     def __init__(self, labels: Tensor):
@@ -65,6 +66,36 @@ class Prompts(Dataset):
 
     def identity(self) -> str:
         return hash_of(self.labels.tolist())
+
+
+class Captions(Dataset):
+    """The captions of `number` pictures, in order and over again, to generate from. Where a picture
+    cannot be read, the next one's caption stands in. Raises ValueError where none has a caption."""
+
+    def __init__(self, dataset: Any, number: int):
+        self.dataset, self.number = dataset, number
+        self.shown = [self[i]["caption"] for i in sorted({0, number // 2, number - 1})]
+        if not any(self.shown):
+            raise ValueError(
+                "this generator reads prompts, and the pictures have no captions: give DATA with "
+                "captions (.txt files beside pictures, a caption column or key)"
+            )
+
+    def __len__(self) -> int:
+        return self.number
+
+    def __getitem__(self, index: int) -> Item:
+        size = len(self.dataset)
+        for attempt in range(size):
+            try:
+                item = self.dataset[(index + attempt) % size]
+            except CorruptPicture:
+                continue
+            return {"index": index, "label": item["label"], "caption": item["caption"]}
+        raise ValueError("no picture of the data set could be read")
+
+    def identity(self) -> str:
+        return hash_of(self.number, self.shown)
 
 
 def collect(records: Records, source: Dataset, compute: Compute, job: Job, what: str) -> float:
@@ -126,8 +157,8 @@ def generation(job: Job) -> Compute:
 
     def compute(batch: dict[str, Tensor]) -> dict[str, Tensor]:
         draws = [derived_generator(job.options.seed, CODES, int(i)) for i in batch["index"]]
-        labels = batch["label"].to(job.device)
-        indices = generate(labels, num_tokens=longest, generator=draws)
+        cond = batch["caption"] if "caption" in batch else batch["label"].to(job.device)
+        indices = generate(cond, num_tokens=longest, generator=draws)
         rows = {"index": batch["index"], "label": batch["label"], "indices": indices.int()}
         for _ in decoded_cells(job, indices, batch["index"], rows):
             pass
@@ -186,7 +217,7 @@ def decode(
 ) -> Tensor:
     """Pictures (B, 3, H, W) in [-1, 1] from the first cell.num_tokens of encode()'s result."""
     kept = indices[:, : cell.num_tokens]
-    asked = {**cell._asdict(), "solver": options.solver}
+    asked = {**cell._asdict(), **options.solving()}
     asked = {k: v for k, v in asked.items() if v is not None and k != "num_tokens"}
     if noise is not None:
         return tokenizer.decode(kept, noise=noise, **asked)

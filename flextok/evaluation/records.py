@@ -6,16 +6,18 @@ every picture counts once whatever the number of processes, and the scores, comp
 in the pictures' order, cannot depend on batches.
 """
 
+import hashlib
 import json
 import logging
-import shutil
+import re
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -24,19 +26,23 @@ from flextok.files import atomic_write
 
 PART = 64  # pictures: the unit of work that an interruption may lose, and that processes share
 MANIFEST = "identity.json"
+MARK = "flextok evaluation"  # the first key of a manifest: this folder's files are ours to remove
+OWN = re.compile(r"\.?(part-\d{6}\.safetensors|identity\.json)(\.\w+\.tmp)?")
 log = logging.getLogger(__name__)
 
 
 class Records:
     """Rows of named tensors for the pictures 0 .. length - 1, in a folder that all processes share.
 
-    identity: what the rows depend on. Rows of anything else in the folder are thrown away.
+    identity: what the rows depend on. Rows of anything else in the folder, and damaged ones, are
+    measured again. Raises ValueError for a folder with files that no evaluation wrote.
     """
 
     def __init__(self, folder: Path, length: int, identity: dict[str, Any]):
         self.folder, self.length = folder, length
         if processes.rank() == 0:
-            self._prepare(json.dumps({**identity, "length": length}, sort_keys=True, indent=2))
+            facts = {MARK: 1, **identity, "length": length}
+            self._prepare(json.dumps(facts, sort_keys=True, indent=2))
         processes.barrier()
         missing = [p for p in range(-(-length // PART)) if not self._path(p).exists()]
         processes.barrier()  # nobody writes before everybody has looked
@@ -47,14 +53,46 @@ class Records:
 
     def _prepare(self, identity: str) -> None:
         manifest = self.folder / MANIFEST
-        if self.folder.exists():
-            if manifest.is_file() and manifest.read_text(encoding="utf-8") == identity:
-                log.info("continuing the evaluation in %s", self.folder)
-            else:
-                log.info("%s holds another evaluation: starting over", self.folder)
-                shutil.rmtree(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
+        held = read_manifest(manifest)
+        others = [path.name for path in self.folder.iterdir() if not OWN.fullmatch(path.name)]
+        if held is None and others:
+            raise ValueError(
+                f"{self.folder} holds files that no evaluation wrote, such as {others[0]}: choose "
+                "another output folder, or move them away"
+            )
+        if held == identity:
+            log.info("continuing the evaluation in %s", self.folder)
+            for part in self.folder.glob("part-*.safetensors"):
+                if (damage := self._damage(part)) is not None:
+                    log.warning("%s is damaged (%s): it is measured again", part, damage)
+                    part.unlink()
+        elif any(self.folder.iterdir()):
+            log.info("%s holds another evaluation: starting over", self.folder)
+            self._remove()
         atomic_write(manifest, lambda p: p.write_text(identity, encoding="utf-8"))
+
+    def _damage(self, path: Path) -> str | None:
+        """What is wrong with a part, None if it is whole."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                stated = (file.metadata() or {}).get("checksum")
+        except (SafetensorError, OSError) as error:
+            return str(error)
+        return None if stated == checksum(tensors) else "its checksum differs"
+
+    def _remove(self) -> None:
+        """Remove the files that an evaluation writes here, the manifest last; nothing else."""
+        found = [path for path in self.folder.iterdir() if OWN.fullmatch(path.name)]
+        for path in sorted(found, key=lambda path: path.name == MANIFEST):
+            path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Remove the records, and their folder unless somebody put a file of their own there."""
+        self._remove()
+        if not any(self.folder.iterdir()):
+            self.folder.rmdir()
 
     def _path(self, part: int) -> Path:
         return self.folder / f"part-{part:06d}.safetensors"
@@ -77,11 +115,30 @@ class Records:
         names = pieces[0] if pieces else {}
         tensors = {k: torch.cat([piece[k] for piece in pieces]).contiguous() for k in names}
         tensors.setdefault("index", torch.empty(0, dtype=torch.long))
-        atomic_write(self._path(part), lambda path: save_file(tensors, path))
+        facts = {"checksum": checksum(tensors)}
+        atomic_write(self._path(part), lambda path: save_file(tensors, path, facts))
 
     def column(self, name: str) -> "Column":
         """All rows of one name, when every process is done."""
         return Column([self._path(p) for p in range(-(-self.length // PART))], name)
+
+
+def read_manifest(path: Path) -> str | None:
+    """The text of an evaluation's manifest; None where there is none, or another program's."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        facts = json.loads(text)
+    except (OSError, ValueError, RecursionError):
+        return None
+    return text if isinstance(facts, dict) and MARK in facts else None
+
+
+def checksum(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 class Column:

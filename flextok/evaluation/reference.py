@@ -123,9 +123,7 @@ def save_reference(
     path: str | Path, stats: Statistics, network: FeatureNetwork, image_size: int, data: str
 ) -> Path:
     """Write statistics as a file that Reference reads."""
-    path = Path(path)
-    if path.suffix != SUFFIX:
-        raise ValueError(f"reference {path} must end in {SUFFIX}")
+    path = check_suffix(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     facts = {"count": stats.count, "image_size": image_size, "network": network.name}
     facts |= {"weights": network.weights, "data": data, "flextok_version": flextok.__version__}
@@ -135,6 +133,13 @@ def save_reference(
             np.savez(file, mu=stats.mean.numpy(), sigma=stats.covariance.numpy(), **facts)  # type: ignore[arg-type]
 
     atomic_write(path, write)
+    return path
+
+
+def check_suffix(path: str | Path) -> Path:
+    path = Path(path)
+    if path.suffix != SUFFIX:
+        raise ValueError(f"reference {path} must end in {SUFFIX}")
     return path
 
 

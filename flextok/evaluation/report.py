@@ -155,7 +155,7 @@ def label_balance(made: Records) -> dict[str, Any]:
 
 def warnings(job: Job, measured: Measured) -> list[str]:
     """What a reader of the scores has to know."""
-    found = []
+    found = list(job.networks.left_out)
     count = len(measured.made.column("index"))
     if measured.real is not None and (lost := measured.asked - len(measured.real.column("index"))):
         found.append(f"{lost} of {measured.asked} pictures could not be read and do not count")
@@ -194,6 +194,21 @@ def write_report(report: dict[str, Any], place: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, lambda p: p.write_text(text + "\n", encoding="utf-8"))
     return path
+
+
+def check_output(folder: Path) -> Path:
+    """The place of the report in an output folder. Raises ValueError where a report.json lies that
+    this package did not write: it would be lost."""
+    path = folder / REPORT
+    if not path.exists():
+        return path
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        if "flextok_version" in report["settings"]:
+            return path
+    except (OSError, ValueError, RecursionError, TypeError, KeyError):
+        pass
+    raise ValueError(f"{path} was not written by flextok and would be lost: choose another folder")
 
 
 def read_report(folder: Path) -> dict[str, Any]:
