@@ -27,7 +27,8 @@ from flextok.config import load_experiment
 from flextok.data.datamodule import DataModule
 from flextok.data.processes import local_device
 from flextok.data.shard_stream import Layout, ShardStream
-from flextok.data.stream import PositionSampler, collate, derived_generator
+from flextok.data.stream import PositionSampler, collate
+from flextok.draws import derived_generator
 from flextok.training.modules import TrainingModule
 from flextok.training.run import generator_run, load_tokenizer, tokenizer_run
 

@@ -2,6 +2,7 @@ import pytest
 import torch
 from conftest import overfit, tiny_gpt
 
+from flextok.draws import row_generators
 from flextok.nn.layout import column_major
 
 
@@ -91,6 +92,26 @@ def test_the_generator_decides_every_draw():
     torch.manual_seed(1)
     assert torch.equal(model.generate(LABELS, generator=seeded()), first)
     assert not torch.equal(model.generate(LABELS, generator=seeded(1)), first)
+
+
+def test_a_generator_for_each_row_makes_it_independent_of_its_batch():
+    """Float64, so that another batch size rounds no draw across a boundary."""
+    model = tiny_gpt().double()
+    together = model.generate(LABELS, generator=row_generators(3, 6, range(4)))
+    for i in range(4):
+        alone = model.generate(LABELS[i : i + 1], generator=row_generators(3, 6, [i]))
+        assert torch.equal(alone, together[i : i + 1])
+    same = model.generate(LABELS[:1].expand(4), generator=row_generators(3, 6, range(4)))
+    assert len(same.unique(dim=0)) == 4
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_model_whose_weights_are_not_finite_is_refused(value, temperature):
+    model = tiny_gpt()
+    model.head.weight.data[3] = value
+    with pytest.raises(ValueError, match="logits are not finite"):
+        model.generate(LABELS, temperature=temperature, generator=seeded())
 
 
 def test_continuing_a_prefix():

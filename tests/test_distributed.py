@@ -13,7 +13,7 @@ from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 
 from flextok.config import load_experiment
-from flextok.data.stream import derived_generator
+from flextok.draws import derived_generator
 from flextok.pipeline import load_model
 from flextok.tokenizers import TOKENIZERS
 from flextok.tokenizers.common import draw

@@ -1,5 +1,6 @@
 """MaskGIT with its BERT-like and U-ViT backbones, against the published ones and in itself."""
 
+import functools
 from typing import NamedTuple
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from golden.titok.load import close, golden, load_case, published_shapes
 
 from flextok.convert import maskgit_config, maskgit_state
+from flextok.draws import row_generators
 from flextok.generators.conditioning import CONDITIONERS, Condition
 from flextok.generators.maskgit import (
     MaskGIT,
@@ -226,6 +228,38 @@ def test_both_guidance_conventions():
     assert guidance_weight(1.0, 6.9, "power-cosine") == pytest.approx(5.9)  # u + s (c - u), s - 1
     with pytest.raises(ValueError, match="guidance_decay='cosine'"):
         guidance_weight(0.0, 1.0, "cosine")
+
+
+def test_one_uniform_number_a_position_draws_as_the_published_gumbel_noise_does(monkeypatch):
+    """Joint shares of the two positions, over many rows with the same logits."""
+    model, rows = build(vocab_size=3), 30_000
+    logits = torch.tensor([[[0.5, -1.0, 2.0], [1.0, 0.0, -0.5]]]).expand(rows, -1, -1)
+    monkeypatch.setattr(model, "guided_logits", lambda *args: logits)
+    cond, options = torch.zeros(rows, dtype=torch.long), {"num_steps": 3, "temperature": 4.0}
+    draws = torch.Generator().manual_seed(0)
+    inverted = model.generate(cond, num_tokens=2, generator=draws, **options)
+    uniform = functools.partial(torch.rand, generator=draws)
+    published = model.generate(cond, num_tokens=2, uniform=uniform, **options)
+    shares = [
+        torch.bincount(x[:, 0] * 3 + x[:, 1], minlength=9) / rows for x in (inverted, published)
+    ]
+    torch.testing.assert_close(shares[0], shares[1], atol=0.015, rtol=0)
+    assert (shares[0] > 0.005).sum() >= 4  # not all rows alike
+
+
+def test_a_row_does_not_depend_on_its_batch():
+    model, cond = build().double(), torch.tensor([1, 2, 2])
+    together = model.generate(cond, generator=row_generators(0, 6, range(3)))
+    apart = [model.generate(cond[i : i + 1], generator=row_generators(0, 6, [i])) for i in range(3)]
+    assert torch.equal(torch.cat(apart), together)
+    assert not torch.equal(together[1], together[2])
+
+
+def test_a_model_whose_weights_are_not_finite_is_refused():
+    model = build()
+    model.head.bias.data[0] = torch.nan
+    with pytest.raises(ValueError, match="logits are not finite"):
+        model.generate(torch.tensor([1]))
 
 
 def test_seed_decides():

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from flextok.generators.sampling import filtered_probabilities, sample
+from flextok.draws import derived_generator, row_generators, uniform_steps
+from flextok.generators.sampling import filtered_probabilities, invert, sample
 
 
 def logits(rows=3, vocabulary=50):
@@ -56,3 +57,61 @@ def test_a_generator_for_each_row_makes_rows_independent_of_their_batch():
     assert torch.equal(together, apart)
     same = sample(x[:1].expand(6, -1), generator=seeded(range(6)))
     assert len(same.unique()) > 1
+
+
+def test_inverting_is_exact_for_the_largest_vocabulary():
+    """In float32 the cumulative sum of 64,000 probabilities is off by many of them."""
+    p = (torch.randn(1, 64_000, generator=torch.Generator().manual_seed(0)) * 3).softmax(-1)
+    sums = p[0].double().cumsum(0)
+    for index in (0, 1, 17, 31_999, 32_000, 63_998, 63_999):
+        before = sums[index - 1] if index else torch.zeros((), dtype=torch.float64)
+        inside = before + p[0, index].double() * torch.tensor(
+            [0.01, 0.5, 0.99], dtype=torch.float64
+        )
+        found = invert(p.expand(3, -1), inside / sums[-1])
+        assert found.tolist() == [index] * 3
+
+
+def test_evenly_spread_draws_give_each_index_its_share():
+    p = filtered_probabilities(logits(1, 50), temperature=0.8, top_p=0.95)
+    number = 20_000
+    u = (torch.arange(number, dtype=torch.float64) + 0.5) / number
+    count = torch.bincount(invert(p.expand(number, -1), u), minlength=50)
+    assert ((count - number * p[0].double()).abs() <= 1).all()
+
+
+@pytest.mark.parametrize("options", [{"top_k": 3}, {"top_p": 0.4}, {"temperature": 0.01}])
+def test_what_a_filter_leaves_out_is_never_drawn(options):
+    """Nor at the ends of [0, 1), with the indices left out at both ends of the vocabulary."""
+    x = torch.tensor([[-9.0, -8.0, 2.0, 2.5, -7.0, 3.0, -9.0, -400.0]])
+    p = filtered_probabilities(x, **options)
+    for u in (0.0, 2.0**-53, 0.5, 1 - 2.0**-24, 1 - 2.0**-53):
+        assert p[0, invert(p, torch.tensor([u], dtype=torch.float64))] > 0
+    draws = torch.Generator().manual_seed(0)
+    drawn = sample(x.expand(20_000, -1), generator=draws, **options)
+    assert (p[0, drawn] > 0).all()
+
+
+def test_a_row_takes_one_uniform_number_whatever_the_vocabulary():
+    draws, counted = (torch.Generator().manual_seed(4) for _ in range(2))
+    sample(logits(3, 5000), generator=draws)
+    torch.rand(3, dtype=torch.float64, generator=counted)
+    assert torch.equal(draws.get_state(), counted.get_state())
+
+
+def test_the_first_steps_draws_do_not_depend_on_how_many_follow():
+    cpu = torch.device("cpu")
+    for new in (lambda: torch.Generator().manual_seed(1), lambda: row_generators(0, 6, range(3))):
+        long = uniform_steps(9, 3, new(), cpu)
+        assert torch.equal(uniform_steps(4, 3, new(), cpu), long[:4])
+        again = new()
+        parts = [uniform_steps(n, 3, again, cpu) for n in (1, 3, 5)]
+        assert torch.equal(torch.cat(parts), long)
+    with pytest.raises(ValueError, match="2 generators for 3 rows"):
+        uniform_steps(4, 3, row_generators(0, 6, range(2)), cpu)
+
+
+def test_a_seed_that_does_not_fit_64_bits_is_refused():
+    assert derived_generator(-1, 5).initial_seed() != derived_generator(1, 5).initial_seed()
+    with pytest.raises(ValueError, match="seed=18446744073709551616"):
+        derived_generator(2**64, 5)

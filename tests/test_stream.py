@@ -6,8 +6,9 @@ from torch.utils.data import DataLoader
 
 from flextok.data.datamodule import prepare_image
 from flextok.data.datasets import ImageFolder
-from flextok.data.stream import EvaluationSet, PositionSampler, Stream, collate, derived_generator
+from flextok.data.stream import EvaluationSet, PositionSampler, Stream, collate
 from flextok.data.transforms import ImageTransform, to_tensor, to_uint8
+from flextok.draws import derived_generator
 
 
 def stream(folder, seed=0, **options):

@@ -20,8 +20,9 @@ import torch
 
 from flextok.data.pictures import CorruptPicture
 from flextok.data.shards import Raw
-from flextok.data.stream import Item, Stream, derived_generator
+from flextok.data.stream import Item, Stream
 from flextok.data.web import Cursor, WebDatasetStream
+from flextok.draws import derived_generator
 
 Block = list[Raw | CorruptPicture]
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler, default_collate
 
 from flextok.data.pictures import CorruptPicture
+from flextok.draws import derived_generator
 from flextok.generators.text import Text
 
 log = logging.getLogger(__name__)
@@ -33,16 +34,6 @@ class SkipCounter:
             count = self.count.value
         what = "an unreadable sample" if samples == 1 else f"{samples} unreadable samples"
         log.warning("skipped %s (%d so far): %s", what, count, error)
-
-
-def derived_generator(*key: int) -> torch.Generator:
-    """A torch.Generator seeded by a tuple of integers, well mixed (SplitMix64)."""
-    state = 0x9E3779B97F4A7C15
-    for part in key:
-        state = (state ^ (part & 0xFFFFFFFFFFFFFFFF)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
-        state = (state ^ (state >> 27)) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
-        state ^= state >> 31
-    return torch.Generator().manual_seed(state >> 1)
 
 
 class Stream(Dataset):

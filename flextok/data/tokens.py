@@ -25,9 +25,10 @@ from tqdm import tqdm
 
 from flextok.data.pictures import UNLABELLED, CorruptPicture
 from flextok.data.processes import Process, this_process
-from flextok.data.stream import Item, SkipCounter, collate, derived_generator
+from flextok.data.stream import Item, SkipCounter, collate
 from flextok.data.text import TextCache, checksum, pack, unpack
 from flextok.data.transforms import ImageTransform
+from flextok.draws import derived_generator
 from flextok.files import atomic_write, clear_leftovers, read_mapping
 from flextok.hub import fingerprint
 from flextok.schema import from_mapping

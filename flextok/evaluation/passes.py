@@ -17,8 +17,9 @@ from tqdm import tqdm
 
 from flextok.data.datamodule import prepare_image
 from flextok.data.pictures import CorruptPicture
-from flextok.data.stream import EvaluationSet, Item, collate, derived_generator
+from flextok.data.stream import EvaluationSet, Item, collate
 from flextok.data.transforms import ImageTransform
+from flextok.draws import derived_generator
 from flextok.evaluation import processes
 from flextok.evaluation.features import Networks
 from flextok.evaluation.job import Cell, Job, Options, hash_of

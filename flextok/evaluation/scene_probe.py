@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from flextok.data.emoji import COLORS, LAYOUTS, EmojiScenes
-from flextok.data.stream import derived_generator
 from flextok.data.transforms import ImageTransform
+from flextok.draws import derived_generator
 from flextok.files import atomic_write
 
 UNKNOWN = -1  # a fact that a scene does not have, such as its second object's kind

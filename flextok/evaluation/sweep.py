@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from flextok import viz
-from flextok.data.stream import collate, derived_generator
+from flextok.data.stream import collate
+from flextok.draws import derived_generator
 from flextok.evaluation.evaluate import evaluate_tokenizer
 from flextok.evaluation.job import Cell, Options
 from flextok.evaluation.metrics import to_8_bit

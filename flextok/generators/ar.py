@@ -6,7 +6,7 @@ predicts index j.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,15 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flextok.draws import Rng, draw, uniform_steps
 from flextok.generators.conditioning import CONDITIONERS, Condition
-from flextok.generators.sampling import check_sampling, sample
+from flextok.generators.sampling import check_sampling, pick
 from flextok.hub import Pretrained
 from flextok.nn.attention import KVCache
 from flextok.nn.blocks import Block, LayerNorm
 from flextok.nn.layout import column_major
 from flextok.nn.linear import Linear
 from flextok.schema import build
-from flextok.tokenizers.common import draw, run_block
+from flextok.tokenizers.common import check_finite, run_block
 
 
 @dataclass
@@ -165,7 +166,7 @@ class GPT(Pretrained, nn.Module):
         top_k: int | None = None,
         top_p: float | None = None,
         guidance_scale: float | None = None,
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        generator: Rng = None,
         prefix: Tensor | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> Tensor:
@@ -175,7 +176,9 @@ class GPT(Pretrained, nn.Module):
         num_tokens in [1, K], all by default. Guidance is u + scale (c - u) on logits, both branches
         in one batch; 1 = none. prefix: (B, p) indices to continue from, part of the result.
         Defaults come from config.generate. generator: one, or one for each row, which makes a row
-        independent of its batch. progress is called with the number of indices so far."""
+        independent of its batch; each index of a row takes one uniform number from it, and all are
+        drawn before the first index. progress is called with the number of indices so far. Raises
+        ValueError where the logits are not finite."""
         defaults = self.config.generate
         total = self.num_tokens if num_tokens is None else num_tokens
         if not 1 <= total <= self.num_tokens:
@@ -210,6 +213,9 @@ class GPT(Pretrained, nn.Module):
         blocks, head = self.blocks, self.head
         if device.type == "cpu" and repeat * batch <= 4 and total - done >= 32:  # worth the copy
             blocks, head = column_major(blocks), column_major(head)  # type: ignore[assignment]
+        draws = uniform_steps(total - done, batch, generator, device)
+        first = done
+        largest: list[Tensor] = []  # logit of each step; checked at the end, once
         x = self.join_start(indices[:, :done].repeat(repeat, 1), condition)
         while True:
             for block, cache, context in zip(blocks, caches, contexts, strict=True):
@@ -218,12 +224,14 @@ class GPT(Pretrained, nn.Module):
             if guided:
                 c, u = logits.chunk(2)
                 logits = u + scale * (c - u)
-            new = sample(logits, temperature, top_k, top_p, generator)
+            new = pick(logits, draws[done - first], temperature, top_k, top_p)
+            largest.append(logits.abs().amax())
             indices[:, done] = new
             done += 1
             if progress is not None:
                 progress(done)
             if done == total:
+                check_finite(torch.stack(largest), "the generator's logits")
                 return indices
             x = self.embedding(new.repeat(repeat))[:, None] + self.positions[done]
 

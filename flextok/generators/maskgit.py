@@ -5,7 +5,7 @@ The sequence is [condition, indices, features of the condition if it has any (te
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -13,11 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flextok.draws import Rng, draw, uniforms
 from flextok.generators.conditioning import CONDITIONERS, Condition, NoConditioner
+from flextok.generators.sampling import pick
 from flextok.hub import Pretrained
 from flextok.nn.linear import Linear
 from flextok.nn.vit import ViTBlock
 from flextok.schema import build
+from flextok.tokenizers.common import check_finite
 
 Decay = Literal["constant", "linear", "power-cosine"]
 
@@ -157,11 +160,12 @@ class MaskGIT(Pretrained, nn.Module):
             raise ValueError(
                 f"indices span [{low}, {high}], expected [0, {self.config.vocab_size - 1}]"
             )
-        uniform = uniform_source(generator, indices.device)
-        masked = sample_mask(uniform((len(indices),)), uniform(tuple(indices.shape)))
+        batch, device = len(indices), indices.device
+        u_ratio = draw(torch.rand, (batch,), generator, device)
+        masked = sample_mask(u_ratio, draw(torch.rand, tuple(indices.shape), generator, device))
         drop = None
         if self.training and self.config.cond_drop > 0:
-            drop = uniform((len(indices),)) < self.config.cond_drop
+            drop = draw(torch.rand, (batch,), generator, device) < self.config.cond_drop
         logits = self(indices.masked_fill(masked, self.mask_index), cond, drop)
         return self.masked_loss(logits, indices, masked)
 
@@ -185,7 +189,7 @@ class MaskGIT(Pretrained, nn.Module):
         self,
         cond: Any,
         num_tokens: int | None = None,
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        generator: Rng = None,
         num_steps: int | None = None,
         temperature: float | None = None,
         guidance_scale: float | None = None,
@@ -199,9 +203,11 @@ class MaskGIT(Pretrained, nn.Module):
         (B, num_tokens) long, all by default.
 
         Defaults come from config.generate; guidance_scale as in `guidance_weight`. generator: one,
-        or one for each row, which makes a row independent of its batch. uniform: a source of draws
-        in [0, 1) by shape in place of `generator`; a step draws (B, N, V) for the indices, then
-        (B, N) for the confidence. progress is called with the number of steps done.
+        or one for each row, which makes a row independent of its batch; a step takes two uniform
+        numbers for each position, and all are drawn before the first step. uniform: a source of
+        draws in [0, 1) by shape in its place, as the published sampler takes them: a step draws
+        (B, N, V) for the Gumbel noise of the indices, then (B, N) for the confidence. progress is
+        called with the number of steps done. Raises ValueError where the logits are not finite.
         """
         own = self.config.generate
         total = self.num_tokens if num_tokens is None else num_tokens
@@ -224,24 +230,35 @@ class MaskGIT(Pretrained, nn.Module):
         both = None
         if not isinstance(self.conditioner, NoConditioner):
             both = condition.join(self.conditioner(self.conditioner.null_like(cond)))
-        uniform = uniform or uniform_source(generator, device)
-        indices = torch.full((len(condition.start), total), self.mask_index, device=device)
+        batch = len(condition.start)
+        indices = torch.full((batch, total), self.mask_index, device=device)
+        if uniform is None:
+            draws = uniforms((batch, steps, 2, total), generator, device)
+        largest: list[Tensor] = []  # logit of each step; checked at the end, once
         for step, masked_left in enumerate(mask_schedule(total, steps)):
             rest = 1 - (step + 1) / steps  # 1 - r
             weight = guidance_weight(step / steps, scale, decay, power)
             logits = self.guided_logits(indices, condition, both, weight)
             if anneal:
                 logits = logits / (0.5 + 0.8 * rest)
+            largest.append(logits.abs().amax())
             noise = rest * temperature
-            drawn = (logits + noise * gumbel(uniform(tuple(logits.shape)))).argmax(dim=-1)
+            if uniform is None:  # the highest of logits + noise * Gumbel follows softmax(. / noise)
+                u = draws[:, step, 0].flatten()
+                drawn = pick(logits.flatten(0, 1), u, noise).view(batch, total)
+                u_confidence = draws[:, step, 1].float()
+            else:
+                drawn = (logits + noise * gumbel(uniform(tuple(logits.shape)))).argmax(dim=-1)
+                u_confidence = uniform(tuple(drawn.shape))
             confidence = logits.gather(-1, drawn[..., None])[..., 0]
-            confidence = confidence + noise * gumbel(uniform(tuple(drawn.shape)))
+            confidence = confidence + noise * gumbel(u_confidence)
             masked = indices == self.mask_index
             indices = torch.where(masked, drawn, indices)
             least = confidence.masked_fill(~masked, torch.inf).argsort(dim=-1)[:, :masked_left]
             indices = indices.scatter(-1, least, self.mask_index)
             if progress is not None:
                 progress(step + 1)
+        check_finite(torch.stack(largest), "the generator's logits")
         return indices
 
     def guided_logits(
@@ -291,15 +308,3 @@ def guidance_weight(progress: float, scale: float, decay: Decay, power: float = 
 def gumbel(u: Tensor) -> Tensor:
     """u: uniform in [0, 1). Returns standard Gumbel noise of the same shape."""
     return -torch.log((-torch.log(u.clamp(min=1e-20))).clamp(min=1e-20))
-
-
-def uniform_source(
-    generator: torch.Generator | Sequence[torch.Generator] | None, device: torch.device
-) -> Callable[[tuple[int, ...]], Tensor]:
-    """torch.rand on the generator's device, moved to `device`: a CPU generator gives the same draws
-    whatever the model runs on. Of several generators, each draws its row."""
-    if isinstance(generator, Sequence):
-        sources = [uniform_source(one, device) for one in generator]
-        return lambda shape: torch.stack([source(shape[1:]) for source in sources])
-    source = device if generator is None else generator.device
-    return lambda shape: torch.rand(shape, generator=generator, device=source).to(device)

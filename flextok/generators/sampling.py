@@ -1,9 +1,9 @@
-"""From logits to an index: temperature, top-k, nucleus (top-p), seeded by a torch.Generator."""
-
-from collections.abc import Sequence
+"""From logits to an index: temperature, top-k, nucleus (top-p), and one uniform draw inverted."""
 
 import torch
 from torch import Tensor
+
+from flextok.draws import Rng, uniforms
 
 
 def filtered_probabilities(
@@ -30,21 +30,32 @@ def sample(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 0.0,
-    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    generator: Rng = None,
 ) -> Tensor:
     """logits: (B, V). Returns indices (B,) long; temperature 0 takes the most likely one.
-    generator: one for all rows, or one for each, which then do not depend on one another."""
+    generator: one for all rows, or one for each, which then do not depend on one another. Each row
+    takes one uniform number from it."""
+    u = uniforms((len(logits),), generator, logits.device)
+    return pick(logits, u, temperature, top_k, top_p)
+
+
+def pick(
+    logits: Tensor, u: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 0.0
+) -> Tensor:
+    """As `sample`, from uniform draws u (B,) in [0, 1) on the device of the logits, where all of
+    it happens: nothing waits for that device."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    probabilities = filtered_probabilities(logits, temperature, top_k, top_p)
-    if isinstance(generator, Sequence):
-        rows = zip(probabilities.split(1), generator, strict=True)
-        each = [torch.multinomial(row.to(g.device), 1, generator=g) for row, g in rows]
-        return torch.cat(each)[:, 0].to(logits.device)
-    if generator is not None:  # draws happen where the generator lives
-        drawn = torch.multinomial(probabilities.to(generator.device), 1, generator=generator)
-        return drawn[:, 0].to(logits.device)
-    return torch.multinomial(probabilities, 1)[:, 0]
+    return invert(filtered_probabilities(logits, temperature, top_k, top_p), u)
+
+
+def invert(probabilities: Tensor, u: Tensor) -> Tensor:
+    """probabilities: (..., V); u: (...) in [0, 1). Returns (...) long: the first index at which the
+    cumulative probability exceeds u. It sums in u's precision, float64, and an index of
+    probability 0 is never it."""
+    cumulative = probabilities.to(u.dtype).cumsum(dim=-1).masked_fill(probabilities == 0, 0.0)
+    total = cumulative.amax(dim=-1, keepdim=True)  # 1, but for rounding
+    return (cumulative > u[..., None] * total).int().argmax(dim=-1)
 
 
 def check_sampling(temperature: float, top_k: int, top_p: float) -> None:

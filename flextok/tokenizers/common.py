@@ -1,6 +1,5 @@
-"""What every tokenizer does alike: checks of its input, seeded draws, recomputed blocks."""
+"""What every tokenizer does alike: checks of what goes in and comes out, recomputed blocks."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -61,13 +60,10 @@ def run_block(block: nn.Module, *args: Any, checkpoint: bool = False, **options:
     return block(*args, **options)
 
 
-def draw(
-    sampler: Callable[..., Tensor],
-    shape: tuple[int, ...],
-    generator: torch.Generator | None,
-    device: torch.device,
-) -> Tensor:
-    """torch.rand or torch.randn on the generator's device, moved to `device`: a CPU generator gives
-    the same draws whatever the model runs on."""
-    source = device if generator is None else generator.device
-    return sampler(shape, generator=generator, device=source).to(device)
+def check_finite(values: Tensor, what: str) -> Tensor:
+    """The values. Raises ValueError if one is NaN or infinite."""
+    if (~values.isfinite()).any():
+        raise ValueError(
+            f"{what} are not finite: the model's weights are damaged, or its training diverged"
+        )
+    return values

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flextok.draws import draw
 from flextok.flow.path import linear_times, shift_times
-from flextok.tokenizers.common import check_images, draw
+from flextok.tokenizers.common import check_images
 
 
 @dataclass

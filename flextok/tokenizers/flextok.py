@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flextok.draws import draw
 from flextok.flow.guidance import GUIDANCE, Scale, within
 from flextok.flow.path import TIME_SAMPLERS, interpolate, linear_times, shift_times, velocity_target
 from flextok.flow.solvers import SOLVERS
@@ -22,7 +23,7 @@ from flextok.nn.blocks import SegmentModulation
 from flextok.nn.frozen import Frozen
 from flextok.quantizers import QUANTIZERS
 from flextok.schema import ConfigError, build
-from flextok.tokenizers.common import check_images, check_indices, check_keep, draw
+from flextok.tokenizers.common import check_images, check_indices, check_keep
 from flextok.tokenizers.distillation import DistillConfig, distillation_loss
 from flextok.tokenizers.nested_dropout import NESTED_DROPOUT
 from flextok.tokenizers.networks import Encoder, FlowDecoder, add_places

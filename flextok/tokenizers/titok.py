@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from flextok.draws import draw
 from flextok.hub import Pretrained
 from flextok.losses.perceptual import PerceptualLoss
 from flextok.nn.embeddings import sincos_2d
@@ -22,7 +23,7 @@ from flextok.nn.frozen import Frozen
 from flextok.nn.linear import Linear
 from flextok.quantizers import KL, QUANTIZERS
 from flextok.schema import build
-from flextok.tokenizers.common import check_images, check_indices, check_keep, draw
+from flextok.tokenizers.common import check_images, check_indices, check_keep
 from flextok.tokenizers.nested_dropout import NESTED_DROPOUT
 from flextok.tokenizers.networks import add_places
 from flextok.tokenizers.titok_networks import PixelHead, TiTokDecoder, TiTokEncoder

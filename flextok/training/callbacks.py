@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flextok import viz
-from flextok.data.stream import derived_generator
+from flextok.draws import derived_generator
 from flextok.generators.text import Text
 from flextok.pipeline import decodable_lengths, generate_images, reconstruct_prefixes
 from flextok.quantizers.vq import codebook_usage, count_codes

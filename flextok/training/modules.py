@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from flextok.config import OptimConfig
-from flextok.data.stream import derived_generator
+from flextok.draws import derived_generator
 from flextok.training.average import Average
 from flextok.training.optim import make_optimizer, warmup_cosine
 from flextok.training.sharding import is_sharded, shard

@@ -1,0 +1,68 @@
+"""Random draws from a torch.Generator, and generators that belong to a row and never to its batch.
+
+Whatever the package draws for picture number r under a seed comes from derived_generator(seed,
+purpose, r). So it does not depend on the batch size, no two pictures, seeds or purposes share their
+draws, and a CPU generator gives the same ones whatever device the model runs on.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+Rng = torch.Generator | Sequence[torch.Generator] | None  # one for a batch, or one for each row
+
+# purposes of a picture's draws; training's are 1 to 4
+NOISE, CODES, SPREAD, POSTERIOR = 5, 6, 7, 8
+
+
+def derived_generator(*key: int) -> torch.Generator:
+    """A torch.Generator seeded by a tuple of integers, well mixed (SplitMix64)."""
+    state = 0x9E3779B97F4A7C15
+    for part in key:
+        if not -(2**63) <= part < 2**64:
+            raise ValueError(f"seed={part} must be a whole number of at most 64 bits")
+        state = (state ^ (part & 0xFFFFFFFFFFFFFFFF)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+        state = (state ^ (state >> 27)) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return torch.Generator().manual_seed(state >> 1)
+
+
+def row_generators(seed: int, purpose: int, rows: Iterable[int]) -> list[torch.Generator]:
+    """One generator for each of these picture numbers."""
+    return [derived_generator(seed, purpose, int(row)) for row in rows]
+
+
+def draw(
+    sampler: Callable[..., Tensor], shape: tuple[int, ...], generator: Rng, device: torch.device
+) -> Tensor:
+    """torch.rand or torch.randn of shape (B, ...) on the generator's device, moved to `device`. Of
+    several generators, each draws its row."""
+    if isinstance(generator, Sequence):
+        if len(generator) != shape[0]:
+            raise ValueError(f"{len(generator)} generators for {shape[0]} rows: give one for each")
+        rows = [sampler(shape[1:], generator=one, device=one.device) for one in generator]
+        return torch.stack(rows).to(device)
+    source = device if generator is None else generator.device
+    return sampler(shape, generator=generator, device=source).to(device)
+
+
+def uniforms(shape: tuple[int, ...], generator: Rng, device: torch.device) -> Tensor:
+    """Uniform draws in [0, 1) of shape (B, ...): float64, or float32 where a device is MPS, which
+    has no float64."""
+    some = generator if isinstance(generator, Sequence) else [generator]
+    devices = {device.type, *(one.device.type for one in some if one is not None)}
+    dtype = torch.float32 if "mps" in devices else torch.float64
+    return draw(functools.partial(torch.rand, dtype=dtype), shape, generator, device)
+
+
+def uniform_steps(steps: int, batch: int, generator: Rng, device: torch.device) -> Tensor:
+    """(steps, batch) uniform draws, moved to `device` at once. The first steps' draws do not depend
+    on how many follow."""
+    if isinstance(generator, Sequence):
+        return uniforms((batch, steps), generator, device).T
+    # a call for each step: on a GPU a longer call gives other numbers from the start
+    source = device if generator is None else generator.device
+    rows = [uniforms((batch,), generator, source) for _ in range(steps)]
+    return torch.stack(rows).to(device)
