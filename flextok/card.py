@@ -77,9 +77,10 @@ def millions(number: int) -> str:
     return f"{number / 1e6:,.1f}M"
 
 
-def model_card(model: Any) -> str:
-    """A README.md for the model's folder or hub page: use, numbers known, config."""
-    facts = model_facts(model)
+def model_card(model: Any, config: Mapping[str, Any], metadata: Mapping[str, Any]) -> str:
+    """A README.md for the model's folder or hub page: use, numbers known, and the config and
+    metadata given, which name no path of this machine."""
+    facts = model_facts(model) | {"config": config, "metadata": metadata}
     name = model_class(model).__name__
     license_name = str(provenance_of(facts).get("license", ""))
     front = ["library_name: flextok", "tags:", "- flextok", f"- {facts['model_type']}"]
@@ -89,7 +90,7 @@ def model_card(model: Any) -> str:
         plain = re.sub(r"[^a-z0-9.]+", "-", license_name.lower())
         front += ["license: other", f"license_name: {plain}"]
     rows = [f"| {label} | {cell(value)} |" for label, value in summary(facts).items()]
-    config = json.dumps(facts["config"], indent=2)
+    printed = json.dumps(facts["config"], indent=2)
     return "\n".join(
         [
             *("---", *front, "---", MARK, ""),
@@ -97,7 +98,7 @@ def model_card(model: Any) -> str:
             *("```python", f"from flextok import {name}", ""),
             *(f'model = {name}.from_pretrained("this folder or hub id")', "```", ""),
             *("## Numbers", "", "| | |", "|---|---|", *rows, ""),
-            *("## Config", "", "```json", config, "```", ""),
+            *("## Config", "", "```json", printed, "```", ""),
         ]
     )
 

@@ -5,6 +5,7 @@ import copy
 import hashlib
 import json
 import logging
+import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
@@ -26,9 +27,11 @@ from flextok.storage import (
     WEIGHTS,
     CheckpointError,
     find_weights,
+    is_path,
     read_json,
     read_tensors,
     resolve,
+    written_reference,
 )
 
 CARD = "README.md"
@@ -54,6 +57,8 @@ class Pretrained(nn.Module):
     config_class: type
     config: Any
     training_only: tuple[str, ...] = ()  # "name." of parts that inference never needs
+    local_paths: tuple[str, ...] = ()  # config keys that may name a folder; dots descend
+    home: Path | None = None  # the folder that metadata's relative paths start from
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -90,8 +95,13 @@ class Pretrained(nn.Module):
             raise CheckpointError(
                 f"{stored.source} holds a {stored.model_type!r} model, not {cls.model_type!r}"
             )
+        home = Path(stored.source).parent
         try:
             values = override(stored.config, overrides or {})
+            for key in cls.local_paths:
+                value = look_up(values, key)
+                if isinstance(value, str) and value.startswith("."):
+                    values = override(values, {key: str(home / value)})
             config: Any = from_mapping(cls.config_class, values)
             config = replace(config, **{part.rstrip("."): None for part in cls.training_only})
             # no memory and no draws for weights that get replaced
@@ -109,6 +119,7 @@ class Pretrained(nn.Module):
             state[key] = value.to(device, dtype if value.is_floating_point() else None)
         model.load_weights(state, stored.source)
         model.metadata.update(stored.metadata)
+        model.home = home
         return model.eval()
 
     def load_weights(self, state: Mapping[str, Tensor], source: str) -> None:
@@ -134,29 +145,62 @@ class Pretrained(nn.Module):
         self, folder: str | Path, state: Mapping[str, Tensor] | None = None
     ) -> Path:
         """Write model.safetensors, config.json and a model card README.md, each whole or not at
-        all; a README.md of your own stays. state: the weights, where not the model's own (those
-        of a sharded model, gathered). Returns the folder."""
-        folder = Path(folder)
+        all; a README.md of your own stays. What the model refers to is named relative to the
+        folder. state: the weights, where not the model's own (those of a sharded model, gathered).
+        Returns the folder."""
+        return self.write(Path(folder), state)
+
+    def write(
+        self, folder: Path, state: Mapping[str, Tensor] | None = None, public: bool = False
+    ) -> Path:
+        """As save_pretrained; public: for other machines, where no path of this one leads
+        anywhere."""
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {
             key: value.detach().contiguous().cpu()
             for key, value in (self.state_dict() if state is None else state).items()
             if not key.startswith(self.training_only)
         }
-        dropped = {name.rstrip("."): None for name in self.training_only}
         header = {
             "model_type": self.model_type,
             "flextok_version": flextok.__version__,
-            "config": to_mapping(replace(self.config, **dropped)),
-            "metadata": self.metadata,
+            "config": self.written_config(None if public else folder),
+            "metadata": self.written_metadata(None if public else folder),
         }
         text = json.dumps(header, indent=2)
         atomic_write(folder / WEIGHTS, lambda path: save_file(tensors, path))
         atomic_write(folder / CONFIG, lambda path: path.write_text(text + "\n", encoding="utf-8"))
         card = folder / CARD
         if not card.exists() or MARK in card.read_text(encoding="utf-8", errors="replace"):
-            atomic_write(card, lambda path: path.write_text(model_card(self), encoding="utf-8"))
+            # a card is for others, wherever the folder lies now
+            page = model_card(self, self.written_config(None), self.written_metadata(None))
+            atomic_write(card, lambda path: path.write_text(page, encoding="utf-8"))
         return folder
+
+    def written_config(self, folder: Path | None) -> dict[str, Any]:
+        """The config as saved in `folder`, None = for other machines: training's parts left out,
+        folders named relative to it."""
+        dropped = {name.rstrip("."): None for name in self.training_only}
+        config = to_mapping(replace(self.config, **dropped))
+        for key in self.local_paths:
+            value = look_up(config, key)
+            if isinstance(value, str) and (is_path(value) or Path(value).is_dir()):
+                place = str(Path(value).expanduser())
+                stated = written_reference(place, Path.cwd(), folder) or Path(place).name
+                config = override(config, {key: os.path.join(".", stated)})
+        return config
+
+    def written_metadata(self, folder: Path | None) -> dict[str, Any]:
+        """The metadata as saved in `folder`, None = for other machines: without absolute paths."""
+        metadata = dict(self.metadata)
+        for key, value in self.metadata.items():
+            if key == "tokenizer":
+                metadata[key] = written_reference(str(value), self.home or Path.cwd(), folder)
+            elif key != "class_names":
+                metadata[key] = without_paths(value)
+        if metadata.get("tokenizer", "") is None:
+            del metadata["tokenizer"]
+        return metadata
 
     def push_to_hub(
         self,
@@ -166,13 +210,14 @@ class Pretrained(nn.Module):
         message: str = "Add model",
     ) -> str:
         """Save to the hub's repository owner/name, made if it is not there yet. Returns the
-        commit's address. token: by default, that of `hf auth login`."""
+        commit's address. token: by default, that of `hf auth login`. No path of this machine is
+        pushed: for a generator, set metadata["tokenizer"] to its tokenizer's hub id before."""
         from huggingface_hub import HfApi
 
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
+            self.write(Path(folder), public=True)
             commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message)
         return str(commit)
 
@@ -245,13 +290,32 @@ def override(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
     return result
 
 
+def look_up(config: Mapping[str, Any], key: str) -> Any:
+    """The value under a key whose dots descend; None where there is none."""
+    value: Any = config
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def without_paths(value: Any) -> Any:
+    """value with each text in it that is an absolute path cut to its last part."""
+    if isinstance(value, Mapping):
+        return {key: without_paths(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_paths(item) for item in value]
+    if isinstance(value, str) and (value.startswith("~") or Path(value).is_absolute()):
+        return Path(value).name
+    return value
+
+
 def describe(tensor: Tensor) -> str:
     kind = "float" if tensor.is_floating_point() else str(tensor.dtype).removeprefix("torch.")
     return f"{kind} {list(tensor.shape)}"
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A hash of a model's weights: the identity that a token cache or a generator refers to."""
+    """A hash of a model's weights. What its indices mean is the tokenizers' codes_id."""
     digest = hashlib.sha256()
     for key, value in sorted(model.state_dict().items()):
         digest.update(key.encode())

@@ -5,7 +5,6 @@ flextok.generators state; an option that a model does not take is an error that 
 """
 
 import inspect
-import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,11 @@ import torch
 from torch import Tensor
 
 from flextok.generators import GENERATORS
-from flextok.hub import CheckpointError, Pretrained, fingerprint, read_model, resolve
+from flextok.hub import CheckpointError, Pretrained, read_model, resolve
 from flextok.schema import unknown_key
+from flextok.storage import find_reference
 from flextok.tokenizers import TOKENIZERS
+from flextok.tokenizers.common import codes_id, same_codes
 
 _NOT_OPTIONS = ("indices", "codes", "cond", "num_tokens", "generator", "progress", "text")
 
@@ -43,12 +44,15 @@ def is_generator(model: Any) -> bool:
 
 
 def remember_tokenizer(generator: Pretrained, folder: Path, tokenizer: Any, source: str) -> None:
-    """Note in a generator, to be saved in `folder`, which tokenizer it speaks: a path relative to
-    that folder (so both can move together) or a hub id, and the weights' fingerprint."""
-    is_local = Path(source).exists()
-    reference = os.path.relpath(source, folder) if is_local else source
-    generator.metadata["tokenizer"] = reference
-    generator.metadata["tokenizer_fingerprint"] = fingerprint(tokenizer)
+    """Note in a generator, to be saved in `folder`, which tokenizer it was trained on: where it
+    lies (saved as a path relative to that folder, so that both can move together) or its name or
+    hub id, and what its codes are."""
+    generator.home = folder
+    generator.metadata["tokenizer"] = (
+        str(Path(source).resolve()) if Path(source).exists() else source
+    )
+    generator.metadata["codes_id"] = codes_id(tokenizer)
+    generator.metadata.pop("tokenizer_fingerprint", None)
 
 
 def load_tokenizer_of(
@@ -58,22 +62,48 @@ def load_tokenizer_of(
     device: str | torch.device = "cpu",
 ) -> Any:
     """The tokenizer that a generator, loaded from `folder` (or by its name or hub id), was trained
-    on. A different one is refused with CheckpointError."""
-    reference = override or generator.metadata.get("tokenizer")
-    if reference is None:
-        raise CheckpointError(f"{folder} does not say which tokenizer it needs: name one")
-    if override is None and (beside := resolve(folder) / reference).exists():
-        tokenizer = load_model(beside, device)
-    else:
-        tokenizer = load_model(reference, device)
-    expected = generator.metadata.get("tokenizer_fingerprint")
-    if expected is not None and (found := fingerprint(tokenizer)) != expected:
+    on; override: any other of the same codes, such as one with a few-step decoder. One of other
+    codes is refused with CheckpointError."""
+    record = generator.metadata
+    place = override or find_tokenizer(generator, folder)
+    tokenizer = load_model(place, device)
+    if tokenizer.model_type not in TOKENIZERS:
+        raise CheckpointError(f"{place} is a {tokenizer.model_type} model, not a tokenizer")
+    if not {"codes_id", "tokenizer_fingerprint"} & set(record) or same_codes(record, tokenizer):
+        return tokenizer
+    if override is not None and "codes_id" not in record:
+        # an older generator holds the hash of its own tokenizer, which tells the codes
+        own = load_model(find_tokenizer(generator, folder), device)
+        if same_codes(record, own) and codes_id(own) == codes_id(tokenizer):
+            return tokenizer
+    raise CheckpointError(
+        f"tokenizer {str(place)!r} (codes {codes_id(tokenizer)}) is not the one that this "
+        f"generator was trained on ({expected_codes(record)}), nor one of the same codes: its "
+        "indices would mean other pictures. Train the generator again, or name the right tokenizer"
+    )
+
+
+def find_tokenizer(generator: Any, folder: str | Path) -> Path | str:
+    """Where the tokenizer lies that a generator, loaded from `folder`, names. Raises
+    CheckpointError."""
+    record = generator.metadata
+    reference = record.get("tokenizer")
+    found = None
+    if reference is not None:
+        found = find_reference(reference, generator.home or resolve(folder))
+    if found is None:
+        says = f"names its tokenizer as {reference!r}, where none is"
         raise CheckpointError(
-            f"tokenizer {reference!r} (weights {found}) is not the one that this generator was "
-            f"trained on (weights {expected}): its indices would mean other pictures. Train the "
-            "generator again, or name the right tokenizer."
+            f"{folder} {says if reference else 'does not say which tokenizer it needs'}: name one "
+            f"of its codes by --tokenizer ({expected_codes(record)})"
         )
-    return tokenizer
+    return found
+
+
+def expected_codes(record: Mapping[str, Any]) -> str:
+    if "codes_id" in record:
+        return f"codes {record['codes_id']}"
+    return f"weights {record.get('tokenizer_fingerprint', 'not recorded')}"
 
 
 def generate_images(

@@ -4,6 +4,7 @@ Nothing read here is code: safetensors hold none, and pickles load with weights_
 """
 
 import json
+import os
 import pickle
 import re
 import zipfile
@@ -66,6 +67,36 @@ def resolve(path: str | Path, revision: str | None = None) -> Path:
 def released() -> list[str]:
     """The names of the models that come with the package."""
     return sorted(path.parent.name for path in RELEASES.glob(f"*/{CONFIG}"))
+
+
+def is_path(reference: str) -> bool:
+    """Whether a reference to another model can only be a place in a file system."""
+    return reference.startswith((".", "~")) or Path(reference).is_absolute()
+
+
+def find_reference(reference: str, home: Path) -> Path | str | None:
+    """Where a model in the folder `home` finds another that it names: beside it, among those that
+    come with the package, or by a hub id. None for a path at which nothing lies."""
+    if (place := home / reference).exists():
+        return place
+    name = Path(reference).name if is_path(reference) else reference
+    if name in released():
+        return RELEASES / name
+    return None if is_path(reference) else reference
+
+
+def written_reference(reference: str, home: Path, folder: Path | None) -> str | None:
+    """A reference that holds in the folder `home`, as a model saved in `folder` states it: relative
+    to that folder, a name of the package, or a hub id. folder: None for readers elsewhere, to whom
+    no path says anything. None where nothing can be stated."""
+    place = find_reference(reference, home)
+    if not isinstance(place, Path):
+        return place
+    place = place.parent.resolve() / place.name
+    releases = RELEASES.resolve()
+    if place.parent == releases and (folder is None or folder.resolve().parent != releases):
+        return place.name
+    return None if folder is None else Path(os.path.relpath(place, folder.resolve())).as_posix()
 
 
 def from_hub(name: str, download: Callable[[], str]) -> str:

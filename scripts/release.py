@@ -2,21 +2,19 @@
 
     python scripts/release.py emoji=outputs/emoji/tokenizer emoji-class=outputs/emoji/generator
 
-The tokenizer comes first; the generators after it are told where it lies now, and the hash of its
-rounded weights. Prints how many indices of the validation emoji the rounding changes. A line in
+The tokenizer comes first; the generators after it are told where it lies now, and its codes as
+rounded. Prints how many indices of the validation emoji the rounding changes. A line in
 NOTES beside each config (card.md) goes into the model card.
 """
 
 import sys
-from pathlib import Path
 
 import torch
 
 from flextok.data.datasets import take
 from flextok.data.emoji import Emoji
 from flextok.data.transforms import ImageTransform
-from flextok.hub import fingerprint
-from flextok.pipeline import is_generator, load_model
+from flextok.pipeline import is_generator, load_model, load_tokenizer_of, remember_tokenizer
 from flextok.storage import RELEASES
 
 LIMIT = 40e6  # bytes of all models together
@@ -41,13 +39,10 @@ def main(arguments: list[str]) -> None:
         if is_generator(model):
             if tokenizer is None:
                 raise SystemExit(f"{argument}: name its tokenizer before it")
-            trained_on = load_model(Path(folder) / model.metadata["tokenizer"])
-            if fingerprint(trained_on) != model.metadata["tokenizer_fingerprint"]:
-                raise SystemExit(f"{argument}: its tokenizer was trained on since")
+            trained_on = load_tokenizer_of(model, folder)
             if changed_indices(trained_on, tokenizer) > 0.02:
                 raise SystemExit(f"{argument}: trained on another tokenizer than {place}")
-            model.metadata["tokenizer"] = f"../{place}"
-            model.metadata["tokenizer_fingerprint"] = fingerprint(tokenizer)
+            remember_tokenizer(model, RELEASES / name, tokenizer, str(RELEASES / place))
         target = model.save_pretrained(RELEASES / name, rounded(model))
         released = load_model(target)
         if not is_generator(model):

@@ -1,11 +1,12 @@
 import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import tiny_gpt, tiny_tokenizer
+from conftest import TITOK, VQGAN, tiny_gpt, tiny_tokenizer
 from golden.titok.load import load_case
 from huggingface_hub import errors
 
@@ -13,7 +14,17 @@ from flextok.files import atomic_write
 from flextok.generators import GENERATORS, GPT
 from flextok.hub import CheckpointError, fingerprint
 from flextok.pipeline import load_model, load_tokenizer_of, remember_tokenizer
-from flextok.tokenizers import TOKENIZERS, FlexTok, TiTok
+from flextok.tokenizers import (
+    TOKENIZERS,
+    FlexTok,
+    MaskGITVQGAN,
+    TiTok,
+    TiTokConfig,
+    VQGANConfig,
+)
+from flextok.tokenizers.common import codes_id
+from flextok.tokenizers.distillation import DistillConfig
+from flextok.tokenizers.flextok import DecodeConfig
 
 
 def test_round_trip_is_bit_identical(tmp_path, images):
@@ -140,6 +151,171 @@ def test_a_generator_finds_its_tokenizer_and_refuses_another(tmp_path):
         load_tokenizer_of(load_model(moved / "gpt"), moved / "gpt")
 
 
+def add_noise(model, prefix):
+    """Changes the first weight whose name starts so."""
+    with torch.no_grad():
+        next(value for key, value in model.state_dict().items() if key.startswith(prefix)).add_(1)
+
+
+KL = {"name": "kl", "channels": 4, "block_channels": [8, 8], "layers_per_block": 1}
+KL["norm_groups"] = 4
+
+
+def make_tokenizer(kind, **changes):
+    torch.manual_seed(0)
+    if kind == "titok":
+        return TiTok(TiTokConfig(**{**TITOK, **changes}))
+    if kind == "maskgit_vqgan":
+        return MaskGITVQGAN(VQGANConfig(**{**VQGAN, **changes}))
+    return tiny_tokenizer(**changes)
+
+
+@pytest.mark.parametrize(
+    ("kind", "ours", "others"),
+    [
+        ("flextok", ["decoder."], ["encoder."]),
+        ("kl", ["decoder.", "vae.vae.decoder.", "vae.vae.post_quant"], ["vae.vae.encoder."]),
+        ("kl", [], ["vae.vae.quant_conv."]),
+        ("titok", ["decoder."], ["encoder.", "quantizer."]),
+        ("maskgit_vqgan", ["decoder."], ["encoder.", "quantizer."]),
+    ],
+)
+def test_the_codes_are_those_of_what_encodes(kind, ours, others):
+    """The decoder's weights name no codes; those of the encoder, the VAE's too, and the codebook
+    do."""
+    changes = {"vae": KL, "patch_size": 2} if kind == "kl" else {}
+    model = make_tokenizer(kind, **changes)
+    before = codes_id(model)
+    assert codes_id(model.half()) != before  # rounded weights are other ones
+    model = make_tokenizer(kind, **changes)
+    assert codes_id(model) == before
+    for prefix in ours:
+        add_noise(model, prefix)
+        assert codes_id(model) == before
+    for prefix in others:
+        changed = make_tokenizer(kind, **changes)
+        add_noise(changed, prefix)
+        assert codes_id(changed) != before
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "same"),
+    [
+        (
+            "flextok",
+            {"decode": {"num_steps": 3}, "max_timestep": 1.0, "nested_dropout": "none"},
+            True,
+        ),
+        ("flextok", {"vae": {"name": "identity", "shift": 0, "scale": 1}}, True),  # as by default
+        ("flextok", {"vae": {"name": "identity", "scale": 1.5}}, False),
+        ("flextok", {"quantizer": {"name": "fsq", "levels": [8, 5, 5], "gain": 0.8}}, False),
+        ("flextok", {"quantizer": {"name": "fsq", "levels": [5, 8, 5]}}, False),
+        ("flextok", {"head_dim": 8}, False),
+        ("titok", {"nested_dropout": "uniform"}, True),
+        ("titok", {"legacy": True}, False),
+        ("titok", {"quantizer": {**TITOK["quantizer"], "commitment": 0.5}}, True),
+        ("titok", {"quantizer": {**TITOK["quantizer"], "l2_norm": False}}, False),
+        ("maskgit_vqgan", {"norm_groups": 16}, False),
+    ],
+)
+def test_settings_that_decide_an_index_name_the_codes(kind, changes, same):
+    """These change no weight, so only the config tells the tokenizers apart."""
+    one, other = make_tokenizer(kind), make_tokenizer(kind, **changes)
+    other.load_state_dict(one.state_dict())
+    assert (codes_id(one) == codes_id(other)) is same
+
+
+@pytest.fixture
+def family(tmp_path):
+    """A generator beside its tokenizer, another decoder of the same codes, and other codes."""
+    tokenizer, gpt = tiny_tokenizer(), tiny_gpt()
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    remember_tokenizer(gpt, tmp_path / "gpt", tokenizer, str(tmp_path / "tokenizer"))
+    gpt.save_pretrained(tmp_path / "gpt")
+    distilled = tiny_tokenizer(distill=DistillConfig(num_steps=2), decode=DecodeConfig())
+    add_noise(distilled, "decoder.")
+    distilled.save_pretrained(tmp_path / "distilled")
+    add_noise(tokenizer, "encoder.")
+    tokenizer.save_pretrained(tmp_path / "other")
+    return tmp_path
+
+
+def make_old(folder):
+    """The generator as it was saved when it held the hash of all of its tokenizer's weights."""
+    weights = fingerprint(load_model(folder / "tokenizer"))
+
+    def change(header):
+        del header["metadata"]["codes_id"]
+        header["metadata"]["tokenizer_fingerprint"] = weights
+
+    edit(folder / "gpt" / "config.json", change)
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_a_generator_takes_every_decoder_of_its_codes(family, old):
+    if old:
+        make_old(family)
+    gpt = load_model(family / "gpt")
+    own = load_tokenizer_of(gpt, family / "gpt")
+    found = load_tokenizer_of(gpt, family / "gpt", str(family / "distilled"))
+    assert fingerprint(found) != fingerprint(own)
+    with pytest.raises(CheckpointError, match=r"other' \(codes \w+\) is not the one that this gen"):
+        load_tokenizer_of(gpt, family / "gpt", str(family / "other"))
+    with pytest.raises(CheckpointError, match="is a gpt model, not a tokenizer"):
+        load_tokenizer_of(gpt, family / "gpt", str(family / "gpt"))
+
+
+def test_a_generator_saved_elsewhere_finds_its_tokenizer(family, tmp_path):
+    elsewhere = tmp_path / "far" / "away" / "gpt"
+    gpt = load_model(family / "gpt")
+    gpt.save_pretrained(elsewhere)
+    found = load_tokenizer_of(load_model(elsewhere), elsewhere)
+    assert fingerprint(found) == fingerprint(load_model(family / "tokenizer"))
+    for name in ("config.json", "README.md"):
+        assert str(tmp_path) not in (elsewhere / name).read_text()
+    assert "tokenizer |" not in (elsewhere / "README.md").read_text()
+
+
+def test_a_generator_without_its_tokenizer_asks_for_one(family, tmp_path):
+    place = tmp_path / "alone" / "gpt"
+    shutil.copytree(family / "gpt", place)
+    with pytest.raises(
+        CheckpointError, match=r"'\.\./tokenizer', where none is: name one .* by --t"
+    ):
+        load_tokenizer_of(load_model(place), place)
+    found = load_tokenizer_of(load_model(place), place, str(family / "distilled"))
+    assert found.config.distill is not None
+
+
+def test_a_copy_of_a_generator_of_the_package_finds_the_package_s_tokenizer(releases, tmp_path):
+    for name in ("copied", "saved"):
+        place = tmp_path / name
+        if name == "copied":
+            shutil.copytree(releases / "emoji-class", place)
+        else:
+            load_model("emoji-class").save_pretrained(place)
+        found = load_tokenizer_of(load_model(place), place)
+        assert fingerprint(found) == fingerprint(load_model("emoji"))
+
+
+def test_folders_in_a_config_are_relative_to_the_model(tmp_path, monkeypatch):
+    """A text encoder's folder, or a VAE's, is found from the model's own folder, wherever the
+    process runs, and no absolute path is saved."""
+    (tmp_path / "vae").mkdir()
+    vae = {**KL, "weights": str(tmp_path / "vae")}
+    model = tiny_tokenizer(vae=vae, patch_size=2)
+    model.metadata["start"] = {"weights": f"{tmp_path / 'old' / 'tokenizer'} (weights 12ab)"}
+    model.save_pretrained(tmp_path / "model")
+    stored = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert stored["config"]["vae"]["weights"] == "./../vae"
+    assert stored["metadata"]["start"]["weights"] == "tokenizer (weights 12ab)"
+    assert str(tmp_path) not in (tmp_path / "model" / "README.md").read_text()
+    monkeypatch.chdir("/")
+    loaded = load_model(tmp_path / "model")
+    assert os.path.samefile(loaded.config.vae["weights"], tmp_path / "vae")
+    assert codes_id(loaded) == codes_id(model)
+
+
 def test_the_model_card_states_config_and_numbers(tmp_path):
     model = tiny_tokenizer()
     model.metadata.update(step=2000, metrics={"psnr": 21.5}, class_names=["a", "b"])
@@ -189,6 +365,31 @@ def test_push_to_hub(monkeypatch):
         ("repo", "model", True, True),
         ("me/model", ["README.md", "config.json", "model.safetensors"], fingerprint(model)),
     ]
+
+
+@pytest.mark.parametrize("reference", [None, "me/tokenizer"])
+def test_what_is_pushed_names_no_local_folder(family, monkeypatch, reference):
+    pushed = {}
+
+    class Api:
+        def __init__(self, token):
+            pass
+
+        def create_repo(self, repo_id, private, exist_ok):
+            return SimpleNamespace(repo_id=repo_id)
+
+        def upload_folder(self, repo_id, folder_path, commit_message):
+            pushed.update({p.name: p.read_bytes() for p in Path(folder_path).iterdir()})
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    gpt = load_model(family / "gpt")
+    if reference is not None:
+        gpt.metadata["tokenizer"] = reference
+    gpt.push_to_hub("me/gpt")
+    header = json.loads(pushed["config.json"])
+    assert header["metadata"].get("tokenizer") == reference
+    assert header["metadata"]["codes_id"] == codes_id(load_model(family / "tokenizer"))
+    assert not any(b"../" in pushed[name] for name in ("config.json", "README.md"))
 
 
 def cache_model(cache, repo, write):

@@ -14,6 +14,7 @@ from flextok.data.transforms import ImageTransform
 from flextok.evaluation.metrics import psnr
 from flextok.pipeline import generate_images, load_model, load_tokenizer_of, reconstruct_prefixes
 from flextok.storage import RELEASES, read_tensors, released
+from flextok.tokenizers.common import codes_id
 
 ROOT = Path(__file__).parent.parent
 NAMES = ["emoji", "emoji-class", "emoji-few-step", "emoji-one-step", "emoji-text"]
@@ -49,6 +50,14 @@ def test_few_steps_speak_the_same_tokens():
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     first, *others = (load_model(name).encode(images) for name in TOKENIZERS)
     assert all(torch.equal(first, other) for other in others)
+
+
+@pytest.mark.parametrize("name", ["emoji-class", "emoji-text"])
+def test_the_generators_take_every_decoder_of_their_codes(name):
+    generator = load_model(name)
+    for tokenizer in [None, *TOKENIZERS]:
+        found = load_tokenizer_of(generator, name, tokenizer)
+        assert codes_id(found) == generator.metadata["codes_id"]
 
 
 def test_classes_and_prompts_change_the_picture():

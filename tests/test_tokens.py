@@ -22,6 +22,9 @@ from flextok.data.tokens import (
     verify_token_cache,
 )
 from flextok.data.transforms import ImageTransform
+from flextok.hub import fingerprint
+from flextok.tokenizers.common import codes_id
+from flextok.training.run import ready_tokens
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +72,34 @@ def test_a_cache_holds_every_variant_of_every_picture_once(picture_folder, tmp_p
     assert not torch.equal(first, variant)
     with pytest.raises(IndexError):
         found[18]
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_a_cache_belongs_to_the_codes_not_to_the_decoder(picture_folder, tmp_path, old):
+    """Also a cache whose manifest was written when it held the hash of all weights: it goes on
+    with its own tokenizer."""
+    own, place = tiny_tokenizer(), tmp_path / "tokens"
+    assert cache(place, own, picture_folder)
+    manifest = json.loads((place / "manifest.json").read_text())
+    assert manifest["codes_id"] == codes_id(own)
+    if old:
+        del manifest["codes_id"]
+        manifest["tokenizer_fingerprint"] = fingerprint(own)
+        (place / "manifest.json").write_text(json.dumps(manifest))
+    assert cache(place, own, picture_folder)
+    spec = {"name": "tokens", "path": str(place)}
+    assert len(ready_tokens(spec, own)) == 18
+    decoder, encoder = tiny_tokenizer(), tiny_tokenizer()
+    with torch.no_grad():
+        decoder.decoder.head.weight.add_(1)
+        encoder.encoder.head.weight.add_(1)
+    if not old:
+        assert cache(place, decoder, picture_folder)
+        assert len(ready_tokens(spec, decoder)) == 18
+    with pytest.raises(ValueError, match=r"made from something else \(codes_id differ"):
+        cache(place, encoder, picture_folder)
+    with pytest.raises(ValueError, match=f"by another tokenizer .*not codes {codes_id(encoder)}"):
+        ready_tokens(spec, encoder)
 
 
 def test_any_number_of_processes_gives_the_same_files(picture_folder, tmp_path, tokenizer):

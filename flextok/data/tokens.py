@@ -30,8 +30,8 @@ from flextok.data.text import TextCache, checksum, pack, unpack
 from flextok.data.transforms import ImageTransform
 from flextok.draws import derived_generator
 from flextok.files import atomic_write, clear_leftovers, read_mapping
-from flextok.hub import fingerprint
 from flextok.schema import from_mapping
+from flextok.tokenizers.common import codes_id, same_codes
 
 MANIFEST = "manifest.json"
 log = logging.getLogger(__name__)
@@ -88,9 +88,9 @@ class _Batches:
 def cache_identity(
     tokenizer: Any, spec: Any, transform: ImageTransform, bf16: bool = False
 ) -> dict[str, Any]:
-    """What a cache is made from: the tokenizer's weights, the data set's spec, the augmentation."""
+    """What a cache is made from: the tokenizer's codes, the data set's spec, the augmentation."""
     return {
-        "tokenizer_fingerprint": fingerprint(tokenizer),
+        "codes_id": codes_id(tokenizer),
         "data": json.loads(json.dumps(spec)),
         "augmentation": {"flip": transform.flip, "crop": transform.crop, "shift": transform.shift},
         **({"precision": "bf16"} if bf16 else {}),
@@ -129,6 +129,8 @@ def build_token_cache(
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / MANIFEST).exists():
         found = read_manifest(folder)
+        if "codes_id" not in found and same_codes(found, tokenizer):  # an older cache
+            found["codes_id"] = manifest["codes_id"]
         if different := sorted(k for k in manifest if found.get(k) != manifest[k]):
             raise ValueError(
                 f"the token cache {folder} was made from something else ({', '.join(different)} "

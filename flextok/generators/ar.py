@@ -61,6 +61,7 @@ class GPT(Pretrained, nn.Module):
 
     model_type = "gpt"
     config_class = GPTConfig
+    local_paths = ("conditioner.encoder.model",)
 
     def __init__(self, config: GPTConfig):
         super().__init__()

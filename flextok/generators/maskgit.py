@@ -65,6 +65,7 @@ class MaskGIT(Pretrained, nn.Module):
 
     model_type = "maskgit"
     config_class = MaskGITConfig
+    local_paths = ("conditioner.encoder.model",)
 
     def __init__(self, config: MaskGITConfig):
         super().__init__()

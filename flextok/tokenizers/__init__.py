@@ -7,6 +7,7 @@ decode(indices, generator=)   -> images; its other parameters are the tokenizer'
 num_tokens, image_size        K and H
 vocab_size                    0 = continuous: then encode_codes and decode_codes, no indices
 decodes_prefixes              whether decode takes the first k indices, or only all K
+codes_weights, codes_settings what of the weights and the config decides the indices, see codes_id
 
 A tokenizer with reconstruct and reconstruction_losses in place of a loss in one piece can be
 trained against a discriminator, too.

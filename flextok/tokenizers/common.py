@@ -1,10 +1,16 @@
 """What every tokenizer does alike: checks of what goes in and comes out, recomputed blocks."""
 
+import hashlib
+import inspect
+import json
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
+
+from flextok.hub import fingerprint
 
 
 def check_images(images: Tensor, size: int, check_range: bool = False) -> None:
@@ -52,6 +58,46 @@ def check_keep(keep: Tensor | int | None, batch: int, k: int) -> Tensor:
     if lengths.min() < 1 or lengths.max() > k:
         raise ValueError(f"keep={keep} must be in [1, {k}]")
     return lengths.long().expand(batch)
+
+
+def codes_id(tokenizer: Any) -> str:
+    """Names what a tokenizer's indices mean: a hash of the weights and settings that encode and
+    quantize. Every decoder of the same codes has the same one."""
+    digest = hashlib.sha256(json.dumps(tokenizer.codes_settings(), sort_keys=True).encode())
+    for key, value in sorted(tokenizer.state_dict().items()):
+        if key.startswith(tokenizer.codes_weights):
+            digest.update(f"{key} {list(value.shape)} ".encode())
+            digest.update(value.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def component(
+    registry: Mapping[str, Callable[..., Any]], spec: Mapping[str, Any], unused: str = ""
+) -> dict[str, Any]:
+    """A component's spec for codes_settings: without the keys in `unused`, and without those that
+    state a default, so that an option added later changes no identity."""
+    parameters = inspect.signature(registry[spec["name"]]).parameters
+    kept = {"name": spec["name"]}
+    for key, value in spec.items():
+        states = key in parameters and plain(value) != plain(parameters[key].default)
+        if states and key not in unused.split():
+            kept[key] = plain(value)
+    return kept
+
+
+def plain(value: Any) -> Any:
+    """Lists and tuples alike, and whole numbers as floats."""
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return float(value) if isinstance(value, int) else value
+
+
+def same_codes(record: Mapping[str, Any], tokenizer: Any) -> bool:
+    """Whether a generator's metadata or a cache's manifest was made with the tokenizer's codes.
+    Older ones hold the hash of all weights, the decoder's too."""
+    if "codes_id" in record:
+        return record["codes_id"] == codes_id(tokenizer)
+    return record.get("tokenizer_fingerprint") == fingerprint(tokenizer)
 
 
 def run_block(block: nn.Module, *args: Any, checkpoint: bool = False, **options: Any) -> Tensor:

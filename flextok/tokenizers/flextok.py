@@ -23,7 +23,7 @@ from flextok.nn.blocks import SegmentModulation
 from flextok.nn.frozen import Frozen
 from flextok.quantizers import QUANTIZERS
 from flextok.schema import ConfigError, build
-from flextok.tokenizers.common import check_images, check_indices, check_keep
+from flextok.tokenizers.common import check_images, check_indices, check_keep, component
 from flextok.tokenizers.distillation import DistillConfig, distillation_loss
 from flextok.tokenizers.nested_dropout import NESTED_DROPOUT
 from flextok.tokenizers.networks import Encoder, FlowDecoder, add_places
@@ -90,6 +90,8 @@ class FlexTok(Pretrained, nn.Module):
     model_type = "flextok"
     config_class = FlexTokConfig
     training_only = ("repa.",)
+    local_paths = ("vae.weights",)
+    codes_weights = ("vae.vae.encoder.", "vae.vae.quant_conv.", "encoder.", "quantizer.")
 
     def __init__(self, config: FlexTokConfig):
         super().__init__()
@@ -196,6 +198,18 @@ class FlexTok(Pretrained, nn.Module):
     @property
     def decodes_prefixes(self) -> bool:
         return self.config.token_grid is None or self.config.nested_dropout != "none"
+
+    def codes_settings(self) -> dict[str, Any]:
+        config = self.config
+        return {
+            "image_size": config.image_size,
+            "patch_size": config.patch_size,
+            "num_tokens": config.num_registers,
+            "token_grid": config.token_grid,
+            "head_dim": config.head_dim,
+            "vae": component(VAES, config.vae, unused="weights slicing"),
+            "quantizer": component(QUANTIZERS, config.quantizer, unused="weight"),
+        }
 
     @property
     def noise_shape(self) -> tuple[int, int, int]:

@@ -23,7 +23,7 @@ from flextok.nn.frozen import Frozen
 from flextok.nn.linear import Linear
 from flextok.quantizers import KL, QUANTIZERS
 from flextok.schema import build
-from flextok.tokenizers.common import check_images, check_indices, check_keep
+from flextok.tokenizers.common import check_images, check_indices, check_keep, component
 from flextok.tokenizers.nested_dropout import NESTED_DROPOUT
 from flextok.tokenizers.networks import add_places
 from flextok.tokenizers.titok_networks import PixelHead, TiTokDecoder, TiTokEncoder
@@ -82,6 +82,7 @@ class TiTok(Pretrained, nn.Module):
 
     model_type = "titok"
     config_class = TiTokConfig
+    codes_weights = ("encoder.", "quantizer.")
 
     def __init__(self, config: TiTokConfig):
         super().__init__()
@@ -164,6 +165,17 @@ class TiTok(Pretrained, nn.Module):
     @property
     def decodes_prefixes(self) -> bool:
         return self.config.nested_dropout != "none"
+
+    def codes_settings(self) -> dict[str, Any]:
+        config, losses = self.config, "commitment codebook_weight weight"
+        return {
+            "image_size": config.image_size,
+            "patch_size": config.patch_size,
+            "num_tokens": config.num_tokens,
+            "head_dim": config.head_dim,
+            "legacy": config.legacy,
+            "quantizer": component(QUANTIZERS, config.quantizer, unused=losses),
+        }
 
     def init_weights(self) -> None:
         """published: linear N(0, 0.02), cut at 2, no bias; wider in models narrower than the

@@ -18,7 +18,7 @@ from flextok.hub import Pretrained
 from flextok.losses.perceptual import PerceptualLoss
 from flextok.quantizers import QUANTIZERS
 from flextok.schema import build
-from flextok.tokenizers.common import check_images, check_indices
+from flextok.tokenizers.common import check_images, check_indices, component
 
 
 @dataclass
@@ -128,6 +128,7 @@ class MaskGITVQGAN(Pretrained, nn.Module):
     model_type = "maskgit_vqgan"
     config_class = VQGANConfig
     decodes_prefixes = False
+    codes_weights = ("encoder.", "quantizer.")
 
     def __init__(self, config: VQGANConfig):
         super().__init__()
@@ -158,6 +159,15 @@ class MaskGITVQGAN(Pretrained, nn.Module):
     @property
     def image_size(self) -> int:
         return self.config.image_size
+
+    def codes_settings(self) -> dict[str, Any]:
+        losses = "commitment codebook_weight"
+        return {
+            "image_size": self.config.image_size,
+            "multipliers": self.config.multipliers,
+            "norm_groups": self.config.norm_groups,
+            "quantizer": component(QUANTIZERS, self.config.quantizer, unused=losses),
+        }
 
     def loss(self, images: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """images: (B, 3, H, W) in [-1, 1]. Returns scalars; "loss" is the total. Draws nothing."""

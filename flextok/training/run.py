@@ -37,9 +37,10 @@ from flextok.generators import GENERATORS
 from flextok.generators.conditioning import TextConditioner
 from flextok.generators.text import Text, load_encoder
 from flextok.hub import fingerprint
-from flextok.pipeline import load_model, remember_tokenizer
+from flextok.pipeline import expected_codes, load_model, remember_tokenizer
 from flextok.schema import ConfigError, build, from_mapping, unknown_key
 from flextok.tokenizers import TOKENIZERS
+from flextok.tokenizers.common import codes_id, same_codes
 from flextok.training.adversarial import AdversarialModule
 from flextok.training.average import Averaging, averaged
 from flextok.training.callbacks import (
@@ -322,11 +323,11 @@ def cache_device(config: ExperimentConfig) -> str:
 def ready_tokens(spec: dict[str, Any], tokenizer: Any) -> TokenDataset:
     """What flextok tokenize wrote, if with this tokenizer. spec: {name: tokens, path: folder}."""
     tokens: TokenDataset = build({"tokens": TokenDataset}, spec, "dataset")
-    made_by, ours = tokens.manifest["tokenizer_fingerprint"], fingerprint(tokenizer)
-    if made_by != ours:
+    if not same_codes(tokens.manifest, tokenizer):
         raise ConfigError(
-            f"the tokens in {spec['path']} were made by another tokenizer (weights {made_by}, not "
-            f"{ours}): name that one, or run flextok tokenize with this one"
+            f"the tokens in {spec['path']} were made by another tokenizer "
+            f"({expected_codes(tokens.manifest)}, not codes {codes_id(tokenizer)}): name that one, "
+            "or run flextok tokenize with this one"
         )
     return tokens
 
