@@ -15,7 +15,7 @@ from conftest import write_shard
 from PIL import Image
 
 from flextok.data.datasets import DATASETS, HuggingFaceImages, ImageFolder, WebDatasetImages
-from flextok.data.emoji import Emoji
+from flextok.data.emoji import Emoji, EmojiScenes
 from flextok.data.pictures import CorruptPicture, load_picture, to_rgb
 from flextok.schema import ConfigError
 from flextok.training.run import make_dataset
@@ -54,7 +54,7 @@ def test_a_list_is_joined_each_part_as_often_as_it_says():
     ]
     joined, emoji = make_dataset(parts), Emoji("validation")
     assert len(joined) == 3 * len(emoji) + 5
-    assert joined.class_names == emoji.class_names
+    assert joined.class_names == emoji.class_names + EmojiScenes(length=5).class_names
     for start in (0, len(emoji), 2 * len(emoji)):
         assert joined[start + 7]["key"] == emoji[7]["key"]
     assert parts[0]["repeat"] == 3  # the config stays as it was

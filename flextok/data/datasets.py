@@ -1,9 +1,9 @@
 """The registry of data sets, and those that read a user's own pictures.
 
 Every data set is map-style, has `class_names`, and gives the same item: image (PIL RGB), label
-(int, an index into class_names), caption (str), key (str). What cannot be read raises
-CorruptPicture; the stream skips and counts it. A new data set is one class here and one line in
-DATASETS.
+(int, an index into class_names), caption (str), key (str), and captions (a list) where a picture
+has several. What cannot be read raises CorruptPicture; the stream skips and counts it. A new data
+set is one class here and one line in DATASETS.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,6 +13,15 @@ from typing import Any
 from torch.utils.data import Dataset, Subset
 
 from flextok.data.emoji import Emoji, EmojiScenes
+from flextok.data.labels import (
+    as_label,
+    captioned,
+    check_names,
+    index_labels,
+    label_table,
+    list_names,
+    texts_of,
+)
 from flextok.data.pictures import (
     UNLABELLED,
     CorruptPicture,
@@ -20,7 +29,7 @@ from flextok.data.pictures import (
     load_picture,
     read_text,
 )
-from flextok.data.web import WebDatasetImages, WebDatasetStream, index_labels
+from flextok.data.web import WebDatasetImages, WebDatasetStream
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
 
@@ -57,7 +66,15 @@ class ImageFolder(Dataset[dict[str, Any]]):
                 "move them into a folder or set label_from=none"
             )
         labels = [UNLABELLED if flat else path.parts[0] for path in self.paths]
-        self.class_names, self.labels = index_labels(labels, class_names)
+        # a folder's name is a name, even if it looks like a number
+        names = sorted(set(labels)) if class_names is None else check_names(class_names)
+        if unknown := [label for label in dict.fromkeys(labels) if label not in names]:
+            raise ValueError(
+                f"root={str(root)!r}: the folder {unknown[0]!r} is none of the "
+                f"{list_names(names)}; rename or move it, or add it to class_names"
+            )
+        self.class_names, table = names, label_table(names)
+        self.labels = [table[label] for label in labels]
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -125,9 +142,17 @@ class HuggingFaceImages(Dataset[dict[str, Any]]):
         self.table = table.cast_column(image_column, datasets.Image(decode=False))
         self.path, self.split = path, split
         self.image_column, self.caption_column = image_column, caption_column
-        labels = [UNLABELLED] * len(table) if label_column is None else list(table[label_column])
-        names = getattr(table.features.get(label_column), "names", None)  # of a ClassLabel
-        self.class_names, self.labels = index_labels(labels, names)
+        labels: list[Any] = [UNLABELLED] * len(table)
+        if label_column is not None:
+            labels = list(table[label_column])
+        kind = table.features.get(label_column)
+        names = kind.names if isinstance(kind, datasets.ClassLabel) else None
+        if names is not None:  # its numbers are indices, whatever the names look like
+            labels = [names[n] if n is not None and 0 <= n < len(names) else n for n in labels]
+        try:
+            self.class_names, self.labels = index_labels([as_label(v) for v in labels], names)
+        except ValueError as error:
+            raise ValueError(f"column {label_column!r} of {path!r}: {error}") from None
 
     def __len__(self) -> int:
         return len(self.table)
@@ -139,13 +164,14 @@ class HuggingFaceImages(Dataset[dict[str, Any]]):
         if picture is None:
             raise CorruptPicture(f"{self.path} {key}", "no picture")
         source = picture["path"] if picture["bytes"] is None else picture["bytes"]
-        caption = row[self.caption_column] if self.caption_column is not None else None
-        if isinstance(caption, list):  # several captions of one picture
-            caption = caption[0] if caption else None
+        try:
+            captions = texts_of(row.get(self.caption_column))
+        except ValueError as error:
+            raise CorruptPicture(f"{self.path} {key}", error) from None
         return {
             "image": load_picture(source, f"{self.path} {key}"),
             "label": label,
-            "caption": caption or self.class_names[label],
+            **captioned(captions, self.class_names[label]),
             "key": key,
         }
 

@@ -19,6 +19,7 @@ from typing import Any
 from webdataset import tariterators
 from webdataset.shardlists import expand_urls
 
+from flextok.data.labels import NUMBER, as_label, texts_of
 from flextok.data.openers import check_address, check_listed, is_http, is_remote, open_shard
 from flextok.data.pictures import CorruptPicture, read_text
 from flextok.data.stream import SkipCounter
@@ -193,21 +194,41 @@ class LocalMembers(Mapping[str, bytes]):
         return len(self.spans)
 
 
-def find(members: Members, keys: str, name: str) -> int | str | None:
-    """The value of the first of keys that is a member of the sample or a field of its .json. Raises
-    CorruptPicture, naming the sample, when its .json cannot be read."""
-    fields: dict[str, Any] = {}
+def find_label(members: Members, keys: str, name: str) -> int | str | None:
+    """A sample's label by the first of keys that it has. A number in a member is one where it is
+    written as such: 7 and not 007. Raises CorruptPicture, naming the sample."""
+    value, is_member = find(members, keys, name)
+    if is_member:
+        return int(str(value)) if NUMBER.fullmatch(str(value)) else str(value)
+    try:
+        return None if value is None else as_label(value)
+    except ValueError as error:
+        raise CorruptPicture(name, error) from None
+
+
+def find_captions(members: Members, keys: str, name: str) -> list[str]:
+    """A sample's captions, likewise; text stays text."""
+    try:
+        return texts_of(find(members, keys, name)[0])
+    except ValueError as error:
+        raise CorruptPicture(name, error) from None
+
+
+def find(members: Members, keys: str, name: str) -> tuple[object, bool]:
+    """The first of keys that is a member of the sample, as text, or a field of its .json, as it
+    stands there; and whether it is a member. Raises CorruptPicture, naming the sample, when its
+    .json cannot be read."""
+    fields: dict[str, object] = {}
     for key in keys.split(";"):
         if key in members:
-            text = read_text(members[key], name)
-            return int(text) if re.fullmatch(r"-?\d+", text) else text
+            return read_text(members[key], name), True
         if "json" in members:
             try:
-                fields = fields or json.loads(members["json"])
+                fields = fields or json.loads(read_text(members["json"], name))
             except (ValueError, RecursionError) as error:
                 raise CorruptPicture(name, f"unreadable .json ({error})") from None
             if not isinstance(fields, dict):
                 raise CorruptPicture(name, "its .json is no mapping of fields")
             if fields.get(key) is not None:
-                return fields[key] if isinstance(fields[key], int | str) else str(fields[key])
-    return None
+                return fields[key], False
+    return None, False

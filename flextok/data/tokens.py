@@ -68,7 +68,9 @@ class _Variants(Dataset):
         except CorruptPicture as error:
             self.skips.skip(error)
             return error
-        caption = "" if item["caption"] == UNLABELLED else item["caption"]
+        several = item.get("captions") or [item["caption"]]
+        caption = several[variant % len(several)]  # each in turn
+        caption = "" if caption == UNLABELLED else caption
         facts = {"label": item["label"], "caption": caption, "position": position}
         return {"image": image, **facts}
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
+from flextok.data.labels import captioned, check_names, find_class, index_labels, label_table
 from flextok.data.openers import is_remote, parse_fetch
 from flextok.data.pictures import UNLABELLED, CorruptPicture, load_picture, read_text
 from flextok.data.shards import (
@@ -16,7 +17,8 @@ from flextok.data.shards import (
     LocalMembers,
     Raw,
     expand_shards,
-    find,
+    find_captions,
+    find_label,
     read_member,
     stated_counts,
     stream_samples,
@@ -29,7 +31,7 @@ class WebDatasetImages(Dataset[dict[str, Any]]):
     """Local WebDataset shards (tar), read at random: each is indexed once, by member offset.
 
     Keys are alternatives joined by ";", the first that a sample has counts: an extension ("cls") or
-    a field of its .json. Labels are class numbers or class names.
+    a field of its .json. Labels are class names or, where no class has that name, class numbers.
     """
 
     def __init__(
@@ -38,7 +40,7 @@ class WebDatasetImages(Dataset[dict[str, Any]]):
         image_key: str = "jpg;jpeg;png;webp",
         label_key: str | None = "cls;label",
         caption_key: str = "txt;caption",
-        class_names: Sequence[str] | None = None,
+        class_names: Sequence[str] | int | None = None,
     ) -> None:
         """urls: paths, with {000..012} or * where there are many. label_key None: one class."""
         self.shards = expand_shards(urls)
@@ -55,7 +57,9 @@ class WebDatasetImages(Dataset[dict[str, Any]]):
                 name = f"{shard}: {key}"
                 image = next((spans[k] for k in image_key.split(";") if k in spans), (0, -1))
                 try:
-                    label = UNLABELLED if label_key is None else find(members, label_key, name)
+                    label = (
+                        UNLABELLED if label_key is None else find_label(members, label_key, name)
+                    )
                 except CorruptPicture as error:
                     skips.skip(error)
                     continue
@@ -88,15 +92,16 @@ class WebDatasetImages(Dataset[dict[str, Any]]):
         name = f"{shard}: {key}"
         if image is None:
             raise CorruptPicture(name, "the sample holds no picture")
-        caption = ""
+        captions: list[str] = []
         if text is not None:
-            caption = read_text(read_member(shard, text), name)
+            captions = [read_text(read_member(shard, text), name)]
         elif record is not None:
-            caption = str(find(LocalMembers(shard, {"json": record}), self.caption_key, name) or "")
+            members = LocalMembers(shard, {"json": record})
+            captions = find_captions(members, self.caption_key, name)
         return {
             "image": load_picture(read_member(shard, image), name),
             "label": label,
-            "caption": caption or self.class_names[label],
+            **captioned(captions, self.class_names[label]),
             "key": key,
         }
 
@@ -146,9 +151,8 @@ class WebDatasetStream(Dataset[dict[str, Any]]):
                 "a stream's labels are not known beforehand: give class_names, a list or how many "
                 "numbers there are, or label_key=null for data without labels"
             )
-        names = range(class_names) if isinstance(class_names, int) else class_names
-        self.class_names = [str(name) for name in names]
-        self.labels = label_table(self.class_names)
+        self.class_names = check_names(class_names)
+        self.table = label_table(self.class_names)
         self.fetch = parse_fetch(fetch)
         self.shards, self.counts = stated_counts(urls, samples, self.fetch)
         self.ends = np.cumsum(self.counts)
@@ -212,38 +216,14 @@ class WebDatasetStream(Dataset[dict[str, Any]]):
             raise CorruptPicture(raw.name, "the sample holds no picture")
         label: int | str | None = UNLABELLED
         if self.label_key is not None:
-            label = find(raw.members, self.label_key, raw.name)
-        if label not in self.labels:
+            label = find_label(raw.members, self.label_key, raw.name)
+        index = None if label is None else find_class(self.table, label)
+        if index is None:
             raise CorruptPicture(raw.name, f"label {label!r} is none of the class_names")
-        index = self.labels[label]
-        caption = find(raw.members, self.caption_key, raw.name)
+        captions = find_captions(raw.members, self.caption_key, raw.name)
         return {
             "image": load_picture(raw.members[image], raw.name),
             "label": index,
-            "caption": str(caption or "") or self.class_names[index],
+            **captioned(captions, self.class_names[index]),
             "key": raw.name,
         }
-
-
-def index_labels(
-    labels: Sequence[int | str], class_names: Sequence[str] | None
-) -> tuple[list[str], list[int]]:
-    """Class names (given, or found and sorted) and the label of every sample as their index."""
-    numbers = {label for label in labels if isinstance(label, int)}
-    if class_names is None:
-        words = sorted({label for label in labels if isinstance(label, str)})
-        class_names = [str(i) for i in range(max(numbers) + 1)] if numbers else words
-    names = list(class_names)
-    table = label_table(names)
-    if unknown := [label for label in dict.fromkeys(labels) if label not in table]:
-        raise ValueError(
-            f"label {unknown[0]!r} is none of the {len(names)} classes {', '.join(names[:9])}"
-            f"{', ...' if len(names) > 9 else ''}; mend it, name another column, key or folder, "
-            "or leave the labels out"
-        )
-    return names, [table[label] for label in labels]
-
-
-def label_table(names: Sequence[str]) -> dict[int | str, int]:
-    """A class's name or number -> its number."""
-    return {name: i for i, name in enumerate(names)} | {i: i for i in range(len(names))}

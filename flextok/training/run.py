@@ -13,11 +13,11 @@ import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.callbacks import LearningRateMonitor, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from torch.utils.data import ConcatDataset
 
 from flextok.config import ExperimentConfig, load_experiment, save_experiment
 from flextok.data.datamodule import DataModule, prepare_image, prepare_tokens
 from flextok.data.datasets import DATASETS, take
+from flextok.data.labels import joined
 from flextok.data.processes import local_device, this_process
 from flextok.data.stream import EvaluationSet, collate
 from flextok.data.text import build_text_cache
@@ -123,9 +123,7 @@ def make_dataset(spec: dict[str, Any] | list[dict[str, Any]]) -> Any:
         parts += [build(DATASETS, keys, "dataset")] * repeat
     if any(isinstance(part, WebDatasetStream) for part in parts):
         raise ConfigError("a webdataset_stream stands alone: list all its shards as its urls")
-    joined: Any = ConcatDataset(parts)
-    joined.class_names = parts[0].class_names
-    return joined
+    return joined(parts)
 
 
 def build_model(registry: dict[str, Any], spec: dict[str, Any]) -> Any:

@@ -1,0 +1,216 @@
+"""Classes are known by their names: in labels, in joined sets, in a validation set of fewer."""
+
+import io
+import json
+
+import pytest
+from conftest import draw_pictures, write_shard
+from PIL import Image
+
+from flextok.data.datasets import HuggingFaceImages, ImageFolder
+from flextok.data.labels import by_name, index_labels
+from flextok.data.pictures import CorruptPicture
+from flextok.data.web import WebDatasetImages, WebDatasetStream
+from flextok.training.run import make_dataset
+
+
+def picture() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def shard(path, *samples: dict[str, object]) -> str:
+    """A sample a dict: extension -> text, or a mapping for .json."""
+    members = {}
+    for number, sample in enumerate(samples):
+        members[f"{number}.png"] = picture()
+        for extension, content in sample.items():
+            text = content if isinstance(content, str) else json.dumps(content)
+            members[f"{number}.{extension}"] = text.encode()
+    return write_shard(path, members)
+
+
+def named(data) -> list[str]:
+    return [data.class_names[data[i]["label"]] for i in range(len(data))]
+
+
+def test_a_name_of_digits_is_a_name(tmp_path):
+    """It was read as a number: "001" of ["001", "002", "003"] became class 1, "002"."""
+    url = shard(tmp_path / "a.tar", *({"cls": name} for name in ("001", "003", "002", "001")))
+    names = ["001", "002", "003"]
+    for data in (
+        WebDatasetImages(url),
+        WebDatasetImages(url, class_names=names),
+        WebDatasetStream(url, class_names=names),
+    ):
+        assert data.class_names == names
+        assert [data[i]["label"] for i in range(4)] == [0, 2, 1, 0]
+    # names first, whatever their order and however they are stated
+    for label in ("cls", "json"):
+        samples = [{label: n if label == "cls" else {"label": int(n)}} for n in ("7", "5", "1")]
+        url = shard(tmp_path / f"{label}.tar", *samples)
+        for kind in (WebDatasetImages, WebDatasetStream):
+            data = kind(url, class_names=["5", "7", "1"])
+            assert [data[i]["label"] for i in range(3)] == [1, 0, 2]
+            # numbers second: no class is called so
+            data = kind(
+                shard(tmp_path / "n.tar", {"cls": "2"}, {"cls": "00"}), class_names=["a", "b", "c"]
+            )
+            assert [data[i]["label"] for i in range(2)] == [2, 0]
+
+
+def test_numbers_without_names_count_from_zero(tmp_path):
+    url = shard(tmp_path / "a.tar", {"cls": "10"}, {"cls": "2"}, {"cls": "0"})
+    data = WebDatasetImages(url)
+    assert data.class_names == [str(i) for i in range(11)]
+    assert [data[i]["label"] for i in range(3)] == [10, 2, 0]
+    # one that is no number makes all of them names
+    data = WebDatasetImages(shard(tmp_path / "b.tar", {"cls": "10"}, {"cls": "010"}, {"cls": "9"}))
+    assert data.class_names == ["010", "10", "9"]
+    assert named(data) == ["10", "010", "9"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        ([True, False], ["false", "true"]),
+        ([1.0, 0.0], ["0", "1"]),
+        (["1", "0"], ["0", "1"]),
+        ([0, "x"], ["0", "x"]),
+    ],
+)
+def test_labels_of_other_types(tmp_path, labels, names):
+    url = shard(tmp_path / "a.tar", *({"json": {"label": label}} for label in labels))
+    data = WebDatasetImages(url)
+    assert data.class_names == names
+    expected = [names.index(str(label).lower().removesuffix(".0")) for label in labels]
+    assert data.labels == expected
+    if "x" not in names:  # by number, where that is all that a stream is told
+        stream = WebDatasetStream(url, class_names=2)
+        assert [stream[i]["label"] for i in range(2)] == expected
+
+
+def test_labels_that_are_none(tmp_path, caplog):
+    url = shard(
+        tmp_path / "a.tar", {"json": {"label": [1]}}, {"cls": "0"}, {"json": {"label": 0.5}}
+    )
+    assert len(WebDatasetImages(url)) == 1
+    assert "label [1] is neither" in caplog.text
+    stream = WebDatasetStream(url, class_names=2)
+    for index in (0, 2):
+        with pytest.raises(CorruptPicture, match="is neither a name nor a whole number"):
+            stream[index]
+    for label in ("-1", "2", "9" * 5000, "\u0661", "1e0", ""):
+        stream = WebDatasetStream(shard(tmp_path / "b.tar", {"cls": label}), class_names=2)
+        with pytest.raises(CorruptPicture, match="none of the class_names"):
+            stream[0]
+    for labels in ([1_700_000_000, 3], [-1, 2]):
+        with pytest.raises(ValueError, match=f"label {labels[0]} is no class number"):
+            index_labels(labels, None)
+
+
+def test_class_names_that_are_none(tmp_path):
+    url = shard(tmp_path / "a.tar", {"cls": "0"})
+    for names, message in (
+        ([1, 2, 3], 'holds 1, which is no text: write it as "1"'),
+        (["a", "b", "a"], "holds 'a' twice"),
+        ("abc", "must be a list of names"),
+        (0, "class_names=0 must be"),
+        (10**9, "class_names=1000000000 must be"),
+    ):
+        for kind in (WebDatasetImages, WebDatasetStream):
+            with pytest.raises(ValueError, match=message):
+                kind(url, class_names=names)
+
+
+def test_folders_of_numbers_are_names(tmp_path):
+    draw_pictures(tmp_path, ["1/a.png", "2/a.png", "10/a.png", "3/a.png"])
+    data = ImageFolder(tmp_path)
+    assert data.class_names == ["1", "10", "2", "3"]
+    assert named(data) == ["1", "10", "2", "3"]
+    with pytest.raises(ValueError, match="the folder '1' is none of the 2 classes cat, dog"):
+        ImageFolder(tmp_path, class_names=["cat", "dog"])
+
+
+def test_hugging_face_numbers_are_indices_and_text_is_names(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    image = [Image.new("RGB", (8, 8))] * 3
+
+    def saved(labels, kind, name):
+        features = datasets.Features({"image": datasets.Image(), "label": kind})
+        table = datasets.Dataset.from_dict({"image": image, "label": labels}, features)
+        table.save_to_disk(str(tmp_path / name))
+        return HuggingFaceImages(str(tmp_path / name))
+
+    data = saved([0, 1, 2], datasets.ClassLabel(names=["2", "1", "0"]), "indices")
+    assert named(data) == ["2", "1", "0"]
+    data = saved(["007", "7", "08"], datasets.Value("string"), "text")
+    assert named(data) == ["007", "7", "08"]
+    assert saved([True, False, True], datasets.Value("bool"), "bool").labels == [1, 0, 1]
+    with pytest.raises(ValueError, match=r"column 'label' .* neither a name nor a whole number"):
+        saved([[1], [2], [3]], datasets.Sequence(datasets.Value("int64")), "many")
+    with pytest.raises(ValueError, match="label -1 is none of the 2 classes a, b"):
+        saved([0, -1, 1], datasets.ClassLabel(names=["a", "b"]), "missing")
+
+
+# --- captions -------------------------------------------------------------------------------------
+
+
+def test_captions_are_text_and_may_be_several(tmp_path):
+    """A list was written out as the text of the list, and 007 became 7."""
+    url = shard(
+        tmp_path / "a.tar",
+        {"cls": "0", "txt": "007"},
+        {"json": {"caption": ["a dog", "", None, " a puppy "], "label": 0}},
+        {"json": {"caption": [], "label": 0}},
+        {"json": {"caption": "a cat", "label": 0}},
+        {"json": {"caption": 12, "label": 0}},
+        {"json": {"caption": {"en": "x"}, "label": 0}},
+    )
+    for data in (WebDatasetImages(url), WebDatasetStream(url, class_names=1)):
+        items = [data[i] for i in range(5)]
+        assert [i["caption"] for i in items] == ["007", "a dog", "0", "a cat", "12"]
+        assert [i.get("captions") for i in items] == [None, ["a dog", "a puppy"], *[None] * 3]
+        with pytest.raises(CorruptPicture, match=r"caption \{'en': 'x'\} is no text"):
+            data[5]
+
+
+def test_hugging_face_captions_may_be_several(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    columns = {"image": [Image.new("RGB", (8, 8))] * 2, "texts": [["a dog", "a puppy"], []]}
+    features = datasets.Features(
+        {"image": datasets.Image(), "texts": datasets.Sequence(datasets.Value("string"))}
+    )
+    datasets.Dataset.from_dict(columns, features).save_to_disk(str(tmp_path / "d"))
+    data = HuggingFaceImages(str(tmp_path / "d"), label_column=None, caption_column="texts")
+    assert data[0]["captions"] == ["a dog", "a puppy"]
+    assert [data[i]["caption"] for i in range(2)] == ["a dog", "unlabelled"]
+
+
+# --- several sets ---------------------------------------------------------------------------------
+
+
+def folder(root, *classes: str) -> dict[str, object]:
+    draw_pictures(root, [f"{name}/{i}.png" for name in classes for i in range(2)])
+    return {"name": "folder", "root": str(root)}
+
+
+def test_joined_sets_have_the_classes_of_all_by_name(tmp_path):
+    """The first one's names stood for all: ants were trained as cats."""
+    a, b = folder(tmp_path / "a", "cat", "dog"), folder(tmp_path / "b", "ant", "cat", "bee")
+    url = shard(tmp_path / "c.tar", {"cls": "dog"}, {"cls": "emu"})
+    data = make_dataset([a, {**b, "repeat": 2}, {"name": "webdataset", "urls": url}])
+    assert data.class_names == ["cat", "dog", "ant", "bee", "emu"]
+    of_b = ["ant"] * 2 + ["bee"] * 2 + ["cat"] * 2
+    assert named(data) == ["cat"] * 2 + ["dog"] * 2 + of_b * 2 + ["dog", "emu"]
+    captions = [data[i]["caption"] for i in range(len(data))]
+    assert captions == named(data)  # by default the class
+
+
+def test_labels_go_by_name(tmp_path):
+    data = make_dataset(folder(tmp_path, "ant", "cat"))
+    assert by_name(data, ["ant", "cat"]) is data
+    assert [by_name(data, ["cat", "bee", "ant"])[i]["label"] for i in range(4)] == [2, 2, 0, 0]
+    with pytest.raises(ValueError, match="1 classes ant, which are none of the model's 1 classes"):
+        by_name(data, ["cat"])
