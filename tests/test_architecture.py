@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "flextok"
 FLOORS = [
     {
-        *("schema", "files", "card", "storage", "convert", "hub", "draws"),
+        *("schema", "files", "images", "card", "storage", "convert", "hub", "draws"),
         *("nn", "quantizers", "flow", "vae", "losses"),
     },
     {"tokenizers", "generators"},

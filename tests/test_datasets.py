@@ -16,7 +16,7 @@ from PIL import Image
 
 from flextok.data.datasets import DATASETS, HuggingFaceImages, ImageFolder, WebDatasetImages
 from flextok.data.emoji import Emoji, EmojiScenes
-from flextok.data.pictures import CorruptPicture, load_picture, to_rgb
+from flextok.images import CorruptPicture, load_picture, to_rgb
 from flextok.schema import ConfigError
 from flextok.training.run import make_dataset
 

@@ -23,15 +23,14 @@ from flextok.data.labels import (
     texts_of,
 )
 from flextok.data.pictures import (
+    EXTENSIONS,
     UNLABELLED,
     CorruptPicture,
     list_pictures,
     load_picture,
-    read_text,
+    read_text_file,
 )
 from flextok.data.web import WebDatasetImages, WebDatasetStream
-
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
 
 
 class ImageFolder(Dataset[dict[str, Any]]):
@@ -82,7 +81,7 @@ class ImageFolder(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         path, label = self.root / self.paths[index], self.labels[index]
         text = path.with_suffix(".txt")
-        caption = read_text(text.read_bytes(), str(text)) if text.is_file() else ""
+        caption = read_text_file(text) if text.is_file() else ""
         return {
             "image": load_picture(path),
             "label": label,

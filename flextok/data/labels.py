@@ -8,6 +8,8 @@ from typing import Any
 
 from torch.utils.data import ConcatDataset, Dataset
 
+from flextok.data.pictures import clean_text
+
 MAX_CLASSES = 1_000_000
 NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")  # as a label is written: 7, and not 007
 BOOLEANS = {"false": 0, "true": 1}
@@ -137,7 +139,7 @@ def texts_of(value: object) -> list[str]:
     several = value if isinstance(value, list | tuple) else [value]
     if wrong := [one for one in several if not isinstance(one, str | int | float | None)]:
         raise ValueError(f"caption {wrong[0]!r} is no text")
-    return [text for one in several if one is not None and (text := str(one).strip())]
+    return [text for one in several if one is not None and (text := clean_text(str(one)))]
 
 
 def captioned(captions: Sequence[str], class_name: str) -> dict[str, Any]:

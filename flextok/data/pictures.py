@@ -1,103 +1,123 @@
-"""Open any picture as 8-bit RGB, or say which one cannot be opened and why."""
+"""A user's files: which of a folder are pictures, and the text beside them."""
 
-import io
+import codecs
 import itertools
 import logging
 import os
-import struct
-import zlib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
 
-import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
+
+from flextok.images import CorruptPicture, load_picture
+
+__all__ = ["EXTENSIONS", "UNLABELLED", "CorruptPicture", "list_pictures", "load_picture"]
 
 UNLABELLED = "unlabelled"  # the class of pictures without one
+EXTENSIONS = (  # of flextok.images.FORMATS; what is in a file is found out when it is opened
+    *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm"),
+    *(".jpe", ".jfif", ".mpo", ".apng", ".dib", ".pbm", ".pgm", ".pnm"),
+    *(".avif", ".avifs", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".qoi"),
+)
+# Pictures that Pillow does not read; those of its other formats are added when a folder is listed.
+OTHER_PICTURES = {
+    *(".heic", ".heif", ".jxl", ".svg", ".svgz", ".exr", ".hdr", ".ai", ".spi", ".spider"),
+    *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2", ".pef", ".srw", ".raw"),
+}
+MAX_TEXT_BYTES = 16 * 2**20
+MARKS = {  # byte order mark -> encoding; UTF-32's begins with UTF-16's
+    codecs.BOM_UTF8: "utf-8",
+    codecs.BOM_UTF32_LE: "utf-32-le",
+    codecs.BOM_UTF32_BE: "utf-32-be",
+    codecs.BOM_UTF16_LE: "utf-16-le",
+    codecs.BOM_UTF16_BE: "utf-16-be",
+}
 log = logging.getLogger(__name__)
 _undecodable = itertools.count(1)  # texts, in this process
-PictureSource = str | os.PathLike[str] | bytes | IO[bytes]
-
-# What Pillow raises on damaged files of one format or another; opening a picture does nothing else.
-PILLOW_ERRORS = (
-    OSError,  # includes UnidentifiedImageError and truncation
-    SyntaxError,
-    ValueError,
-    TypeError,
-    EOFError,
-    LookupError,
-    OverflowError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
 
 
-class CorruptPicture(ValueError):
-    """A picture that cannot be read; the message names it and the reason."""
-
-    def __init__(self, name: str, reason: object) -> None:
-        super().__init__(f"{name}: {reason}")
-        self.name, self.reason = name, str(reason)
-
-    def __reduce__(self) -> tuple[type, tuple[str, str]]:
-        """Two arguments, not the message alone: it must survive the way out of a data worker."""
-        return type(self), (self.name, self.reason)
-
-
-def load_picture(source: PictureSource, name: str | None = None) -> Image.Image:
-    """A path, the bytes of a picture or a binary file -> PIL picture in mode RGB.
-
-    Turned upright as its EXIF orientation says; transparency composited on white; 16-bit grey
-    scaled to 8 bits. Raises CorruptPicture, naming `name` (by default the path), if unreadable.
-    """
-    if name is None:
-        if isinstance(source, str | os.PathLike):
-            name = os.fspath(source)
-        else:
-            name = getattr(source, "name", "picture")
-    try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            image.load()
-            return to_rgb(ImageOps.exif_transpose(image))
-    except PILLOW_ERRORS as error:
-        raise CorruptPicture(str(name), error or type(error).__name__) from error
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode -> RGB, on white where the picture is transparent."""
-    if image.mode == "F":
-        raise ValueError("floating-point pictures have no agreed range; convert it to 8 or 16 bits")
-    if image.mode.startswith("I"):  # 16-bit grey; Pillow's convert would clip it at 255
-        grey = np.clip(np.asarray(image, dtype=np.float64), 0, 65535)
-        image = Image.fromarray(np.rint(grey / 257).astype(np.uint8))
-    if {"A", "a"} & set(image.getbands()) or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, "white")
-        return Image.alpha_composite(white, rgba).convert("RGB")
-    return image.convert("RGB")
+def read_text_file(path: Path) -> str:
+    """A caption's file. Raises CorruptPicture if it is too large to be one."""
+    with open(path, "rb") as file:
+        data = file.read(MAX_TEXT_BYTES + 1)
+    if len(data) > MAX_TEXT_BYTES:
+        raise CorruptPicture(str(path), f"a text has at most {MAX_TEXT_BYTES} bytes")
+    return read_text(data, str(path))
 
 
 def read_text(data: bytes, name: str) -> str:
-    """UTF-8 text, stripped. Bytes that are none are replaced, with a counted warning that names
-    whose they are."""
+    """The text, clean. Bytes that are none are replaced, with a counted warning that names whose
+    they are."""
     try:
-        return data.decode("utf-8").strip()
+        return decode_text(data)
     except UnicodeDecodeError as error:
         count = next(_undecodable)
         log.warning("replaced text that is not UTF-8 (%d so far): %s: %s", count, name, error)
-        return data.decode("utf-8", "replace").strip()
+        return clean_text(data.decode("utf-8", "replace"))
 
 
-def list_pictures(root: Path, extensions: tuple[str, ...]) -> list[Path]:
-    """Pictures under root, at any depth, sorted by their relative path; hidden ones left out."""
-    found = []
-    for folder, folders, files in os.walk(root, followlinks=True):
-        here = Path(folder)
-        folders[:] = [f for f in folders if f[0] != "." and not leads_back(here, here / f)]
-        found += [here / f for f in files if f.lower().endswith(extensions) and f[0] != "."]
+def decode_text(data: bytes) -> str:
+    """UTF-8 text, or what its byte order mark says it is. Raises UnicodeDecodeError."""
+    encoding = next((MARKS[mark] for mark in MARKS if data.startswith(mark)), "utf-8")
+    return clean_text(data.decode(encoding))
+
+
+def clean_text(text: str) -> str:
+    """Without byte order marks, with lines that end in a newline only, stripped."""
+    lines = text.replace("\r\n", "\n").replace("\r", "\n")
+    return lines.replace("\ufeff", "").strip()
+
+
+def list_pictures(root: Path, extensions: Sequence[str] = EXTENSIONS) -> list[Path]:
+    """Pictures under root, at any depth, sorted by their relative path; hidden ones left out.
+
+    Links to folders are followed, each folder is listed once, under its own name if it lies under
+    root. One warning counts what is left out: pictures of other formats, what is no regular file,
+    links to a folder that is listed already or holds root, and folders that cannot be read.
+    """
+    endings = tuple(extensions)
+    others = (OTHER_PICTURES | set(Image.registered_extensions())) - set(EXTENSIONS)
+    left_out: dict[str, list[Path]] = {}
+    found: list[Path] = []
+    real_root = root.resolve()
+    seen = {identity(folder) for folder in real_root.parents}
+    folders, links = [root], list[Path]()
+    while folders or links:
+        links.sort(reverse=True)
+        folder = folders.pop() if folders else links.pop()  # real ones first
+        try:
+            if (number := identity(folder)) in seen:
+                left_out.setdefault("links to folders that are listed already", []).append(folder)
+                continue
+            seen.add(number)
+            entries = list(os.scandir(folder))
+        except OSError:
+            left_out.setdefault("folders that cannot be read", []).append(folder)
+            continue
+        for entry in entries:
+            name = entry.name.lower()
+            if name.startswith("."):
+                continue
+            is_link = entry.is_symlink()
+            if entry.is_dir(follow_symlinks=False):
+                folders.append(folder / entry.name)
+            elif is_link and os.path.isdir(entry.path):
+                links.append(folder / entry.name)
+            elif name.endswith(endings):
+                if os.path.isfile(entry.path) if is_link else entry.is_file():
+                    found.append(folder / entry.name)
+                else:
+                    kind = "no regular files, such as pipes and broken links"
+                    left_out.setdefault(kind, []).append(folder / entry.name)
+            elif os.path.splitext(name)[1] in others:
+                kind = "pictures of other formats (convert them to PNG or JPEG)"
+                left_out.setdefault(kind, []).append(folder / entry.name)
+    if left_out:
+        counts = [f"{len(v)} {k}, {min(v).relative_to(root)} for one" for k, v in left_out.items()]
+        log.warning("left out of %s: %s", root, "; ".join(counts))
     return sorted(found, key=lambda path: path.relative_to(root).as_posix())
 
 
-def leads_back(folder: Path, child: Path) -> bool:
-    """True for a link to a folder above itself: following it would never end."""
-    return child.is_symlink() and folder.resolve().is_relative_to(child.resolve())
+def identity(path: Path) -> tuple[int, int]:
+    facts = os.stat(path)
+    return facts.st_dev, facts.st_ino

@@ -6,13 +6,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-BICUBIC = Image.Resampling.BICUBIC  # PIL's resize is antialiased
-
-
-def to_tensor(image: Image.Image) -> Tensor:
-    """RGB picture -> (3, H, W) float32 in [-1, 1]."""
-    pixels = torch.from_numpy(np.array(image.convert("RGB"), dtype=np.uint8))
-    return pixels.permute(2, 0, 1).contiguous().float() / 127.5 - 1
+from flextok.images import (
+    PictureSource,
+    center_crop,
+    load_picture,
+    resized_crop,
+    resized_size,
+    to_tensor,
+)
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
@@ -26,26 +27,12 @@ def to_image(image: Tensor) -> Image.Image:
     return Image.fromarray(to_uint8(image))
 
 
-def resize_shorter_side(image: Image.Image, size: int) -> Image.Image:
-    width, height = image.size
-    scale = size / min(width, height)
-    target = (max(size, round(width * scale)), max(size, round(height * scale)))
-    return image if target == image.size else image.resize(target, BICUBIC)
-
-
-def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """Resize the shorter side to size, then crop the middle: the evaluation transform."""
-    image = resize_shorter_side(image, size)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
-
-
 def random_crop(image: Image.Image, size: int, generator: torch.Generator) -> Image.Image:
     """Resize the shorter side to size, then crop anywhere along the longer one."""
-    image = resize_shorter_side(image, size)
-    left = int(torch.randint(image.width - size + 1, (), generator=generator))
-    top = int(torch.randint(image.height - size + 1, (), generator=generator))
-    return image.crop((left, top, left + size, top + size))
+    width, height = resized_size(image, size)
+    left = int(torch.randint(width - size + 1, (), generator=generator))
+    top = int(torch.randint(height - size + 1, (), generator=generator))
+    return resized_crop(image, size, left, top)
 
 
 def random_shift(image: Image.Image, generator: torch.Generator, fraction: float) -> Image.Image:
@@ -58,8 +45,8 @@ def random_shift(image: Image.Image, generator: torch.Generator, fraction: float
 
 
 class ImageTransform:
-    """PIL picture -> (3, size, size) in [-1, 1]. With a generator it augments; without it is the
-    deterministic evaluation transform (bicubic, center crop)."""
+    """A picture, as load_picture takes it -> (3, size, size) in [-1, 1]. With a generator it
+    augments; without it is the deterministic evaluation transform (bicubic, center crop)."""
 
     def __init__(self, size: int, flip: bool = False, crop: str = "center", shift: float = 0.0):
         if crop not in ("center", "random"):
@@ -68,7 +55,8 @@ class ImageTransform:
             raise ValueError(f"shift={shift} must be in [0, 0.5), a fraction of the picture")
         self.size, self.flip, self.crop, self.shift = size, flip, crop, shift
 
-    def __call__(self, image: Image.Image, generator: torch.Generator | None = None) -> Tensor:
+    def __call__(self, picture: PictureSource, generator: torch.Generator | None = None) -> Tensor:
+        image = load_picture(picture)
         if generator is None:
             return to_tensor(center_crop(image, self.size))
         if self.crop == "random":

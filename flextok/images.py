@@ -1,0 +1,261 @@
+"""The one way from a picture to the (3, H, W) tensor that a model takes.
+
+Whatever a picture comes from (a path, bytes, an open file, a PIL picture), load_picture decodes it
+to 8-bit RGB, turned upright, in sRGB, on white where it is transparent.
+"""
+
+import io
+import logging
+import os
+import stat
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import IO
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageCms, ImageFile
+from torch import Tensor
+
+# Raster formats by Pillow's names. No other decoder sees a file, whatever the file is called: one
+# for PostScript, say, would start another program.
+FORMATS = (
+    *("PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM"),
+    *("AVIF", "JPEG2000", "QOI"),
+)
+MAX_FILE_BYTES = 2**30
+MAX_SIDE = 2**20  # pixels
+MAX_DECODED_BYTES = 384 * 2**20  # pixels x channels (at least RGB) x bytes of a channel
+MAX_PROFILE_BYTES = 4 * 2**20
+LONGEST_WHOLE = 4  # a resized picture up to so many times longer than wide is cropped afterwards
+
+BICUBIC = Image.Resampling.BICUBIC  # PIL's resize is antialiased
+TURNS = {  # EXIF orientation -> what undoes it
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+SIXTEEN_TO_EIGHT = [(value + 128) // 257 for value in range(2**16)]
+PROFILED = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}  # ICC space -> PIL mode
+log = logging.getLogger(__name__)
+PictureSource = str | os.PathLike[str] | bytes | IO[bytes] | Image.Image
+
+
+class CorruptPicture(ValueError):
+    """A picture that cannot be read; the message names it and the reason."""
+
+    def __init__(self, name: str, reason: object) -> None:
+        super().__init__(f"{name}: {reason}")
+        self.name, self.reason = name, str(reason)
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        """Two arguments, not the message alone: it must survive the way out of a data worker."""
+        return type(self), (self.name, self.reason)
+
+
+def load_picture(source: PictureSource, name: str | None = None) -> Image.Image:
+    """A path, the bytes of a picture, a binary file or a PIL picture -> PIL picture in mode RGB.
+
+    Turned upright as its EXIF orientation says; converted to sRGB if it carries a colour profile;
+    transparency composited on white; 16-bit grey scaled to 8 bits. Raises CorruptPicture, naming
+    `name` (by default the path), if the picture is unreadable, too large or of another format.
+    """
+    if isinstance(source, Image.Image) and is_plain(source):
+        return source
+    if name is None:
+        if isinstance(source, str | os.PathLike):
+            name = os.fspath(source)
+        else:
+            name = getattr(source, "filename", "") or getattr(source, "name", "") or "picture"
+    try:
+        if isinstance(source, Image.Image):
+            return decode(source)
+        with open_picture(source) as image:
+            return decode(image)
+    except Exception as error:  # a decoder may raise anything on a damaged file
+        raise CorruptPicture(str(name), error if str(error) else type(error).__name__) from error
+
+
+def is_plain(image: Image.Image) -> bool:
+    """True for 8-bit RGB in memory that says nothing about turns, profiles or transparency."""
+    return image.mode == "RGB" and not isinstance(image, ImageFile.ImageFile) and not image.info
+
+
+def open_picture(source: str | os.PathLike[str] | bytes | IO[bytes]) -> Image.Image:
+    """Read the header of a picture of one of FORMATS. Other formats raise."""
+    if isinstance(source, bytes):
+        size = len(source)
+        source = io.BytesIO(source)
+    elif isinstance(source, str | os.PathLike):
+        facts = os.stat(source)
+        if not stat.S_ISREG(facts.st_mode):  # opening a named pipe would wait for ever
+            raise ValueError("it is not a regular file")
+        size = facts.st_size
+    else:
+        size = 0
+    if size > MAX_FILE_BYTES:
+        raise ValueError(f"a file of {size} bytes is too large: at most {MAX_FILE_BYTES}")
+    return Image.open(source, formats=known_formats())
+
+
+@lru_cache
+def known_formats() -> list[str]:
+    """Those of FORMATS that the installed Pillow has."""
+    Image.init()
+    return [form for form in FORMATS if form in Image.OPEN]
+
+
+def decode(image: Image.Image) -> Image.Image:
+    if isinstance(image, ImageFile.ImageFile):
+        if image.format not in (*FORMATS, "MPO"):  # MPO: JPEGs in a row, the first one counts
+            raise ValueError(f"format {image.format} is not read: convert it to PNG")
+        check_size(image)
+        key = transparent_value(image)
+        image.load()
+        if key is not None:
+            image.info["transparency"] = key
+    return to_rgb(upright(image))
+
+
+def check_size(image: Image.Image) -> None:
+    """Raise ValueError if the decoded picture would be too large."""
+    width, height = image.size
+    depth = 4 if image.mode in ("I", "F") else 2 if image.mode.startswith("I") else 1
+    channels = max(3, len(image.getbands())) + ("transparency" in image.info)
+    if max(width, height) > MAX_SIDE:
+        raise ValueError(f"{width} x {height} pixels: a side has at most {MAX_SIDE}")
+    if (decoded := width * height * channels * depth) > MAX_DECODED_BYTES:
+        raise ValueError(
+            f"{width} x {height} pixels of mode {image.mode} take {decoded / 2**20:.0f} MiB, more "
+            f"than {MAX_DECODED_BYTES / 2**20:.0f} MiB: make it smaller"
+        )
+
+
+def transparent_value(image: ImageFile.ImageFile) -> int | tuple[int, ...] | None:
+    """The transparent grey value or colour of a PNG, in the range of its decoded pixels. Pillow
+    scales the pixels of 2, 4 and 16 bits to 8 bits, but not this value."""
+    key = image.info.get("transparency")
+    raw = image.tile[0][3] if image.tile else None
+    if isinstance(key, int) and raw in ("L;2", "L;4"):
+        return key * {"L;2": 85, "L;4": 17}[raw]
+    if isinstance(key, tuple) and raw == "RGB;16B":
+        return tuple(value >> 8 for value in key)
+    return None
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF orientation says; as it is where that cannot be read."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        turn = TURNS.get(orientation)
+    except Exception:  # whatever damaged metadata raise, the pixels are there
+        return image
+    return image if turn is None else image.transpose(turn)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode -> RGB in sRGB, on white where the picture is transparent."""
+    if image.mode == "F":
+        raise ValueError("floating-point pictures have no agreed range; convert it to 8 or 16 bits")
+    key, profile = image.info.get("transparency"), image.info.get("icc_profile")
+    alpha = None
+    if image.mode.startswith("I"):  # 16-bit grey; Pillow's convert would clip it at 255
+        deep = image.convert("I")
+        image = deep.point(SIXTEEN_TO_EIGHT, "L")
+        if isinstance(key, int):
+            alpha = deep.point([0 if value == key else 255 for value in range(2**16)], "L")
+    elif {"A", "a"} & set(image.getbands()) or key is not None:
+        if isinstance(key, tuple) and max(key) > 255:  # of a 16-bit picture, decoded to 8
+            image = image.copy()
+            image.info["transparency"] = tuple(value >> 8 for value in key)
+        if image.mode == "La":
+            image = image.convert("LA")
+        grey = image.mode in ("1", "L", "LA")
+        image = image.convert("LA" if grey else "RGBA")
+        alpha = image.getchannel("A")
+        image = image.convert("L" if grey else "RGB")
+    image = to_srgb(image, profile) if profile else image.convert("RGB")
+    if alpha is not None:
+        white = Image.new("RGB", image.size, "white")
+        white.paste(image, mask=alpha)
+        image = white
+    image.info = {}  # all of it has been heeded
+    return image
+
+
+def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
+    """RGB picture in sRGB. A profile that cannot be read, or is of other channels, is ignored."""
+    mode, transform = srgb_transform(profile)
+    if mode == "RGB" and image.mode not in ("CMYK", "LAB"):
+        image = image.convert("RGB")
+    if transform is None or image.mode != mode:
+        return image.convert("RGB")
+    return transform.apply(image)
+
+
+@lru_cache(maxsize=16)
+def srgb_transform(profile: bytes) -> tuple[str, ImageCms.ImageCmsTransform | None]:
+    """The mode that a colour profile is for, and the way from there to sRGB; None where that way
+    changes no color by more than rounding does, as those of sRGB's own profiles."""
+    try:
+        if len(profile) > MAX_PROFILE_BYTES:
+            raise ValueError(f"it has {len(profile)} bytes, more than {MAX_PROFILE_BYTES}")
+        source = ImageCms.getOpenProfile(io.BytesIO(profile))
+        mode = PROFILED[source.profile.xcolor_space.strip()]
+        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+        levels = np.arange(0, 256, 15, dtype=np.uint8)
+        colors = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(-1, len(levels), 3)
+        sample = Image.fromarray(colors).convert(mode) if mode in ("RGB", "L") else None
+        if sample is not None:
+            before, after = sample.convert("RGB"), transform.apply(sample)
+            if np.abs(np.asarray(after, int) - np.asarray(before, int)).max() <= 2:
+                return mode, None
+        return mode, transform
+    except Exception as error:  # whatever a damaged profile raises
+        log.warning("ignored a colour profile that cannot be used: %r", error)
+        return "", None
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """Resize the shorter side to size, then crop the middle: the evaluation transform."""
+    width, height = resized_size(image, size)
+    return resized_crop(image, size, (width - size) // 2, (height - size) // 2)
+
+
+def resized_size(image: Image.Image, size: int) -> tuple[int, int]:
+    """Width and height once the shorter side is `size`."""
+    width, height = image.size
+    scale = size / min(width, height)
+    return max(size, round(width * scale)), max(size, round(height * scale))
+
+
+def resized_crop(image: Image.Image, size: int, left: int, top: int) -> Image.Image:
+    """The square of side `size` at (left, top) of the picture whose shorter side is resized to
+    size. Of long pictures only that square is resized; its pixels differ from those of the whole
+    resized picture by rounding at most."""
+    target = resized_size(image, size)
+    if max(target) <= LONGEST_WHOLE * size:
+        resized = image if target == image.size else image.resize(target, BICUBIC)
+        return resized.crop((left, top, left + size, top + size))
+    across, down = image.width / target[0], image.height / target[1]
+    right = min(image.width, (left + size) * across)
+    bottom = min(image.height, (top + size) * down)
+    return image.resize((size, size), BICUBIC, box=(left * across, top * down, right, bottom))
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """Picture -> (3, H, W) float32 in [-1, 1]."""
+    pixels = torch.from_numpy(np.array(load_picture(image), dtype=np.uint8))
+    return pixels.permute(2, 0, 1).contiguous().float() / 127.5 - 1
+
+
+def picture_batch(pictures: Image.Image | Sequence[Image.Image], size: int) -> Tensor:
+    """One PIL picture or several -> (B, 3, size, size) float in [-1, 1], as evaluation has them."""
+    several = [pictures] if isinstance(pictures, Image.Image) else list(pictures)
+    if not several or not all(isinstance(picture, Image.Image) for picture in several):
+        raise ValueError("images must be a tensor, a PIL picture or a list of PIL pictures")
+    return torch.stack([to_tensor(center_crop(load_picture(p), size)) for p in several])
