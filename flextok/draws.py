@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
+from flextok.nn.devices import to_device
+
 Rng = torch.Generator | Sequence[torch.Generator] | None  # one for a batch, or one for each row
 
 # purposes of a picture's draws; training's are 1 to 4
@@ -43,9 +45,9 @@ def draw(
         if len(generator) != shape[0]:
             raise ValueError(f"{len(generator)} generators for {shape[0]} rows: give one for each")
         rows = [sampler(shape[1:], generator=one, device=one.device) for one in generator]
-        return torch.stack(rows).to(device)
+        return to_device(torch.stack(rows), device)
     source = device if generator is None else generator.device
-    return sampler(shape, generator=generator, device=source).to(device)
+    return to_device(sampler(shape, generator=generator, device=source), device)
 
 
 def uniforms(shape: tuple[int, ...], generator: Rng, device: torch.device) -> Tensor:
@@ -65,4 +67,4 @@ def uniform_steps(steps: int, batch: int, generator: Rng, device: torch.device) 
     # a call for each step: on a GPU a longer call gives other numbers from the start
     source = device if generator is None else generator.device
     rows = [uniforms((batch,), generator, source) for _ in range(steps)]
-    return torch.stack(rows).to(device)
+    return to_device(torch.stack(rows), device)

@@ -65,6 +65,11 @@ class Pretrained(nn.Module):
         """Free-form facts kept beside the weights: class names, provenance, figures."""
         return self.__dict__.setdefault("_metadata", {})
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are. encode, decode and generate move what they are given there."""
+        return next(self.parameters()).device
+
     @classmethod
     def from_pretrained(
         cls: type[M],

@@ -91,14 +91,17 @@ def add_solving(parser: argparse.ArgumentParser, several: bool = False) -> None:
 
 
 def pick_device(name: str | None) -> str:
+    """The device of that name. By default this process's GPU, else MPS, else the CPU."""
     import torch
+
+    from flextok.data.processes import local_device
 
     if name is not None:
         try:
             torch.empty(0, device=name)
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"--device {name}: {error}") from None
-    return name or ("cuda" if torch.cuda.is_available() else "cpu")
+    return name or local_device()
 
 
 def token_lengths(asked: list[int] | None, tokenizer: Any, total: int) -> list[int]:

@@ -138,7 +138,6 @@ def run_index(options: argparse.Namespace) -> None:
 
 def run_tokenize(options: argparse.Namespace) -> dict[str, Any] | None:
     from flextok.data.datasets import DATASETS
-    from flextok.data.processes import local_device
     from flextok.data.tokens import (
         build_token_cache,
         cache_identity,
@@ -149,7 +148,7 @@ def run_tokenize(options: argparse.Namespace) -> dict[str, Any] | None:
     from flextok.pipeline import is_generator, load_model
     from flextok.schema import build
 
-    tokenizer = load_model(options.model, pick_device(options.device or local_device()))
+    tokenizer = load_model(options.model, pick_device(options.device))
     if is_generator(tokenizer):
         raise ValueError(f"{options.model} is a generator: name the tokenizer to encode with")
     spec = data_spec(options.data)

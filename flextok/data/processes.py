@@ -29,6 +29,7 @@ def this_process() -> Process:
 
 
 def local_device() -> str:
-    """This process's GPU where the machine has any, else the CPU."""
-    gpus = torch.cuda.device_count()
-    return f"cuda:{this_process().local_rank % gpus}" if gpus else "cpu"
+    """This process's GPU where the machine has any, else MPS (Apple's), else the CPU."""
+    if torch.cuda.is_available():
+        return f"cuda:{this_process().local_rank % torch.cuda.device_count()}"
+    return "mps" if torch.backends.mps.is_available() else "cpu"

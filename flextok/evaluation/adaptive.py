@@ -72,7 +72,7 @@ class Target:
         (network,) = networks.features
 
         def distance(a: Tensor, b: Tensor) -> Tensor:
-            ours, theirs = (network(to_8_bit(x)).pooled.double() for x in (a, b))
+            ours, theirs = (network(to_8_bit(x)).pooled.cpu().double() for x in (a, b))
             return 1 - F.cosine_similarity(ours, theirs, dim=-1)
 
         return distance

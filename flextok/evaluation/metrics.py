@@ -6,10 +6,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from flextok.nn.devices import widest
+
 
 def to_8_bit(images: Tensor) -> Tensor:
-    """(B, 3, H, W) in [-1, 1] -> float64 in 0..255, clamped and rounded."""
-    return ((images.double().clamp(-1, 1) + 1) * 127.5).round()
+    """(B, 3, H, W) in [-1, 1] -> whole numbers in 0..255, float64 (float32 on MPS)."""
+    return ((images.to(widest(images.device)).clamp(-1, 1) + 1) * 127.5).round()
 
 
 def mse(a: Tensor, b: Tensor) -> Tensor:

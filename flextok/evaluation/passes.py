@@ -200,7 +200,7 @@ def lpips(networks: Networks, a: Tensor, b: Tensor) -> Tensor:
     dtype = networks.lpips.shift.dtype
     ours, theirs = ((to_8_bit(x) / 127.5 - 1).to(dtype) for x in (a, b))
     with torch.no_grad():
-        return networks.lpips.distances(ours, theirs).double()
+        return networks.lpips.distances(ours, theirs).cpu().double()
 
 
 def encode(tokenizer: Any, images: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ def codes_of(tokenizer: Any, dataset: Any, options: Options) -> tuple[Tensor, Te
         found = passes.encode(tokenizer, batch["image"].to(device))
         if not found.is_floating_point():
             found = tokenizer.quantizer.indices_to_codes(found)
-        codes.append(found.double().cpu())
+        codes.append(found.cpu().double())
         labels.append(batch["label"])
     if not codes:
         raise ValueError("no picture of the data set could be read; see the warnings above")

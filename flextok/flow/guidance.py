@@ -9,6 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from flextok.nn.devices import widest
+
 Velocity = Callable[[Tensor, Tensor], Tensor]
 Scale = float | Callable[[Tensor], float]
 
@@ -67,10 +69,10 @@ def apg(
         norm = d.norm(p=2, dim=dims, keepdim=True)
         d = d * torch.clamp(norm_threshold / norm.clamp_min(1e-12), max=1.0)
         # float64 island: the projection cancels nearly parallel vectors
-        d64, c64 = d.double(), c.double()
-        unit = c64 / c64.norm(p=2, dim=dims, keepdim=True).clamp_min(1e-12)
-        parallel = (d64 * unit).sum(dim=dims, keepdim=True) * unit
-        update = (d64 - parallel + eta * parallel).to(c.dtype)
+        wide_d, wide_c = (x.to(widest(x.device)) for x in (d, c))
+        unit = wide_c / wide_c.norm(p=2, dim=dims, keepdim=True).clamp_min(1e-12)
+        parallel = (wide_d * unit).sum(dim=dims, keepdim=True) * unit
+        update = (wide_d - parallel + eta * parallel).to(c.dtype)
         return c + (s - 1) * update
 
     return velocity

@@ -20,10 +20,11 @@ from flextok.generators.sampling import check_sampling, pick
 from flextok.hub import Pretrained
 from flextok.nn.attention import KVCache
 from flextok.nn.blocks import Block, LayerNorm
+from flextok.nn.devices import to_device
 from flextok.nn.layout import column_major
 from flextok.nn.linear import Linear
 from flextok.schema import build
-from flextok.tokenizers.common import check_finite, run_block
+from flextok.tokenizers.common import check_finite, check_indices, run_block
 
 
 @dataclass
@@ -144,7 +145,7 @@ class GPT(Pretrained, nn.Module):
         noise in the context: in training a share config.context_noise of the indices read, not of
         those predicted, is replaced by uniform ones, as sampling errors will (the noisy context of
         reAR, arXiv 2510.04450, at a constant share)."""
-        self._check_indices(indices)
+        check_indices(indices, self.num_tokens, self.config.vocab_size, self.training)
         drop = None
         if self.training and self.config.cond_drop > 0:
             u = draw(torch.rand, (len(indices),), generator, indices.device)
@@ -190,7 +191,7 @@ class GPT(Pretrained, nn.Module):
         scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
         check_sampling(temperature, top_k, top_p)
 
-        device = self.start.device
+        device = self.device
         cond = self.conditioner.prepare(cond, device)
         batch = len(cond)
         if prefix is None:
@@ -201,7 +202,7 @@ class GPT(Pretrained, nn.Module):
             )
         indices = torch.empty(batch, total, dtype=torch.long, device=device)
         done = prefix.shape[1]
-        indices[:, :done] = prefix.to(device)
+        indices[:, :done] = to_device(prefix, device)
         if done == total:
             return indices
         guided = scale != 1
@@ -240,18 +241,6 @@ class GPT(Pretrained, nn.Module):
         dim = self.positions.shape[1]
         heads = self.config.num_heads or self.config.depth
         return [KVCache(batch, heads, length, dim // heads, like=self.start) for _ in self.blocks]
-
-    def _check_indices(self, indices: Tensor) -> None:
-        if indices.ndim != 2 or indices.shape[1] > self.num_tokens:
-            raise ValueError(
-                f"indices have shape {tuple(indices.shape)}, expected (B, k) with "
-                f"k <= {self.num_tokens}"
-            )
-        low, high = indices.aminmax()
-        if low < 0 or high >= self.config.vocab_size:
-            raise ValueError(
-                f"indices span [{low}, {high}], expected [0, {self.config.vocab_size - 1}]"
-            )
 
 
 def context_mask(condition: Condition) -> Tensor | None:

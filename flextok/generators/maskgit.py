@@ -20,7 +20,7 @@ from flextok.hub import Pretrained
 from flextok.nn.linear import Linear
 from flextok.nn.vit import ViTBlock
 from flextok.schema import build
-from flextok.tokenizers.common import check_finite
+from flextok.tokenizers.common import check_finite, check_indices
 
 Decay = Literal["constant", "linear", "power-cosine"]
 
@@ -152,15 +152,7 @@ class MaskGIT(Pretrained, nn.Module):
         """indices: (B, k) long; cond: as in `forward`. Returns scalars: "loss", the weighted,
         label-smoothed cross-entropy over all positions, and "accuracy" on masked ones. All random
         draws come from `generator`, except those of the dropout layers."""
-        if indices.ndim != 2 or not 1 <= indices.shape[1] <= self.num_tokens:
-            raise ValueError(
-                f"indices have shape {tuple(indices.shape)}, expected (B, k <= {self.num_tokens})"
-            )
-        low, high = indices.aminmax()
-        if low < 0 or high >= self.config.vocab_size:
-            raise ValueError(
-                f"indices span [{low}, {high}], expected [0, {self.config.vocab_size - 1}]"
-            )
+        check_indices(indices, self.num_tokens, self.config.vocab_size, self.training)
         batch, device = len(indices), indices.device
         u_ratio = draw(torch.rand, (batch,), generator, device)
         masked = sample_mask(u_ratio, draw(torch.rand, tuple(indices.shape), generator, device))
@@ -225,7 +217,7 @@ class MaskGIT(Pretrained, nn.Module):
         power = own.guidance_pow if guidance_pow is None else guidance_pow
         anneal = own.anneal_logits if anneal_logits is None else anneal_logits
 
-        device = self.positions.device
+        device = self.device
         cond = self.conditioner.prepare(cond, device)
         condition = self.conditioner(cond)
         both = None

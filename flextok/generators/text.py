@@ -38,9 +38,8 @@ class Text:
     @classmethod
     def pad(cls, rows: Sequence[Tensor]) -> "Text":
         """rows: one (L,) or (L, E) a prompt, padded to the longest."""
-        lengths = torch.tensor([len(row) for row in rows], device=rows[0].device)
-        mask = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
-        return cls(pad_sequence(list(rows), batch_first=True), mask)
+        real = [torch.ones(len(row), dtype=torch.bool, device=row.device) for row in rows]
+        return cls(*(pad_sequence(some, batch_first=True) for some in (list(rows), real)))
 
     def __len__(self) -> int:
         return len(self.mask)

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from flextok.nn.linear import Linear
 
 
-def register_mask(num_patches: int, num_registers: int) -> Tensor:
+def register_mask(num_patches: int, num_registers: int, device: torch.device) -> Tensor:
     """(K, N+K) bool, True = attend: register i sees all patches and registers <= i. The patches'
     own rows are not there: patches see patches (FlexTok, section 3.1)."""
     n = num_patches + num_registers
-    return torch.ones(num_registers, n, dtype=torch.bool).tril(num_patches)
+    return torch.ones(num_registers, n, dtype=torch.bool, device=device).tril(num_patches)
 
 
 class KVCache:

@@ -1,6 +1,7 @@
 """Patches, positions and time: how pictures and scalars enter a transformer."""
 
 import math
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -22,17 +23,20 @@ def unpatchify(x: Tensor, patch_size: int, height: int) -> Tensor:
 
 def sincos_2d(dim: int, height: int, width: int, temperature: float = 10_000.0) -> Tensor:
     """Fixed 2D positions, (1, dim, height, width): the first dim/2 channels encode the row, the
-    rest the column; each half is [sin, cos] over dim/4 frequencies."""
+    rest the column; each half is [sin, cos] over dim/4 frequencies. It is made on the CPU
+    and moved to the default device: MPS has no float64, and an arange on the meta device imports
+    torch's compiler, which takes a second."""
     assert dim % 4 == 0, f"2D sin-cos positions need a width divisible by 4, got {dim}"
-    omega = 1.0 / temperature ** (torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    wide: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
+    omega = 1.0 / temperature ** (torch.arange(dim // 4, **wide) / (dim // 4))
 
     def axis(length: int) -> Tensor:
-        angles = torch.outer(torch.arange(length, dtype=torch.float64), omega)
+        angles = torch.outer(torch.arange(length, **wide), omega)
         return torch.cat([angles.sin(), angles.cos()], dim=1).T.float()  # (dim/2, length)
 
     rows = axis(height)[:, :, None].expand(-1, -1, width)
     columns = axis(width)[:, None, :].expand(-1, height, -1)
-    return torch.cat([rows, columns])[None]
+    return torch.cat([rows, columns])[None].to(torch.get_default_device())
 
 
 class TimeEmbedding(nn.Module):

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from flextok.draws import draw
+
 
 class KL(nn.Module):
     """A diagonal Gaussian posterior: its sample in training, its mean in evaluation.
@@ -29,8 +31,7 @@ class KL(nn.Module):
         indices = torch.empty(len(z), 0, dtype=torch.long, device=z.device)
         if not self.training:
             return mean, indices, aux
-        source = z.device if generator is None else generator.device
-        noise = torch.randn(mean.shape, generator=generator, device=source).to(z.device)
+        noise = draw(torch.randn, tuple(mean.shape), generator, z.device)
         return mean + torch.exp(logvar / 2) * noise, indices, aux
 
     def indices_to_codes(self, indices: Tensor) -> Tensor:

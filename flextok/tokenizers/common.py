@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from flextok.hub import fingerprint
+from flextok.nn.devices import span
 
 
 def check_images(images: Tensor, size: int, check_range: bool = False) -> None:
@@ -25,7 +26,7 @@ def check_images(images: Tensor, size: int, check_range: bool = False) -> None:
             f"images have dtype {images.dtype}, expected float in [-1, 1]: x / 127.5 - 1"
         )
     if check_range:
-        low, high = images.aminmax()
+        low, high = span(images)
         if not (low >= -1.001 and high <= 1.001):  # NaN fails too
             raise ValueError(
                 f"images span [{low:.4g}, {high:.4g}], expected [-1, 1]: scale uint8 pictures with "
@@ -33,15 +34,21 @@ def check_images(images: Tensor, size: int, check_range: bool = False) -> None:
             )
 
 
-def check_indices(indices: Tensor, num_tokens: int, vocab_size: int) -> None:
-    """Raise ValueError unless indices are (B, k) integers, 1 <= k <= num_tokens, in range."""
+def check_indices(
+    indices: Tensor, num_tokens: int, vocab_size: int, training: bool = False
+) -> None:
+    """Raise ValueError unless indices are (B, k) integers, 1 <= k <= num_tokens, in range. In
+    training their values are read on a CPU only: reading those on a GPU would make each step wait
+    for it, and its embedding refuses them in any case."""
     if indices.ndim != 2 or not 1 <= indices.shape[1] <= num_tokens:
         raise ValueError(
             f"indices have shape {tuple(indices.shape)}, expected (B, k), k in [1, {num_tokens}]"
         )
     if indices.is_floating_point() or indices.dtype == torch.bool:
         raise ValueError(f"indices have dtype {indices.dtype}, expected integers")
-    low, high = indices.aminmax()
+    if training and indices.device.type != "cpu":
+        return
+    low, high = span(indices)
     if low < 0 or high >= vocab_size:
         raise ValueError(
             f"indices span [{low}, {high}], expected [0, {vocab_size - 1}]: were they made by "

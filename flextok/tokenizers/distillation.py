@@ -54,7 +54,7 @@ def distillation_loss(
         x = draw(torch.randn, (batch, *student.noise_shape), generator, device)
         if i:
             x = student.solve(x, steps[: i + 1], codes, keep)
-        mean = (teacher.solve(x, within, codes, keep) - x) / (end - start).to(device)
+        mean = (teacher.solve(x, within, codes, keep) - x) / (end - start)
     registers, mask = student.decoder.embed_codes(codes, keep)
     velocity = student.velocity(x, start, registers, mask)
     loss = (velocity.float() - mean.float()).square().mean()

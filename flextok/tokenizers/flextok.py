@@ -20,6 +20,7 @@ from flextok.hub import Pretrained
 from flextok.losses import RepresentationAlignment
 from flextok.nn.attention import Attention
 from flextok.nn.blocks import SegmentModulation
+from flextok.nn.devices import to_device
 from flextok.nn.frozen import Frozen
 from flextok.quantizers import QUANTIZERS
 from flextok.schema import ConfigError, build
@@ -256,7 +257,7 @@ class FlexTok(Pretrained, nn.Module):
         if self.config.prediction == "velocity":
             return prediction
         # x_t - x0 = t v; the clamp bounds the error's amplification near the data (JiT, 2511.13720)
-        t = t.to(x_t.device).expand(len(x_t)).view(-1, 1, 1, 1).clamp_min(0.05)
+        t = to_device(t, x_t.device).expand(len(x_t)).view(-1, 1, 1, 1).clamp_min(0.05)
         return (x_t - prediction) / t
 
     def loss(self, images: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
@@ -330,6 +331,7 @@ class FlexTok(Pretrained, nn.Module):
         sample_posterior: draw the VAE's latents with `generator` in place of its posterior mode.
         Raises ValueError on a wrong shape, dtype or range."""
         check_images(images, self.image_size, check_range=True)
+        images = to_device(images, self.device)
         latents = self.vae.encode(images, sample_posterior, generator)
         weight = self.encoder.patch_embed.weight
         return self.quantizer(self.encoder(latents.to(weight.dtype)))[1]
@@ -373,8 +375,8 @@ class FlexTok(Pretrained, nn.Module):
                         f"{key}={value} must be {getattr(defaults, key)} or left out: this decoder "
                         "was distilled to its few Euler steps, guidance included"
                     )
-        device = self.decoder.head.weight.device
-        indices, keep = indices.to(device), keep.to(device)
+        device = self.device
+        indices, keep = to_device(indices, device), to_device(keep, device)
         shape = (len(indices), *self.noise_shape)
         if noise is None:
             noise = draw(torch.randn, shape, generator, device)
@@ -385,7 +387,7 @@ class FlexTok(Pretrained, nn.Module):
         times = shift_times(times, defaults.time_shift if time_shift is None else time_shift)
         codes = self.quantizer.indices_to_codes(indices)
         options = (guidance_scale, guidance, solver, guidance_interval, progress)
-        x0 = self.solve(noise.to(device), times, codes, keep, *options)
+        x0 = self.solve(to_device(noise, device), times, codes, keep, *options)
         return self.vae.decode(x0).float().clamp(-1, 1)
 
     @torch.no_grad()

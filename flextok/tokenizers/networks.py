@@ -1,7 +1,7 @@
 """FlexTok's two networks (arXiv 2502.13967, section 3): the encoder with registers, and the
 decoder, a rectified-flow DiT over patches and registers. Time: t=1 is noise (flow/path.py)."""
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from flextok.nn.attention import register_mask
 from flextok.nn.blocks import AdaLNBlock, Block, LayerNorm, SegmentModulation, modulate
+from flextok.nn.devices import to_device
 from flextok.nn.embeddings import TimeEmbedding, patchify, sincos_2d, unpatchify
 from flextok.nn.linear import Linear
 from flextok.tokenizers.common import run_block
@@ -62,7 +63,7 @@ class Encoder(nn.Module):
         registers = self.registers[:length]
         num_patches = x.shape[1]
         x = torch.cat([x, registers.expand(len(x), -1, -1).to(x.dtype)], dim=1)  # (B, N+K, D)
-        mask = register_mask(num_patches, len(registers)).to(x.device)
+        mask = register_mask(num_patches, len(registers), x.device)
         checkpoint = self.checkpoint_blocks and self.training
         *blocks, last = self.blocks
         for block in blocks:
@@ -160,7 +161,7 @@ class FlowDecoder(nn.Module):
         x = self.patch_embed(patchify(x_t.to(self.patch_embed.weight.dtype), self.patch_size))
         x = x + self.patch_pos.flatten(2).transpose(1, 2).to(x.dtype)
         lengths = (x.shape[1], registers.shape[1])
-        condition = self.time_embed(t.to(x.device).expand(len(x)))  # (B, D)
+        condition = self.time_embed(to_device(t, x.device).expand(len(x)))  # (B, D)
         x = torch.cat([x, registers.to(x.dtype)], dim=1)  # (B, N+K', D)
         features = x
         checkpoint = self.checkpoint_blocks and self.training
@@ -179,9 +180,12 @@ class FlowDecoder(nn.Module):
 def add_places(tokens: Tensor, positions: Tensor) -> None:
     """tokens: (K, D), changed in place; positions: (1, D, h, w). Adds the positions of K points, of
     which every first k cover the picture evenly (Roberts' R2 sequence), interpolated."""
-    steps = torch.arange(len(tokens), dtype=torch.float64)[:, None]
+    if tokens.is_meta:  # nothing to fill, and sampling there imports the compiler of torch
+        return
+    wide: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}  # MPS has no float64
+    steps = torch.arange(len(tokens), **wide)[:, None]
     golden = 1.32471795724474602596  # the real root of x^3 = x + 1
-    points = (0.5 + steps * torch.tensor([1 / golden, 1 / golden**2], dtype=torch.float64)) % 1
+    points = (0.5 + steps * torch.tensor([1 / golden, 1 / golden**2], **wide)) % 1
     grid = (2 * points - 1).to(positions)[None, None]  # (1, 1, K, 2), in [-1, 1]
     values = F.grid_sample(positions, grid, padding_mode="border", align_corners=False)
     tokens += values[0, :, 0].T

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from flextok.draws import draw
 from flextok.hub import Pretrained
 from flextok.losses.perceptual import PerceptualLoss
+from flextok.nn.devices import span, to_device
 from flextok.nn.embeddings import sincos_2d
 from flextok.nn.frozen import Frozen
 from flextok.nn.linear import Linear
@@ -235,7 +236,7 @@ class TiTok(Pretrained, nn.Module):
                 "a TiTok of the first stage (stage: proxy) has no pixels of its own: train the "
                 "second stage, or call attach_proxy(vqgan)"
             )
-        return self._proxy.to(self.encoder.head.weight.device)
+        return self._proxy.to(self.device)
 
     def start_finetuning(self, first: "TiTok", proxy: MaskGITVQGAN) -> None:
         """Fill this second-stage model with a first-stage one's weights, and with the proxy's
@@ -339,14 +340,14 @@ class TiTok(Pretrained, nn.Module):
         a wrong shape, dtype or range, and for a continuous bottleneck."""
         self._check_discrete()
         check_images(images, self.image_size, check_range=True)
-        return self._quantize(images)[1]
+        return self._quantize(to_device(images, self.device))[1]
 
     @torch.no_grad()
     def encode_codes(self, images: Tensor) -> Tensor:
         """images: (B, 3, H, W) float in [-1, 1]. Returns codes (B, K, C) float, quantized ones or,
         for a continuous bottleneck in eval mode, the posterior's mean."""
         check_images(images, self.image_size, check_range=True)
-        return self._quantize(images)[0]
+        return self._quantize(to_device(images, self.device))[0]
 
     @torch.no_grad()
     def decode(
@@ -363,8 +364,7 @@ class TiTok(Pretrained, nn.Module):
         ValueError on indices, keep or text that do not fit."""
         self._check_discrete()
         check_indices(indices, self.num_tokens, self.vocab_size)
-        device = self.encoder.head.weight.device
-        codes = self.quantizer.indices_to_codes(indices.to(device))
+        codes = self.quantizer.indices_to_codes(to_device(indices, self.device))
         return self.decode_codes(codes, keep, text).float().clamp(-1, 1)
 
     def decode_codes(
@@ -372,15 +372,18 @@ class TiTok(Pretrained, nn.Module):
     ) -> Tensor:
         """codes: (B, k, C) float; keep and text as in `decode`. Returns images (B, 3, H, W), about
         [-1, 1], not clamped, with gradients."""
-        lengths = check_keep(keep, len(codes), codes.shape[1]).to(codes.device)
-        shortest, longest = (int(n) for n in lengths.aminmax())
+        lengths = check_keep(keep, len(codes), codes.shape[1])
+        shortest, longest = (int(n) for n in span(lengths))
         if shortest < self.num_tokens and not self.decodes_prefixes:
             raise ValueError(
                 f"this TiTok decodes all {self.num_tokens} tokens only, got {shortest}: prefixes "
                 "need a model trained with nested_dropout (uniform = One-D-Piece's tail drop)"
             )
-        ragged = shortest < longest
-        out = self.decoder(codes[:, :longest], lengths if ragged else None, text)
+        codes = to_device(codes, self.device)[:, :longest]
+        if text is not None:
+            text = to_device(text, self.device)
+        ragged = to_device(lengths, self.device) if shortest < longest else None
+        out = self.decoder(codes, ragged, text)
         if self.config.stage == "single":
             return from_unit(out)
         probabilities = out.float().softmax(dim=-1)  # (B, N, V): a soft choice of proxy codes

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from flextok.hub import Pretrained
 from flextok.losses.perceptual import PerceptualLoss
+from flextok.nn.devices import to_device
 from flextok.quantizers import QUANTIZERS
 from flextok.schema import build
 from flextok.tokenizers.common import check_images, check_indices, component
@@ -194,7 +195,7 @@ class MaskGITVQGAN(Pretrained, nn.Module):
     def encode(self, images: Tensor) -> Tensor:
         """images: (B, 3, H, W) float in [-1, 1]. Returns indices (B, K) long, row by row."""
         check_images(images, self.image_size, check_range=True)
-        return self.quantizer(self._latents(images))[1]
+        return self.quantizer(self._latents(to_device(images, self.device)))[1]
 
     @torch.no_grad()
     def decode(self, indices: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -205,7 +206,7 @@ class MaskGITVQGAN(Pretrained, nn.Module):
                 f"indices have shape {tuple(indices.shape)}, expected (B, {self.num_tokens}): a "
                 "grid of local codes has no meaningful prefix"
             )
-        indices = indices.to(self.decoder.conv_in.weight.device)
+        indices = to_device(indices, self.device)
         return self.decode_codes(self.quantizer.indices_to_codes(indices)).float().clamp(-1, 1)
 
     def decode_codes(self, codes: Tensor) -> Tensor:

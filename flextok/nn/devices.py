@@ -1,0 +1,23 @@
+"""Where tensors live. encode, decode and generate move their inputs to the model's device and
+return results there; a loss expects its inputs on it already, as training loops have them."""
+
+import torch
+from torch import Tensor
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """x on `device`. A copy from the CPU to a GPU goes through pinned memory, so that the CPU does
+    not wait until the GPU has done all work before it."""
+    if x.device.type == "cpu" and device.type == "cuda":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
+
+
+def span(x: Tensor) -> list[float]:
+    """The smallest and the largest value of x, read from its device at once."""
+    return torch.stack(x.aminmax()).cpu().tolist()
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """The most precise floating-point type of a device: MPS has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
