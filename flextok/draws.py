@@ -31,7 +31,7 @@ def derived_generator(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(state >> 1)
 
 
-def row_generators(seed: int, purpose: int, rows: Iterable[int]) -> list[torch.Generator]:
+def row_generators(seed: int, purpose: int, rows: Iterable[int] | Tensor) -> list[torch.Generator]:
     """One generator for each of these picture numbers."""
     return [derived_generator(seed, purpose, int(row)) for row in rows]
 

@@ -5,19 +5,20 @@ flextok.generators state; an option that a model does not take is an error that 
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from flextok.draws import CODES, NOISE, row_generators
 from flextok.generators import GENERATORS
 from flextok.hub import CheckpointError, Pretrained, read_model, resolve
 from flextok.schema import unknown_key
 from flextok.storage import find_reference
 from flextok.tokenizers import TOKENIZERS
-from flextok.tokenizers.common import codes_id, same_codes
+from flextok.tokenizers.common import codes_id, encode_rows, same_codes
 
 _NOT_OPTIONS = ("indices", "codes", "cond", "num_tokens", "generator", "progress", "text")
 
@@ -119,21 +120,42 @@ def generate_images(
 ) -> dict[int, Tensor]:
     """cond: (B,) labels or B prompts. Generates max(num_tokens) indices once and decodes each
     prefix length with the same initial noise. sampling and decoding go to generate() and decode(),
-    None = the model's own. Returns prefix length -> (B, 3, H, W) in [-1, 1], shortest first."""
+    None = the model's own. Picture r depends on seed and r, not on batch_size. Returns prefix
+    length -> (B, 3, H, W) in [-1, 1], shortest first."""
+    batches = list(
+        generate_batches(
+            *(generator, tokenizer, cond, num_tokens, seed, sampling, decoding),
+            *(progress, batch_size),
+        )
+    )
+    return {k: torch.cat([batch[k] for batch in batches]) for k in batches[0]}
+
+
+def generate_batches(
+    generator: Any,
+    tokenizer: Any,
+    cond: Any,
+    num_tokens: list[int] | None = None,
+    seed: int = 0,
+    sampling: dict[str, Any] | None = None,
+    decoding: dict[str, Any] | None = None,
+    progress: Callable[[int], None] | None = None,
+    batch_size: int = 64,
+) -> Iterator[dict[int, Tensor]]:
+    """As generate_images, but yields each batch as soon as it is made."""
     lengths = sorted(set(num_tokens or [generator.num_tokens]))
     options = given(generator.generate, sampling, f"{generator.model_type} sampling option")
-    batches = []
     for start in range(0, len(cond), batch_size):
-        draws = torch.Generator().manual_seed(seed + start)
+        some = cond[start : start + batch_size]
+        rows = range(start, start + len(some))
         indices = generator.generate(
-            cond[start : start + batch_size],
+            some,
             num_tokens=lengths[-1],
-            generator=draws,
+            generator=row_generators(seed, CODES, rows),
             progress=progress,
             **options,
         )
-        batches.append(decode_prefixes(tokenizer, indices, lengths, seed + start, decoding))
-    return {k: torch.cat([batch[k] for batch in batches]) for k in lengths}
+        yield decode_prefixes(tokenizer, indices, lengths, seed, decoding, rows)
 
 
 def grow_images(
@@ -151,7 +173,7 @@ def grow_images(
     options = given(generator.generate, sampling, f"{generator.model_type} sampling option")
     in_order = "prefix" in inspect.signature(generator.generate).parameters
     cond = generator.conditioner.prepare(cond, next(generator.parameters()).device)
-    draws = torch.Generator().manual_seed(seed)
+    draws = row_generators(seed, CODES, range(len(cond)))
     for k in sorted(set(lengths)) if in_order else [max(lengths)]:
         indices = generator.generate(cond, num_tokens=k, generator=draws, **options)
         options |= {"prefix": indices} if in_order else {}
@@ -164,16 +186,17 @@ def decode_prefixes(
     lengths: list[int],
     seed: int = 0,
     decoding: dict[str, Any] | None = None,
+    rows: Sequence[int] | None = None,
 ) -> dict[int, Tensor]:
     """indices: (B, k). Decodes every prefix length with the same initial noise. decoding goes to
-    decode(), None = the model's own. Returns prefix length -> (B, 3, H, W) in [-1, 1]."""
+    decode(), None = the model's own. rows: the pictures' numbers, 0 .. B-1 by default; a picture's
+    noise depends on seed and its number alone. Returns prefix length -> (B, 3, H, W) in [-1, 1]."""
     if bad := [k for k in lengths if not 1 <= k <= indices.shape[1]]:
         raise ValueError(f"num_tokens={bad} must be in [1, {indices.shape[1]}]")
     options = given(tokenizer.decode, decoding, f"{tokenizer.model_type} decoding option")
+    rows = range(len(indices)) if rows is None else rows
     return {
-        k: tokenizer.decode(
-            indices[:, :k], generator=torch.Generator().manual_seed(seed), **options
-        )
+        k: tokenizer.decode(indices[:, :k], generator=row_generators(seed, NOISE, rows), **options)
         for k in lengths
     }
 
@@ -185,17 +208,26 @@ def reconstruct_prefixes(
     lengths: list[int],
     seed: int = 0,
     decoding: dict[str, Any] | None = None,
+    rows: Sequence[int] | None = None,
+    batch_size: int = 64,
 ) -> dict[int, Tensor]:
-    """images: (B, 3, H, W) in [-1, 1]. Encodes them once and decodes as decode_prefixes does. A
-    continuous tokenizer, which has no indices, decodes its codes."""
-    images = images.to(next(tokenizer.parameters()).device)
-    if tokenizer.vocab_size:
-        return decode_prefixes(tokenizer, tokenizer.encode(images), lengths, seed, decoding)
-    options = given(tokenizer.decode_codes, decoding, f"{tokenizer.model_type} decoding option")
-    codes = tokenizer.encode_codes(images)
-    return {
-        k: tokenizer.decode_codes(codes[:, :k], **options).float().clamp(-1, 1) for k in lengths
-    }
+    """images: (B, 3, H, W) in [-1, 1]. Encodes them once and decodes as decode_prefixes does,
+    batch by batch. A continuous tokenizer, which has no indices, decodes its codes."""
+    device = next(tokenizer.parameters()).device
+    rows = range(len(images)) if rows is None else rows
+    batches = []
+    for start in range(0, len(images), batch_size):
+        some = images[start : start + batch_size].to(device)
+        numbers = rows[start : start + batch_size]
+        if tokenizer.vocab_size:
+            indices = encode_rows(tokenizer, some, seed, numbers)
+            batches.append(decode_prefixes(tokenizer, indices, lengths, seed, decoding, numbers))
+            continue
+        options = given(tokenizer.decode_codes, decoding, f"{tokenizer.model_type} decoding option")
+        codes = tokenizer.encode_codes(some)
+        decoded = {k: tokenizer.decode_codes(codes[:, :k], **options) for k in lengths}
+        batches.append({k: pictures.float().clamp(-1, 1) for k, pictures in decoded.items()})
+    return {k: torch.cat([batch[k] for batch in batches]) for k in lengths}
 
 
 def given(method: Callable, options: Mapping[str, Any] | None, what: str) -> dict[str, Any]:

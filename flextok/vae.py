@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flextok.draws import Rng
+
 
 class IdentityVAE(nn.Module):
     """Latents are the pixels, (images - shift) * scale.
@@ -28,9 +30,7 @@ class IdentityVAE(nn.Module):
     def load_weights(self) -> None:
         """There are none."""
 
-    def encode(
-        self, images: Tensor, sample: bool | None = None, generator: torch.Generator | None = None
-    ) -> Tensor:
+    def encode(self, images: Tensor, sample: bool | None = None, generator: Rng = None) -> Tensor:
         return (images - self.shift) * self.scale
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -105,9 +105,7 @@ class KLVAE(nn.Module):
         return super().train(False)  # frozen: stays in eval mode whatever its owner does
 
     @torch.no_grad()
-    def encode(
-        self, images: Tensor, sample: bool | None = None, generator: torch.Generator | None = None
-    ) -> Tensor:
+    def encode(self, images: Tensor, sample: bool | None = None, generator: Rng = None) -> Tensor:
         """images: (B, 3, H, W) in [-1, 1]. Returns latents (B, C, H/f, W/f)."""
         posterior = self.vae.encode(images.to(self.vae.dtype)).latent_dist
         sample = self.sample_posterior if sample is None else sample

@@ -31,7 +31,7 @@ from flextok.data.transforms import ImageTransform
 from flextok.draws import derived_generator
 from flextok.files import atomic_write, clear_leftovers, read_mapping
 from flextok.schema import from_mapping
-from flextok.tokenizers.common import codes_id, same_codes
+from flextok.tokenizers.common import codes_id, encode_rows, same_codes
 
 MANIFEST = "manifest.json"
 log = logging.getLogger(__name__)
@@ -162,7 +162,7 @@ def build_token_cache(
         encoded, unreadable = [], []
         for _ in range(0, len(part), batch_size):
             items = next(batches)
-            encoded.append(encode(tokenizer, items, bool(manifest.get("precision"))))
+            encoded.append(encode(tokenizer, items, seed, bool(manifest.get("precision"))))
             unreadable += [str(item) for item in items if isinstance(item, CorruptPicture)]
             progress.update(len(items))
         clear_leftovers(path)
@@ -171,7 +171,7 @@ def build_token_cache(
     return finish(folder, manifest, list(parts))
 
 
-def encode(tokenizer: Any, items: list[Any], bf16: bool) -> dict[str, Any]:
+def encode(tokenizer: Any, items: list[Any], seed: int, bf16: bool) -> dict[str, Any]:
     """Items or their errors -> the batch's indices (n, K) long, label (n,), position (n,) and
     captions; {} if none could be read."""
     batch = collate([None if isinstance(item, CorruptPicture) else item for item in items])
@@ -179,7 +179,8 @@ def encode(tokenizer: Any, items: list[Any], bf16: bool) -> dict[str, Any]:
         return {}
     device = next(tokenizer.parameters()).device
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        batch["indices"] = tokenizer.encode(batch.pop("image").to(device)).cpu()
+        images = batch.pop("image").to(device)
+        batch["indices"] = encode_rows(tokenizer, images, seed, batch["position"]).cpu()
     return batch
 
 

@@ -162,20 +162,13 @@ class Studio:
             self.tokenizer,
             to_tensor(image)[None],
             adaptive.Target("psnr", value),
-            noise=self.noise(settings),
+            seed=int(settings.seed),
             decoding=self.decoding(settings),
         )
         keep, total = int(found.keep[0]), self.tokenizer.num_tokens
         if not found.met[0]:
             return f"{value:g} dB is out of reach: {found.reason[0]}"
         return f"{keep} of {total} tokens are enough for {value:g} dB: {found.reason[0]}"
-
-    def noise(self, settings: Settings) -> torch.Tensor | None:
-        """What a decode under this seed starts from, (1, C, h, w)."""
-        if not self.draws:
-            return None
-        generator = torch.Generator().manual_seed(int(settings.seed))
-        return torch.randn((1, *self.tokenizer.noise_shape), generator=generator)
 
     def decoding(self, settings: Settings) -> dict[str, Any]:
         wishes = {"num_steps": settings.steps, "guidance_scale": settings.guidance}

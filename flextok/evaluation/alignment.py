@@ -15,6 +15,7 @@ from flextok.data.emoji import EmojiScenes
 from flextok.evaluation.scene_probe import UNKNOWN, Probe, fact_sizes, read_scenes
 from flextok.generators.conditioning import ClassConditioner, TextConditioner
 from flextok.pipeline import decode_prefixes, generate_images
+from flextok.tokenizers.common import encode_rows
 
 
 @dataclass
@@ -124,10 +125,10 @@ def derangement(number: int, seed: int) -> Tensor:
 def decode_all(
     tokenizer: Any, images: Tensor, lengths: list[int], seed: int, decoding: dict[str, Any] | None
 ) -> dict[int, Tensor]:
-    parts = [
-        decode_prefixes(tokenizer, tokenizer.encode(batch), lengths, seed, decoding)
-        for batch in images.split(64)
-    ]
+    parts = []
+    for rows in torch.arange(len(images)).split(64):
+        indices = encode_rows(tokenizer, images[rows], seed, rows)
+        parts.append(decode_prefixes(tokenizer, indices, lengths, seed, decoding, rows.tolist()))
     return {k: torch.cat([part[k] for part in parts]) for k in lengths}
 
 

@@ -19,7 +19,7 @@ from flextok.data.datamodule import prepare_image
 from flextok.data.pictures import CorruptPicture
 from flextok.data.stream import EvaluationSet, Item, collate
 from flextok.data.transforms import ImageTransform
-from flextok.draws import derived_generator
+from flextok.draws import CODES, NOISE, draw, row_generators
 from flextok.evaluation import processes
 from flextok.evaluation.features import Networks
 from flextok.evaluation.job import Cell, Job, Options, hash_of
@@ -27,7 +27,6 @@ from flextok.evaluation.metrics import METRICS, to_8_bit
 from flextok.evaluation.records import Records
 
 Compute = Callable[[dict[str, Tensor]], dict[str, Tensor]]  # a batch -> its rows
-NOISE, CODES = 5, 6  # what a picture's draws are for, beside those of training (1 to 4)
 
 
 class Numbered(Dataset):
@@ -157,7 +156,7 @@ def generation(job: Job) -> Compute:
     longest, generate = max(cell.num_tokens for cell in job.cells), job.generator.generate
 
     def compute(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        draws = [derived_generator(job.options.seed, CODES, int(i)) for i in batch["index"]]
+        draws = row_generators(job.options.seed, CODES, batch["index"])
         cond = batch["caption"] if "caption" in batch else batch["label"].to(job.device)
         indices = generate(cond, num_tokens=longest, generator=draws)
         rows = {"index": batch["index"], "label": batch["label"], "indices": indices.int()}
@@ -236,8 +235,8 @@ def noise_of(tokenizer: Any, numbers: Tensor, seed: int) -> Tensor | None:
     shape = getattr(tokenizer, "noise_shape", None)
     if shape is None:
         return None
-    draws = [torch.randn(shape, generator=derived_generator(seed, NOISE, int(i))) for i in numbers]
-    return torch.stack(draws)
+    draws = row_generators(seed, NOISE, numbers)
+    return draw(torch.randn, (len(draws), *shape), draws, torch.device("cpu"))
 
 
 def picture_hashes(images: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flextok import viz
 from flextok.data.stream import collate
-from flextok.draws import derived_generator
+from flextok.draws import SPREAD, derived_generator
 from flextok.evaluation.evaluate import evaluate_tokenizer
 from flextok.evaluation.job import Cell, Options
 from flextok.evaluation.metrics import to_8_bit
@@ -26,7 +26,6 @@ AXES = {
     "time": ("seconds_per_picture", "seconds a picture (decoding)"),
 }
 LABELS = {"psnr": "PSNR (dB)", "ssim": "SSIM", "lpips": "LPIPS", "mse": "MSE", "rfid": "rFID"}
-SPREAD = 7  # a picture's noises in the variance map: the pass's own is 5
 
 
 def sweep(

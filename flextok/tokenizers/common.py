@@ -3,13 +3,14 @@
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
+from flextok.draws import POSTERIOR, row_generators
 from flextok.hub import fingerprint
 from flextok.nn.devices import span
 
@@ -105,6 +106,14 @@ def same_codes(record: Mapping[str, Any], tokenizer: Any) -> bool:
     if "codes_id" in record:
         return record["codes_id"] == codes_id(tokenizer)
     return record.get("tokenizer_fingerprint") == fingerprint(tokenizer)
+
+
+def encode_rows(tokenizer: Any, images: Tensor, seed: int, rows: Iterable[int] | Tensor) -> Tensor:
+    """The indices of pictures by number. A tokenizer that draws its VAE's latents draws them from
+    generators of these numbers."""
+    if "generator" in inspect.signature(tokenizer.encode).parameters:
+        return tokenizer.encode(images, generator=row_generators(seed, POSTERIOR, rows))
+    return tokenizer.encode(images)
 
 
 def run_block(block: nn.Module, *args: Any, checkpoint: bool = False, **options: Any) -> Tensor:

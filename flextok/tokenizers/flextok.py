@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flextok.draws import draw
+from flextok.draws import Rng, draw
 from flextok.flow.guidance import GUIDANCE, Scale, within
 from flextok.flow.path import TIME_SAMPLERS, interpolate, linear_times, shift_times, velocity_target
 from flextok.flow.solvers import SOLVERS
@@ -324,11 +324,12 @@ class FlexTok(Pretrained, nn.Module):
         self,
         images: Tensor,
         sample_posterior: bool | None = None,
-        generator: torch.Generator | None = None,
+        generator: Rng = None,
     ) -> Tensor:
         """images: (B, 3, H, W) float in [-1, 1]. Returns indices (B, K) long, coarse to fine.
 
-        sample_posterior: draw the VAE's latents with `generator` in place of its posterior mode.
+        sample_posterior: draw the VAE's latents with `generator`, one or one for each row, in
+        place of its posterior mode.
         Raises ValueError on a wrong shape, dtype or range."""
         check_images(images, self.image_size, check_range=True)
         images = to_device(images, self.device)
@@ -347,7 +348,7 @@ class FlexTok(Pretrained, nn.Module):
         solver: str | None = None,
         guidance_interval: tuple[float, float] | list[float] | None = None,
         time_shift: float | None = None,
-        generator: torch.Generator | None = None,
+        generator: Rng = None,
         noise: Tensor | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> Tensor:
@@ -357,8 +358,9 @@ class FlexTok(Pretrained, nn.Module):
         num_steps, solver ("euler", "heun", "ab2"), guidance ("apg", "cfg"), guidance_scale (1 =
         none; a number or a function of t), guidance_interval (times [low, high] that are guided)
         and time_shift default to the model's config.decode. The initial noise
-        (B, C, h, w) is drawn from `generator` unless given. progress is called with the number of
-        velocities evaluated so far. Raises ValueError on indices or keep out of range."""
+        (B, C, h, w) is drawn from `generator`, one or one for each row, unless given. progress is
+        called with the number of velocities evaluated so far. Raises ValueError on indices or keep
+        out of range."""
         defaults = self.config.decode
         check_indices(indices, self.num_tokens, self.vocab_size)
         keep = check_keep(keep, *indices.shape)

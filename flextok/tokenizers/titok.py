@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from flextok.draws import draw
+from flextok.draws import Rng, draw
 from flextok.hub import Pretrained
 from flextok.losses.perceptual import PerceptualLoss
 from flextok.nn.devices import span, to_device
@@ -355,7 +355,7 @@ class TiTok(Pretrained, nn.Module):
         indices: Tensor,
         keep: Tensor | int | None = None,
         text: Tensor | None = None,
-        generator: torch.Generator | None = None,
+        generator: Rng = None,
     ) -> Tensor:
         """indices: (B, k) long; keep: how many of the k to use, an int or (B,) long if ragged;
         text: (B, L, text_dim) for TA-TiTok. Returns images (B, 3, H, W) in [-1, 1]. Draws nothing.

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from flextok.draws import Rng
 from flextok.hub import Pretrained
 from flextok.losses.perceptual import PerceptualLoss
 from flextok.nn.devices import to_device
@@ -198,7 +199,7 @@ class MaskGITVQGAN(Pretrained, nn.Module):
         return self.quantizer(self._latents(to_device(images, self.device)))[1]
 
     @torch.no_grad()
-    def decode(self, indices: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def decode(self, indices: Tensor, generator: Rng = None) -> Tensor:
         """indices: (B, K) long. Returns images (B, 3, H, W) in [-1, 1]. Draws nothing."""
         check_indices(indices, self.num_tokens, self.vocab_size)
         if indices.shape[1] != self.num_tokens:

@@ -1,0 +1,97 @@
+"""From conditions to pictures: what a picture depends on, and what is checked before the work."""
+
+import pytest
+import torch
+from conftest import tiny_gpt, tiny_tokenizer
+
+from flextok.data.tokens import encode as encode_for_cache
+from flextok.draws import CODES, NOISE, row_generators
+from flextok.evaluation import passes
+from flextok.evaluation.features import Networks
+from flextok.evaluation.job import Cell, Job, Options
+from flextok.pipeline import generate_images, reconstruct_prefixes
+from flextok.tokenizers.common import encode_rows
+
+FEW = {"num_steps": 1, "guidance_scale": 1.0}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """In float64, so that another batch size rounds no draw across a boundary."""
+    return tiny_tokenizer().double()
+
+
+@pytest.fixture(scope="module")
+def gpt():
+    return tiny_gpt().double()
+
+
+def pictures_of(gpt, tokenizer, number, seed=0, batch_size=64):
+    cond = torch.zeros(number, dtype=torch.long)
+    return generate_images(gpt, tokenizer, cond, [2, 8], seed, None, FEW, batch_size=batch_size)
+
+
+def test_a_generated_picture_does_not_depend_on_the_batch_size(gpt, tokenizer):
+    whole = pictures_of(gpt, tokenizer, 7)
+    for size in (1, 3, 6):
+        parts = pictures_of(gpt, tokenizer, 7, batch_size=size)
+        for k in (2, 8):
+            torch.testing.assert_close(parts[k], whole[k], atol=1e-6, rtol=0)
+    few = pictures_of(gpt, tokenizer, 2)
+    torch.testing.assert_close(few[8], whole[8][:2], atol=1e-6, rtol=0)
+
+
+def test_no_two_pictures_of_any_two_seeds_are_the_same(gpt, tokenizer):
+    """Pictures 64 and on of seed 0 were once those of seed 64."""
+    size = 3
+    drawn = [pictures_of(gpt, tokenizer, 7, seed, size)[8] for seed in (0, 1, size, 2 * size)]
+    assert len(torch.cat(drawn).flatten(1).unique(dim=0)) == 4 * 7
+
+
+def test_a_reconstruction_depends_on_seed_and_number_alone(tokenizer):
+    images = torch.rand(1, 3, 16, 16, dtype=torch.float64).expand(5, -1, -1, -1) * 2 - 1
+    whole = reconstruct_prefixes(tokenizer, images, [1, 8], 3, FEW)
+    parts = reconstruct_prefixes(tokenizer, images, [1, 8], 3, FEW, batch_size=2)
+    last = reconstruct_prefixes(tokenizer, images[:2], [1, 8], 3, FEW, rows=[3, 4])
+    for k in (1, 8):
+        torch.testing.assert_close(parts[k], whole[k], atol=1e-6, rtol=0)
+        torch.testing.assert_close(last[k], whole[k][3:], atol=1e-6, rtol=0)
+        assert len(whole[k].flatten(1).unique(dim=0)) == 5  # five noises of the same picture
+    other = reconstruct_prefixes(tokenizer, images, [8], 4, FEW)[8]
+    assert len(torch.cat([whole[8], other]).flatten(1).unique(dim=0)) == 10
+
+
+def test_pictures_and_evaluation_draw_alike(gpt, tokenizer):
+    """Picture r of a command is picture r of the evaluation under the same seed."""
+    cells = [Cell(8, 1, 1.0)]
+    networks = Networks([], None)
+    job = Job(tokenizer, gpt, networks, cells, Options(networks=(), seed=5))
+    rows = passes.generation(job)({"index": torch.arange(3), "label": torch.zeros(3).long()})
+    noise = passes.noise_of(tokenizer, torch.arange(3), 5)
+    expected = tokenizer.decode(rows["indices"].long(), noise=noise, **FEW)
+    made = generate_images(gpt, tokenizer, torch.zeros(3).long(), [8], 5, None, FEW)[8]
+    assert torch.equal(made, expected)
+
+
+def test_no_seed_purpose_and_row_share_a_stream():
+    rows = range(40)
+    seeds = [
+        one.initial_seed()
+        for seed in (*range(40), 64, 2**31, -1)
+        for purpose in (NOISE, CODES)
+        for one in row_generators(seed, purpose, rows)
+    ]
+    assert len(set(seeds)) == len(seeds)
+
+
+def test_latents_that_are_drawn_belong_to_the_picture():
+    """They came from the global generator, in a command and in a token cache alike."""
+    vae = {"name": "kl", "channels": 4, "block_channels": [32, 32], "layers_per_block": 1}
+    drawn = tiny_tokenizer(vae={**vae, "sample_posterior": True}, patch_size=2).double()
+    images = torch.rand(3, 3, 16, 16, dtype=torch.float64) * 2 - 1
+    whole = encode_rows(drawn, images, 0, range(3))
+    assert torch.equal(encode_rows(drawn, images[1:], 0, [1, 2]), whole[1:])
+    items = [{"image": images[i], "position": i, "label": 0, "caption": ""} for i in range(3)]
+    assert torch.equal(encode_for_cache(drawn, items, 0, bf16=False)["indices"], whole)
+    assert torch.equal(encode_for_cache(drawn, items[2:], 0, bf16=False)["indices"], whole[2:])
+    assert not torch.equal(encode_rows(drawn, images, 1, range(3)), whole)
