@@ -37,17 +37,16 @@ _undecodable = itertools.count(1)  # texts, in this process
 
 
 def read_text_file(path: Path) -> str:
-    """A caption's file. Raises CorruptPicture if it is too large to be one."""
+    """A caption's file, as read_text."""
     with open(path, "rb") as file:
-        data = file.read(MAX_TEXT_BYTES + 1)
-    if len(data) > MAX_TEXT_BYTES:
-        raise CorruptPicture(str(path), f"a text has at most {MAX_TEXT_BYTES} bytes")
-    return read_text(data, str(path))
+        return read_text(file.read(MAX_TEXT_BYTES + 1), str(path))
 
 
 def read_text(data: bytes, name: str) -> str:
     """The text, clean. Bytes that are none are replaced, with a counted warning that names whose
-    they are."""
+    they are. Raises CorruptPicture if it is too large to be a caption or a label."""
+    if len(data) > MAX_TEXT_BYTES:
+        raise CorruptPicture(name, f"a text has at most {MAX_TEXT_BYTES} bytes")
     try:
         return decode_text(data)
     except UnicodeDecodeError as error:

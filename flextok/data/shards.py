@@ -6,6 +6,7 @@ member offset.
 
 import glob
 import http.client
+import itertools
 import json
 import lzma
 import re
@@ -16,22 +17,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from webdataset import tariterators
 from webdataset.shardlists import expand_urls
 
 from flextok.data.labels import NUMBER, as_label, texts_of
 from flextok.data.openers import check_address, check_listed, is_http, is_remote, open_shard
-from flextok.data.pictures import CorruptPicture, read_text
+from flextok.data.pictures import CorruptPicture, decode_text, read_text
 from flextok.data.stream import SkipCounter
 
 MAX_INDEX = 64 << 20  # bytes of an index file: some 600,000 shards
 MAX_SAMPLES = 10**9  # that an index may state for one shard
+MAX_SAMPLE = 128 << 20  # bytes of a streamed sample, or of a local one's member
+MAX_EXTENSION = 32 << 10  # bytes of a long name, or of other facts that precede a member
+EXTENDING = (  # types of tar headers whose content is read with the headers
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+)
 Members = Mapping[str, bytes]  # extension, lower case -> content
 Span = tuple[int, int]  # offset and size in the shard
-# what a truncated, empty or unreachable shard raises, plain or compressed
+# what a truncated, empty, forged or unreachable shard raises, plain or compressed
 SHARD_ERRORS = (
     *(tarfile.TarError, OSError, EOFError, ValueError, http.client.HTTPException),
-    *(zlib.error, lzma.LZMAError),
+    *(zlib.error, lzma.LZMAError, OverflowError, RecursionError, MemoryError),
 )
 
 
@@ -72,7 +78,7 @@ def read_listed(index: str, fetch: list[str] | None) -> tuple[list[str], list[in
             content = file.read(MAX_INDEX + 1)
         if len(content) > MAX_INDEX:
             raise ValueError(f"it is larger than {MAX_INDEX >> 20} MB")
-        listed = json.loads(content.decode("utf-8"))["shardlist"]
+        listed = json.loads(decode_text(content))["shardlist"]
         found = [(entry["url"], entry["nsamples"]) for entry in listed]
     except (*SHARD_ERRORS, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{index} is no readable index of shards: {error!r}") from None
@@ -110,11 +116,45 @@ def count_samples(shard: str, fetch: list[str] | None = None) -> int:
 def stream_samples(url: str, fetch: list[str] | None = None) -> Iterator[Raw]:
     """The samples of a shard in order. Raises one of SHARD_ERRORS where it is damaged; the sample
     in which that happens is left out."""
-    with open_shard(url, fetch) as stream:
-        files = ({**file, "__url__": url} for file in tariterators.tar_file_iterator(stream))
-        for sample in tariterators.group_by_keys(files):
-            members = {k: v for k, v in sample.items() if not k.startswith("__")}
-            yield Raw(f"{url}: {sample['__key__']}", members)
+    with (
+        open_shard(url, fetch) as stream,
+        tarfile.open(fileobj=stream, mode="r|*", tarinfo=Header) as tar,
+    ):
+        for key, group in itertools.groupby(files(tar), key=lambda file: file[0]):
+            members: dict[str, bytes] = {}
+            size = 0
+            for _, extension, header in group:
+                if (size := size + header.size) > MAX_SAMPLE:
+                    raise tarfile.ReadError(
+                        f"{header.name} makes a sample of {size} bytes, more than {MAX_SAMPLE}"
+                    )
+                content = tar.extractfile(header)
+                assert content is not None, "it is a regular file"
+                members[extension] = content.read()
+            yield Raw(f"{url}: {key}", members)
+
+
+class Header(tarfile.TarInfo):
+    """A member's header, with its size checked before anything is read by it."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "Header":
+        header = super().frombuf(buf, encoding, errors)
+        most = MAX_EXTENSION if header.type in EXTENDING else 2**48
+        if not 0 <= header.size <= most:
+            raise tarfile.ReadError(f"{header.name!r} states a size of {header.size} bytes")
+        return header
+
+
+def files(tar: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
+    """(key, extension, header) of the files of samples: a name is the key up to its first dot."""
+    for header in tar:
+        tar.members = []  # type: ignore[attr-defined]  # they would be kept to the end
+        match = re.fullmatch(r"((?:.*/)?[^./]+)\.([^/]+)", header.name)
+        if header.issparse() or header.size < 0:
+            raise tarfile.ReadError(f"{header.name!r} has holes, or no size: make it a plain file")
+        if header.isfile() and match is not None and not header.name.startswith("__"):  # metadata
+            yield match[1], match[2].lower(), header
 
 
 def expand_shards(urls: str | Sequence[str], fetch: list[str] | None = None) -> list[str]:
@@ -146,20 +186,9 @@ def expand_braces(urls: Sequence[str]) -> Iterator[str]:
 def read_index(shard: str) -> Iterator[tuple[str, dict[str, Span]]]:
     """(key, extension -> span) of each sample: consecutive members with one name up to the dot.
     Raises TarError where the shard is damaged, leaving out the sample in which that happens."""
-    key, members = "", dict[str, Span]()
-    with tarfile.open(shard, "r:") as tar:
-        for member in tar:
-            match = re.fullmatch(r"((?:.*/)?[^./]+)\.([^/]+)", member.name)
-            if not member.isfile() or match is None or member.name.startswith("__"):  # metadata
-                continue
-            stem, extension = match[1], match[2].lower()
-            if stem != key:
-                if members:
-                    yield key, members
-                key, members = stem, {}
-            members[extension] = (member.offset_data, member.size)
-    if members:
-        yield key, members
+    with tarfile.open(shard, "r:", tarinfo=Header) as tar:
+        for key, group in itertools.groupby(files(tar), key=lambda file: file[0]):
+            yield key, {extension: (h.offset_data, h.size) for _, extension, h in group}
 
 
 def whole_samples(shard: str, skips: SkipCounter) -> Iterator[tuple[str, dict[str, Span]]]:
@@ -172,7 +201,10 @@ def whole_samples(shard: str, skips: SkipCounter) -> Iterator[tuple[str, dict[st
 
 
 def read_member(shard: str, span: Span) -> bytes:
-    """Opened anew for each read: nothing to share between, or to send to, worker processes."""
+    """Opened anew for each read: nothing to share between, or to send to, worker processes. Raises
+    CorruptPicture for a member that is too large."""
+    if span[1] > MAX_SAMPLE:
+        raise CorruptPicture(shard, f"a member of {span[1]} bytes is larger than {MAX_SAMPLE}")
     with open(shard, "rb") as file:
         file.seek(span[0])
         return file.read(span[1])

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from flextok.data.labels import captioned, check_names, find_class, index_labels, label_table
 from flextok.data.openers import is_remote, parse_fetch
-from flextok.data.pictures import UNLABELLED, CorruptPicture, load_picture, read_text
+from flextok.data.pictures import EXTENSIONS, UNLABELLED, CorruptPicture, load_picture, read_text
 from flextok.data.shards import (
     SHARD_ERRORS,
     LocalMembers,
@@ -26,6 +26,8 @@ from flextok.data.shards import (
 )
 from flextok.data.stream import SkipCounter
 
+IMAGE_KEY = ";".join(extension[1:] for extension in EXTENSIONS)
+
 
 class WebDatasetImages(Dataset[dict[str, Any]]):
     """Local WebDataset shards (tar), read at random: each is indexed once, by member offset.
@@ -37,7 +39,7 @@ class WebDatasetImages(Dataset[dict[str, Any]]):
     def __init__(
         self,
         urls: str | Sequence[str],
-        image_key: str = "jpg;jpeg;png;webp",
+        image_key: str = IMAGE_KEY,
         label_key: str | None = "cls;label",
         caption_key: str = "txt;caption",
         class_names: Sequence[str] | int | None = None,
@@ -131,7 +133,7 @@ class WebDatasetStream(Dataset[dict[str, Any]]):
         urls: str | Sequence[str],
         samples: int | None = None,
         class_names: Sequence[str] | int | None = None,
-        image_key: str = "jpg;jpeg;png;webp",
+        image_key: str = IMAGE_KEY,
         label_key: str | None = "cls;label",
         caption_key: str = "txt;caption",
         shuffle: int = 1000,
