@@ -15,7 +15,7 @@ from flextok.generators import GENERATORS
 from flextok.machine import FLOPS
 from flextok.schema import ConfigError
 from flextok.tokenizers import TOKENIZERS
-from flextok.training.plan import Assumptions, measure, plan
+from flextok.training.plan import GPUS, Assumptions, as_text, measure, plan
 from flextok.training.run import build_model
 
 GPT = {"name": "gpt", "vocab_size": 500, "num_tokens": 64, "depth": 4, "dim": 128, "num_heads": 4}
@@ -140,6 +140,50 @@ def test_more_gpus_take_less_time_for_the_same_samples(tmp_path):
         plan(gpt(tmp_path), 0)
 
 
+def test_the_hours_are_those_of_the_batch_that_the_config_means(tmp_path):
+    """On one GPU a config of 2 x 8 GPUs was given the hours of a batch of 4, for as many steps."""
+    wide = ("trainer.devices=8", "trainer.num_nodes=2", "trainer.accumulate=3")
+    whole, one = plan(gpt(tmp_path, *wide), 16), plan(gpt(tmp_path, *wide), 1)
+    assert whole.batch_size == one.batch_size == one.config_batch_size == 4 * 8 * 2 * 3
+    assert (whole.accumulate, one.accumulate) == (3, 48)
+    assert one.hours == pytest.approx(16 * whole.hours)
+    assert one.memory["activations"] == whole.memory["activations"]
+    assert "assumed" not in as_text(one)
+    more = plan(gpt(tmp_path, *wide), 64)  # each GPU still takes its 4, so a step is a larger one
+    assert (more.batch_size, more.config_batch_size) == (4 * 64 * 3, 192)
+    assert "a batch of 768; the config's own is 192, whose steps take 0.25 times" in as_text(more)
+    assert plan(gpt(tmp_path, "trainer.devices='4'"), 2).batch_size == 16
+    uneven = plan(gpt(tmp_path, "trainer.devices=8"), 3)
+    assert (uneven.batch_size, uneven.config_batch_size) == (4 * 3 * 3, 32)
+
+
+def test_another_batch_than_the_published_one_is_named():
+    config = load_experiment("configs/flextok_d12_d12.yaml", ["data.batch_size=8"])
+    text = as_text(plan(config, 1, Assumptions("rtx4090")))
+    assert "batch 1,024: 8 a GPU, trainer.accumulate=128" in text
+    assert "the published models' is 2,048, whose steps take 2 times as long" in text
+    assert "assumed" not in as_text(plan(load_experiment("configs/flextok_d12_d12.yaml"), 1))
+
+
+def test_cards_of_one_s_own_have_24_gb_and_no_price(tmp_path):
+    config = gpt(tmp_path)
+    big, small = plan(config, 1), plan(config, 1, Assumptions("rtx3090"))
+    assert small.hours == pytest.approx(big.hours * 989 / 71)  # GA102's white paper: 71 TFLOP/s
+    assert small.dollars is None
+    assert "$" not in as_text(small)
+    assert plan(config, 1, Assumptions("rtx3090", price=0.3)).dollars == pytest.approx(
+        0.3 * small.hours
+    )
+    capacities = {name: GPUS[name].memory / 1e9 for name in GPUS}
+    assert (capacities["rtx3090"], capacities["rtx4090"], capacities["rtx5090"]) == (24, 24, 32)
+    sample = sum(small.memory.values()) - small.memory["activations"]
+    fitting = int((0.92 * 24e9 - sample) / (small.memory["activations"] / 4))
+    for batch, fits in ((fitting, True), (fitting + 1, False)):
+        sized = gpt(tmp_path, f"data.batch_size={batch}")
+        assert plan(sized, 1, Assumptions("rtx4090")).fits is fits
+        assert plan(sized, 1).fits
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "trained", "frozen"),
@@ -165,3 +209,20 @@ def test_the_command_prints_the_plan(capsys):
     assert found["batch_size"] == 128 * load_experiment(config).data.batch_size
     assert main(["plan", config, "data.batch_size=10000000", "--gpus", "1", "--gpu", "a100"]) == 0
     assert "DOES NOT FIT" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["data.batch_size=3", "--gpus", "2"],
+        ["--gpus", "2", "data.batch_size=3"],
+        ["--gpus", "2", "data.batch_size=3", "--gpu", "a100", "trainer.accumulate=1"],
+    ],
+)
+def test_changes_of_the_config_stand_before_and_after_the_options(capsys, arguments):
+    assert main(["plan", "configs/quickstart_tokenizer.yaml", *arguments, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["batch_size"] == 6
+    options = ["--gpus", "1", "data.batch_size=3"]
+    assert main(["plan", *options[:2], "configs/quickstart_tokenizer.yaml", options[2]]) == 0
+    with pytest.raises(SystemExit):
+        main(["plan", "configs/quickstart_tokenizer.yaml", *options, "--gpux", "2"])

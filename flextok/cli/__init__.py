@@ -8,7 +8,7 @@ import os
 import sys
 
 from flextok.cli import align, bench, demo, measure, models, reconstruct, sample, training
-from flextok.cli.common import write_json
+from flextok.cli.common import AnyOrder, write_json
 
 DESCRIPTION = "Images as short, ordered token sequences."
 EXIT = "exit codes: 0 well, 1 a mistake told in one line, 2 wrong usage, 130 interrupted"
@@ -52,7 +52,10 @@ def run(options: argparse.Namespace) -> None:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("flextok", description=DESCRIPTION, epilog=EXIT)
     commands = parser.add_subparsers(
-        required=True, metavar="command", help="flextok <command> --help teaches each"
+        required=True,
+        metavar="command",
+        help="flextok <command> --help teaches each",
+        parser_class=AnyOrder,
     )
     for group in GROUPS:
         group.add_commands(commands)

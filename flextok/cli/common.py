@@ -14,6 +14,22 @@ TOKENIZER, BY_CLASS, BY_PROMPT = "emoji", "emoji-class", "emoji-text"
 HELD_OUT = "emoji:validation"  # pictures that they were not trained on
 
 
+class AnyOrder(argparse.ArgumentParser):
+    """Takes options before, after and between the other arguments: `plan CONFIG --gpus 8 key=value`
+    too, where argparse by itself takes a list of arguments in one piece only."""
+
+    mixing = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self.mixing:  # argparse calls this for each of its two passes
+            return super().parse_known_args(args, namespace)
+        self.mixing = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self.mixing = False
+
+
 def add_command(
     commands: Any,
     name: str,

@@ -66,14 +66,15 @@ def add_commands(commands: Any) -> None:
         "a run's memory, arithmetic, data rate and cost, before it runs",
         "From the config's sizes and stated assumptions; docs/scale.md says how they were checked.",
         "flextok plan configs/flextok_d18_d28.yaml --gpus 128\n"
-        "flextok plan configs/ar_class_1.33B.yaml --gpus 8 --gpu a100 --json plan.json",
+        "flextok plan configs/ar_class_1.33B.yaml --gpus 8 --gpu a100 --json plan.json\n"
+        "flextok plan configs/flextok_d12_d12.yaml --gpus 1 --gpu rtx4090 data.batch_size=8",
     )
     plan.add_argument("config", help="a YAML file, see configs/")
     plan.add_argument("overrides", nargs="*", metavar="key=value")
     plan.add_argument("--gpus", type=int, required=True, help="how many, over all nodes")
-    plan.add_argument("--gpu", default="h100", help="a100, h100 or h200")
+    plan.add_argument("--gpu", default="h100", help="a100, h100, h200, rtx3090, ...")
     plan.add_argument("--utilisation", type=float, default=0.35, help="of peak arithmetic")
-    plan.add_argument("--price", type=float, default=2.5, help="dollars a GPU hour")
+    plan.add_argument("--price", type=float, help="dollars a GPU hour, 2.5 for rented ones")
     plan.add_argument("--picture-kb", type=float, default=110.0, help="a picture file's size")
     add_json(plan)
 

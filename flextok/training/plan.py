@@ -5,11 +5,12 @@ Arithmetic and the tensors kept for the backward pass are counted, not taken fro
 model of the package is covered. Speed and price are assumptions, printed with the result.
 """
 
+import math
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from inspect import signature
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -33,8 +34,26 @@ from flextok.training.modules import GeneratorModule, TrainingModule
 from flextok.training.run import build_model, tokenizer_module
 from flextok.training.sharding import blocks
 
-# dense bf16 operations a second and bytes of memory, from the maker's data sheets (SXM versions)
-GPUS = {"a100": (312e12, 80e9), "h100": (989e12, 80e9), "h200": (989e12, 141e9)}
+
+class GPU(NamedTuple):
+    """A card by its maker's figures: SXM versions' data sheets, and the white papers of GA102, Ada
+    and RTX Blackwell. Matrix products of bf16, dense, added up in fp32."""
+
+    peak: float  # operations a second
+    memory: float  # bytes
+    bandwidth: float  # bytes a second
+    price: float | None  # dollars an hour that we assume; None for a card of one's own
+
+
+GPUS = {
+    "a100": GPU(312e12, 80e9, 2.04e12, 2.5),
+    "h100": GPU(989e12, 80e9, 3.35e12, 2.5),
+    "h200": GPU(989e12, 141e9, 4.8e12, 2.5),
+    "rtx3090": GPU(71e12, 24e9, 936e9, None),
+    "rtx4090": GPU(165.2e12, 24e9, 1008e9, None),
+    "rtx5090": GPU(209.5e12, 32e9, 1792e9, None),
+}
+PUBLISHED_BATCH = {"flextok": 2048}  # arXiv 2502.13967, appendix
 
 
 @dataclass
@@ -54,7 +73,7 @@ class Step:
 class Assumptions:
     gpu: str = "h100"
     utilisation: float = 0.35  # of the peak arithmetic
-    price: float = 2.5  # dollars an hour and GPU
+    price: float | None = None  # dollars an hour and GPU; None = as GPUS has it
     picture_kb: float = 110.0  # a file of the data; ImageNet's mean
 
     def __post_init__(self) -> None:
@@ -62,6 +81,8 @@ class Assumptions:
             raise ConfigError(f"unknown gpu {self.gpu!r}; known: {', '.join(GPUS)}")
         if not 0 < self.utilisation <= 1:
             raise ConfigError(f"utilisation={self.utilisation} must be in (0, 1]")
+        if self.price is None:
+            self.price = GPUS[self.gpu].price
 
 
 @dataclass
@@ -70,7 +91,10 @@ class Plan:
     strategy: str
     trained: int  # parameters
     frozen: int
-    batch_size: int  # of all GPUs, accumulated
+    batch_size: int  # of a step: all GPUs', accumulated
+    accumulate: int  # micro-batches of a step on each GPU
+    config_batch_size: int  # of a step on the devices and nodes that the config names
+    published_batch_size: int | None  # of the model's paper, where that says
     flops_per_step: float
     memory: dict[str, float]  # bytes on each GPU, by what they hold
     fits: bool
@@ -79,17 +103,19 @@ class Plan:
     samples_per_second: float
     data_per_second: float  # bytes, for all GPUs
     hours: float
-    dollars: float
+    dollars: float | None
     assumptions: Assumptions
 
 
 def plan(config: ExperimentConfig, gpus: int, assumptions: Assumptions | None = None) -> Plan:
-    """The needs of a run on `gpus` GPUs, whatever its config says of devices and nodes."""
+    """The needs of a run on `gpus` GPUs. Where the config names more devices, fewer GPUs take the
+    same batch by accumulating more; where it names fewer, the batch grows by the GPUs."""
     if gpus < 1:
         raise ConfigError(f"gpus={gpus} must be at least 1")
     assumed = assumptions or Assumptions()
-    peak, capacity = GPUS[assumed.gpu]
-    step, accumulate = measure(config), config.trainer.accumulate
+    card = GPUS[assumed.gpu]
+    step, devices = measure(config), named_devices(config, gpus)
+    accumulate = config.trainer.accumulate * max(1, math.ceil(devices / gpus))
     width = 2 if is_half(config) else 4  # bytes of a gathered weight
     sharded = config.trainer.strategy == "fsdp2"
     share = gpus if sharded else 1
@@ -111,7 +137,7 @@ def plan(config: ExperimentConfig, gpus: int, assumptions: Assumptions | None = 
         memory["buckets"] = (4 if gpus > 1 else 0) * step.trained  # DDP's, of gradients
         traffic = ring * 2 * 4 * step.trained
     batch = config.data.batch_size * gpus * accumulate
-    seconds = step.flops * batch / (gpus * peak * assumed.utilisation)
+    seconds = step.flops * batch / (gpus * card.peak * assumed.utilisation)
     hours = seconds * config.trainer.max_steps / 3600
     sample = assumed.picture_kb * 1e3
     if config.task == "generator":
@@ -122,17 +148,34 @@ def plan(config: ExperimentConfig, gpus: int, assumptions: Assumptions | None = 
         trained=step.trained,
         frozen=step.frozen + step.beside,
         batch_size=batch,
+        accumulate=accumulate,
+        config_batch_size=config.data.batch_size * devices * config.trainer.accumulate,
+        published_batch_size=published_batch_size(config),
         flops_per_step=step.flops * batch,
         memory=memory,
-        fits=sum(memory.values()) < 0.92 * capacity,  # the rest: CUDA, NCCL, fragmentation
+        fits=sum(memory.values()) < 0.92 * card.memory,  # the rest: CUDA, NCCL, fragmentation
         traffic=traffic,
         seconds_per_step=seconds,
         samples_per_second=batch / seconds,
         data_per_second=batch / seconds * sample,
         hours=hours,
-        dollars=hours * gpus * assumed.price,
+        dollars=None if assumed.price is None else hours * gpus * assumed.price,
         assumptions=assumed,
     )
+
+
+def published_batch_size(config: ExperimentConfig) -> int | None:
+    """Of the paper's runs, for a model of their kind at their 256 pixels."""
+    at_256 = config.model.get("image_size", 256) == 256
+    return PUBLISHED_BATCH.get(str(config.model.get("name"))) if at_256 else None
+
+
+def named_devices(config: ExperimentConfig, gpus: int) -> int:
+    """How many GPUs the config's devices and num_nodes are; those asked for where it says auto."""
+    devices = config.trainer.devices
+    if isinstance(devices, str) and not devices.isdecimal():
+        return gpus
+    return int(devices) * config.trainer.num_nodes
 
 
 def is_half(config: ExperimentConfig) -> bool:
@@ -336,26 +379,48 @@ class FusedAttention(torch.autograd.Function):
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None, None
 
 
+def batch_notes(found: Plan) -> list[str]:
+    """Lines that say where the assumed batch is not the config's own or the published one."""
+    others = {
+        "config's own": found.config_batch_size,
+        "published models'": found.published_batch_size,
+    }
+    return [
+        f"  assumed       a batch of {found.batch_size:,}; the {whose} is {batch:,}, whose steps "
+        f"take {batch / found.batch_size:,.3g} times as long"
+        for whose, batch in others.items()
+        if batch is not None and batch != found.batch_size
+    ]
+
+
 def as_text(found: Plan) -> str:
     """The plan as lines to print."""
     assumed = found.assumptions
     total = sum(found.memory.values())
-    capacity = GPUS[assumed.gpu][1]
+    capacity = GPUS[assumed.gpu].memory
     frozen = f" and {found.frozen / 1e6:,.0f}M frozen" if found.frozen else ""
+    micro = found.batch_size // (found.gpus * found.accumulate)
+    batch = f"batch {found.batch_size:,}: {micro:,} a GPU" + (
+        f", trainer.accumulate={found.accumulate}" if found.accumulate > 1 else ""
+    )
+    money = ""
+    if found.dollars is not None:
+        money = f", ${found.dollars:,.0f} at ${assumed.price:.2f} a GPU hour"
     lines = [
         f"model           {found.trained / 1e6:,.0f}M trained{frozen} parameters",
-        f"run             {found.gpus} x {assumed.gpu}, {found.strategy}, batch {found.batch_size}",
+        f"run             {found.gpus} x {assumed.gpu}, {found.strategy}, {batch}",
+        *batch_notes(found),
         f"arithmetic      {found.flops_per_step / 1e12:,.1f} TFLOP a step, "
         f"{found.seconds_per_step:.3f} s at {assumed.utilisation:.0%} of the peak",
         f"memory          {total / 1e9:,.1f} of {capacity / 1e9:,.0f} GB on each GPU"
         + ("" if found.fits else ": DOES NOT FIT"),
-        *(f"  {name:<14}{size / 1e9:,.1f} GB" for name, size in found.memory.items() if size),
+        *(f"  {name:<14} {size / 1e9:,.1f} GB" for name, size in found.memory.items() if size),
         f"traffic         {found.traffic / 1e9:,.1f} GB sent by each GPU a step, "
         f"{found.traffic / 1e9 / found.seconds_per_step:,.1f} GB/s",
         f"data            {found.samples_per_second:,.0f} samples/s, "
         f"{found.data_per_second / 1e6:,.1f} MB/s for all GPUs",
-        f"whole run       {found.hours:,.1f} hours, {found.hours * found.gpus:,.0f} GPU hours, "
-        f"${found.dollars:,.0f} at ${assumed.price:.2f} a GPU hour",
+        f"whole run       {found.hours:,.1f} hours for all steps of this batch, "
+        f"{found.hours * found.gpus:,.0f} GPU hours{money}",
     ]
     if not found.fits:
         lines.append(
