@@ -2,84 +2,95 @@
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from flextok.schema import ConfigError, from_mapping
+from flextok.schema import Bounds, ConfigError, from_mapping
+
+Count = Annotated[int, Bounds(1)]
+CountOrZero = Annotated[int, Bounds(0)]
+Weight = Annotated[float, Bounds(0)]
+Rate = Annotated[float, Bounds(0, 10, open_low=True)]  # of learning
+Share = Annotated[float, Bounds(0, 1)]
+Decay = Annotated[float, Bounds(0, 1, open_high=True)]  # of a moving average
 
 
 @dataclass
 class DataConfig:
     train: dict[str, Any] | list[dict[str, Any]]  # {name: emoji, ...}; several are concatenated
     validation: dict[str, Any] | list[dict[str, Any]] | None = None
-    batch_size: int = 64  # of one process
-    num_workers: int = 0
+    batch_size: Count = 64  # of one process
+    num_workers: CountOrZero = 0
     crop: Literal["center", "random"] = "center"
     flip: bool = False
-    shift: float = 0.0  # random shifts, a fraction of the picture; fills with white
-    token_variants: int = 1  # generator: augmented encodings of each picture
+    shift: Annotated[float, Bounds(0, 0.5, open_high=True)] = (
+        0.0  # random shifts, a fraction of the picture; fills with white
+    )
+    token_variants: Count = 1  # generator: augmented encodings of each picture
     token_cache: str | None = None  # generator: folder, by default <output_dir>/tokens
 
 
 @dataclass
 class OptimConfig:
     name: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices, AdamW for the rest
-    lr: float = 1e-4
-    lr_scale: dict[str, float] = field(default_factory=dict)  # {encoder: 0.1}: of a model's part
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    weight_decay: float = 0.05
+    lr: Rate = 1e-4
+    # {encoder: 0.1}: of a model's part
+    lr_scale: Annotated[dict[str, float], Bounds(0, 1000)] = field(default_factory=dict)
+    betas: list[Decay] = field(default_factory=lambda: [0.9, 0.95])
+    weight_decay: Annotated[float, Bounds(0, 10)] = 0.05
     no_decay: list[str] = field(  # parameters spared by name; vectors (biases, norms) always are
         default_factory=lambda: ["embedding", "registers", "positions", "_pos", "token", "start"]
     )
-    warmup_steps: int = 1000
-    final_lr: float = 0.01  # of lr, at max_steps (cosine)
-    grad_clip: float = 1.0
-    ema_decay: float = 0.999  # 0 = no average
+    warmup_steps: CountOrZero = 1000
+    final_lr: Share = 0.01  # of lr, at max_steps (cosine)
+    grad_clip: Weight = 1.0  # the largest norm of the gradients; 0 = no clipping
+    ema_decay: Decay = 0.999  # 0 = no average
 
 
 @dataclass
 class TrainerConfig:
-    max_steps: int
+    max_steps: Count
     accelerator: str = "auto"
-    devices: int | str = "auto"
-    num_nodes: int = 1
+    devices: Annotated[int | str, Bounds(1)] = "auto"
+    num_nodes: Count = 1
     strategy: str = "auto"  # ddp, fsdp2 (sharded, for 1B parameters and more), Lightning's others
-    precision: str = "auto"  # bf16-mixed on a GPU that has it, else 32-true
-    accumulate: int = 1
-    log_every: int = 50
-    validate_every: int = 1000
-    checkpoint_every: int = 1000
-    keep_last: int = 2  # checkpoints kept, besides that of the best validation loss
-    max_nonfinite: int = 10  # steps in a row skipped for a loss that is not finite, before stopping
-    num_pictures: int = 8  # in the grids drawn after each validation
+    # auto: bf16-mixed on a GPU that multiplies it fast, else 32-true
+    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
+    accumulate: Count = 1
+    log_every: Count = 50
+    validate_every: Count = 1000
+    checkpoint_every: Count = 1000
+    keep_last: Count = 2  # checkpoints kept, besides that of the best validation loss
+    max_nonfinite: Count = 10  # skipped steps in a row (loss not finite) that stop the run
+    num_pictures: CountOrZero = 8  # in the grids drawn after each validation
     compile: bool = False  # torch.compile, for GPUs
-    revive_every: int = 0  # steps between revivals of a VQ's unused codes; 0 = never
+    revive_every: CountOrZero = 0  # steps between revivals of a VQ's unused codes; 0 = never
 
 
 @dataclass
 class AdversarialConfig:
     """A patch discriminator trained along with a tokenizer (TiTok's second stage)."""
 
-    weight: float = 0.01  # of the adversarial loss, in the tokenizer's
-    start: int = 20_000  # the step from which on it counts, and the discriminator learns
-    lecam: float = 1e-3  # weight of the LeCam regularization, in the discriminator's loss
-    lecam_decay: float = 0.999
-    dim: int = 128  # channels of the discriminator's first stage
-    num_stages: int = 3
-    lr: float | None = None  # the discriminator's; by default the tokenizer's
+    weight: Weight = 0.01  # of the adversarial loss, in the tokenizer's
+    start: CountOrZero = 20_000  # the step from which on it counts, and the discriminator learns
+    lecam: Weight = 1e-3  # weight of the LeCam regularization, in the discriminator's loss
+    lecam_decay: Share = 0.999
+    dim: Count = 128  # channels of the discriminator's first stage
+    num_stages: Count = 3
+    lr: Rate | None = None  # the discriminator's; by default the tokenizer's
 
 
 @dataclass
 class EvaluationConfig:
     """Periodic evaluation on the validation pictures, in the model's own precision."""
 
-    every: int = 1  # at every so many validations
-    limit: int | None = 1000  # pictures, evenly spread; null = all
-    num_tokens: list[int] | None = None  # prefix lengths to decode; null = all tokens only
+    every: Count = 1  # at every so many validations
+    limit: Count | None = 1000  # pictures, evenly spread; null = all
+    num_tokens: list[Count] | None = None  # prefix lengths to decode; null = all tokens only
     networks: list[str] = field(default_factory=list)  # inception, efficientnet_lite0, lpips
-    batch_size: int = 32
+    batch_size: Count = 32
 
 
 @dataclass
@@ -98,7 +109,7 @@ class ExperimentConfig:
     start: dict[str, str] = field(default_factory=dict)
     adversarial: AdversarialConfig | None = None  # tokenizer: none for FlexTok
     evaluation: EvaluationConfig | None = None
-    seed: int = 0
+    seed: Annotated[int, Bounds(0, 2**32 - 1)] = 0
     resume: bool = True  # continue from the newest intact one of <output_dir>/checkpoints, if any
 
 
@@ -130,10 +141,10 @@ def load_experiment(path: str | Path, overrides: list[str] | None = None) -> Exp
         raise ConfigError(
             "task generator needs tokenizer=<folder or hub id of a trained tokenizer>"
         )
+    if len(config.optim.betas) != 2:
+        raise ConfigError(f"optim.betas={config.optim.betas} must be two numbers, e.g. [0.9, 0.95]")
     if config.evaluation is not None and config.data.validation is None:
         raise ConfigError("evaluation needs data.validation: the pictures to evaluate on")
-    if config.evaluation is not None and config.evaluation.every < 1:
-        raise ConfigError(f"evaluation.every={config.evaluation.every} must be at least 1")
     whole = {
         "adversarial": config.adversarial,
         "evaluation": config.evaluation,

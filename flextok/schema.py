@@ -8,12 +8,41 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import math
 import types
 import typing
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """Which numbers a field takes, written into its type: Annotated[int, Bounds(1)]. Both ends
+    belong to the range unless they are open."""
+
+    low: float
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+
+    def check(self, value: Any, where: str) -> None:
+        """Raises ConfigError for a number, or a number in a list or mapping, that lies outside."""
+        if isinstance(value, list | dict):
+            entries = value.items() if isinstance(value, dict) else enumerate(value)
+            for key, entry in entries:
+                self.check(entry, f"{where}[{key}]")
+        elif isinstance(value, int | float):
+            above = value > self.low if self.open_low else value >= self.low
+            below = value < self.high if self.open_high else value <= self.high
+            if not (above and below):
+                raise ConfigError(f"{where}={value!r} must be {self}.")
+
+    def __str__(self) -> str:
+        low = f"above {self.low:g}" if self.open_low else f"at least {self.low:g}"
+        high = f"below {self.high:g}" if self.open_high else f"at most {self.high:g}"
+        return low if self.high == math.inf else f"{low} and {high}"
 
 
 class ConfigError(ValueError):
@@ -32,7 +61,7 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where or cls.__name__} must be a mapping of keys, got {values!r}.")
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     for key in values:
         if key not in fields:
             raise unknown_key("key", key, list(fields), where)
@@ -81,6 +110,11 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value
+    if origin is typing.Annotated:
+        value = _coerce(args[0], value, where)
+        for bounds in args[1:]:
+            bounds.check(value, where)
+        return value
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
@@ -107,13 +141,14 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
             raise ConfigError(f"{where}={value!r} must be a mapping of keys.")
         item = args[1] if args else Any
         return {k: _coerce(item, v, f"{where}.{k}") for k, v in value.items()}
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
+    if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
         try:
-            return float(value)
-        except ValueError:
+            value = float(value)  # YAML 1.1 reads 1e-4 as a string
+        except (ValueError, OverflowError):
             pass
+        else:
+            if not math.isfinite(value):
+                raise ConfigError(f"{where}={value!r} must be a finite number.")
     if isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool):
         return value
     raise ConfigError(f"{where}={value!r} must be of type {hint.__name__}.")

@@ -165,6 +165,7 @@ def tiny_module(start=0, **changes):
     optim = OptimConfig(lr=1e-3, betas=[0.9, 0.999], weight_decay=0.01)
     module = AdversarialModule(model, optim, 10, adversarial).train()
     module.draws = lambda batch_index: None
+    module.mean_over_processes = lambda values: values
     module.logged = {}
     module.log_losses = lambda stage, losses, size: module.logged.update(losses)
     return module
@@ -187,6 +188,7 @@ def test_one_backward_pass_equals_alternating_optimizers():
         images = torch.rand(2, 3, 16, 16, generator=draws, dtype=torch.float64) * 2 - 1
         optimizer.zero_grad()
         module.training_step({"image": images}, 0).backward()
+        module.on_before_optimizer_step(optimizer)
         module.configure_gradient_clipping(optimizer, 1.0)
         optimizer.step()
 

@@ -5,7 +5,11 @@ import argparse
 import contextlib
 import logging
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from types import FrameType
 
 from flextok.cli import align, bench, demo, measure, models, reconstruct, sample, training
 from flextok.cli.common import AnyOrder, write_json
@@ -23,7 +27,8 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     options = make_parser().parse_args(arguments)
     try:
-        run(options)
+        with interruptible_imports():
+            run(options)
         sys.stdout.flush()
     except BrokenPipeError:  # `flextok ... | head`: the reader has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -34,6 +39,30 @@ def main(arguments: list[str] | None = None) -> int:
         print("flextok: interrupted; run the same command again to continue", file=sys.stderr)
         return 130
     return 0
+
+
+@contextlib.contextmanager
+def interruptible_imports() -> Iterator[None]:
+    """Ctrl-C while something is imported ends the process at once. KeyboardInterrupt would leave
+    half a module behind, and libraries catch it there."""
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        while frame is not None:
+            if frame.f_code.co_filename.startswith("<frozen importlib"):
+                os.write(2, b"flextok: interrupted; run the same command again to continue\n")
+                os._exit(130)
+            frame = frame.f_back
+        raise KeyboardInterrupt
+
+    ours = signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    if not ours or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -1,12 +1,15 @@
 """Lightning's view of the data: training streams that resume exactly, and a validation pass."""
 
 from collections.abc import Callable
+from functools import cached_property, partial
 from typing import Any
 
 import lightning as L
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
+from flextok.data.loading import make_loader
+from flextok.data.pictures import CorruptPicture
 from flextok.data.shard_stream import Layout, ShardStream
 from flextok.data.stream import EvaluationSet, Item, PositionSampler, Stream, collate
 from flextok.data.transforms import ImageTransform
@@ -14,14 +17,45 @@ from flextok.data.web import WebDatasetStream
 
 
 def prepare_image(transform: ImageTransform) -> Callable[[Item, torch.Generator | None], Item]:
-    def prepare(item: Item, generator: torch.Generator | None) -> Item:
-        return {"image": transform(item["image"], generator), "label": item["label"]}
+    return partial(_transformed, transform)
 
-    return prepare
+
+def _transformed(transform: ImageTransform, item: Item, generator: torch.Generator | None) -> Item:
+    return {"image": transform(item["image"], generator), "label": item["label"]}
 
 
 def prepare_tokens(item: Item, generator: torch.Generator | None) -> Item:
     return item
+
+
+class Shares(Dataset):
+    """A validation set for several processes that must all run as many batches, since they wait for
+    each other in each. A readable sample stands in for what cannot be read and for positions past
+    the end."""
+
+    def __init__(self, samples: EvaluationSet):
+        self.samples = samples
+
+    def __getitem__(self, position: int) -> tuple[Item, bool]:
+        """The sample at a position, and whether it counts: a stand-in does not."""
+        item = self.samples[position] if position < len(self.samples) else None
+        return (self.stand_in, False) if item is None else (item, True)
+
+    @cached_property
+    def stand_in(self) -> Item:
+        for index in range(len(self.samples)):
+            try:
+                return self.samples.prepare(self.samples.dataset[index], None)
+            except CorruptPicture:
+                continue
+        raise ValueError(f"none of the {len(self.samples)} validation samples can be read")
+
+
+def collate_shares(pairs: list[tuple[Item, bool]]) -> dict[str, Any]:
+    """A batch of the samples that count, with their number as "count": 0 where a stand-in is all
+    that there is."""
+    counted = [item for item, counts in pairs if counts]
+    return {**collate(counted or [pairs[0][0]]), "count": len(counted)}
 
 
 class DataModule(L.LightningDataModule):
@@ -40,6 +74,8 @@ class DataModule(L.LightningDataModule):
         streams = isinstance(train, WebDatasetStream)
         self.stream = (ShardStream if streams else Stream)(train, prepare, seed)
         self.evaluation = EvaluationSet(validation, prepare) if validation is not None else None
+        if validation is not None and len(validation) == 0:
+            raise ValueError("the validation set is empty: name another, or data.validation=null")
         self.batch_size, self.num_workers = batch_size, num_workers
 
     def train_dataloader(self) -> DataLoader:
@@ -51,21 +87,26 @@ class DataModule(L.LightningDataModule):
             workers = max(1, self.num_workers)
             self.stream.lay_out(Layout(self.batch_size, trainer.world_size, workers))
         sampler = PositionSampler(self.batch_size, start, trainer.global_rank, trainer.world_size)
-        return DataLoader(self.stream, batch_sampler=sampler, **self._loader_options())
+        options = self._loader_options()
+        return make_loader(self.stream, batch_sampler=sampler, collate_fn=collate, **options)
 
     def val_dataloader(self) -> DataLoader | list:
         if self.evaluation is None:
             return []
         trainer = self.trainer
         assert trainer is not None, "the data module is driven by a Trainer"
-        mine = range(trainer.global_rank, len(self.evaluation), trainer.world_size)
-        return DataLoader(
-            self.evaluation, batch_size=self.batch_size, sampler=mine, **self._loader_options()
+        rounds = -(-len(self.evaluation) // trainer.world_size)
+        mine = range(trainer.global_rank, rounds * trainer.world_size, trainer.world_size)
+        return make_loader(
+            Shares(self.evaluation),
+            batch_size=self.batch_size,
+            sampler=mine,
+            collate_fn=collate_shares,
+            **self._loader_options(),
         )
 
     def _loader_options(self) -> dict[str, Any]:
         return {
-            "collate_fn": collate,
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
             "pin_memory": torch.cuda.is_available(),

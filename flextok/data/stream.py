@@ -6,7 +6,7 @@ the batches that it would have seen, and any number of workers gives the same on
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing import Value
 from typing import Any
 
@@ -111,7 +111,7 @@ class PositionSampler(Sampler[list[int]]):
             batch += 1
 
 
-def collate(items: list[Item | None]) -> Any:
+def collate(items: Sequence[Item | None]) -> Any:
     """Stacks items to a batch, leaving out None; {} if nothing is left. "text" becomes a Text."""
     kept = [item for item in items if item is not None]
     if not kept:

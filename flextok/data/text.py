@@ -33,15 +33,28 @@ class TextCache:
         revision of it."""
         self.folder = Path(folder)
         check_manifest(self.folder, encoder.identity())
-        self.parts: list[Tensor] = []
         self.places: dict[str, tuple[int, int, int]] = {}  # part, first, last + 1
         for number, path in enumerate(sorted(self.folder.glob("part-*.safetensors"))):
             tensors = read_part(path)
-            self.parts.append(tensors["rows"])  # memory-mapped
             texts = unpack(tensors["captions"], tensors["caption_ends"])
             ends = tensors["row_ends"].tolist()
             spans = zip([0, *ends], ends, strict=False)
             self.places |= {t: (number, *span) for t, span in zip(texts, spans, strict=True)}
+        self.map_rows()
+
+    def map_rows(self) -> None:
+        """Memory-map the rows of every part."""
+        self.parts: list[Tensor] = []
+        for path in sorted(self.folder.glob("part-*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                self.parts.append(file.get_tensor("rows"))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"folder": self.folder, "places": self.places}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state  # a worker that is not forked maps the files itself
+        self.map_rows()
 
     def __len__(self) -> int:
         return len(self.places)

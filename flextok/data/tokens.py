@@ -20,9 +20,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from flextok.data.loading import make_loader, told_in_one_line
 from flextok.data.pictures import UNLABELLED, CorruptPicture
 from flextok.data.processes import Process, this_process
 from flextok.data.stream import Item, SkipCounter, collate
@@ -149,19 +150,16 @@ def build_token_cache(
     }
     mine = dict(list(parts.items())[process.rank :: process.world_size])
     missing = {path: part for path, part in mine.items() if not path.exists()}
-    loader = DataLoader(
-        positions,
-        batch_sampler=_Batches(list(missing.values()), batch_size),  # type: ignore[arg-type]
-        num_workers=num_workers,
-        collate_fn=list,
-    )
+    batches_of_parts = _Batches(list(missing.values()), batch_size)
+    loader = make_loader(positions, num_workers, batch_sampler=batches_of_parts, collate_fn=list)
     total, done = sum(map(len, mine.values())), sum(map(len, missing.values()))
     progress = tqdm(total=total, initial=total - done, desc="tokenizing", unit="img")
     batches = iter(loader)
     for path, part in missing.items():
         encoded, unreadable = [], []
         for _ in range(0, len(part), batch_size):
-            items = next(batches)
+            with told_in_one_line():
+                items = next(batches)
             encoded.append(encode(tokenizer, items, seed, bool(manifest.get("precision"))))
             unreadable += [str(item) for item in items if isinstance(item, CorruptPicture)]
             progress.update(len(items))
@@ -309,7 +307,7 @@ class TokenDataset(Dataset):
     long, "label": () long}, and "text", the row of its caption, once `text` is set."""
 
     def __init__(self, path: str | Path):
-        folder = Path(path)
+        self.path = folder = Path(path)
         self.manifest = read_manifest(folder)
         if not is_finished(folder):
             raise ValueError(f"the token cache {folder} is unfinished: run flextok tokenize again")
@@ -326,6 +324,14 @@ class TokenDataset(Dataset):
             check_part(folder / part["file"], part, tensors)
             self.parts.append(tensors)
         self.starts = np.cumsum([0, *(part["sequences"] for part in self.manifest["parts"])])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("parts", "captions")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state  # a worker that is not forked maps the files itself
+        files = [self.path / part["file"] for part in self.manifest["parts"]]
+        self.parts = [read_part(file)[0] for file in files]
 
     @cached_property
     def captions(self) -> list[str]:

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from flextok.data.datamodule import prepare_image
+from flextok.data.loading import make_loader, told_in_one_line
 from flextok.data.pictures import CorruptPicture
 from flextok.data.stream import EvaluationSet, Item, collate
 from flextok.data.transforms import ImageTransform
@@ -102,11 +103,10 @@ def collect(records: Records, source: Dataset, compute: Compute, job: Job, what:
     """Fill in what the records miss. Returns the seconds it took."""
     todo, size = records.missing, job.options.batch_size
     batches = [todo[i : i + size] for i in range(0, len(todo), size)]
-    loader = DataLoader(
-        source, batch_sampler=batches, num_workers=job.options.num_workers, collate_fn=collate
-    )
+    loader = make_loader(source, job.options.num_workers, batch_sampler=batches, collate_fn=collate)
     started = time.perf_counter()
-    with tqdm(total=len(todo), desc=what, unit="img", disable=processes.rank() > 0) as progress:
+    progress_bar = tqdm(total=len(todo), desc=what, unit="img", disable=processes.rank() > 0)
+    with progress_bar as progress, told_in_one_line():
         for asked, batch in zip(batches, loader, strict=True):
             records.add(asked, {k: v.cpu() for k, v in compute(batch).items()} if batch else {})
             progress.update(len(asked))
@@ -115,15 +115,13 @@ def collect(records: Records, source: Dataset, compute: Compute, job: Job, what:
 
 def batches(source: Dataset, options: Options, what: str) -> Iterator[dict[str, Tensor]]:
     """All readable items of a source in order, on one process, with a progress bar."""
-    loader = DataLoader(
-        source,
-        batch_size=options.batch_size,
-        num_workers=options.num_workers,
-        collate_fn=collate,
+    loader = make_loader(
+        source, options.num_workers, batch_size=options.batch_size, collate_fn=collate
     )
-    for batch in tqdm(loader, desc=what, unit="batch"):
-        if batch:
-            yield batch
+    with told_in_one_line():
+        for batch in tqdm(loader, desc=what, unit="batch"):
+            if batch:
+                yield batch
 
 
 def reconstruction(job: Job) -> Compute:

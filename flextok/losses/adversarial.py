@@ -76,9 +76,10 @@ class LeCam(nn.Module):
 
     @torch.no_grad()
     def update(self, logits_real: Tensor, logits_fake: Tensor) -> None:
-        """Move the averages towards these logits' means; once a discriminator step."""
-        self.real.lerp_(logits_real.float().mean().to(self.real), 1 - self.decay)
-        self.fake.lerp_(logits_fake.float().mean().to(self.fake), 1 - self.decay)
+        """Move the averages towards these logits' means, if finite; once an optimizer step."""
+        for average, logits in ((self.real, logits_real), (self.fake, logits_fake)):
+            mean = logits.float().mean().to(average)
+            average.lerp_(torch.where(mean.isfinite(), mean, average), 1 - self.decay)
 
 
 def hinge_discriminator_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:

@@ -71,10 +71,11 @@ class VQ(nn.Module):
         number = int(dead.sum())
         if number == 0:
             return 0
-        rows, codebook = (
-            self._project(z.float().flatten(0, -2)),
-            self._project(self.codebook.float()),
-        )
+        rows = self._project(z.float().flatten(0, -2))
+        rows = rows[rows.isfinite().all(dim=-1)]
+        if len(rows) == 0:
+            return 0
+        codebook = self._project(self.codebook.float())
         error = (rows - codebook[nearest(rows, codebook)]).square().sum(dim=-1) + 1e-12
         source = rows.device if generator is None else generator.device
         chosen = torch.multinomial(error.to(source), number, replacement=True, generator=generator)
@@ -90,8 +91,11 @@ def nearest(z: Tensor, codebook: Tensor) -> Tensor:
 
 
 def count_codes(indices: Tensor, codebook_size: int) -> Tensor:
-    """indices: any shape, long. Returns how often each code occurs, (codebook_size,) long."""
-    return torch.bincount(indices.flatten(), minlength=codebook_size)
+    """indices: any shape, long; those below 0 are left out. Returns how often each code occurs,
+    (codebook_size,) long."""
+    indices = indices.flatten()
+    counts = torch.zeros(1 + codebook_size, dtype=torch.long, device=indices.device)
+    return counts.index_add_(0, 1 + indices.clamp_min(-1), torch.ones_like(indices))[1:]
 
 
 def codebook_usage(counts: Tensor) -> tuple[Tensor, Tensor]:

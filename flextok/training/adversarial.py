@@ -39,6 +39,7 @@ class AdversarialModule(TokenizerModule):
         self.adversarial = adversarial
         self.discriminator = PatchDiscriminator(adversarial.dim, adversarial.num_stages)
         self.lecam = LeCam(adversarial.lecam_decay)
+        self.judged: list[Tensor] = []  # mean logits of the real and the fake, of each micro-batch
 
     def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
         images = batch["image"]
@@ -63,15 +64,24 @@ class AdversarialModule(TokenizerModule):
         return torch.func.functional_call(self.discriminator, weights, (images,))
 
     def discriminator_losses(self, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
-        """real, fake: (B, 3, H, W) in [-1, 1]. Returns scalars; moves LeCam's averages."""
+        """real, fake: (B, 3, H, W) in [-1, 1]. Returns scalars; notes the logits for LeCam."""
         logits = self.discriminator(torch.cat([real, fake]))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # fp32 island
         logits_real, logits_fake = logits.chunk(2)
         hinge = hinge_discriminator_loss(logits_real, logits_fake)
         lecam = self.lecam(logits_real, logits_fake)
-        self.lecam.update(logits_real, logits_fake)
+        self.judged.append(torch.stack([logits_real.mean(), logits_fake.mean()]).detach())
         total = hinge + self.adversarial.lecam * lecam
         return {"loss": total, "hinge": hinge, "lecam": lecam}
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Moves LeCam's averages by the step's logits, over all micro-batches and processes."""
+        if self.judged:
+            self.lecam.update(*self.mean_over_processes(torch.stack(self.judged).mean(dim=0)))
+            self.judged = []
+
+    def mean_over_processes(self, values: Tensor) -> Tensor:
+        return self.trainer.strategy.reduce(values, reduce_op="mean")
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         optimizer = super().make_optimizer()

@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import TQDMProgressBar
 from torch import Tensor
 
 from flextok import viz
@@ -17,6 +18,28 @@ from flextok.quantizers.vq import codebook_usage, count_codes
 from flextok.training.sharding import gather, is_sharded
 
 log = logging.getLogger(__name__)
+
+
+class Progress(TQDMProgressBar):
+    """A bar of the optimizer steps, of all that the run has; a continued run's begins where it
+    continues, so that its rate and remaining time are those of the steps taken now."""
+
+    def on_train_start(self, trainer: L.Trainer, *args: Any) -> None:
+        super().on_train_start(trainer, *args)
+        bar = self.train_progress_bar
+        bar.reset(total=trainer.max_steps)
+        bar.initial = bar.n = bar.last_print_n = trainer.global_step
+
+    def on_train_epoch_start(self, *args: Any) -> None:
+        pass  # there is one endless epoch
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
+    ) -> None:
+        bar, step = self.train_progress_bar, trainer.global_step
+        if step > bar.n and self._should_update(step, trainer.max_steps):
+            bar.update(step - bar.n)
+            bar.set_postfix(self.get_metrics(trainer, pl_module))
 
 
 class CodebookUsage(L.Callback):
@@ -31,6 +54,7 @@ class CodebookUsage(L.Callback):
         self.counts: Tensor | None = None  # of the codes in whole steps since the last log
         self.pending: Tensor | None = None  # in the step at work
         self.validation_counts: Tensor | None = None
+        self.counting = True  # whether the batch of validation counts
         self.step = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -40,11 +64,12 @@ class CodebookUsage(L.Callback):
         self.hook.remove()
 
     def count(self, quantizer: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
-        counts = count_codes(output[1], quantizer.codebook_size)
+        finite = inputs[0].isfinite().all(dim=-1)  # a step that is not is skipped and reported
+        counts = count_codes(output[1].where(finite, -1), quantizer.codebook_size)
         if quantizer.training:
             self.pending = counts if self.pending is None else self.pending + counts
             self.z = inputs[0].detach()
-        elif self.validation_counts is not None:
+        elif self.validation_counts is not None and self.counting:
             self.validation_counts += counts
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
@@ -69,6 +94,11 @@ class CodebookUsage(L.Callback):
         self.validation_counts = torch.zeros(
             pl_module.model.vocab_size, dtype=torch.long, device=pl_module.device
         )
+
+    def on_validation_batch_start(
+        self, trainer: L.Trainer, pl_module: Any, batch: Any, *args: Any
+    ) -> None:
+        self.counting = batch["count"] > 0
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         counts = trainer.strategy.reduce(self.validation_counts, reduce_op="sum")

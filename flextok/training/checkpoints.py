@@ -19,14 +19,13 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
+from flextok.data.loading import SIGNALS
 from flextok.data.processes import this_process
 from flextok.files import atomic_write
 from flextok.hub import CheckpointError
 
 BEST = "best.json"
 CHECKSUMS = "checksums-*.json"  # of a checkpoint that is a folder, one a process
-# kill and Ctrl-C; what SLURM can send before a job's time is over (--signal=USR1@120)
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 log = logging.getLogger(__name__)
 
 
@@ -68,13 +67,18 @@ class Checkpoints(Checkpoint):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.step = trainer.global_step
         self.best = self.read_best(trainer.global_step)
+        self.saved = self.step or None
         self.previous = catch(self.receive)
 
     def receive(self, signum: int, frame: Any) -> None:
-        if self.received is not None:  # asked twice: without goodbye
+        if self.received is None:
+            name, safe = signal.Signals(signum).name, self.saved
+            before = "nothing is saved yet" if safe is None else f"step {safe} is saved"
+            log.warning("%s: stopping after step %d; until then %s", name, self.step + 1, before)
+        elif signum == signal.SIGINT:  # Ctrl-C twice: without goodbye
             self.restore_handlers()
             raise KeyboardInterrupt
-        self.received = signum
+        self.received = self.received or signum
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
         step = trainer.global_step
@@ -142,9 +146,11 @@ class Checkpoints(Checkpoint):
 
 
 def catch(handler: Callable[[int, Any], None]) -> dict[int, Any]:
-    """Have `handler` called for each of SIGNALS. Returns the handlers that were there before."""
+    """Have `handler` called for each of SIGNALS but those that are ignored, as nohup has it.
+    Returns the handlers that were there before."""
+    caught = [signum for signum in SIGNALS if signal.getsignal(signum) != signal.SIG_IGN]
     try:
-        return {signum: signal.signal(signum, handler) for signum in SIGNALS}
+        return {signum: signal.signal(signum, handler) for signum in caught}
     except ValueError:  # only a program's main thread may: a notebook's server keeps its own
         log.warning("not in the main thread: signals will not save a checkpoint")
         return {}
@@ -154,7 +160,7 @@ def requeue(signum: int) -> None:
     """In a SLURM job that SIGUSR1 stopped, its time being up, ask for another. SIGTERM comes from
     scancel, or from a preemption after which SLURM itself requeues the job."""
     job = os.environ.get("SLURM_JOB_ID")
-    if signum != signal.SIGUSR1 or job is None or this_process().rank != 0:
+    if signal.Signals(signum).name != "SIGUSR1" or job is None or this_process().rank != 0:
         return
     done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
     if done.returncode:

@@ -30,7 +30,9 @@ class SkipNonFinite(L.Callback):
         self.losses: list[Tensor] = []  # of this process, the latest
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: Any, loss: Tensor) -> None:
-        self.losses = [*self.losses[-19:], loss.detach().clone()]
+        scaler = trainer.scaler  # of fp16, which has multiplied the loss
+        unscaled = loss if scaler is None else loss / scaler.scale(torch.ones_like(loss))
+        self.losses = [*self.losses[-19:], unscaled.detach().clone()]
         # an infinite loss may have finite gradients: make them NaN, here and so everywhere
         loss.mul_(torch.where(loss.detach().isfinite(), 1.0, torch.nan))
 

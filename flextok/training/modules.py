@@ -52,18 +52,16 @@ class TrainingModule(L.LightningModule):
         torch.manual_seed(draws.initial_seed())
         return draws
 
-    def validation_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
-        if not batch:
-            return
+    def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
         # the same draws at every validation, so that the curve shows the model and not the noise
         draws = derived_generator(self.seed, 4, batch_index, self.global_rank)
         losses = self.model.loss(*self.inputs(batch), generator=draws)
-        self.log_losses("val", losses, len(next(iter(batch.values()))))
+        self.log_losses("val", losses, batch["count"])  # the weight in the averages
 
     def log_losses(self, stage: str, losses: dict[str, Tensor], batch_size: int) -> None:
         # Lightning's own step count is off by one after an interruption inside a step
         options: dict[str, Any] = {"on_step": stage == "train", "on_epoch": stage == "val"}
-        self.log("step", float(self.global_step), batch_size=batch_size, **options)
+        self.log("step", float(self.global_step), batch_size=1, **options)
         for name, value in losses.items():
             self.log(
                 f"{stage}/{name}",

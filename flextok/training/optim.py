@@ -49,7 +49,15 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimiz
     groups, (first, second) = parameter_groups(model, config), config.betas
     if config.name == "muon":
         return MuonAdamW(groups, block_matrices(model), betas=(first, second))
-    return torch.optim.AdamW(groups, betas=(first, second), fused=True)
+    return fused_adamw(groups, (first, second))
+
+
+def fused_adamw(groups: list[dict[str, Any]], betas: tuple[float, float]) -> torch.optim.AdamW:
+    """AdamW by one kernel, which leaves the unscaling of fp16 gradients to the trainer: by itself
+    it would unscale them after they are clipped and checked, and so Lightning refuses to clip."""
+    optimizer = torch.optim.AdamW(groups, betas=betas, fused=True)
+    optimizer._step_supports_amp_scaling = False  # torch's and Lightning's name for that
+    return optimizer
 
 
 def block_matrices(model: nn.Module) -> set[nn.Parameter]:
@@ -81,7 +89,7 @@ class MuonAdamW(torch.optim.Optimizer):
             raise ConfigError("optim.name=muon: the model has no blocks with matrices; take adamw")
         self.parts = {
             True: torch.optim.Muon(split[True], momentum=momentum, adjust_lr_fn="match_rms_adamw"),
-            False: torch.optim.AdamW(split[False], betas=betas, fused=True),
+            False: fused_adamw(split[False], betas),
         }
         shared = [group for part in self.parts.values() for group in part.param_groups]
         super().__init__(shared, {})

@@ -11,13 +11,15 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
-from lightning.pytorch.callbacks import LearningRateMonitor, TQDMProgressBar
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy
 
-from flextok.config import ExperimentConfig, load_experiment, save_experiment
+from flextok.config import ExperimentConfig, TrainerConfig, load_experiment, save_experiment
 from flextok.data.datamodule import DataModule, prepare_image, prepare_tokens
 from flextok.data.datasets import DATASETS, take
 from flextok.data.labels import joined
+from flextok.data.loading import told_in_one_line
 from flextok.data.processes import local_device, this_process
 from flextok.data.stream import EvaluationSet, collate
 from flextok.data.text import build_text_cache
@@ -38,7 +40,7 @@ from flextok.generators.conditioning import TextConditioner
 from flextok.generators.text import Text, load_encoder
 from flextok.hub import fingerprint
 from flextok.pipeline import expected_codes, load_model, remember_tokenizer
-from flextok.schema import ConfigError, build, from_mapping, unknown_key
+from flextok.schema import ConfigError, build, from_mapping, to_mapping, unknown_key
 from flextok.tokenizers import TOKENIZERS
 from flextok.tokenizers.common import codes_id, same_codes
 from flextok.training.adversarial import AdversarialModule
@@ -48,6 +50,7 @@ from flextok.training.callbacks import (
     Evaluation,
     Export,
     Pictures,
+    Progress,
     draw_generations,
     draw_reconstructions,
     export,
@@ -71,6 +74,10 @@ def train(config: ExperimentConfig) -> Path:
     """Train (or continue) the run that `config` describes. Returns its output_dir, which is a model
     folder for from_pretrained and also holds checkpoints/, logs/, pictures/, starts/ (how it was
     started each time) and config.yaml. Raises Interrupted when a signal stopped it, saved."""
+    config = from_mapping(
+        ExperimentConfig, to_mapping(config)
+    )  # checks one that was made in Python
+    check_devices(config.trainer)
     L.seed_everything(config.seed, verbose=False)
     folder = Path(config.output_dir)
     # LOCAL_RANK alone: Lightning started this process, torchrun or SLURM did not
@@ -103,7 +110,8 @@ def train(config: ExperimentConfig) -> Path:
     if config.trainer.compile:
         compile_blocks(module.model)
     trainer = make_trainer(config, folder, module.model, draw, evaluate)
-    trainer.fit(module, data, ckpt_path=None if last is None else str(last), weights_only=True)
+    with told_in_one_line():
+        trainer.fit(module, data, ckpt_path=None if last is None else str(last), weights_only=True)
     # fit leaves the averaged weights in place
     export(module.model, folder, trainer.global_step, trainer.is_global_zero)
     return folder
@@ -361,14 +369,10 @@ def make_trainer(
     config: ExperimentConfig, folder: Path, model: Any, draw: Any, evaluate: Any
 ) -> L.Trainer:
     options = config.trainer
-    precision: Any = options.precision
-    if precision == "auto":
-        has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        precision = "bf16-mixed" if has_bf16 else "32-true"
     validates = config.data.validation is not None
     callbacks: list[L.Callback] = [
         LearningRateMonitor("step"),
-        TQDMProgressBar(refresh_rate=10),
+        Progress(refresh_rate=10),
         SkipNonFinite(folder, options.max_nonfinite),
         *codebook_callbacks(config, model),
     ]
@@ -388,13 +392,13 @@ def make_trainer(
     if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
         # Checkpoints saves on signals, between two steps
         plugins.append(SLURMEnvironment(auto_requeue=False))
-    return L.Trainer(
+    trainer = L.Trainer(
         accelerator=options.accelerator,
         devices=options.devices,
         num_nodes=options.num_nodes,
         strategy=ShardedStrategy() if options.strategy == "fsdp2" else options.strategy,
         plugins=plugins,
-        precision=precision,
+        precision=choose_precision(options),
         max_steps=options.max_steps,
         accumulate_grad_batches=options.accumulate,
         gradient_clip_val=config.optim.grad_clip or None,
@@ -411,6 +415,45 @@ def make_trainer(
         use_distributed_sampler=False,  # the stream and the validation set shard themselves
         enable_model_summary=False,
     )
+    if isinstance(trainer.strategy, DDPStrategy):
+        # buffers are constants, or moved alike on all processes: never sent around in a forward
+        trainer.strategy._ddp_kwargs["broadcast_buffers"] = False
+    return trainer
+
+
+def check_devices(options: TrainerConfig) -> None:
+    """Refuse a device that is not there, more processes than a CPU has cores, and what the device
+    cannot do."""
+    device, cores = device_type(options.accelerator), os.cpu_count() or 1
+    if options.accelerator in ("gpu", "cuda", "mps") and device_type("gpu") not in ("cuda", "mps"):
+        raise ConfigError(f"trainer.accelerator={options.accelerator}: there is none, take auto")
+    asked = int(options.devices) if str(options.devices).isdigit() else 1
+    if device == "cpu" and asked > cores and this_process().world_size == 1:
+        raise ConfigError(
+            f"trainer.devices={asked} must be at most {cores} on this CPU, the number of its "
+            "cores: each device is a process"
+        )
+    if options.precision == "16-mixed" and (device == "cpu" or options.strategy == "fsdp2"):
+        where = "on a CPU" if device == "cpu" else "with trainer.strategy=fsdp2"
+        raise ConfigError(f"trainer.precision=16-mixed does not work {where}: take bf16-mixed")
+
+
+def device_type(accelerator: str) -> str:
+    """What Lightning takes for trainer.accelerator: cuda, mps or cpu."""
+    if accelerator not in ("auto", "gpu"):
+        return accelerator
+    found = {"mps": torch.backends.mps.is_available(), "cuda": torch.cuda.is_available()}
+    return next((name for name, here in found.items() if here), "cpu")
+
+
+def choose_precision(options: TrainerConfig) -> Any:
+    """The precision that `auto` stands for on the device that trains. On a CPU bf16 takes longer
+    for the small models that train there, even where the processor has instructions for it."""
+    if options.precision != "auto":
+        return options.precision
+    on_cuda = device_type(options.accelerator) == "cuda"
+    fast = on_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16-mixed" if fast else "32-true"
 
 
 def check_same_model(path: Path, config: ExperimentConfig) -> None:

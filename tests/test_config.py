@@ -1,0 +1,109 @@
+"""Numbers that no run can mean are refused by name before anything is built."""
+
+import math
+import typing
+from dataclasses import is_dataclass, replace
+
+import pytest
+
+from flextok.config import DataConfig, ExperimentConfig, OptimConfig, TrainerConfig
+from flextok.schema import ConfigError, from_mapping
+from flextok.training.run import train
+
+MINIMAL = {
+    "task": "tokenizer",
+    "output_dir": "nowhere",
+    "model": {"name": "flextok"},
+    "data": {"train": {"name": "emoji"}},
+    "trainer": {"max_steps": 1},
+    "adversarial": {},
+    "evaluation": {},
+}
+
+
+def numeric_fields(cls, path=()) -> dict[tuple[str, ...], object]:
+    """Path of each field that takes numbers -> its type."""
+    found = {}
+    for name, hint in typing.get_type_hints(cls).items():
+        options = typing.get_args(hint) or (hint,)
+        if inner := [option for option in options if is_dataclass(option)]:
+            found |= numeric_fields(inner[0], (*path, name))
+        elif {int, float, list[int], list[float], dict[str, float]} & {hint, *options}:
+            found[(*path, name)] = hint
+    return found
+
+
+NUMERIC = numeric_fields(ExperimentConfig)
+
+
+def read(path, value):
+    values = {k: dict(v) if isinstance(v, dict) else v for k, v in MINIMAL.items()}
+    place = values
+    for key in path[:-1]:
+        place = place.setdefault(key, {})
+    place[path[-1]] = value
+    return from_mapping(ExperimentConfig, values)
+
+
+def test_the_walk_finds_the_numbers():
+    known = {("optim", "lr"), ("trainer", "max_steps"), ("data", "shift"), ("seed",)}
+    known |= {("optim", "betas"), ("optim", "lr_scale"), ("adversarial", "lr")}
+    known |= {("evaluation", "num_tokens"), ("evaluation", "limit"), ("trainer", "devices")}
+    assert known <= NUMERIC.keys()
+
+
+@pytest.mark.parametrize("path", NUMERIC, ids=".".join)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, -1, "nan", True])
+def test_no_number_may_be_negative_or_not_finite(path, bad):
+    hint = NUMERIC[path]
+    values = [bad]
+    if "list" in str(hint):
+        values = [[bad, bad], [0.9, bad]]
+    elif "dict" in str(hint):
+        values = [{"encoder": bad}]
+    for value in values:
+        if value == "nan" and "str" in str(hint):
+            continue  # devices, which Lightning reads
+        with pytest.raises(ConfigError, match=path[-1]):
+            read(path, value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("optim.lr", 1e30, r"optim.lr=1e\+30 must be above 0 and at most 10"),
+        ("optim.lr", 0, "optim.lr=0.0 must be above 0"),
+        ("optim.ema_decay", 2, "optim.ema_decay=2.0 must be at least 0 and below 1"),
+        ("optim.ema_decay", 1, "must be at least 0 and below 1"),
+        ("optim.weight_decay", "1e30", "must be at least 0 and at most 10"),
+        ("optim.betas", [0.9, 1.0], r"optim.betas\[1\]=1.0 must be at least 0 and below 1"),
+        ("trainer.max_steps", 0, "trainer.max_steps=0 must be at least 1"),
+        ("trainer.validate_every", 0, "trainer.validate_every=0 must be at least 1"),
+        ("trainer.devices", 0, "trainer.devices=0 must be at least 1"),
+        ("data.shift", 0.5, "data.shift=0.5 must be at least 0 and below 0.5"),
+        ("seed", 2**32, "seed=4294967296 must be"),
+        ("trainer.precision", "16-true", "trainer.precision='16-true' must be one of 'auto'"),
+        ("trainer.precision", "bf16-true", "trainer.precision='bf16-true' must be one of"),
+        ("evaluation.num_tokens", [4, 0], r"evaluation.num_tokens\[1\]=0 must be at least 1"),
+    ],
+)
+def test_the_message_names_key_value_and_range(key, value, message):
+    with pytest.raises(ConfigError, match=message):
+        read(key.split("."), value)
+
+
+def test_the_ends_of_the_ranges_are_legal():
+    legal = {"optim.grad_clip": 0, "optim.ema_decay": 0, "optim.warmup_steps": 0, "data.flip": True}
+    legal |= {"optim.lr_scale": {"encoder": 0}, "trainer.revive_every": 0, "trainer.devices": "0,1"}
+    for key, value in legal.items():
+        read(key.split("."), value)
+
+
+def test_a_config_made_in_python_is_checked_too(tmp_path):
+    data = DataConfig({"name": "emoji"})
+    config = ExperimentConfig("tokenizer", str(tmp_path / "x"), {}, data, TrainerConfig(1))
+    for part in (replace(config, optim=OptimConfig(lr=math.nan)),
+                 replace(config, trainer=TrainerConfig(max_steps=-1))):  # fmt: skip
+        with pytest.raises(ConfigError, match=r"optim.lr=nan|trainer.max_steps=-1"):
+            train(part)
+    assert not (tmp_path / "x").exists()

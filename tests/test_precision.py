@@ -1,0 +1,168 @@
+"""The precision and the number of processes follow the device that trains."""
+
+import csv
+import os
+
+import lightning as L
+import pytest
+import torch
+import yaml
+from conftest import SIX_STEPS, TINY, TITOK, draw_pictures
+from lightning.pytorch.plugins.precision import MixedPrecision
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from flextok.config import TrainerConfig, load_experiment
+from flextok.schema import ConfigError
+from flextok.training.run import check_devices, choose_precision, train
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """gpu(bf16) lets torch report a GPU that multiplies bf16, or one that emulates it."""
+
+    def report(bf16: bool) -> None:
+        monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+        monkeypatch.setattr(
+            "torch.cuda.is_bf16_supported",
+            lambda including_emulation=True: bf16 or including_emulation,
+        )
+
+    return report
+
+
+def precision(accelerator: str, asked: str = "auto") -> str:
+    return choose_precision(TrainerConfig(1, accelerator, precision=asked))
+
+
+def test_precision_follows_the_device_that_trains_not_the_machine(gpu):
+    assert precision("auto") == precision("cpu") == "32-true"
+    gpu(bf16=True)
+    assert precision("auto") == precision("gpu") == precision("cuda") == "bf16-mixed"
+    assert precision("cpu") == "32-true"
+    assert precision("cpu", "bf16-mixed") == "bf16-mixed"
+    assert precision("gpu", "32-true") == "32-true"
+
+
+def test_a_gpu_that_only_emulates_bf16_trains_in_fp32(gpu):
+    gpu(bf16=False)
+    assert precision("auto") == "32-true"
+
+
+def test_more_processes_than_cores_are_refused(monkeypatch):
+    cores = os.cpu_count()
+    check_devices(TrainerConfig(1, "cpu", devices=cores))
+    for devices in (cores + 1, str(cores + 1), 99_999):
+        with pytest.raises(ConfigError, match=rf"trainer.devices={devices} .*at most {cores}"):
+            check_devices(TrainerConfig(1, "cpu", devices=devices))
+    # torchrun's processes are already there
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", str(cores + 1))
+    check_devices(TrainerConfig(1, "cpu", devices=cores + 1))
+
+
+def test_what_the_device_cannot_do_is_refused(gpu):
+    with pytest.raises(ConfigError, match="16-mixed does not work on a CPU"):
+        check_devices(TrainerConfig(1, "cpu", precision="16-mixed"))
+    gpu(bf16=True)
+    check_devices(TrainerConfig(1, "gpu", devices=8, precision="16-mixed"))
+    with pytest.raises(ConfigError, match=r"does not work with trainer\.strategy=fsdp2"):
+        check_devices(TrainerConfig(1, "gpu", strategy="fsdp2", precision="16-mixed"))
+
+
+@pytest.mark.parametrize("accelerator", ["gpu", "cuda", "mps"])
+def test_an_accelerator_that_is_not_there_is_refused(accelerator, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+    with pytest.raises(ConfigError, match=f"trainer.accelerator={accelerator}: there is none"):
+        check_devices(TrainerConfig(1, accelerator))
+
+
+@pytest.fixture
+def gradients():
+    """The norms of the gradients that each optimizer step gets: of the tokenizer's parameters and
+    of the discriminator's, told apart by their group's learning rate."""
+    norms = []
+
+    def note(optimizer, args, kwargs):
+        parts = {}
+        for group in optimizer.param_groups:
+            found = [p.grad for p in group["params"] if p.grad is not None]
+            parts.setdefault(group["initial_lr"], []).extend(found)
+        norms.append([float(torch.nn.utils.get_total_norm(found)) for found in parts.values()])
+
+    handle = register_optimizer_step_post_hook(note)
+    yield norms
+    handle.remove()
+
+
+def in_fp16(monkeypatch):
+    """Train in fp16 with a scaler on the CPU, which Lightning by itself does not offer."""
+
+    class Trainer(L.Trainer):
+        def __init__(self, **options):
+            scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+            plugin = MixedPrecision("16-mixed", "cpu", scaler)
+            super().__init__(**{**options, "precision": None, "plugins": [plugin]})
+
+    monkeypatch.setattr("flextok.training.run.L.Trainer", Trainer)
+
+
+@pytest.mark.parametrize("adversarial", [False, True])
+def test_fp16_gradients_are_unscaled_before_they_are_measured_and_clipped(
+    tmp_path, monkeypatch, gradients, adversarial
+):
+    """A scale of 1,024 that was still in them would show in the logs and defeat the clipping."""
+    draw_pictures(tmp_path / "pictures", [f"{i}.png" for i in range(4)])
+    spec = {
+        "task": "tokenizer",
+        "output_dir": str(tmp_path / "run"),
+        "model": {"name": "flextok", **TINY},
+        "data": {"train": {"name": "folder", "root": str(tmp_path / "pictures")}, "batch_size": 4},
+        "optim": {"warmup_steps": 0, "grad_clip": 1e6, "ema_decay": 0},
+        "trainer": {**SIX_STEPS, "max_steps": 2},
+    }
+    if adversarial:
+        spec["model"] = {"name": "titok", **TITOK, "stage": "single"}
+        spec["adversarial"] = {"start": 0, "dim": 32, "num_stages": 1, "lr": 3e-4}
+    path = tmp_path / "config.yaml"
+
+    def run(name, clip):
+        gradients.clear()
+        spec["optim"]["grad_clip"] = clip
+        spec["output_dir"] = str(tmp_path / name)
+        path.write_text(yaml.safe_dump(spec))
+        train(load_experiment(path))
+        (log,) = (tmp_path / name).glob("logs/csv/version_0/metrics.csv")
+        rows = [row for row in csv.DictReader(log.open()) if row.get("train/grad_norm")]
+        assert [float(row["train/skipped_steps"]) for row in rows] == [0, 0]
+        return [list(step) for step in gradients], [float(row["train/grad_norm"]) for row in rows]
+
+    expected, logged = run("fp32", 1e6)
+    assert len(expected) == 2
+    with monkeypatch.context() as patch:
+        in_fp16(patch)
+        found, logged_fp16 = run("fp16", 1e6)
+        clipped, _ = run("clipped", 1e-3)
+    assert logged_fp16 == pytest.approx(logged, rel=0.05)
+    assert len(found[0]) == 1 + adversarial
+    for ours, theirs, small in zip(found, expected, clipped, strict=True):
+        assert ours == pytest.approx(theirs, rel=0.05)
+        assert min(theirs) > 2e-3
+        assert small == pytest.approx([1e-3] * len(small), rel=1e-2)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_every_optimizer_may_be_clipped_in_mixed_precision(tmp_path, name, gradients):
+    draw_pictures(tmp_path / "pictures", [f"{i}.png" for i in range(4)])
+    spec = {
+        "task": "tokenizer",
+        "output_dir": str(tmp_path / "run"),
+        "model": {"name": "flextok", **TINY},
+        "data": {"train": {"name": "folder", "root": str(tmp_path / "pictures")}, "batch_size": 4},
+        "optim": {"name": name, "grad_clip": 1e-3},
+        "trainer": {**SIX_STEPS, "max_steps": 2, "precision": "bf16-mixed"},
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(spec))
+    train(load_experiment(path))
+    assert gradients[-1][0] == pytest.approx(1e-3, rel=1e-2)
