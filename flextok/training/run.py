@@ -442,8 +442,9 @@ def device_type(accelerator: str) -> str:
     """What Lightning takes for trainer.accelerator: cuda, mps or cpu."""
     if accelerator not in ("auto", "gpu"):
         return accelerator
-    found = {"mps": torch.backends.mps.is_available(), "cuda": torch.cuda.is_available()}
-    return next((name for name, here in found.items() if here), "cpu")
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def choose_precision(options: TrainerConfig) -> Any:
