@@ -200,6 +200,7 @@ def flextok_rows(
     indices = torch.randint(0, model.vocab_size, (batch, model.num_tokens), device=device)
     images = torch.zeros(batch, 3, model.image_size, model.image_size, device=device)
     # the rows are about the latents
+    model.vae.has_weights = True
     model.vae.encode, model.vae.decode = (lambda *_, **__: latents.to(dtype)), (lambda x: x)
 
     def decode(scale: float, keep: int | None = None) -> Callable[[], object]:

@@ -5,7 +5,10 @@ purpose, r). So it does not depend on the batch size, no two pictures, seeds or 
 draws, and a CPU generator gives the same ones whatever device the model runs on.
 """
 
+import ctypes
 import functools
+import random
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -68,3 +71,13 @@ def uniform_steps(steps: int, batch: int, generator: Rng, device: torch.device) 
     source = device if generator is None else generator.device
     rows = [uniforms((batch,), generator, source) for _ in range(steps)]
     return to_device(torch.stack(rows), device)
+
+
+def host_random(generator: torch.Generator | None) -> random.Random:
+    """Python's random numbers, seeded by the state of `generator` (None = PyTorch's own), which is
+    moved on: a number drawn from a tensor would have to be read back from its device."""
+    source = torch.default_generator if generator is None else generator
+    state = source.get_state()
+    seed = zlib.crc32(ctypes.string_at(state.data_ptr(), state.nbytes))
+    torch.empty((), device=source.device).uniform_(generator=source)
+    return random.Random(seed)

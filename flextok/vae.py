@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flextok.draws import Rng
+from flextok.nn.frozen import NeedsWeights
 
 
 class IdentityVAE(nn.Module):
@@ -20,6 +21,7 @@ class IdentityVAE(nn.Module):
     """
 
     channels, downsample = 3, 1
+    has_weights = True  # it needs none
 
     def __init__(self, shift: float = 0.0, scale: float = 1.0):
         super().__init__()
@@ -37,7 +39,7 @@ class IdentityVAE(nn.Module):
         return latents / self.scale + self.shift
 
 
-class KLVAE(nn.Module):
+class KLVAE(NeedsWeights):
     """A frozen AutoencoderKL; the defaults are the 16-channel f8 one of FlexTok (83.8M parameters).
 
     channels: of the latents. weights: a local folder or hub id in diffusers' layout, loaded by
@@ -96,6 +98,7 @@ class KLVAE(nn.Module):
         loaded = AutoencoderKL.from_pretrained(source, **kwargs)
         try:
             self.vae.load_state_dict(loaded.state_dict(), strict=True)
+            self.has_weights = True
         except RuntimeError as error:
             raise ValueError(
                 f"VAE weights {source!r} do not fit the configured VAE: {error}"

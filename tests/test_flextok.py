@@ -4,15 +4,18 @@ import math
 
 import pytest
 import torch
-from conftest import tiny_tokenizer
+from conftest import TINY, tiny_tokenizer
 
 from flextok.data.emoji import Emoji
 from flextok.data.transforms import ImageTransform
+from flextok.flow.path import interpolate
 from flextok.losses import RepresentationAlignment
 from flextok.nn.embeddings import patchify, unpatchify
 from flextok.schema import ConfigError
 from flextok.tokenizers import FlexTok, FlexTokConfig
+from flextok.tokenizers.distillation import DistillConfig
 from flextok.tokenizers.flextok import DecodeConfig
+from flextok.tokenizers.networks import DecoderOutput
 from flextok.vae import IdentityVAE
 
 
@@ -123,6 +126,60 @@ def test_an_interval_without_steps_is_no_guidance(images):
     assert not torch.equal(plain, shifted)
 
 
+@pytest.mark.parametrize("name", ["uniform", "pow2"])
+def test_truncated_training_runs_each_length_apart_and_alike(images, name):
+    """The loss over groups of equal lengths is the loss over the pictures one by one."""
+    model = tiny_tokenizer(drop_mode="truncate", nested_dropout=name, null_prob=0.0).train()
+    given = images.repeat(2, 1, 1, 1)
+    images, codes, keep, t, noise = encoded(model, given)
+    seen = []
+    handle = model.decoder.register_forward_pre_hook(
+        lambda module, inputs: seen.append(tuple(inputs[2].shape[:2]))
+    )
+    loss = model.loss(given, seeded())["flow"]
+    handle.remove()
+    assert sum(rows for rows, _ in seen) == 6
+    assert sorted(keep.unique().tolist()) == [length for _, length in seen]  # no longer than it is
+    x_t = interpolate(images, noise, t)
+    errors = []
+    for i, k in enumerate(keep.tolist()):
+        row = slice(i, i + 1)
+        registers, mask = model.decoder.embed_codes(codes[row, :k], keep[row])
+        velocity = model.velocity(x_t[row], t[row], registers, mask)
+        errors.append((velocity - noise[row] + images[row]).square().mean())
+    torch.testing.assert_close(loss, torch.stack(errors).mean())
+
+
+@pytest.mark.parametrize("drop_mode", ["mask", "truncate"])
+def test_equal_shared_draws_give_all_processes_the_same_lengths(images, drop_mode):
+    """Else one of many draws the longest in nearly every step, and the others wait for it."""
+    model = tiny_tokenizer(drop_mode=drop_mode, nested_dropout="uniform").train()
+    lengths, images = [], images.repeat(2, 1, 1, 1)
+    encoder = model.encoder.forward
+
+    def note(latents, length=None):
+        lengths[-1].append((len(latents), length))
+        return encoder(latents, length)
+
+    model.encoder.forward = note
+    losses = []
+    for own, shared in [(0, 5), (1, 5), (0, 6)]:
+        lengths.append([])
+        losses.append(model.loss(images, seeded(own), seeded(shared))["loss"].item())
+    assert lengths[0] == lengths[1]
+    assert (lengths[0] != lengths[2]) == (drop_mode == "truncate")
+    assert len(set(losses)) == 3
+
+
+def test_a_config_stays_as_it_was():
+    for changes in ({}, {"distill": DistillConfig(), "decode": DecodeConfig(guidance_scale=3.0)}):
+        config = FlexTokConfig(**{**TINY, **changes})
+        before = copy.deepcopy(config)
+        model = FlexTok(config)
+        assert config == before
+    assert (model.config.decode.num_steps, model.config.decode.guidance_scale) == (4, 1.0)
+
+
 def test_truncation_shortens_the_decoder_sequence(images):
     model = tiny_tokenizer(drop_mode="truncate")
     codes = model.quantizer.indices_to_codes(model.encode(images))
@@ -177,16 +234,35 @@ def test_images_stay_in_range(images):
     assert decoded.max() <= 1
 
 
+@pytest.mark.parametrize("cross_length", [None, 0.5])
+@pytest.mark.parametrize("drop_mode", ["mask", "truncate"])
+@pytest.mark.parametrize("loss_space", ["velocity", "x0"])
 @pytest.mark.parametrize("prediction", ["velocity", "x0"])
-def test_prediction_spaces_agree_on_a_perfect_model(prediction, images):
-    """A head that is exactly right gives a zero loss whichever quantity it predicts."""
-    model = tiny_tokenizer(prediction=prediction, null_prob=0.0)
-    t = torch.tensor([0.9, 0.5, 0.2])
+def test_a_perfect_head_has_no_loss_and_no_velocity_error_at_any_time(
+    prediction, loss_space, drop_mode, cross_length, images, monkeypatch
+):
+    """At t = 0.03 and 0.01 one that predicted x0 had velocity errors of 40 and 80 %."""
+    spaces = {"prediction": prediction, "loss_space": loss_space, "cross_length": cross_length}
+    model = tiny_tokenizer(**spaces, drop_mode=drop_mode).train()
+    times = torch.tensor([0.01, 0.03, 0.5])
+    monkeypatch.setattr(model, "sample_times", lambda u: times)
+    images = images[:1].expand(3, -1, -1, -1)  # so the order that the loss draws does not matter
+
+    def perfect(x_t, t, registers, mask=None):
+        column = t.view(-1, 1, 1, 1)
+        x0 = images[: len(x_t)]
+        value = x0 if prediction == "x0" else (x_t - x0) / column
+        return DecoderOutput(value, x_t)
+
+    monkeypatch.setattr(model.decoder, "forward", perfect)
+    losses = model.loss(images, seeded())
+    assert {name: round(value.item(), 6) for name, value in losses.items()} == dict.fromkeys(
+        losses, 0.0
+    )
     noise = torch.randn(images.shape, generator=seeded())
-    x_t = (1 - t.view(-1, 1, 1, 1)) * images + t.view(-1, 1, 1, 1) * noise
-    perfect = images if prediction == "x0" else noise - images
-    velocity = model._to_velocity(perfect, x_t, t)
-    torch.testing.assert_close(velocity, noise - images, atol=1e-5, rtol=1e-4)
+    x_t = interpolate(images, noise, times)
+    velocity = model.velocity(x_t, times, torch.empty(0))
+    torch.testing.assert_close(velocity, noise - images, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.slow
@@ -256,7 +332,11 @@ def test_latents_of_a_kl_vae(images):
     assert torch.equal(latents[0], latents[1])
     assert not torch.equal(latents[0], latents[2])
     assert model.decode(indices, num_steps=1).shape == images.shape
-    assert model.loss(images, generator=seeded())["loss"].isfinite()
+    with pytest.raises(ValueError, match=r"VAE has random weights: .* prepare_training"):
+        model.loss(images)
+    loaded = tiny_tokenizer(vae=vae, patch_size=2)
+    loaded.load_state_dict(model.state_dict())
+    assert loaded.loss(images, generator=seeded())["loss"].isfinite()
     assert not model.train().vae.training  # stays frozen
 
 
@@ -304,11 +384,14 @@ def test_representation_alignment_with_efficientnet(spatial):
 
 
 def encoded(model, images):
-    """A model's codes of `images` and what its loss draws."""
+    """What a model's loss draws, and its codes: images, codes, keep, times, noise."""
     draws = seeded()
-    u_keep, _, u_time = torch.rand(3, len(images), generator=draws)
+    groups = model.draw_groups(len(images), draws, images.device)
+    u_order, _, u_time = torch.rand(3, len(images), generator=draws)
+    images = images[u_order.argsort()]
     noise = torch.randn(images.shape, generator=draws)
-    return model.quantizer(model.encoder(images))[0], model.draw_keep(u_keep), u_time, noise
+    codes = model.quantizer(model.encoder(images))[0]
+    return images, codes, torch.cat([g.keep for g in groups]), model.sample_times(u_time), noise
 
 
 @pytest.mark.parametrize("drop_mode", ["mask", "truncate"])
@@ -316,16 +399,16 @@ def test_cross_length_training_decodes_the_prefix_and_all_tokens_alike(images, d
     options = {"drop_mode": drop_mode, "null_prob": 0.0, "nested_dropout": "uniform"}
     plain = tiny_tokenizer(**options).train()
     model = tiny_tokenizer(**options, cross_length=0.5).train()
-    codes, keep, u_time, noise = encoded(model, images)
-    assert keep.min() < model.num_tokens
-    t = model.sample_times(u_time)
+    given = images
+    images, codes, keep, t, noise = encoded(model, given)
+    assert len(set(keep.tolist())) == 3
     x_t = (1 - t.view(-1, 1, 1, 1)) * images + t.view(-1, 1, 1, 1) * noise
     short, full = (
         model.velocity(x_t, t, *model.decoder.embed_codes(codes, k))
         for k in (keep, torch.full_like(keep, model.num_tokens))
     )
-    losses = model.loss(images, seeded())
-    torch.testing.assert_close(losses["flow"], plain.loss(images, seeded())["flow"])
+    losses = model.loss(given, seeded())
+    torch.testing.assert_close(losses["flow"], plain.loss(given, seeded())["flow"])
     torch.testing.assert_close(losses["flow_full"], (full - noise + images).square().mean())
     torch.testing.assert_close(losses["align"], (short - full).square().mean())
     total = (losses["flow"] + losses["flow_full"]) / 2 + 0.5 * losses["align"]

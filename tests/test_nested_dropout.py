@@ -1,12 +1,12 @@
 import pytest
 import torch
 
-from flextok.tokenizers.nested_dropout import NESTED_DROPOUT, powers_of_two
+from flextok.tokenizers.nested_dropout import NESTED_DROPOUT, draw_groups, powers_of_two
 
 
 def frequencies(name, total, draws=64_000):
     u = torch.rand(draws, generator=torch.Generator().manual_seed(0))
-    keep = NESTED_DROPOUT[name](u, total)
+    keep = torch.tensor([NESTED_DROPOUT[name](x, total) for x in u.tolist()])
     assert keep.min() >= 1
     assert keep.max() <= total
     return torch.bincount(keep, minlength=total + 1) / draws
@@ -38,11 +38,56 @@ def test_none_keeps_everything():
     ("limit", "expected"), [(1, [1]), (2, [1, 2]), (8, [1, 2, 4, 8]), (12, [1, 2, 4, 8, 12])]
 )
 def test_powers_of_two_end_with_the_limit(limit, expected):
-    assert powers_of_two(limit).tolist() == expected
+    assert powers_of_two(limit) == expected
 
 
 @pytest.mark.parametrize("name", list(NESTED_DROPOUT))
 def test_the_ends_of_the_unit_interval_stay_in_range(name):
-    keep = NESTED_DROPOUT[name](torch.tensor([0.0, 1 - 2**-24]), 5)
-    assert keep.min() >= 1
-    assert keep.max() <= 5
+    for u in (0.0, 1 - 2**-53):
+        assert 1 <= NESTED_DROPOUT[name](u, 5) <= 5
+
+
+def lengths(name, total, batch, different, generator):
+    groups = draw_groups(
+        NESTED_DROPOUT[name], total, batch, different, generator, torch.device("cpu")
+    )
+    assert [g.rows.start for g in groups] == [0, *(g.rows.stop for g in groups[:-1])]
+    assert all(g.keep.tolist() == [g.length] * (g.rows.stop - g.rows.start) for g in groups)
+    return [length for group in groups for length in group.keep.tolist()]
+
+
+@pytest.mark.parametrize(("batch", "different"), [(16, 8), (9, 9), (10, 4), (3, 8), (1, 8)])
+def test_a_batch_has_short_and_long_lengths_in_their_shares(batch, different, generator):
+    """So every batch, and over many batches each length as often as its sampler says."""
+    counts = torch.zeros(17)
+    for _ in range(2000):
+        drawn = lengths("uniform", 16, batch, different, generator)
+        assert len(drawn) == batch
+        assert drawn == sorted(drawn)
+        # equal distances on the circle of u: no two different ones are nearer than a stratum
+        found = sorted(set(drawn))
+        assert len(found) == min(batch, different)
+        gaps = [b - a for a, b in zip(found, [*found[1:], found[0] + 16], strict=True)]
+        assert min(gaps) >= 16 // len(found)
+        counts += torch.bincount(torch.tensor(drawn), minlength=17)
+    torch.testing.assert_close(
+        counts[1:] / counts.sum(), torch.full((16,), 1 / 16), atol=0.02, rtol=0
+    )
+
+
+def test_one_stratum_is_one_length_a_batch(generator):
+    drawn = [lengths("pow2", 256, 16, 1, generator) for _ in range(100)]
+    assert all(len(set(batch)) == 1 for batch in drawn)
+    assert {batch[0] for batch in drawn} == {1, 2, 4, 8, 16, 32, 64, 128, 256}
+
+
+def test_equal_generators_give_equal_lengths_and_move_on():
+    one, two = (torch.Generator().manual_seed(7) for _ in range(2))
+    first, second = (lengths("uniform", 256, 8, 8, one) for _ in range(2))
+    assert first != second
+    assert [lengths("uniform", 256, 8, 8, two) for _ in range(2)] == [first, second]
+    torch.manual_seed(1)
+    of_pytorch = [lengths("uniform", 256, 8, 8, None) for _ in range(2)]
+    torch.manual_seed(1)
+    assert [lengths("uniform", 256, 8, 8, None) for _ in range(2)] == of_pytorch
+    assert of_pytorch[0] != of_pytorch[1]

@@ -5,19 +5,56 @@ x_t = (1 - t) x_0 + t noise, and the velocity is v = dx_t/dt = noise - x_0.
 """
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from flextok.nn.devices import to_device
+
+Quantity = Literal["velocity", "x0"]  # what a network predicts, or an error is measured of
+MIN_TIME = 0.05  # bounds the weight of errors near the data (JiT, arXiv 2511.13720)
+
 
 def interpolate(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """x0, noise: (B, ...); t: (B,) in [0, 1]. Returns x_t, like x0."""
-    t = t.view(-1, *[1] * (x0.ndim - 1))
+    t = as_column(t, x0)
     return (1 - t) * x0 + t * noise
 
 
 def velocity_target(x0: Tensor, noise: Tensor) -> Tensor:
     return noise - x0
+
+
+def velocity_of(x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    """The velocity at x_t and t, (B,) or (), of the path from x0: (x_t - x0) / t. It is not defined
+    at t = 0, so solvers never evaluate there."""
+    return (x_t - x0) / as_column(t, x_t)
+
+
+def x0_of(velocity: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    """Where the path with this velocity at x_t and t, (B,) or (), begins: x_t - t v."""
+    return x_t - as_column(t, x_t) * velocity
+
+
+def flow_error(
+    prediction: Tensor, target: Tensor, t: Tensor, predicts: Quantity, space: Quantity
+) -> Tensor:
+    """Mean squared error in `space` of a prediction; it and its target are what `predicts` names.
+
+    At one x_t an error of x0 is t times one of the velocity. In the other direction t is at least
+    MIN_TIME, which bounds the weight of errors near the data but moves no target."""
+    error = prediction.float() - target.float()
+    if predicts != space:
+        time = as_column(t, error)
+        error = error * time if space == "x0" else error / time.clamp_min(MIN_TIME)
+    return error.square().mean()
+
+
+def as_column(t: Tensor, like: Tensor) -> Tensor:
+    """t: (B,) or (). Returns it in a shape that multiplies `like` (B, ...), on its device; a single
+    number stays where it is."""
+    return t if t.ndim == 0 else to_device(t, like.device).view(-1, *[1] * (like.ndim - 1))
 
 
 def uniform(u: Tensor) -> Tensor:

@@ -42,12 +42,13 @@ def sincos_2d(dim: int, height: int, width: int, temperature: float = 10_000.0) 
 class TimeEmbedding(nn.Module):
     """Sinusoidal features of a time in [0, 1], then an MLP (DiT, arXiv 2212.09748).
 
-    FlexTok's published class default is max_timestep=1000 with max_period=256; whether the released
-    weights use 1000 or 1 could not be settled, so it is a parameter.
+    max_timestep: of t in [0, 1], 1 spreads the features over all times. FlexTok's published class
+    default is 1000, with which they hardly change between t = 0 and 1; whether the released weights
+    use 1000 or 1 could not be settled, so converting them decides by their file.
     """
 
     def __init__(
-        self, dim: int, max_timestep: float = 1000.0, features: int = 256, max_period: float = 256.0
+        self, dim: int, max_timestep: float = 1.0, features: int = 256, max_period: float = 256.0
     ):
         super().__init__()
         self.scale, self.features, self.max_period = 1000.0 / max_timestep, features, max_period

@@ -1,9 +1,27 @@
-"""Trained networks that another model looks at in training."""
+"""Trained networks: those that another model looks at in training, and those it is made of."""
 
 from typing import Any
 
 import torch
 from torch import nn
+
+
+class NeedsWeights(nn.Module):
+    """A module that training must not find with the random weights it was built with: it knows
+    whether it was ever given others, by load_state_dict of its own or of a module around it."""
+
+    has_weights = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_load_state_dict_post_hook(note_weights)
+
+
+def note_weights(module: nn.Module, found: Any) -> None:
+    """Called after load_state_dict. found.missing_keys: of the whole state dict."""
+    assert isinstance(module, NeedsWeights), "it registered this"
+    if not found.missing_keys:
+        module.has_weights = True
 
 
 class Frozen:

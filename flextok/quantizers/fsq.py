@@ -5,6 +5,7 @@ levels, first dimension fastest. fp32 throughout: rounding decides an index.
 """
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,20 +14,28 @@ from torch import Tensor, nn
 class FSQ(nn.Module):
     """Rounds each of C dimensions to its own number of levels: prod(levels) codes, no codebook.
 
-    gain: of z, before tanh. 0.8 is iFSQ (arXiv 2601.17124), whose bound 2 sigmoid(1.6 z) - 1 is
-    tanh(0.8 z) and makes a standard normal z nearly uniform. Rounding then gives each outer level
-    half an inner one's share; full_ends: a whole one, without which 0.8 uses the levels less evenly
-    than 1 does. Neither changes what an index means."""
+    bound: how z is squashed before rounding. "tanh" is FSQ's; its outer levels are half as wide as
+    the others. "ifsq" is iFSQ's (arXiv 2601.17124), 2 sigmoid(1.6 z) - 1, over L levels of equal
+    width, so that a standard normal z uses them about equally often, and z = 0 lies in the middle
+    of them. gain multiplies z before "tanh"; it is there for models that were saved with it. None
+    of this changes what an index means."""
 
     def __init__(
-        self, levels: list[int], eps: float = 1e-3, gain: float = 1.0, full_ends: bool = False
+        self,
+        levels: list[int],
+        eps: float = 1e-3,
+        bound: Literal["tanh", "ifsq"] = "tanh",
+        gain: float = 1.0,
     ):
         super().__init__()
         if not levels or any(not isinstance(n, int) or n < 2 for n in levels):
             raise ValueError(f"levels={levels} must be a non-empty list of integers >= 2")
-        if gain <= 0:
-            raise ValueError(f"gain={gain} must be positive (1 = FSQ, 0.8 = iFSQ)")
-        self.levels, self.eps, self.gain, self.full_ends = list(levels), eps, gain, full_ends
+        if bound not in ("tanh", "ifsq"):
+            raise ValueError(f"bound={bound!r} must be tanh or ifsq")
+        if gain <= 0 or (bound == "ifsq" and gain != 1):
+            raise ValueError(f"gain={gain} must be positive, and 1 with bound='ifsq'")
+        self.levels, self.eps, self.gain = list(levels), eps, gain
+        self.is_ifsq = bound == "ifsq"
         self.dim = len(levels)
         self.codebook_size = math.prod(levels)
 
@@ -40,10 +49,10 @@ class FSQ(nn.Module):
     def bound(self, z: Tensor) -> Tensor:
         """z: (..., C). Returns z squashed so that rounding gives exactly L values a dimension."""
         level, _ = self._constants(z)
-        half = (level - 1) * (1 + self.eps) / 2
-        if self.full_ends:
-            half = level * (1 - self.eps) / 2
         offset = torch.where(level % 2 == 0, 0.5, 0.0)
+        if self.is_ifsq:
+            return torch.tanh(0.8 * z) * level * (1 - self.eps) / 2 - offset
+        half = (level - 1) * (1 + self.eps) / 2
         shift = torch.atanh(offset / half)
         return torch.tanh(self.gain * z + shift) * half - offset
 

@@ -1,7 +1,7 @@
 """Tokenizers: pictures <-> indices. What training and sampling ask of each:
 
 prepare_training(**start)     before training; parameters are the trained models that it starts from
-loss(images, generator=)      a dict of scalars, "loss" the total
+loss(images, generator=, shared=)   a dict of scalars, "loss" the total
 encode(images)                (B, 3, H, W) in [-1, 1] -> indices (B, K)
 decode(indices, generator=)   -> images; its other parameters are the tokenizer's own options
 num_tokens, image_size        K and H

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flextok.draws import draw
-from flextok.flow.path import linear_times, shift_times
+from flextok.draws import draw, host_random
+from flextok.flow.path import flow_error, linear_times, shift_times, x0_of
 from flextok.tokenizers.common import check_images
 
 
@@ -34,28 +34,41 @@ class DistillConfig:
 
 
 def distillation_loss(
-    student: Any, teacher: Any, images: Tensor, generator: torch.Generator | None
+    student: Any,
+    teacher: Any,
+    images: Tensor,
+    generator: torch.Generator | None,
+    shared: torch.Generator | None,
 ) -> dict[str, Tensor]:
     """images: (B, 3, H, W) in [-1, 1]: their codes are the condition. student, teacher: FlexTok
     with the same encoder; the teacher solves as its config.decode says. One of the student's steps
-    is drawn for the whole batch. Returns scalars; "loss" is the mean velocity's squared error."""
+    is drawn for the whole batch, by `shared` as the lengths are: the same one in every process.
+    Returns scalars; "loss" is the mean velocity's squared error."""
     config = student.config.distill
     check_images(images, student.image_size)
     batch, device = len(images), images.device
-    u_keep, u_step = draw(torch.rand, (2, batch), generator, device)
-    keep = student.draw_keep(u_keep)
+    groups = student.draw_groups(batch, shared, device)
+    i = host_random(shared).randrange(config.num_steps)
     steps = shift_times(linear_times(config.num_steps), student.config.decode.time_shift)
-    i = int(u_step[0] * config.num_steps)
     start, end = steps[i], steps[i + 1]
     within = start + (end - start) * torch.linspace(0, 1, config.teacher_steps + 1)
+    images = images[draw(torch.rand, (batch,), generator, device).argsort()]
     with torch.no_grad():
         latents = student.vae.encode(images, generator=generator)
-        codes = student.quantizer(student.encoder(latents))[0]
-        x = draw(torch.randn, (batch, *student.noise_shape), generator, device)
-        if i:
-            x = student.solve(x, steps[: i + 1], codes, keep)
-        mean = (teacher.solve(x, within, codes, keep) - x) / (end - start)
-    registers, mask = student.decoder.embed_codes(codes, keep)
-    velocity = student.velocity(x, start, registers, mask)
-    loss = (velocity.float() - mean.float()).square().mean()
+    noise = draw(torch.randn, (batch, *student.noise_shape), generator, device)
+    predictions, targets = [], []
+    for rows, length, keep in groups:
+        with torch.no_grad():
+            codes = student.quantizer(student.encoder(latents[rows], length))[0][:, :length]
+            x = noise[rows]
+            if i:
+                x = student.solve(x, steps[: i + 1], codes, keep)
+            target = (teacher.solve(x, within, codes, keep) - x) / (end - start)
+            if student.config.prediction == "x0":
+                target = x0_of(target, x, start)
+        registers, mask = student.decoder.embed_codes(codes, keep)
+        predictions.append(student.decoder(x, start, registers, mask).prediction)
+        targets.append(target)
+    predicted, target = torch.cat(predictions), torch.cat(targets)
+    loss = flow_error(predicted, target, start, student.config.prediction, "velocity")
     return {"loss": loss, "distill": loss}

@@ -14,7 +14,16 @@ from torch import Tensor, nn
 
 from flextok.draws import Rng, draw
 from flextok.flow.guidance import GUIDANCE, Scale, within
-from flextok.flow.path import TIME_SAMPLERS, interpolate, linear_times, shift_times, velocity_target
+from flextok.flow.path import (
+    TIME_SAMPLERS,
+    Quantity,
+    flow_error,
+    interpolate,
+    linear_times,
+    shift_times,
+    velocity_of,
+    velocity_target,
+)
 from flextok.flow.solvers import SOLVERS
 from flextok.hub import Pretrained
 from flextok.losses import RepresentationAlignment
@@ -26,8 +35,8 @@ from flextok.quantizers import QUANTIZERS
 from flextok.schema import ConfigError, build
 from flextok.tokenizers.common import check_images, check_indices, check_keep, component
 from flextok.tokenizers.distillation import DistillConfig, distillation_loss
-from flextok.tokenizers.nested_dropout import NESTED_DROPOUT
-from flextok.tokenizers.networks import Encoder, FlowDecoder, add_places
+from flextok.tokenizers.nested_dropout import NESTED_DROPOUT, LengthGroup, draw_groups
+from flextok.tokenizers.networks import DecoderOutput, Encoder, FlowDecoder, add_places
 from flextok.vae import VAES
 
 
@@ -68,12 +77,14 @@ class FlexTokConfig:
     register_start: Literal["normal", "spread"] = "normal"
     nested_dropout: str = "pow2"
     drop_mode: Literal["mask", "truncate"] = "mask"  # mask token, or leave the sequence
+    # how many lengths a training batch has when truncated: each runs apart, so fewer are larger
+    batch_lengths: int = 8
     null_prob: float = 0.2  # how often all codes become the null condition in training
     time_sampler: dict[str, Any] = field(default_factory=lambda: {"name": "mode", "scale": 0.25})
-    prediction: Literal["velocity", "x0"] = "velocity"  # what the decoder's head puts out
-    loss_space: Literal["velocity", "x0"] = "velocity"  # x0 weighs the velocity's error by t^2
+    prediction: Quantity = "velocity"  # what the decoder's head puts out
+    loss_space: Quantity = "velocity"  # x0 weighs the velocity's error by t^2
     cross_length: float | None = None  # also decode all tokens; weight of the alignment to them
-    max_timestep: float = 1000.0  # time embedding's scale is 1000 / max_timestep
+    max_timestep: float = 1.0  # of t in the time embedding; published models were made with 1000
     repa: dict[str, Any] | None = None  # see losses.RepresentationAlignment; training only
     checkpoint_blocks: bool = False  # recompute activations in the backward pass
     decode: DecodeConfig = field(default_factory=DecodeConfig)
@@ -96,11 +107,13 @@ class FlexTok(Pretrained, nn.Module):
 
     def __init__(self, config: FlexTokConfig):
         super().__init__()
-        self.config = config
         if config.distill is not None:
             steps = {"num_steps": config.distill.num_steps, "solver": "euler"}
             fixed: dict[str, Any] = {**steps, "guidance_scale": 1.0, "guidance_interval": None}
-            config.decode = replace(config.decode, **fixed)
+            config = replace(config, decode=replace(config.decode, **fixed))
+        self.config = config
+        if config.batch_lengths < 1:
+            raise ConfigError(f"batch_lengths={config.batch_lengths} must be at least 1")
         if config.cross_length is not None and (config.distill or config.nested_dropout == "none"):
             raise ConfigError(
                 "cross_length compares prefixes in training: it needs a nested_dropout other than "
@@ -254,15 +267,19 @@ class FlexTok(Pretrained, nn.Module):
         return self._to_velocity(self.decoder(x_t, t, registers, mask).prediction, x_t, t)
 
     def _to_velocity(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        if self.config.prediction == "velocity":
-            return prediction
-        # x_t - x0 = t v; the clamp bounds the error's amplification near the data (JiT, 2511.13720)
-        t = to_device(t, x_t.device).expand(len(x_t)).view(-1, 1, 1, 1).clamp_min(0.05)
-        return (x_t - prediction) / t
+        return (
+            prediction if self.config.prediction == "velocity" else velocity_of(prediction, x_t, t)
+        )
 
-    def loss(self, images: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    def loss(
+        self,
+        images: Tensor,
+        generator: torch.Generator | None = None,
+        shared: torch.Generator | None = None,
+    ) -> dict[str, Tensor]:
         """images: (B, 3, H, W) float in [-1, 1]. Returns scalars; "loss" is the total. All random
-        draws come from `generator`.
+        draws come from `generator`; the lengths from `shared` where it is given: in the same state
+        in every process it gives all of them the same lengths, and so the same work.
 
         With config.cross_length = w each picture is decoded twice, from its random prefix ("flow")
         and from all tokens ("flow_full"), with the same noise, time and null condition; the total
@@ -271,53 +288,76 @@ class FlexTok(Pretrained, nn.Module):
         is the mean of the best ones from all tokens, so once those are right this only adds a
         target with less noise. After NesTok (2026), whose decoder is a ViT: with a flow decoder it
         is untested in the literature."""
+        shared = generator if shared is None else shared
         if self.config.distill is not None:
             if self.teacher is None:
                 raise ValueError("config.distill is set: call prepare_training(teacher) before")
-            return distillation_loss(self, self.teacher.to(images.device), images, generator)
+            teacher = self.teacher.to(images.device)
+            return distillation_loss(self, teacher, images, generator, shared)
+        if not self.vae.has_weights:
+            raise ValueError(
+                "the VAE has random weights: set model.vae.weights and call prepare_training(), or "
+                "load a trained model, before loss()"
+            )
         check_images(images, self.image_size)
         batch, device = len(images), images.device
+        groups = self.draw_groups(batch, shared, device)
+        u_order, u_null, u_time = draw(torch.rand, (3, batch), generator, device)
+        images = images[u_order.argsort()]  # any picture may get any length
         x0 = self.vae.encode(images, generator=generator)
-        u_keep, u_null, u_time = draw(torch.rand, (3, batch), generator, device)
-        keep = self.draw_keep(u_keep)
         align, null = self.config.cross_length, u_null < self.config.null_prob
-        is_short = self.config.drop_mode == "truncate" and align is None
-        codes, _, aux = self.quantizer(self.encoder(x0, int(keep[0]) if is_short else None))
         noise = draw(torch.randn, tuple(x0.shape), generator, device).to(x0.dtype)
         t = self.sample_times(u_time)
         x_t = interpolate(x0, noise, t)
-        # x0 = x_t - t v: an error of x0 is t times one of v
-        weight = t.view(-1, 1, 1, 1) ** 2 if self.config.loss_space == "x0" else 1.0
+        predicts, space = self.config.prediction, self.config.loss_space
+        target = x0 if predicts == "x0" else velocity_target(x0, noise)
 
-        def decode(keep: Tensor) -> tuple[Tensor, Tensor]:
-            registers, mask = self.decoder.embed_codes(codes, keep, null)
-            output = self.decoder(x_t, t, registers, mask)
-            return self._to_velocity(output.prediction, x_t, t).float(), output.features
+        def decode(codes: Tensor, rows: slice, keep: Tensor | None) -> DecoderOutput:
+            registers, mask = self.decoder.embed_codes(codes, keep, null[rows])
+            return self.decoder(x_t[rows], t[rows], registers, mask)
 
-        def error(velocity: Tensor, target: Tensor) -> Tensor:
-            return ((velocity - target).square() * weight).mean()
+        def error(prediction: Tensor, target: Tensor) -> Tensor:
+            return flow_error(prediction, target, t, predicts, space)
 
-        target = velocity_target(x0, noise).float()
-        velocity, features = decode(keep)
-        losses = {"flow": error(velocity, target)}
-        total = losses["flow"] + aux
+        if align is None:
+            encoded = [self.quantizer(self.encoder(x0[g.rows], g.length)) for g in groups]
+        else:
+            codes, _, aux = self.quantizer(self.encoder(x0))
+            encoded = [(codes[g.rows], None, aux) for g in groups]
+        outputs = [
+            decode(codes[:, : g.length], g.rows, g.keep)
+            for g, (codes, _, _) in zip(groups, encoded, strict=True)
+        ]
+        prediction = torch.cat([output.prediction for output in outputs])
+        losses = {"flow": error(prediction, target)}
+        total = losses["flow"]
         if align is not None:
-            full, _ = decode(torch.full_like(keep, self.num_tokens))
+            full = decode(codes, slice(None), None).prediction
             losses["flow_full"] = error(full, target)
-            losses["align"] = error(velocity, full.detach())
-            total = (losses["flow"] + losses["flow_full"]) / 2 + align * losses["align"] + aux
+            losses["align"] = error(prediction, full.detach())
+            total = (losses["flow"] + losses["flow_full"]) / 2 + align * losses["align"]
+        for g, (_, _, aux) in zip(groups, encoded, strict=True):
+            total = total + aux * ((g.rows.stop - g.rows.start) / batch)
         if self.config.repa:
             if self.repa is None:
                 raise ValueError("config.repa is set: call prepare_training() before loss()")
+            features = torch.cat([output.features for output in outputs])
             losses["repa"] = self.repa(features, images)
             total = total + self.repa.weight * losses["repa"]
         return {"loss": total, **losses}
 
-    def draw_keep(self, u: Tensor) -> Tensor:
-        """u: (B,) uniform in [0, 1). Returns keep (B,) long: nested dropout in training."""
-        if self.config.drop_mode == "truncate":
-            u = u[:1].expand(len(u))  # one length a batch, so that a short one costs less
-        return self.sample_keep(u, num_registers=self.num_tokens)
+    def draw_groups(
+        self, batch: int, generator: torch.Generator | None, device: torch.device
+    ) -> list[LengthGroup]:
+        """Nested dropout in training: the rows of a batch in groups that run apart. Truncated, each
+        length is a group, as short as it can be; with mask tokens all are one."""
+        truncates = self.config.drop_mode == "truncate"
+        different = self.config.batch_lengths if truncates else batch
+        groups = draw_groups(self.sample_keep, self.num_tokens, batch, different, generator, device)
+        if truncates:
+            return groups
+        keep = torch.cat([group.keep for group in groups])
+        return [LengthGroup(slice(0, batch), self.num_tokens, keep)]
 
     @torch.no_grad()
     def encode(

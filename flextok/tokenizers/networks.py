@@ -93,7 +93,7 @@ class FlowDecoder(nn.Module):
         num_registers: int,
         code_dim: int,
         position_temperature: float = 10_000.0,
-        max_timestep: float = 1000.0,
+        max_timestep: float = 1.0,
         drop_mode: Literal["mask", "truncate"] = "mask",
         checkpoint_blocks: bool = False,
     ):

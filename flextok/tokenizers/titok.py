@@ -7,6 +7,7 @@ One-D-Piece (2501.10064: any prefix decodes). The networks take and give [0, 1];
 [-1, 1] is converted in the methods that meet pictures.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -20,12 +21,12 @@ from flextok.hub import Pretrained
 from flextok.losses.perceptual import PerceptualLoss
 from flextok.nn.devices import span, to_device
 from flextok.nn.embeddings import sincos_2d
-from flextok.nn.frozen import Frozen
+from flextok.nn.frozen import Frozen, NeedsWeights
 from flextok.nn.linear import Linear
 from flextok.quantizers import KL, QUANTIZERS
 from flextok.schema import build
 from flextok.tokenizers.common import check_images, check_indices, check_keep, component
-from flextok.tokenizers.nested_dropout import NESTED_DROPOUT
+from flextok.tokenizers.nested_dropout import NESTED_DROPOUT, draw_groups
 from flextok.tokenizers.networks import add_places
 from flextok.tokenizers.titok_networks import PixelHead, TiTokDecoder, TiTokEncoder
 from flextok.tokenizers.vqgan import (
@@ -64,7 +65,8 @@ class TiTokConfig:
     stage: Stage = "single"
     proxy: VQGANConfig = field(default_factory=VQGANConfig)  # its image_size follows ours
     legacy: bool = False  # the first releases' layout of the encoder's output, see TiTokEncoder
-    nested_dropout: str = "none"  # "uniform" = One-D-Piece's tail drop, one length a batch
+    nested_dropout: str = "none"  # "uniform" = One-D-Piece's tail drop
+    batch_lengths: int = 8  # how many lengths a training batch has: each is decoded apart
     # weights at the start: wide or spread ones let small models route sooner, see init_weights
     init: Literal["published", "wide", "spread"] = "published"
     text_length: int = 0  # TA-TiTok: text features that the decoder sees (77 of CLIP), 0 = none
@@ -73,7 +75,7 @@ class TiTokConfig:
     checkpoint_blocks: bool = False  # recompute activations in the backward pass
 
 
-class TiTok(Pretrained, nn.Module):
+class TiTok(Pretrained, NeedsWeights):
     """The tokenizer: encode pictures to K indices, decode them (any prefix with nested dropout).
 
     >>> tokenizer = TiTok.from_pretrained("outputs/titok/tokenizer")
@@ -279,16 +281,21 @@ class TiTok(Pretrained, nn.Module):
         generator: torch.Generator | None = None,
         text: Tensor | None = None,
         proxy_indices: Tensor | None = None,
+        shared: torch.Generator | None = None,
     ) -> dict[str, Tensor]:
         """images: (B, 3, H, W) float in [-1, 1]; text: (B, L, text_dim) for TA-TiTok;
         proxy_indices: (B, N) long, the first stage's targets if they are there already. Returns
-        scalars; "loss" is the total. All random draws come from `generator`."""
+        scalars; "loss" is the total. All random draws come from `generator`; the lengths from
+        `shared` where it is given: in the same state in every process it gives all of them the same
+        lengths, and so the same work."""
         if self.config.stage != "proxy":
-            return self.reconstruction_losses(images, self.reconstruct(images, generator, text))
+            reconstruction = self.reconstruct(images, generator, text, shared)
+            return self.reconstruction_losses(images, reconstruction)
         if proxy_indices is None:
             proxy_indices = self.proxy.encode(images)
         codes, aux = self._training_codes(images, generator)
-        logits = self.decoder(codes, text=text)  # (B, N, V)
+        shared = generator if shared is None else shared
+        logits = self._decode_lengths(self.decoder, codes, text, generator, shared)  # (B, N, V)
         losses = {
             "proxy": F.cross_entropy(logits.flatten(0, 1).float(), proxy_indices.flatten()),
             "quantizer": aux,
@@ -300,6 +307,7 @@ class TiTok(Pretrained, nn.Module):
         images: Tensor,
         generator: torch.Generator | None = None,
         text: Tensor | None = None,
+        shared: torch.Generator | None = None,
     ) -> Reconstruction:
         """Arguments as in `loss`. Encodes and decodes with gradients; adversarial training adds a
         loss on the images in between this and `reconstruction_losses`. Raises ValueError in the
@@ -307,7 +315,9 @@ class TiTok(Pretrained, nn.Module):
         if self.config.stage == "proxy":
             raise ValueError("stage 'proxy' learns no pixels: leave `adversarial` to 'finetune'")
         codes, aux = self._training_codes(images, generator)
-        return Reconstruction(self.decode_codes(codes, text=text), aux)
+        shared = generator if shared is None else shared
+        out = self._decode_lengths(self.decode_codes, codes, text, generator, shared)
+        return Reconstruction(out, aux)
 
     def reconstruction_losses(
         self, images: Tensor, reconstruction: Reconstruction
@@ -319,14 +329,39 @@ class TiTok(Pretrained, nn.Module):
         self, images: Tensor, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor]:
         check_images(images, self.image_size)
+        if self.config.stage == "finetune" and not self.has_weights:
+            raise ValueError(
+                "stage 'finetune' trains the decoder of a first stage: call prepare_training("
+                "proxy, first), or load a trained model, before loss()"
+            )
         codes, _, aux = self._quantize(images, generator)
         if self.config.stage == "finetune":
             aux = torch.zeros_like(aux)  # encoder and codebook are frozen
-        if self.config.nested_dropout != "none":
-            u = draw(torch.rand, (1,), generator, images.device)
-            keep = self.sample_keep(u, num_registers=self.num_tokens)
-            codes = codes[:, : int(keep)]
         return codes, aux
+
+    def _decode_lengths(
+        self,
+        decode: Callable[..., Tensor],
+        codes: Tensor,
+        text: Tensor | None,
+        generator: torch.Generator | None,
+        shared: torch.Generator | None,
+    ) -> Tensor:
+        """What `decode` makes of codes (B, K, C) and text in training: with nested dropout of
+        prefixes, each length apart and any picture with any length, in the order of the codes."""
+        if self.config.nested_dropout == "none":
+            return decode(codes, text=text)
+        batch, device = len(codes), codes.device
+        different = self.config.batch_lengths
+        lengths = (self.sample_keep, self.num_tokens, batch, different)
+        groups = draw_groups(*lengths, shared, device)
+        order = draw(torch.rand, (batch,), generator, device).argsort()
+        out = []
+        for rows, length, _ in groups:
+            chosen = order[rows]
+            words = None if text is None else text[chosen]
+            out.append(decode(codes[chosen, :length], text=words))
+        return torch.cat(out)[order.argsort()]
 
     def _quantize(
         self, images: Tensor, generator: torch.Generator | None = None

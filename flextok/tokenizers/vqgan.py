@@ -171,12 +171,20 @@ class MaskGITVQGAN(Pretrained, nn.Module):
             "quantizer": component(QUANTIZERS, self.config.quantizer, unused=losses),
         }
 
-    def loss(self, images: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    def loss(
+        self,
+        images: Tensor,
+        generator: torch.Generator | None = None,
+        shared: torch.Generator | None = None,
+    ) -> dict[str, Tensor]:
         """images: (B, 3, H, W) in [-1, 1]. Returns scalars; "loss" is the total. Draws nothing."""
         return self.reconstruction_losses(images, self.reconstruct(images, generator))
 
     def reconstruct(
-        self, images: Tensor, generator: torch.Generator | None = None
+        self,
+        images: Tensor,
+        generator: torch.Generator | None = None,
+        shared: torch.Generator | None = None,
     ) -> Reconstruction:
         """images: (B, 3, H, W) in [-1, 1]. Encodes and decodes with gradients."""
         check_images(images, self.image_size)

@@ -43,7 +43,8 @@ class AdversarialModule(TokenizerModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
         images = batch["image"]
-        reconstruction = self.model.reconstruct(images, generator=self.draws(batch_index))
+        draws = {"generator": self.draws(batch_index), "shared": self.shared_draws()}
+        reconstruction = self.model.reconstruct(images, **draws)
         losses = self.model.reconstruction_losses(images, reconstruction)
         fake, real = reconstruction.images, images.to(reconstruction.images.dtype)
         if self.global_step >= self.adversarial.start:

@@ -40,9 +40,19 @@ class TrainingModule(L.LightningModule):
         raise NotImplementedError
 
     def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
-        losses = self.model.loss(*self.inputs(batch), generator=self.draws(batch_index))
+        losses = self.losses(batch, self.draws(batch_index), self.shared_draws())
         self.log_losses("train", losses, len(next(iter(batch.values()))))
         return losses["loss"]
+
+    def losses(
+        self, batch: dict[str, Any], draws: torch.Generator, shared: torch.Generator
+    ) -> dict[str, Tensor]:
+        """The model's losses. draws: of this piece of the step; shared: the same in all pieces."""
+        return self.model.loss(*self.inputs(batch), generator=draws)
+
+    def shared_draws(self) -> torch.Generator:
+        """The generator of what all pieces of a training step draw alike."""
+        return derived_generator(self.seed, 3, self.global_step)
 
     def draws(self, batch_index: int) -> torch.Generator:
         """The generator of a training step. Seeds the global one too, for dropout layers."""
@@ -55,7 +65,7 @@ class TrainingModule(L.LightningModule):
     def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
         # the same draws at every validation, so that the curve shows the model and not the noise
         draws = derived_generator(self.seed, 4, batch_index, self.global_rank)
-        losses = self.model.loss(*self.inputs(batch), generator=draws)
+        losses = self.losses(batch, draws, derived_generator(self.seed, 4, batch_index))
         self.log_losses("val", losses, batch["count"])  # the weight in the averages
 
     def log_losses(self, stage: str, losses: dict[str, Tensor], batch_size: int) -> None:
@@ -91,6 +101,11 @@ class TrainingModule(L.LightningModule):
 class TokenizerModule(TrainingModule):
     def inputs(self, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
         return (batch["image"],)
+
+    def losses(
+        self, batch: dict[str, Any], draws: torch.Generator, shared: torch.Generator
+    ) -> dict[str, Tensor]:
+        return self.model.loss(*self.inputs(batch), generator=draws, shared=shared)
 
 
 class GeneratorModule(TrainingModule):

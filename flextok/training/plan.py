@@ -26,10 +26,11 @@ from flextok.generators.conditioning import TextConditioner
 from flextok.generators.text import Text
 from flextok.losses.alignment import RepresentationAlignment
 from flextok.losses.perceptual import PERCEPTUAL, PerceptualLoss
-from flextok.nn.frozen import Frozen
+from flextok.nn.frozen import Frozen, NeedsWeights
 from flextok.pipeline import load_model
 from flextok.schema import ConfigError
 from flextok.tokenizers import TOKENIZERS, MaskGITVQGAN
+from flextok.tokenizers.nested_dropout import NESTED_DROPOUT
 from flextok.training.modules import GeneratorModule, TrainingModule
 from flextok.training.run import build_model, tokenizer_module
 from flextok.training.sharding import blocks
@@ -222,7 +223,9 @@ def build(config: ExperimentConfig) -> TrainingModule:
             if conditioner["name"] == "class":
                 conditioner = {"num_classes": 1000, **conditioner}
             model = build_model(GENERATORS, {**derived, **spec, "conditioner": conditioner})
-            model.config.cond_drop = 0.0  # costs nothing, and its null text needs an encoder
+            model.config = replace(
+                model.config, cond_drop=0.0
+            )  # costs nothing, and its null text needs an encoder
             module = GeneratorModule(model, config.optim, config.trainer.max_steps)
     alone: Any = module  # a step as training takes it, but without a trainer
     alone.draws = lambda batch_index: None
@@ -231,7 +234,13 @@ def build(config: ExperimentConfig) -> TrainingModule:
 
 
 def add_frozen(model: Any) -> None:
-    """Give a tokenizer the networks that prepare_training would load, without their weights."""
+    """Give a tokenizer the networks that prepare_training would load, without their weights, and
+    let nested dropout keep all tokens."""
+    for module in model.modules():
+        if isinstance(module, NeedsWeights):
+            module.has_weights = True
+    if getattr(model, "sample_keep", None):
+        model.sample_keep = NESTED_DROPOUT["none"]
     if getattr(model.config, "repa", None):
         width = model.decoder.head.in_features
         options = {**model.config.repa, "pretrained": False}
@@ -331,8 +340,8 @@ def storage(tensor: Tensor) -> int:
 
 
 class MetaNumbers(TorchDispatchMode):
-    """Reads numbers from tensors without memory: a whole one as `count`, so that nested dropout
-    keeps all tokens, others as 0, so that checks of inputs pass."""
+    """Reads numbers from tensors without memory: a whole one as `count`, so that all tokens are
+    kept, others as 0, so that checks of inputs pass."""
 
     def __init__(self, count: int):
         super().__init__()

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -228,7 +229,8 @@ def generator_run(
     torch.manual_seed(config.seed)  # whether or not tokenizing took draws just now
     model = build_model(GENERATORS, spec)
     if captions:
-        model.config.conditioner = model.conditioner.pinned(model.config.conditioner)
+        pinned = model.conditioner.pinned(model.config.conditioner)
+        model.config = replace(model.config, conditioner=pinned)
     model.metadata["class_names"] = class_names
     remember_tokenizer(model, folder, tokenizer, config.tokenizer)
     number = config.trainer.num_pictures
