@@ -1,13 +1,36 @@
 """Experiments: a YAML file and key=value overrides to checked dataclasses."""
 
-from dataclasses import asdict, dataclass, field
+import os
+import re
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
-from flextok.schema import Bounds, ConfigError, from_mapping
+from flextok.data.datasets import DATASETS
+from flextok.generators import GENERATORS
+from flextok.generators.conditioning import CONDITIONERS, TEXT_ENCODERS
+from flextok.hub import Pretrained
+from flextok.quantizers import QUANTIZERS
+from flextok.schema import Bounds, ConfigError, from_mapping, options_of
+from flextok.tokenizers import TOKENIZERS
+from flextok.vae import VAES
+
+MODELS: dict[str, type[Pretrained]] = {**TOKENIZERS, **GENERATORS}
+NUMBER = r"[-+]?(0|[1-9]\d*)(\.\d+)?|true|false|null"
+# where a config names a component: the registry that it is chosen from
+REGISTRIES: dict[str, Mapping[str, Callable[..., Any]]] = {
+    **{"train": DATASETS, "validation": DATASETS},
+    **{"model": {name: model.config_class for name, model in MODELS.items()}},
+    **{"vae": VAES, "quantizer": QUANTIZERS},
+    **{"conditioner": CONDITIONERS, "encoder": TEXT_ENCODERS},
+}
 
 Count = Annotated[int, Bounds(1)]
 CountOrZero = Annotated[int, Bounds(0)]
@@ -117,24 +140,26 @@ def load_experiment(path: str | Path, overrides: list[str] | None = None) -> Exp
     """Read a YAML file, apply key=value overrides, check everything. Dots in a key descend; a value
     replaces what was there, a whole mapping too."""
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ConfigError(f"no config file {str(path)!r}: see configs/ for the shipped ones")
     try:
         loaded = OmegaConf.load(path)
-    except Exception as error:  # a YAML parser's error type is its own
+    except (YAMLError, OmegaConfBaseException, ValueError, RecursionError, OSError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if not OmegaConf.is_dict(loaded):
+        raise ConfigError(f"{path} must be a mapping of keys: see configs/ for the shipped ones")
     for override in overrides or []:
         key, equals, text = override.partition("=")
-        if not equals:
+        if not equals or not all(key_parts(key)):
             raise ConfigError(f"override {override!r} must look like key=value, e.g. optim.lr=1e-4")
         try:
-            value = OmegaConf.from_dotlist([f"value={text}"]).value
+            value = read_override(text, type_of(key, OmegaConf.to_container(loaded)))
             OmegaConf.update(loaded, key, value, merge=False, force_add=True)
-        except Exception as error:  # likewise
+        except (YAMLError, OmegaConfBaseException, ValueError, IndexError) as error:
             raise ConfigError(f"override {override!r}: {error}") from None
     try:
         values: Any = OmegaConf.to_container(loaded, resolve=True)
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, RecursionError) as error:
         raise ConfigError(f"{path}: {error}") from None
     config = from_mapping(ExperimentConfig, values)
     if config.task == "generator" and not config.tokenizer:
@@ -154,6 +179,62 @@ def load_experiment(path: str | Path, overrides: list[str] | None = None) -> Exp
         asked = ", ".join(name for name, value in whole.items() if value)
         raise ConfigError(f"trainer.strategy=fsdp2 shards the model, {asked} needs it whole: ddp?")
     return config
+
+
+def read_override(text: str, hint: Any) -> Any:
+    """The value that an override's text states, by the type of its field: a text stays as it is,
+    whatever YAML would make of it. Where the type is open, numbers, true, false, null, and what
+    begins as a list, a mapping or a quotation does are read as YAML."""
+    kinds = leaves(hint)
+    if not text or (text == "null" and type(None) in kinds):
+        return None
+    is_open = Any in kinds or (str in kinds and kinds - {str, Path, type(None)})
+    is_yaml = text[0] in "{[\"'" or re.fullmatch(NUMBER, text) is not None
+    if (str in kinds or is_open) and not (is_open and is_yaml):
+        return text
+    return OmegaConf.from_dotlist([f"value={text}"]).value
+
+
+def leaves(hint: Any) -> set[Any]:
+    """The types that a hint allows, with those of Literal's values."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated:
+        return leaves(arguments[0])
+    if origin in (typing.Union, types.UnionType):
+        return {leaf for argument in arguments for leaf in leaves(argument)}
+    return {type(value) for value in arguments} if origin is Literal else {hint}
+
+
+def type_of(key: str, config: Any) -> Any:
+    """The type of the field that a dotted key names: of the experiment's, or of a component's whose
+    name `config`, plain data, holds. Any where neither says it."""
+    hint: Any = ExperimentConfig
+    above, node = "", config
+    for part in key_parts(key):
+        name = node.get("name") if isinstance(node, dict) else None
+        component = REGISTRIES.get(above, {}).get(name) if isinstance(name, str) else None
+        below: Any = Any
+        if component is not None:
+            below = options_of(component).get(part, Any)
+        for kind in leaves(hint) if component is None else ():
+            origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+            if is_dataclass(kind):
+                below = typing.get_type_hints(kind, include_extras=True).get(part, Any)
+            elif origin is list and part.isdigit():
+                below = arguments[0]
+            elif origin is dict:
+                below = arguments[1]
+        if isinstance(node, dict):
+            node = node.get(part)
+        elif isinstance(node, list) and part.isdigit():
+            node, part = dict(enumerate(node)).get(int(part)), above
+        hint, above = below, part
+    return hint
+
+
+def key_parts(key: str) -> list[str]:
+    """The parts of a key: dots descend, and so do numbers in brackets."""
+    return re.split(r"[.\[\]]+", key.removesuffix("]"))
 
 
 def save_experiment(config: ExperimentConfig, path: Path) -> None:

@@ -11,7 +11,8 @@ import inspect
 import math
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -78,32 +79,52 @@ def to_mapping(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+def named_spec(value: Any, what: str, known: list[str]) -> dict[str, Any]:
+    """A component's spec as a mapping; its name alone is one, too. Raises ConfigError."""
+    spec = {"name": value} if isinstance(value, str) else value
+    if not isinstance(spec, Mapping):
+        raise ConfigError(f"{what}={value!r} must be a mapping of keys, such as {{name: ...}}.")
+    if "name" not in spec:
+        raise ConfigError(f"{what} needs a name. Known: {', '.join(sorted(known))}.")
+    if spec["name"] not in known:
+        raise unknown_key(what, spec["name"], known)
+    return dict(spec)
+
+
+def options_of(factory: Callable[..., Any]) -> dict[str, Any]:
+    """The types of the options that a component's spec may state: a class's parameters, and those
+    of a function that have a default, for its caller gives the others."""
+    maker = factory.__init__ if inspect.isclass(factory) else factory
+    hints = typing.get_type_hints(maker, include_extras=True)
+    return {
+        p.name: hints.get(p.name, Any)
+        for p in inspect.signature(factory).parameters.values()
+        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        and (inspect.isclass(factory) or p.default is not p.empty)
+    }
+
+
 def build(registry: Mapping[str, Callable[..., Any]], spec: Mapping[str, Any] | str, what: str):
     """Build the component that a spec names: {"name": "fsq", "levels": [8]} -> FSQ(levels=[8]).
 
     A registry entry that is a class is instantiated; a function becomes a partial with its
-    parameters bound. Parameters are checked against the signature.
+    parameters bound. Parameters are checked against the signature and its types.
     """
-    spec = {"name": spec} if isinstance(spec, str) else dict(spec)
-    if "name" not in spec:
-        raise ConfigError(f"{what} needs a name. Known: {', '.join(sorted(registry))}.")
+    spec = named_spec(spec, what, list(registry))
     name = spec.pop("name")
-    if name not in registry:
-        raise unknown_key(what, name, list(registry))
     factory = registry[name]
-    parameters = inspect.signature(factory).parameters
-    known = [
-        p.name for p in parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-    ]
+    known = options_of(factory)
     for key in spec:
         if key not in known:
-            raise unknown_key("key", key, known, f"{what} {name}")
+            raise unknown_key("key", key, list(known), f"{what} {name}")
+    options = {key: _coerce(known[key], value, f"{what}.{key}") for key, value in spec.items()}
     if not inspect.isclass(factory):
-        return functools.partial(factory, **spec)
-    required = [p.name for p in parameters.values() if p.default is p.empty and p.name in known]
+        return functools.partial(factory, **options)
+    parameters = inspect.signature(factory).parameters
+    required = [key for key in known if parameters[key].default is inspect.Parameter.empty]
     if missing := [key for key in required if key not in spec]:
         raise ConfigError(f"{what} {name!r} needs {', '.join(missing)}.")
-    return factory(**spec)
+    return factory(**options)
 
 
 def _coerce(hint: Any, value: Any, where: str) -> Any:
@@ -131,16 +152,20 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
         if value in args:
             return value
         raise ConfigError(f"{where}={value!r} must be one of {', '.join(map(repr, args))}.")
-    if origin in (list, tuple):
+    if origin in (list, tuple, Sequence):
         if not isinstance(value, list | tuple):
             raise ConfigError(f"{where}={value!r} must be a list.")
-        item = args[0] if args else Any
-        return origin(_coerce(item, v, f"{where}[{i}]") for i, v in enumerate(value))
-    if origin is dict or hint is dict:
+        item, kind = (args[0] if args else Any), (tuple if origin is tuple else list)
+        return kind(_coerce(item, v, f"{where}[{i}]") for i, v in enumerate(value))
+    if origin in (dict, Mapping) or hint is dict:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{where}={value!r} must be a mapping of keys.")
+        if odd := [key for key in value if not isinstance(key, str)]:
+            raise ConfigError(f"{where}: the key {odd[0]!r} must be a text: put it into quotes.")
         item = args[1] if args else Any
         return {k: _coerce(item, v, f"{where}.{k}") for k, v in value.items()}
+    if hint is Path:
+        return Path(_coerce(str, value, where))
     if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
         try:
             value = float(value)  # YAML 1.1 reads 1e-4 as a string
@@ -151,4 +176,5 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
                 raise ConfigError(f"{where}={value!r} must be a finite number.")
     if isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool):
         return value
-    raise ConfigError(f"{where}={value!r} must be of type {hint.__name__}.")
+    quote = ": put it into quotes" if hint is str and isinstance(value, int | float) else ""
+    raise ConfigError(f"{where}={value!r} must be of type {hint.__name__}{quote}.")

@@ -32,7 +32,7 @@ def resolve(path: str | Path, revision: str | None = None) -> Path:
     from the hub or its local cache, the snapshot of a hub id owner/name or the file of
     owner/name/file.bin. Raises CheckpointError."""
     place, name = Path(path), str(path)
-    if place.is_dir() or place.is_file():
+    if os.path.isdir(place) or os.path.isfile(place):  # a name too long for a file is neither
         return place
     if name in released():
         return RELEASES / name

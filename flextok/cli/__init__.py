@@ -3,6 +3,7 @@ holds a group: add_commands() says what they take, run_...() does it."""
 
 import argparse
 import contextlib
+import io
 import logging
 import os
 import signal
@@ -13,6 +14,7 @@ from types import FrameType
 
 from flextok.cli import align, bench, demo, measure, models, reconstruct, sample, training
 from flextok.cli.common import AnyOrder, write_json
+from flextok.printing import PrintableFormatter, one_line
 
 DESCRIPTION = "Images as short, ordered token sequences."
 EXIT = "exit codes: 0 well, 1 a mistake told in one line, 2 wrong usage, 130 interrupted"
@@ -24,7 +26,12 @@ def main(arguments: list[str] | None = None) -> int:
     interrupted. Wrong usage raises SystemExit(2)."""
     # on a busy machine OpenMP's default of spinning threads can slow small models down 20 times
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(PrintableFormatter("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a file name may be no text of its encoding
+            stream.reconfigure(errors="backslashreplace")
     options = make_parser().parse_args(arguments)
     try:
         with interruptible_imports():
@@ -33,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # `flextok ... | head`: the reader has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
-        print(f"flextok: {error}", file=sys.stderr)
+        print(f"flextok: {one_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("flextok: interrupted; run the same command again to continue", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import re
 import sys
 import textwrap
@@ -191,7 +192,7 @@ def data_spec(name: str) -> dict[str, Any]:
         except (OmegaConfBaseException, YAMLError) as error:
             raise ValueError(f"--data {name!r} is no mapping: {error}") from None
         return spec
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         return {"name": "folder", "root": name}
     if ".tar" in name:
         return {"name": "webdataset", "urls": name}

@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 from flextok.cli.common import TOKENIZER, add_command
+from flextok.printing import printable
 
 
 def add_commands(commands: Any) -> None:
@@ -54,7 +55,7 @@ def run_info(options: argparse.Namespace) -> dict[str, Any]:
     lines = summary(facts)
     width = max(map(len, lines)) + 2
     for label, value in lines.items():
-        print(f"{label:<{width}}{value}")
+        print(f"{printable(label):<{width}}{printable(value)}")
     print(f"config {json.dumps(facts['config'], indent=2)}")
     return facts
 
@@ -72,4 +73,4 @@ def run_convert(options: argparse.Namespace) -> None:
         except json.JSONDecodeError:
             overrides[key] = text
     folder = load_model(options.input, overrides=overrides).save_pretrained(options.output)
-    print(f"wrote {folder}")
+    print(f"wrote {printable(folder)}")

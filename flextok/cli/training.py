@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,7 @@ def run_train(options: argparse.Namespace) -> None:
     for chatty in ("lightning.pytorch", "lightning.fabric"):  # importing them set their level
         logging.getLogger(chatty).setLevel(logging.WARNING)
     # a file may have an = in its name
-    configs = [a for a in options.arguments if "=" not in a or Path(a).is_file()]
+    configs = [a for a in options.arguments if "=" not in a or os.path.isfile(a)]
     overrides = [a for a in options.arguments if a not in configs]
     if not configs or (len(configs) > 1 and overrides):
         raise ValueError("train takes one config with key=value changes, or several without")

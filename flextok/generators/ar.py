@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flextok.draws import Rng, draw, uniform_steps
-from flextok.generators.conditioning import CONDITIONERS, Condition
+from flextok.generators.conditioning import Condition, make_conditioner
 from flextok.generators.sampling import check_sampling, pick
 from flextok.hub import Pretrained
 from flextok.nn.attention import KVCache
@@ -23,7 +23,6 @@ from flextok.nn.blocks import Block, LayerNorm
 from flextok.nn.devices import to_device
 from flextok.nn.layout import column_major
 from flextok.nn.linear import Linear
-from flextok.schema import build
 from flextok.tokenizers.common import check_finite, check_indices, run_block
 
 
@@ -70,7 +69,7 @@ class GPT(Pretrained, nn.Module):
             raise ValueError(f"context_noise={config.context_noise} must be in [0, 1)")
         self.config = config
         dim = config.dim or 64 * config.depth
-        self.conditioner = build(CONDITIONERS, {"dim": dim, **config.conditioner}, "conditioner")
+        self.conditioner = make_conditioner(config.conditioner, dim)
         self.embedding = nn.Embedding(config.vocab_size, dim)
         self.start = nn.Parameter(torch.empty(dim))
         self.positions = nn.Parameter(torch.empty(config.num_tokens, dim))

@@ -19,7 +19,7 @@ from flextok.generators.text import ByteEncoder, PretrainedEncoder, Text, check_
 from flextok.generators.words import WordEncoder
 from flextok.nn.devices import span, to_device
 from flextok.nn.linear import Linear
-from flextok.schema import build
+from flextok.schema import ConfigError, build
 
 NULL_CLASS = -1  # as a label: no condition
 TEXT_ENCODERS = {"bytes": ByteEncoder, "words": WordEncoder, "pretrained": PretrainedEncoder}
@@ -171,6 +171,13 @@ class TextConditioner(nn.Module):
             self.null_row = self.rows([""], like.device)[0]
         self.null_row = to_device(self.null_row, like.device)  # once
         return self.null_row.to(like.dtype)
+
+
+def make_conditioner(spec: Mapping[str, Any], dim: int) -> Any:
+    """The conditioner of a generator of width dim. Raises ConfigError, also for another dim."""
+    if spec.get("dim", dim) != dim:
+        raise ConfigError(f"conditioner.dim={spec['dim']!r} must be left out: it is dim={dim}.")
+    return build(CONDITIONERS, {**spec, "dim": dim}, "conditioner")
 
 
 CONDITIONERS = {"none": NoConditioner, "class": ClassConditioner, "text": TextConditioner}

@@ -14,12 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flextok.draws import Rng, draw, uniforms
-from flextok.generators.conditioning import CONDITIONERS, Condition, NoConditioner
+from flextok.generators.conditioning import Condition, NoConditioner, make_conditioner
 from flextok.generators.sampling import pick
 from flextok.hub import Pretrained
 from flextok.nn.linear import Linear
 from flextok.nn.vit import ViTBlock
-from flextok.schema import build
 from flextok.tokenizers.common import check_finite, check_indices
 
 Decay = Literal["constant", "linear", "power-cosine"]
@@ -76,7 +75,7 @@ class MaskGIT(Pretrained, nn.Module):
             raise ValueError(f"depth={config.depth} must be odd for a U-ViT: halves and a middle")
         self.mask_index = config.vocab_size
         self.embedding = nn.Embedding(config.vocab_size + 1, dim)  # codes, the mask
-        self.conditioner = build(CONDITIONERS, {"dim": dim, **config.conditioner}, "conditioner")
+        self.conditioner = make_conditioner(config.conditioner, dim)
         self.positions = nn.Parameter(torch.empty(1 + config.num_tokens, dim))
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(

@@ -123,6 +123,8 @@ class FlexTok(Pretrained, nn.Module):
         self.quantizer = build(QUANTIZERS, config.quantizer, "quantizer")
         self.sample_keep = build(NESTED_DROPOUT, config.nested_dropout, "nested dropout")
         self.sample_times = build(TIME_SAMPLERS, config.time_sampler, "time sampler")
+        build(SOLVERS, config.decode.solver, "solver")  # decode() asks for it, and for the guidance
+        build(GUIDANCE, config.decode.guidance, "guidance")
         stride = self.vae.downsample * config.patch_size
         if config.image_size % stride:
             raise ValueError(f"image_size={config.image_size} must be a multiple of {stride}")

@@ -71,7 +71,7 @@ class TiTokConfig:
     init: Literal["published", "wide", "spread"] = "published"
     text_length: int = 0  # TA-TiTok: text features that the decoder sees (77 of CLIP), 0 = none
     text_dim: int = 768
-    perceptual: dict[str, Any] = field(default_factory=dict)  # weights by name; training only
+    perceptual: dict[str, float] = field(default_factory=dict)  # weights by name; training only
     checkpoint_blocks: bool = False  # recompute activations in the backward pass
 
 

@@ -40,7 +40,7 @@ class VQGANConfig:
             "l2_norm": False,
         }
     )
-    perceptual: dict[str, Any] = field(default_factory=dict)  # weights by name; training only
+    perceptual: dict[str, float] = field(default_factory=dict)  # weights by name; training only
 
 
 class ResBlock(nn.Module):

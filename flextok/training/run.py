@@ -15,6 +15,7 @@ from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElastic
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from flextok.config import ExperimentConfig, TrainerConfig, load_experiment, save_experiment
 from flextok.data.datamodule import DataModule, prepare_image, prepare_tokens
@@ -37,11 +38,18 @@ from flextok.evaluation.features import load_networks
 from flextok.evaluation.job import Cell, Options
 from flextok.files import atomic_write
 from flextok.generators import GENERATORS
-from flextok.generators.conditioning import TextConditioner
+from flextok.generators.conditioning import CONDITIONERS, TextConditioner
 from flextok.generators.text import Text, load_encoder
 from flextok.hub import fingerprint
 from flextok.pipeline import expected_codes, load_model, remember_tokenizer
-from flextok.schema import ConfigError, build, from_mapping, to_mapping, unknown_key
+from flextok.schema import (
+    ConfigError,
+    build,
+    from_mapping,
+    named_spec,
+    to_mapping,
+    unknown_key,
+)
 from flextok.tokenizers import TOKENIZERS
 from flextok.tokenizers.common import codes_id, same_codes
 from flextok.training.adversarial import AdversarialModule
@@ -110,7 +118,10 @@ def train(config: ExperimentConfig) -> Path:
         return folder
     if config.trainer.compile:
         compile_blocks(module.model)
-    trainer = make_trainer(config, folder, module.model, draw, evaluate)
+    try:
+        trainer = make_trainer(config, folder, module.model, draw, evaluate)
+    except (MisconfigurationException, ImportError) as error:  # no such device, or its library
+        raise ConfigError(f"trainer.accelerator={config.trainer.accelerator}: {error}") from error
     with told_in_one_line():
         trainer.fit(module, data, ckpt_path=None if last is None else str(last), weights_only=True)
     # fit leaves the averaged weights in place
@@ -137,12 +148,13 @@ def make_dataset(spec: dict[str, Any] | list[dict[str, Any]]) -> Any:
 
 def build_model(registry: dict[str, Any], spec: dict[str, Any]) -> Any:
     """Build the model that `spec` names: {"name": "flextok", **its config's keys}."""
-    keys = dict(spec)
-    name = str(keys.pop("name", None))
-    if name not in registry:
-        raise unknown_key("model", name, list(registry))
-    cls = registry[name]
-    return cls(from_mapping(cls.config_class, keys, "model"))
+    return registry[named_spec(spec, "model", list(registry))["name"]](model_config(registry, spec))
+
+
+def model_config(registry: dict[str, Any], spec: dict[str, Any]) -> Any:
+    """The checked config of the model that `spec` names."""
+    keys = named_spec(spec, "model", list(registry))
+    return from_mapping(registry[keys.pop("name")].config_class, keys, "model")
 
 
 def tokenizer_run(config: ExperimentConfig) -> tuple[TrainingModule, DataModule, Any]:
@@ -215,8 +227,9 @@ def generator_run(
         "conditioner": {"name": "class"},
     }
     spec = {**derived, **config.model}
-    check_length(spec["num_tokens"], tokenizer)
-    captions = spec["conditioner"].get("name") == "text"
+    spec["conditioner"] = named_spec(spec["conditioner"], "conditioner", list(CONDITIONERS))
+    check_length(model_config(GENERATORS, spec).num_tokens, tokenizer)
+    captions = spec["conditioner"]["name"] == "text"
     cache = Path(config.data.token_cache or folder / "tokens")
     train_set = cached_tokens(config, tokenizer, cache / "train", config.data.train)
     validation = None
@@ -224,7 +237,7 @@ def generator_run(
         place, data_spec = cache / "validation", config.data.validation
         validation = cached_tokens(config, tokenizer, place, data_spec, augment=False)
     class_names = train_set.class_names
-    if spec["conditioner"].get("name") == "class":
+    if spec["conditioner"]["name"] == "class":
         spec["conditioner"] = {"num_classes": len(class_names), **spec["conditioner"]}
     torch.manual_seed(config.seed)  # whether or not tokenizing took draws just now
     model = build_model(GENERATORS, spec)
@@ -253,8 +266,8 @@ def generator_run(
 def check_length(num_tokens: int, tokenizer: Any) -> None:
     """Refuse a generator whose sequences its tokenizer cannot decode."""
     whole = tokenizer.num_tokens
-    if num_tokens > whole or (num_tokens < whole and not tokenizer.decodes_prefixes):
-        wanted = f"at most {whole}" if tokenizer.decodes_prefixes else f"{whole}"
+    if not 1 <= num_tokens <= whole or (num_tokens < whole and not tokenizer.decodes_prefixes):
+        wanted = f"at most {whole} and at least 1" if tokenizer.decodes_prefixes else f"{whole}"
         raise ConfigError(
             f"model.num_tokens={num_tokens} must be {wanted}, as the tokenizer has it"
         )
