@@ -2,17 +2,35 @@
 
 import errno
 import json
+import logging
 import os
 import re
 import shutil
+import sys
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from safetensors import SafetensorError
 
+if sys.platform == "win32":
+    import msvcrt
+
+    def lock(file: IO[bytes]) -> None:
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+else:
+    import fcntl
+
+    def lock(file: IO[bytes]) -> None:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by forked workers
+
+
+log = logging.getLogger(__name__)
+LOCK = ".lock"  # stays, empty; what counts is who has locked it
+BUSY = "another process is at work in {folder}: wait until it ends, or choose another output_dir"
+_held: set[Path] = set()  # folders of this process
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota, a limit on a file's size
 
 
@@ -54,6 +72,31 @@ def read_mapping(path: Path, **types: type) -> dict[str, Any]:
         if not right or isinstance(value, bool) != (kind is bool):
             raise ValueError(f"{path} is damaged ({key}={value!r} must be of type {kind.__name__})")
     return found
+
+
+@contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Makes the folder this process's own for as long as it lives: a second one gets ValueError. A
+    file system without locks gets a warning."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    key = folder.resolve()
+    if key in _held:  # a process may lock its own file twice
+        raise ValueError(BUSY.format(folder=folder))
+    with writing(folder / LOCK):
+        file = open(folder / LOCK, "ab")  # noqa: SIM115
+    with file:
+        try:
+            lock(file)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+                raise ValueError(BUSY.format(folder=folder)) from None
+            log.warning("%s: no locks here (%s): do not start a second run there", folder, error)
+        _held.add(key)
+        try:
+            yield
+        finally:
+            _held.discard(key)
 
 
 @contextmanager

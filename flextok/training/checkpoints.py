@@ -12,20 +12,24 @@ import zipfile
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import lightning as L
 import torch
+import torch.distributed.checkpoint as dcp
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
+from torch import nn
 
 from flextok.data.loading import SIGNALS
 from flextok.data.processes import this_process
-from flextok.files import atomic_write
+from flextok.files import atomic_write, read_mapping, writing
 from flextok.hub import CheckpointError
 
 BEST = "best.json"
+SUMS = ".sum"  # of a checkpoint that is a file: its checksum and size, in a file beside it
 CHECKSUMS = "checksums-*.json"  # of a checkpoint that is a folder, one a process
+AVERAGE = "average."  # of a LightningModule's state: made when training begins
 log = logging.getLogger(__name__)
 
 
@@ -45,8 +49,35 @@ class WholeFiles(TorchCheckpointIO):
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(path, lambda p: torch.save(checkpoint, p))
+
+        def write(place: Path) -> None:
+            with open(place, "wb") as file:
+                summed = Summed(file)
+                torch.save(checkpoint, summed)
+            # there before the checkpoint is, so that no checkpoint is ever without
+            text = json.dumps({"crc32": summed.crc32, "size": summed.size}) + "\n"
+            atomic_write(sums_of(path), lambda p: p.write_text(text))
+
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_dir():  # damaged, or the run would not write here again
+                remove(path)
+        atomic_write(path, write)
+
+
+class Summed:
+    """A file that is written in order, once, and sums what is written."""
+
+    def __init__(self, file: IO[bytes]):
+        self.file, self.crc32, self.size = file, 0, 0
+
+    def write(self, data: bytes) -> int:
+        self.crc32 = zlib.crc32(data, self.crc32)
+        self.size += len(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
 
 
 class Checkpoints(Checkpoint):
@@ -125,11 +156,20 @@ class Checkpoints(Checkpoint):
             remove(found[other])
         for leftover in self.folder.glob(".step-*.tmp"):  # of a run killed while it saved
             remove(leftover)
+        for sums in self.folder.glob("step-*.ckpt" + SUMS):
+            if not sums.with_suffix("").exists():
+                remove(sums)
 
     def read_best(self, step: int) -> dict[str, Any] | None:
         path = self.folder / BEST
-        best = json.loads(path.read_text()) if path.exists() else None
-        return best if best is not None and best["step"] <= step else None
+        if not path.exists():
+            return None
+        try:
+            best = read_mapping(path, step=int, loss=float)
+        except ValueError as error:
+            log.warning("%s; the next validation counts as the best so far", error)
+            return None
+        return best if best["step"] <= step else None
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.restore_handlers()
@@ -174,13 +214,16 @@ def list_checkpoints(folder: Path) -> dict[int, Path]:
     return {int(match[1]): path for path, match in matches.items() if match}
 
 
-def find_checkpoint(folder: Path) -> Path | None:
-    """The newest intact checkpoint; None if there is none at all. Damaged ones are passed over with
-    a warning; CheckpointError if all are."""
+def find_checkpoint(folder: Path, model: nn.Module | None = None) -> Path | None:
+    """The newest intact checkpoint, of `model`, a LightningModule, where one is given; None if
+    there is none at all. Others are passed over with a warning; CheckpointError if all are."""
     damage = []
     for _, path in sorted(list_checkpoints(folder).items(), reverse=True):
         try:
             verify(path)
+            content = load_checkpoint(path)
+            if model is not None:
+                check_fits(path, content, model)
         except CheckpointError as error:
             log.warning("%s; looking for an older one", error)
             damage.append(str(error))
@@ -193,14 +236,32 @@ def find_checkpoint(folder: Path) -> Path | None:
     return None
 
 
+def sums_of(path: Path) -> Path:
+    """Where the checksum of a checkpoint that is one file lies."""
+    return path.with_name(path.name + SUMS)
+
+
 def verify(path: Path) -> None:
     """Read a checkpoint whole against its checksums. Raises CheckpointError naming what differs."""
     try:
         if path.is_dir():
             return verify_folder(path)
-        with zipfile.ZipFile(path) as file:  # torch.save's format, which torch.load never checks
+        if not path.is_file():
+            raise CheckpointError(f"checkpoint {path} is neither a file nor a folder")
+        if sums_of(path).exists():
+            sums = read_mapping(sums_of(path), crc32=int, size=int)
+            if (size := path.stat().st_size) != sums["size"]:
+                raise CheckpointError(
+                    f"checkpoint {path} is truncated or damaged: {size} of {sums['size']} bytes"
+                )
+            if crc32(path) != sums["crc32"]:
+                raise CheckpointError(f"checkpoint {path} is damaged: it fails its checksum")
+            return None
+        with zipfile.ZipFile(path) as file:  # of an older version, or alone: sums of its parts
             damaged = file.testzip()
-    except (zipfile.BadZipFile, OSError, ValueError, EOFError, zlib.error) as error:
+    except CheckpointError:
+        raise
+    except Exception as error:  # a damaged zip raises many kinds
         raise CheckpointError(f"checkpoint {path} is truncated or damaged ({error})") from None
     if damaged is not None:
         raise CheckpointError(f"checkpoint {path} is damaged: {damaged} fails its checksum")
@@ -208,7 +269,7 @@ def verify(path: Path) -> None:
 
 def verify_folder(path: Path) -> None:
     listed: dict[str, int] = {}
-    records = [json.loads(file.read_text()) for file in path.glob(CHECKSUMS)]
+    records = [read_mapping(file, world_size=int, files=dict) for file in path.glob(CHECKSUMS)]
     if not records or len(records) != records[0]["world_size"]:
         raise CheckpointError(f"checkpoint {path} is incomplete: it lacks checksums")
     for record in records:
@@ -216,6 +277,28 @@ def verify_folder(path: Path) -> None:
     for name, expected in listed.items():
         if crc32(path / name) != expected:
             raise CheckpointError(f"checkpoint {path} is damaged: {name} fails its checksum")
+
+
+def check_fits(path: Path, content: Mapping[str, Any], model: nn.Module) -> None:
+    """Refuse a checkpoint of another model, as loading it would, but in time for an older one.
+    content: what load_checkpoint gives."""
+    if path.is_dir():
+        listed = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+        found = {k: getattr(entry, "size", None) for k, entry in listed.items()}
+        state = {
+            k.removeprefix("state_dict."): size
+            for k, size in found.items()
+            if k.startswith("state_dict.")
+        }
+    else:
+        state = {name: value.shape for name, value in content["state_dict"].items()}
+    ours = {name: value.shape for name, value in model.state_dict().items()}
+    theirs = {name: shape for name, shape in state.items() if not name.startswith(AVERAGE)}
+    if different := [n for n in {**ours, **theirs} if ours.get(n) != theirs.get(n)]:
+        raise CheckpointError(
+            f"checkpoint {path} is of another model: {different[0]} and {len(different) - 1} more "
+            "tensors differ"
+        )
 
 
 def crc32(path: Path) -> int:
@@ -228,9 +311,22 @@ def crc32(path: Path) -> int:
 
 def load_checkpoint(path: Path) -> Mapping[str, Any]:
     """A verified checkpoint's content: of a file all, memory-mapped, of a folder all but weights
-    and optimizer."""
+    and optimizer. Raises CheckpointError for anything else."""
     source = path / "meta.pt" if path.is_dir() else path
-    return torch.load(source, map_location="cpu", weights_only=True, mmap=True)
+    try:
+        content = torch.load(source, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # what is in a file decides what torch raises
+        kind = type(error).__name__
+        raise CheckpointError(
+            f"checkpoint {path} is damaged: torch cannot load it, {kind}"
+        ) from None
+    kinds = {"global_step": int, "loops": dict, "callbacks": dict}
+    if path.is_file():
+        kinds |= {"state_dict": dict, "optimizer_states": list, "lr_schedulers": list}
+    for key, kind in kinds.items():
+        if not isinstance(content, dict) or not isinstance(content.get(key), kind):
+            raise CheckpointError(f"checkpoint {path} is not one of a run: it has no {key}")
+    return content
 
 
 def link(path: Path, target: str) -> None:
@@ -249,6 +345,7 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink()
+        sums_of(path).unlink(missing_ok=True)
 
 
 def set_aside(folder: Path) -> None:

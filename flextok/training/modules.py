@@ -9,7 +9,7 @@ from torch import Tensor
 from flextok.config import OptimConfig
 from flextok.draws import derived_generator
 from flextok.training.average import Average
-from flextok.training.optim import make_optimizer, warmup_cosine
+from flextok.training.optim import make_optimizer, regroup, warmup_cosine
 from flextok.training.sharding import is_sharded, shard
 
 
@@ -84,6 +84,35 @@ class TrainingModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["metadata"] = {**self.model.metadata, "step": self.global_step}
+        checkpoint["optimizer_names"] = self.names_in(self.trainer.optimizers[0])
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Bring the optimizer's state into the groups that its present settings ask for."""
+        before, states = checkpoint.get("optimizer_names"), checkpoint.get("optimizer_states")
+        if before and states:
+            after = [self.names_in(self.make_optimizer())]
+            checkpoint["optimizer_states"] = [
+                regroup(state, was, now)
+                for state, was, now in zip(states, [before], after, strict=True)
+            ]
+
+    def names_in(self, optimizer: torch.optim.Optimizer) -> list[list[str]]:
+        """The names of the parameters in each of its groups."""
+        names = {parameter: name for name, parameter in self.named_parameters()}
+        return [[names[p] for p in group["params"]] for group in optimizer.param_groups]
+
+    def on_train_start(self) -> None:
+        """A run that continues takes its optimizer's settings from the config, and from the
+        checkpoint only what it has learned."""
+        (optimizer,), (config,) = self.trainer.optimizers, self.trainer.lr_scheduler_configs
+        schedule = config.scheduler
+        assert isinstance(schedule, torch.optim.lr_scheduler.LambdaLR)
+        schedule.base_lrs = [settings["initial_lr"] for settings in self.settings]
+        factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
+        for group, settings, factor in zip(
+            optimizer.param_groups, self.settings, factors, strict=True
+        ):
+            group.update({**settings, "lr": settings["initial_lr"] * factor})
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         return make_optimizer(self.model, self.optim)
@@ -92,6 +121,10 @@ class TrainingModule(L.LightningModule):
         optimizer = self.make_optimizer()
         factor = warmup_cosine(self.optim.warmup_steps, self.max_steps, self.optim.final_lr)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        self.settings = [
+            {key: value for key, value in group.items() if key != "params"}
+            for group in optimizer.param_groups
+        ]
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from flextok.config import ExperimentConfig, TrainerConfig, load_experiment, save_experiment
+from flextok.config import ExperimentConfig, TrainerConfig, save_experiment
 from flextok.data.datamodule import DataModule, prepare_image, prepare_tokens
 from flextok.data.datasets import DATASETS, take
 from flextok.data.labels import joined
@@ -36,7 +37,7 @@ from flextok.data.web import WebDatasetStream
 from flextok.evaluation.evaluate import evaluate_generator, evaluate_tokenizer
 from flextok.evaluation.features import load_networks
 from flextok.evaluation.job import Cell, Options
-from flextok.files import atomic_write
+from flextok.files import atomic_write, only_one, read_mapping, writing
 from flextok.generators import GENERATORS
 from flextok.generators.conditioning import CONDITIONERS, TextConditioner
 from flextok.generators.text import Text, load_encoder
@@ -50,6 +51,7 @@ from flextok.schema import (
     to_mapping,
     unknown_key,
 )
+from flextok.storage import CONFIG, WEIGHTS, CheckpointError
 from flextok.tokenizers import TOKENIZERS
 from flextok.tokenizers.common import codes_id, same_codes
 from flextok.training.adversarial import AdversarialModule
@@ -67,6 +69,7 @@ from flextok.training.callbacks import (
 from flextok.training.checkpoints import (
     Checkpoints,
     WholeFiles,
+    check_fits,
     find_checkpoint,
     load_checkpoint,
     set_aside,
@@ -74,6 +77,7 @@ from flextok.training.checkpoints import (
 from flextok.training.finite import SkipNonFinite
 from flextok.training.modules import GeneratorModule, TokenizerModule, TrainingModule
 from flextok.training.record import record_start
+from flextok.training.resume import check_changes, told
 from flextok.training.sharding import ShardedStrategy, compile_blocks, read_sharded
 
 log = logging.getLogger(__name__)
@@ -83,22 +87,27 @@ def train(config: ExperimentConfig) -> Path:
     """Train (or continue) the run that `config` describes. Returns its output_dir, which is a model
     folder for from_pretrained and also holds checkpoints/, logs/, pictures/, starts/ (how it was
     started each time) and config.yaml. Raises Interrupted when a signal stopped it, saved."""
-    config = from_mapping(
-        ExperimentConfig, to_mapping(config)
-    )  # checks one that was made in Python
+    # checks one that was made in Python
+    config = from_mapping(ExperimentConfig, to_mapping(config))
     check_devices(config.trainer)
-    L.seed_everything(config.seed, verbose=False)
     folder = Path(config.output_dir)
     # LOCAL_RANK alone: Lightning started this process, torchrun or SLURM did not
     leads = this_process().rank == 0 and int(os.environ.get("LOCAL_RANK", 0)) == 0
-    if leads and not config.resume:
-        set_aside(folder / "checkpoints")
-    last = find_checkpoint(folder / "checkpoints") if config.resume else None
-    step = 0
-    if last is not None:
-        check_same_model(folder / "config.yaml", config)
+    with only_one(folder) if leads else nullcontext(), writing(folder, only_full=True):
+        return train_alone(config, folder, leads)
+
+
+def train_alone(config: ExperimentConfig, folder: Path, leads: bool) -> Path:
+    """leads: whether this process, the first of the run's, writes what belongs to the run."""
+    L.seed_everything(config.seed, verbose=False)
+    checkpoints = folder / "checkpoints"
+    last, step, changes = None, 0, {}
+    if config.resume and (last := find_checkpoint(checkpoints)) is not None:
         step = load_checkpoint(last)["global_step"]
-        log.info("continuing from %s, step %d", last, step)
+        changes = check_changes(folder / "config.yaml", config, step)
+        if step >= config.trainer.max_steps and is_exported(folder, step):
+            log.info("nothing to do: %s is trained to its end, step %d", folder, step)
+            return folder
     if config.task == "tokenizer":
         module, data, draw = tokenizer_run(config)
         evaluate = evaluation(config, None)
@@ -106,8 +115,18 @@ def train(config: ExperimentConfig) -> Path:
         tokenizer = load_tokenizer(config)
         module, data, draw = generator_run(config, folder, tokenizer)
         evaluate = evaluation(config, tokenizer)
+    if last is not None:
+        try:
+            check_fits(last, load_checkpoint(last), module)
+        except CheckpointError:
+            last = find_checkpoint(checkpoints, module)
+            step = 0 if last is None else load_checkpoint(last)["global_step"]
+        log.info("continuing from %s, step %d", last, step)
+        if changes:
+            log.info("with other settings from here on: %s", told(changes))
     if leads:
-        folder.mkdir(parents=True, exist_ok=True)
+        if not config.resume:
+            set_aside(checkpoints)
         atomic_write(folder / "config.yaml", lambda p: save_experiment(config, p))
         record_start(folder, config, step)
     if last is not None and step >= config.trainer.max_steps:
@@ -472,14 +491,10 @@ def choose_precision(options: TrainerConfig) -> Any:
     return "bf16-mixed" if fast else "32-true"
 
 
-def check_same_model(path: Path, config: ExperimentConfig) -> None:
-    """A run continues only with the model that it began with."""
-    if not path.exists():
-        return
-    found = load_experiment(path)
-    same = ("task", "model", "adversarial")
-    if any(getattr(found, key) != getattr(config, key) for key in same):
-        raise ConfigError(
-            f"{path.parent} holds a run of another model: choose another output_dir, or pass "
-            "resume=false to start over there"
-        )
+def is_exported(folder: Path, step: int) -> bool:
+    """Whether the folder holds the model as it was at `step`."""
+    try:
+        found = read_mapping(folder / CONFIG, metadata=dict)["metadata"].get("step")
+    except ValueError:
+        return False
+    return found == step and (folder / WEIGHTS).is_file()

@@ -22,7 +22,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from flextok.files import sync
-from flextok.training.checkpoints import crc32
+from flextok.training.checkpoints import crc32, remove
 
 # what training, validation and pictures call of a model: FSDP2 gathers its weights for these
 ENTRIES = ("loss", "encode", "encode_codes", "decode", "decode_codes", "reconstruct", "generate")
@@ -58,7 +58,7 @@ class ShardedStrategy(ModelParallelStrategy):
         self.barrier()
         if self.is_global_zero:
             if path.exists():
-                shutil.rmtree(path)
+                remove(path)
             os.replace(aside, path)
             sync(path.parent)
         self.barrier()
