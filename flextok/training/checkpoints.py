@@ -53,7 +53,7 @@ class WholeFiles(TorchCheckpointIO):
         def write(place: Path) -> None:
             with open(place, "wb") as file:
                 summed = Summed(file)
-                torch.save(checkpoint, summed)
+                torch.save(checkpoint, summed)  # type: ignore[arg-type]
             # there before the checkpoint is, so that no checkpoint is ever without
             text = json.dumps({"crc32": summed.crc32, "size": summed.size}) + "\n"
             atomic_write(sums_of(path), lambda p: p.write_text(text))
@@ -316,10 +316,8 @@ def load_checkpoint(path: Path) -> Mapping[str, Any]:
     try:
         content = torch.load(source, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # what is in a file decides what torch raises
-        kind = type(error).__name__
-        raise CheckpointError(
-            f"checkpoint {path} is damaged: torch cannot load it, {kind}"
-        ) from None
+        reason = f"torch cannot load it, {type(error).__name__}"
+        raise CheckpointError(f"checkpoint {path} is damaged: {reason}") from None
     kinds = {"global_step": int, "loops": dict, "callbacks": dict}
     if path.is_file():
         kinds |= {"state_dict": dict, "optimizer_states": list, "lr_schedulers": list}
