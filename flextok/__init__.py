@@ -24,3 +24,7 @@ def __getattr__(name: str):
 
         return getattr(generators, name)
     raise AttributeError(f"module 'flextok' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

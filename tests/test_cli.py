@@ -146,7 +146,7 @@ def test_prompts_come_from_a_file_or_a_data_set(models):
 )
 def test_mistakes_with_prompts_are_told_in_one_line(models, capsys, model, arguments, message):
     (models / "empty.txt").write_text(" \n\n")
-    (models / "binary.txt").write_bytes(b"\xff\xfe\x00heart")
+    (models / "binary.txt").write_bytes(b"\xff\xfa\x00heart")
     places = {"EMPTY": models / "empty.txt", "BINARY": models / "binary.txt"}
     code, _ = sample(models, models / model, *(places.get(a, a) for a in arguments))
     error = capsys.readouterr().err.strip()

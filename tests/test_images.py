@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import EpsImagePlugin, Image, ImageCms
 
+from flextok.cli.sample import read_lines
 from flextok.data.datasets import ImageFolder
 from flextok.data.pictures import list_pictures, read_text
 from flextok.data.transforms import ImageTransform, random_crop, to_uint8
@@ -463,3 +464,9 @@ def test_a_text_of_gigabytes_is_no_caption(tmp_path):
     os.truncate(tmp_path / "a.txt", 8 * 2**30)
     with pytest.raises(CorruptPicture, match=r"a\.txt: a text has at most"):
         ImageFolder(tmp_path)[0]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_prompts_lose_their_byte_order_mark(tmp_path, encoding):
+    (tmp_path / "prompts.txt").write_bytes("a red heart\r\n\r\n  \r\na bomb\r\n".encode(encoding))
+    assert read_lines(tmp_path / "prompts.txt") == ["a red heart", "a bomb"]

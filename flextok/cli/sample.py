@@ -170,10 +170,12 @@ def read_prompts(options: argparse.Namespace) -> list[str]:
 
 def read_lines(path: Path) -> list[str]:
     """The lines of a text file that are not blank."""
+    from flextok.data.pictures import decode_text
+
     if not path.is_file():
         raise ValueError(f"--prompts-file {path}: there is no such file")
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+        lines = [line.strip() for line in decode_text(path.read_bytes()).splitlines()]
     except UnicodeDecodeError as error:
         raise ValueError(f"--prompts-file {path} is not UTF-8 text ({error})") from None
     if not any(lines):

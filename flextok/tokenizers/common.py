@@ -3,20 +3,49 @@
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
+from weakref import WeakSet
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from flextok.draws import POSTERIOR, row_generators
 from flextok.hub import fingerprint
-from flextok.nn.devices import span
+from flextok.images import picture_batch
+from flextok.nn.devices import span, to_device
+
+Pictures = Tensor | Image.Image | Sequence[Image.Image]
+_warned: WeakSet[nn.Module] = WeakSet()  # tokenizers that were given images in [0, 1]
 
 
-def check_images(images: Tensor, size: int, check_range: bool = False) -> None:
-    """Raise ValueError unless images are (B, 3, size, size) float, in [-1, 1] if asked."""
+def images_to_encode(tokenizer: Any, images: Pictures) -> Tensor:
+    """(B, 3, H, W) float in [-1, 1] on the tokenizer's device: tensors checked, PIL pictures
+    resized and cropped. Warns once of a tensor that is likely to be in [0, 1]."""
+    if not isinstance(images, Tensor):
+        return to_device(picture_batch(images, tokenizer.image_size), tokenizer.device)
+    check_images(images, tokenizer.image_size)
+    low, high = span(images)
+    if not (low >= -1.001 and high <= 1.001):  # NaN fails too
+        raise ValueError(
+            f"images span [{low:.4g}, {high:.4g}], expected [-1, 1]: scale uint8 pictures with "
+            "x / 127.5 - 1"
+        )
+    if low >= 0 and high > 0 and tokenizer not in _warned:
+        _warned.add(tokenizer)
+        warnings.warn(
+            f"images span [{low:.4g}, {high:.4g}], all bright: if they are in [0, 1], scale them "
+            "to [-1, 1] with 2 * x - 1",
+            stacklevel=4,  # encode, torch.no_grad, who calls it
+        )
+    return to_device(images, tokenizer.device)
+
+
+def check_images(images: Tensor, size: int) -> None:
+    """Raise ValueError unless images are (B, 3, size, size) float."""
     if images.ndim != 4 or tuple(images.shape[1:]) != (3, size, size):
         raise ValueError(
             f"images have shape {tuple(images.shape)}, expected (B, 3, {size}, {size}): resize "
@@ -26,13 +55,6 @@ def check_images(images: Tensor, size: int, check_range: bool = False) -> None:
         raise ValueError(
             f"images have dtype {images.dtype}, expected float in [-1, 1]: x / 127.5 - 1"
         )
-    if check_range:
-        low, high = span(images)
-        if not (low >= -1.001 and high <= 1.001):  # NaN fails too
-            raise ValueError(
-                f"images span [{low:.4g}, {high:.4g}], expected [-1, 1]: scale uint8 pictures with "
-                "x / 127.5 - 1"
-            )
 
 
 def check_indices(

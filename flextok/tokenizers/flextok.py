@@ -33,7 +33,14 @@ from flextok.nn.devices import to_device
 from flextok.nn.frozen import Frozen
 from flextok.quantizers import QUANTIZERS
 from flextok.schema import ConfigError, build
-from flextok.tokenizers.common import check_images, check_indices, check_keep, component
+from flextok.tokenizers.common import (
+    Pictures,
+    check_images,
+    check_indices,
+    check_keep,
+    component,
+    images_to_encode,
+)
 from flextok.tokenizers.distillation import DistillConfig, distillation_loss
 from flextok.tokenizers.nested_dropout import NESTED_DROPOUT, LengthGroup, draw_groups
 from flextok.tokenizers.networks import DecoderOutput, Encoder, FlowDecoder, add_places
@@ -364,18 +371,17 @@ class FlexTok(Pretrained, nn.Module):
     @torch.no_grad()
     def encode(
         self,
-        images: Tensor,
+        images: Pictures,
         sample_posterior: bool | None = None,
         generator: Rng = None,
     ) -> Tensor:
-        """images: (B, 3, H, W) float in [-1, 1]. Returns indices (B, K) long, coarse to fine.
+        """images: (B, 3, H, W) float in [-1, 1], or one PIL picture or several, which are resized
+        and cropped. Returns indices (B, K) long, coarse to fine.
 
         sample_posterior: draw the VAE's latents with `generator`, one or one for each row, in
         place of its posterior mode.
         Raises ValueError on a wrong shape, dtype or range."""
-        check_images(images, self.image_size, check_range=True)
-        images = to_device(images, self.device)
-        latents = self.vae.encode(images, sample_posterior, generator)
+        latents = self.vae.encode(images_to_encode(self, images), sample_posterior, generator)
         weight = self.encoder.patch_embed.weight
         return self.quantizer(self.encoder(latents.to(weight.dtype)))[1]
 

@@ -25,7 +25,14 @@ from flextok.nn.frozen import Frozen, NeedsWeights
 from flextok.nn.linear import Linear
 from flextok.quantizers import KL, QUANTIZERS
 from flextok.schema import build
-from flextok.tokenizers.common import check_images, check_indices, check_keep, component
+from flextok.tokenizers.common import (
+    Pictures,
+    check_images,
+    check_indices,
+    check_keep,
+    component,
+    images_to_encode,
+)
 from flextok.tokenizers.nested_dropout import NESTED_DROPOUT, draw_groups
 from flextok.tokenizers.networks import add_places
 from flextok.tokenizers.titok_networks import PixelHead, TiTokDecoder, TiTokEncoder
@@ -370,19 +377,17 @@ class TiTok(Pretrained, NeedsWeights):
         return self.quantizer(z, generator) if self.is_continuous else self.quantizer(z)
 
     @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
-        """images: (B, 3, H, W) float in [-1, 1]. Returns indices (B, K) long. Raises ValueError on
-        a wrong shape, dtype or range, and for a continuous bottleneck."""
+    def encode(self, images: Pictures) -> Tensor:
+        """images: (B, 3, H, W) float in [-1, 1], or PIL pictures. Returns indices (B, K) long.
+        Raises ValueError on a wrong shape, dtype or range, and for a continuous bottleneck."""
         self._check_discrete()
-        check_images(images, self.image_size, check_range=True)
-        return self._quantize(to_device(images, self.device))[1]
+        return self._quantize(images_to_encode(self, images))[1]
 
     @torch.no_grad()
-    def encode_codes(self, images: Tensor) -> Tensor:
+    def encode_codes(self, images: Pictures) -> Tensor:
         """images: (B, 3, H, W) float in [-1, 1]. Returns codes (B, K, C) float, quantized ones or,
         for a continuous bottleneck in eval mode, the posterior's mean."""
-        check_images(images, self.image_size, check_range=True)
-        return self._quantize(to_device(images, self.device))[0]
+        return self._quantize(images_to_encode(self, images))[0]
 
     @torch.no_grad()
     def decode(

@@ -20,7 +20,13 @@ from flextok.losses.perceptual import PerceptualLoss
 from flextok.nn.devices import to_device
 from flextok.quantizers import QUANTIZERS
 from flextok.schema import build
-from flextok.tokenizers.common import check_images, check_indices, component
+from flextok.tokenizers.common import (
+    Pictures,
+    check_images,
+    check_indices,
+    component,
+    images_to_encode,
+)
 
 
 @dataclass
@@ -201,10 +207,10 @@ class MaskGITVQGAN(Pretrained, nn.Module):
         note_perceptual(self)
 
     @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
-        """images: (B, 3, H, W) float in [-1, 1]. Returns indices (B, K) long, row by row."""
-        check_images(images, self.image_size, check_range=True)
-        return self.quantizer(self._latents(to_device(images, self.device)))[1]
+    def encode(self, images: Pictures) -> Tensor:
+        """images: (B, 3, H, W) float in [-1, 1], or PIL pictures. Returns indices (B, K) long, row
+        by row."""
+        return self.quantizer(self._latents(images_to_encode(self, images)))[1]
 
     @torch.no_grad()
     def decode(self, indices: Tensor, generator: Rng = None) -> Tensor:
