@@ -1,30 +1,36 @@
 """The token cache: the same files from any number of processes, however often they die."""
 
 import json
+import os
+import pickle
 import random
+import shutil
 import time
 
 import pytest
 import torch
-from conftest import tiny_tokenizer
+from conftest import draw_pictures, tiny_tokenizer, write_shard
 from processes import finish, start, start_ranks
+from safetensors.torch import save_file
 
 from flextok.cli import main
 from flextok.data import tokens
-from flextok.data.datasets import ImageFolder
+from flextok.data.datasets import ImageFolder, take
 from flextok.data.processes import Process, this_process
-from flextok.data.text import pack, unpack
+from flextok.data.text import checksum, pack, unpack
 from flextok.data.tokens import (
     TokenDataset,
     build_token_cache,
     cache_identity,
+    data_files,
     is_finished,
     verify_token_cache,
 )
 from flextok.data.transforms import ImageTransform
+from flextok.data.web import WebDatasetImages
 from flextok.hub import fingerprint
 from flextok.tokenizers.common import codes_id
-from flextok.training.run import ready_tokens
+from flextok.training.run import make_dataset, ready_tokens
 
 
 @pytest.fixture(scope="module")
@@ -333,3 +339,154 @@ def test_data_may_be_a_spec(command, picture_folder, tmp_path):
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["class_names"] == ["unlabelled"]
     assert manifest["data"]["label_from"] == "none"
+
+
+# --- what a cache must notice ---------------------------------------------------------------------
+
+
+def test_changed_pictures_and_captions_are_noticed(picture_folder, tmp_path, tokenizer):
+    """A cache went on being used after its pictures had changed."""
+    folder, pictures = tmp_path / "tokens", tmp_path / "pictures"
+    draw_pictures(pictures, ["cats/0.png", "cats/1.png"])
+    (pictures / "cats" / "0.txt").write_text("a cat")
+    assert cache(folder, tokenizer, pictures)
+    before = files(folder)
+    assert cache(folder, tokenizer, pictures)  # as it was: read again
+    first, caption = pictures / "cats" / "0.png", pictures / "cats" / "0.txt"
+    changes = {
+        "another picture, of the same size": lambda: os.utime(first, ns=(1, 1)),
+        "another size": lambda: first.write_bytes(first.read_bytes() + b"."),
+        "another caption": lambda: caption.write_text("a dog"),
+        "no caption": caption.unlink,
+        "another name": lambda: first.rename(pictures / "cats" / "2.png"),
+    }
+    for change, make in changes.items():
+        make()
+        with pytest.raises(ValueError, match=r"\(data_files differ\): delete it, or name another"):
+            cache(folder, tokenizer, pictures)
+        assert files(folder) == before, change
+        path = folder / "manifest.json"  # as if it had been made from these files
+        made = {**json.loads(path.read_text()), "data_files": data_files(ImageFolder(pictures))}
+        path.write_text(json.dumps(made))
+        assert cache(folder, tokenizer, pictures)
+        before = files(folder)
+    (pictures / "cats" / "3.png").write_bytes((pictures / "cats" / "2.png").read_bytes())
+    with pytest.raises(ValueError, match=r"\(data_files, num_samples differ\)"):
+        cache(folder, tokenizer, pictures)
+
+
+def test_every_data_set_tells_its_files(tmp_path):
+    draw_pictures(tmp_path, ["a/0.png", "b/0.png"])
+    for name, image in (("x", "a/0.png"), ("y", "b/0.png")):
+        content = (tmp_path / image).read_bytes()
+        write_shard(tmp_path / f"{name}.tar", {"0.png": content, "0.cls": b"0"})
+    datasets = pytest.importorskip("datasets")
+    table = datasets.Dataset.from_dict({"image": [str(tmp_path / "a/0.png")]})
+    table = table.cast_column("image", datasets.Image())
+    table.save_to_disk(str(tmp_path / "h1"))
+    table.add_column("words", ["x"]).save_to_disk(str(tmp_path / "h2"))
+    folder = {"name": "folder", "root": str(tmp_path / "a")}
+    other = {"name": "folder", "root": str(tmp_path / "b")}
+    huge = {"name": "huggingface", "label_column": None}
+    streamed = {"name": "webdataset_stream", "samples": 1, "label_key": None}
+    specs = [
+        folder,
+        {"name": "webdataset", "urls": f"{tmp_path}/x.tar"},
+        {"name": "webdataset", "urls": f"{tmp_path}/y.tar"},
+        {**streamed, "urls": f"{tmp_path}/x.tar"},
+        {**streamed, "urls": "http://127.0.0.1:9/x.tar"},
+        {**streamed, "urls": "http://127.0.0.1:9/y.tar"},
+        {**huge, "path": str(tmp_path / "h1")},
+        {**huge, "path": str(tmp_path / "h2")},
+        {"name": "emoji", "split": "validation"},
+        {"name": "emoji", "split": "train"},
+        {"name": "emoji_scenes", "vocabulary": "basic"},
+        [folder, other],
+        [other, folder, folder],
+    ]
+    found = [data_files(make_dataset(spec)) for spec in specs]
+    assert len(set(found)) == len(specs)
+    assert found == [data_files(make_dataset(spec)) for spec in specs]
+    assert data_files(take(make_dataset([folder, other]), 1)) == found[-2]
+    os.utime(tmp_path / "x.tar", ns=(1, 1))
+    again = [data_files(make_dataset(spec)) for spec in specs]
+    assert [i for i in range(len(specs)) if again[i] != found[i]] == [1, 3]
+
+
+def test_a_tokenizer_that_gives_nan_makes_no_cache(picture_folder, tmp_path):
+    """Rounding and the nearest code turn NaN into an index: such a cache was written and
+    verified."""
+    vq = {"name": "vq", "codebook_size": 16, "dim": 4}
+    for quantizer in ({"name": "fsq", "levels": [8, 5, 5]}, vq):
+        for damage in (float("nan"), float("inf")):
+            broken = tiny_tokenizer(quantizer=quantizer)
+            with torch.no_grad():
+                next(broken.encoder.parameters()).view(-1)[0] = damage
+            with pytest.raises(ValueError, match="the codes of pictures are not finite"):
+                cache(tmp_path / "tokens", broken, picture_folder)
+            assert not list((tmp_path / "tokens").glob("part-*"))
+            assert not is_finished(tmp_path / "tokens")
+            shutil.rmtree(tmp_path / "tokens")
+
+
+def rewritten(folder, **changes) -> None:
+    """The first part with other tensors, whole and listed: what only their values give away."""
+    path = folder / "part-00000.safetensors"
+    tensors, record = tokens.read_part(path)
+    tensors = {k: v.clone() for k, v in tensors.items()}
+    for name, value in changes.items():
+        tensors[name].view(-1)[0] = value
+    record["sha256"] = checksum(tensors)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["parts"][0]["sha256"] = record["sha256"]
+    save_file(tensors, path, {"part": json.dumps(record)})
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_codes_and_labels_out_of_range_are_refused(picture_folder, tmp_path, tokenizer):
+    folder = tmp_path / "tokens"
+    cache(folder, tokenizer, picture_folder)
+    TokenDataset(folder).check_codes(tokenizer)
+    rewritten(folder, indices=200)  # of 200
+    with pytest.raises(ValueError, match=r"part-00000\.safetensors: indices span \[\d+, 200\]"):
+        TokenDataset(folder).check_codes(tokenizer)
+    for label in (2, -1, 1 << 40):  # of 2 classes
+        rewritten(folder, indices=0, labels=label)
+        with pytest.raises(ValueError, match=f"{label}, but|from {label} to .* 2 classes"):
+            TokenDataset(folder)
+
+
+def test_labels_count_in_other_class_names_by_name(picture_folder, tmp_path, tokenizer):
+    folder = tmp_path / "tokens"
+    cache(folder, tokenizer, picture_folder, variants=1)
+    found = TokenDataset(folder)
+    assert found.class_names == ["cats", "dogs"]
+    found.count_classes_in(["dogs", "emus", "cats"])
+    again = pickle.loads(pickle.dumps(found))  # as a worker that is not forked has it
+    for data in (found, again):
+        assert data.class_names == ["dogs", "emus", "cats"]
+        assert [int(data[i]["label"]) for i in range(6)] == [2, 2, 2, 0, 0, 0]
+    with pytest.raises(ValueError, match="the 1 classes dogs, which are none of the model's"):
+        TokenDataset(folder).count_classes_in(["cats", "emus"])
+    # a name without a picture is no matter
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps({**manifest, "class_names": ["cats", "dogs", "unused"]}))
+    more = TokenDataset(folder)
+    more.count_classes_in(["dogs", "cats"])
+    assert [int(more[i]["label"]) for i in range(6)] == [1, 1, 1, 0, 0, 0]
+
+
+def test_several_captions_are_taken_in_turn(tmp_path, tokenizer):
+    draw_pictures(tmp_path, ["0.png"])
+    record = {"caption": ["a dog", "a puppy", "007"]}
+    members = {"0.png": (tmp_path / "0.png").read_bytes(), "0.json": json.dumps(record).encode()}
+    url = write_shard(tmp_path / "a.tar", members)
+    transform = ImageTransform(16, flip=True)
+    data = WebDatasetImages(url, label_key=None)
+    identity = cache_identity(tokenizer, {}, transform)
+    for name, variants in (("one", 1), ("five", 5)):
+        build_token_cache(tmp_path / name, tokenizer, data, transform, identity, variants)
+    assert TokenDataset(tmp_path / "one").captions == ["a dog"]
+    expected = ["a dog", "a puppy", "007", "a dog", "a puppy"]
+    assert TokenDataset(tmp_path / "five").captions == expected

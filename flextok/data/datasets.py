@@ -2,11 +2,12 @@
 
 Every data set is map-style, has `class_names`, and gives the same item: image (PIL RGB), label
 (int, an index into class_names), caption (str), key (str), and captions (a list) where a picture
-has several. What cannot be read raises CorruptPicture; the stream skips and counts it. A new data
-set is one class here and one line in DATASETS.
+has several. What cannot be read raises CorruptPicture; the stream skips and counts it. state()
+tells, a line each, the files that it reads with their sizes and times: a cache is made anew when
+they change. A new data set is one class here and one line in DATASETS.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from flextok.data.pictures import (
     load_picture,
     read_text_file,
 )
+from flextok.data.shards import state_of
 from flextok.data.web import WebDatasetImages, WebDatasetStream
 
 
@@ -89,6 +91,11 @@ class ImageFolder(Dataset[dict[str, Any]]):
             "key": self.paths[index].as_posix(),
         }
 
+    def state(self) -> Iterator[str]:
+        for path in self.paths:
+            for file in (self.root / path, (self.root / path).with_suffix(".txt")):
+                yield f"{path.as_posix()} {state_of(file)}"
+
 
 class PictureFiles(Dataset[dict[str, Any]]):
     """Named picture files, and those in named folders, without labels."""
@@ -137,6 +144,7 @@ class HuggingFaceImages(Dataset[dict[str, Any]]):
                 raise ValueError(f"column {column!r} is not in {path!r}; its columns: {known}")
         if len(table) == 0:
             raise ValueError(f"split={split!r} of {path!r} is empty")
+        self.fingerprint: str = table._fingerprint  # datasets has no other name for it
         # undecoded: load_picture treats alpha, EXIF and damage alike for every data set
         self.table = table.cast_column(image_column, datasets.Image(decode=False))
         self.path, self.split = path, split
@@ -173,6 +181,9 @@ class HuggingFaceImages(Dataset[dict[str, Any]]):
             **captioned(captions, self.class_names[label]),
             "key": key,
         }
+
+    def state(self) -> Iterator[str]:
+        yield self.fingerprint
 
 
 DATASETS: dict[str, Callable[..., Dataset[dict[str, Any]]]] = {

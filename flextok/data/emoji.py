@@ -4,11 +4,12 @@ The shard `assets/emoji-64.tar` (made by scripts/pack_emoji.py, see assets/NOTIC
 WebDataset of 64 px WebP pictures with alpha; it is small enough to be held in memory.
 """
 
+import hashlib
 import io
 import json
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from importlib import resources
 from typing import Any, NamedTuple
@@ -55,6 +56,10 @@ def select_records(split: str) -> list[EmojiRecord]:
     return [r for r in read_shard() if split in ("all", r.split)]
 
 
+def state_of(records: Iterable[EmojiRecord]) -> Iterator[str]:
+    return (f"{r.key} {r.name} {hashlib.sha256(r.webp).hexdigest()}" for r in records)
+
+
 class Emoji(Dataset[dict[str, Any]]):
     """Every emoji on white, labelled by its Unicode group (9 classes) or subgroup.
 
@@ -97,6 +102,9 @@ class Emoji(Dataset[dict[str, Any]]):
             "caption": record.name if self.caption == "name" else noun_phrase(record.name),
             "key": record.key,
         }
+
+    def state(self) -> Iterator[str]:
+        return state_of(self.records)
 
 
 # --- scenes -------------------------------------------------------------------------------------
@@ -206,6 +214,9 @@ class EmojiScenes(Dataset[dict[str, Any]]):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[index] for index in range(len(self)))
+
+    def state(self) -> Iterator[str]:
+        return state_of(self.records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if index < 0:

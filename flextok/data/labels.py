@@ -3,7 +3,7 @@ file calls a class is looked up by name first and by number second, and data set
 compared by name."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch.utils.data import ConcatDataset, Dataset
@@ -106,6 +106,9 @@ class Relabelled(Dataset[dict[str, Any]]):
         item = self.dataset[index]
         return {**item, "label": self.numbers[item["label"]]}
 
+    def state(self) -> Iterator[str]:
+        yield from self.dataset.state()
+
 
 def renumbering(found: Sequence[str], wanted: Sequence[str]) -> list[int]:
     """For each of the classes `found`, the number that it has among `wanted`, by name. Raises
@@ -125,12 +128,17 @@ def by_name(dataset: Any, class_names: Sequence[str]) -> Any:
     return dataset if same else Relabelled(dataset, class_names)
 
 
-def joined(datasets: Sequence[Any]) -> Any:
+class Joined(ConcatDataset[dict[str, Any]]):
     """Data sets one after the other; their classes are all that any of them has, by name."""
-    names = list(dict.fromkeys(name for one in datasets for name in one.class_names))
-    whole: Any = ConcatDataset([by_name(one, names) for one in datasets])
-    whole.class_names = names
-    return whole
+
+    def __init__(self, datasets: Sequence[Any]) -> None:
+        self.class_names = list(dict.fromkeys(n for one in datasets for n in one.class_names))
+        super().__init__([by_name(one, self.class_names) for one in datasets])
+
+    def state(self) -> Iterator[str]:
+        parts: list[Any] = self.datasets
+        for part in dict.fromkeys(parts):  # a repeated one once
+            yield from part.state()
 
 
 def texts_of(value: object) -> list[str]:

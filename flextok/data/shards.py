@@ -9,6 +9,7 @@ import http.client
 import itertools
 import json
 import lzma
+import os
 import re
 import tarfile
 import zlib
@@ -47,6 +48,16 @@ class Raw:
 
     name: str  # shard and key
     members: Members
+
+
+def state_of(path: str | Path) -> str:
+    """A file's size and time of change, without reading it; an address that is no file's says
+    nothing."""
+    try:
+        facts = os.stat(path)
+    except (OSError, ValueError):
+        return "-"
+    return f"{facts.st_size} {facts.st_mtime_ns}"
 
 
 def stated_counts(

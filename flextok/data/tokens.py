@@ -6,6 +6,7 @@ aside and renamed, so a part that is there is whole and never made again. Once a
 manifest lists their counts and checksums.
 """
 
+import hashlib
 import json
 import logging
 import time
@@ -13,16 +14,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
+from flextok.data.labels import label_table, renumbering
 from flextok.data.loading import make_loader, told_in_one_line
 from flextok.data.pictures import UNLABELLED, CorruptPicture
 from flextok.data.processes import Process, this_process
@@ -32,7 +34,13 @@ from flextok.data.transforms import ImageTransform
 from flextok.draws import derived_generator
 from flextok.files import atomic_write, clear_leftovers, read_mapping
 from flextok.schema import from_mapping
-from flextok.tokenizers.common import codes_id, encode_rows, same_codes
+from flextok.tokenizers.common import (
+    check_finite,
+    check_indices,
+    codes_id,
+    encode_rows,
+    same_codes,
+)
 
 MANIFEST = "manifest.json"
 log = logging.getLogger(__name__)
@@ -117,8 +125,9 @@ def build_token_cache(
     process's parts of it, less those already there; captions too, "" for pictures without one.
     Returns whether the whole cache is finished.
 
-    identity: what the cache is made from, by cache_identity. A folder made from something else is
-    refused with ValueError."""
+    identity: what the cache is made from, by cache_identity. A folder made from something else, or
+    from files that have changed since (names, sizes, times), is refused with ValueError; so are
+    codes that are not finite."""
     if not tokenizer.vocab_size:
         raise ValueError("the tokenizer is continuous (KL): it has no indices to cache")
     counts = {"variants": variants, "part_size": part_size, "batch_size": batch_size}
@@ -128,7 +137,7 @@ def build_token_cache(
     folder, process = Path(folder), process or this_process()
     manifest = {**identity, "variants": variants, "seed": seed, "part_size": part_size}
     manifest |= {"num_samples": len(dataset), "class_names": list(dataset.class_names)}
-    manifest["captions"] = True
+    manifest |= {"captions": True, "data_files": data_files(dataset)}
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / MANIFEST).exists():
         found = read_manifest(folder)
@@ -169,6 +178,21 @@ def build_token_cache(
     return finish(folder, manifest, list(parts))
 
 
+@runtime_checkable
+class Files(Protocol):
+    """A data set that tells which files it reads."""
+
+    def state(self) -> Iterator[str]: ...
+
+
+def data_files(dataset: Any) -> str:
+    """A hash of the names, sizes and times of the files behind a data set; none are known of one
+    that was made in Python."""
+    whole = dataset.dataset if isinstance(dataset, Subset) else dataset
+    lines = whole.state() if isinstance(whole, Files) else iter(())
+    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
 def encode(tokenizer: Any, items: list[Any], seed: int, bf16: bool) -> dict[str, Any]:
     """Items or their errors -> the batch's indices (n, K) long, label (n,), position (n,) and
     captions; {} if none could be read."""
@@ -176,10 +200,17 @@ def encode(tokenizer: Any, items: list[Any], seed: int, bf16: bool) -> dict[str,
     if not batch:
         return {}
     device = next(tokenizer.parameters()).device
-    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+    # rounding, or the nearest code, makes an index of NaN too
+    check = tokenizer.quantizer.register_forward_pre_hook(check_codes_finite)
+    with check, torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         images = batch.pop("image").to(device)
         batch["indices"] = encode_rows(tokenizer, images, seed, batch["position"]).cpu()
+    check_indices(batch["indices"], tokenizer.num_tokens, tokenizer.vocab_size)
     return batch
+
+
+def check_codes_finite(quantizer: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    check_finite(inputs[0], "the codes of pictures")
 
 
 def write_part(
@@ -312,6 +343,7 @@ class TokenDataset(Dataset):
         if not is_finished(folder):
             raise ValueError(f"the token cache {folder} is unfinished: run flextok tokenize again")
         self.class_names: list[str] = self.manifest["class_names"]
+        self.numbers: Tensor | None = None  # of these classes, by the stored labels
         self.text: TextCache | None = None
         self.parts = []
         for part in self.manifest["parts"]:
@@ -322,6 +354,12 @@ class TokenDataset(Dataset):
                     "run flextok tokenize again"
                 )
             check_part(folder / part["file"], part, tensors)
+            labels = tensors["labels"]
+            if len(labels) and not 0 <= labels.min() <= labels.max() < len(self.class_names):
+                raise ValueError(
+                    f"{folder / part['file']} has labels from {labels.min()} to {labels.max()}, "
+                    f"but {MANIFEST} names {len(self.class_names)} classes: make it again"
+                )
             self.parts.append(tensors)
         self.starts = np.cumsum([0, *(part["sequences"] for part in self.manifest["parts"])])
 
@@ -332,6 +370,27 @@ class TokenDataset(Dataset):
         self.__dict__ |= state  # a worker that is not forked maps the files itself
         files = [self.path / part["file"] for part in self.manifest["parts"]]
         self.parts = [read_part(file)[0] for file in files]
+
+    def check_codes(self, tokenizer: Any) -> None:
+        """Refuse indices that the tokenizer does not have."""
+        for part, tensors in zip(self.manifest["parts"], self.parts, strict=True):
+            if len(indices := tensors["indices"]):
+                try:
+                    check_indices(indices.long(), tokenizer.num_tokens, tokenizer.vocab_size)
+                except ValueError as error:
+                    raise ValueError(f"{self.path / part['file']}: {error}") from None
+
+    def count_classes_in(self, class_names: Sequence[str]) -> None:
+        """Let labels count in class_names, by name. Raises ValueError for a class of these
+        sequences that class_names lacks."""
+        if self.class_names == list(class_names):
+            return
+        present = {number for part in self.parts for number in part["labels"].unique().tolist()}
+        names = [name if i in present else None for i, name in enumerate(self.class_names)]
+        renumbering([name for name in names if name is not None], class_names)
+        table = label_table(class_names)
+        self.numbers = torch.tensor([table.get(name or "", -1) for name in names])
+        self.class_names = list(class_names)
 
     @cached_property
     def captions(self) -> list[str]:
@@ -350,7 +409,10 @@ class TokenDataset(Dataset):
             raise IndexError(f"index={i} must be in [0, {len(self)})")
         part = int(np.searchsorted(self.starts, i, side="right")) - 1
         tensors, row = self.parts[part], i - int(self.starts[part])
-        item = {"indices": tensors["indices"][row].long(), "label": tensors["labels"][row]}
+        label = tensors["labels"][row]
+        if self.numbers is not None:
+            label = self.numbers[label]
+        item = {"indices": tensors["indices"][row].long(), "label": label}
         if self.text is not None:
             item["text"] = self.text[self.captions[i]]
         return item

@@ -20,6 +20,7 @@ from flextok.data.shards import (
     find_captions,
     find_label,
     read_member,
+    state_of,
     stated_counts,
     stream_samples,
     whole_samples,
@@ -106,6 +107,10 @@ class WebDatasetImages(Dataset[dict[str, Any]]):
             **captioned(captions, self.class_names[label]),
             "key": key,
         }
+
+    def state(self) -> Iterator[str]:
+        for shard in self.shards:
+            yield f"{shard} {state_of(shard)}"
 
 
 @dataclass
@@ -229,3 +234,7 @@ class WebDatasetStream(Dataset[dict[str, Any]]):
             **captioned(captions, self.class_names[index]),
             "key": raw.name,
         }
+
+    def state(self) -> Iterator[str]:
+        for shard, count in zip(self.shards, self.counts, strict=True):
+            yield f"{shard} {count} {state_of(shard)}"

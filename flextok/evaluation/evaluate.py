@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flextok.data.labels import by_name
 from flextok.evaluation import processes
 from flextok.evaluation.distances import NEIGHBOURS, statistics
 from flextok.evaluation.features import Networks, load_networks
@@ -86,7 +87,7 @@ def evaluate_generator(
     with folder_of(output) as folder:
         real = None
         if stored is None:
-            source = Numbered(data, tokenizer.image_size)
+            source = Numbered(in_classes_of(generator, data, options), tokenizer.image_size)
             real = open_records(folder / "flextok-records-real", job, "real", source)
             collect(real, source, real_pictures(job), job, "real pictures")
             processes.barrier()  # labels may come from other processes' rows
@@ -95,6 +96,19 @@ def evaluate_generator(
         seconds = collect(made, prompts, generation(job), job, "generating")
         asked = 0 if real is None else real.length
         return finish(job, Measured(made, real, references, asked, seconds), folder)
+
+
+def in_classes_of(generator: Any, data: Any, options: Options) -> Any:
+    """The data with labels that count as a class generator's do, where it is asked for pictures of
+    these. Raises ValueError for classes that it does not have."""
+    names = generator.metadata.get("class_names")
+    by_class = isinstance(generator.conditioner, ClassConditioner)
+    if options.labels != "data" or not by_class or not names:
+        return data
+    try:
+        return by_name(data, names)
+    except ValueError as error:
+        raise ValueError(f"{error}, or generate all classes alike (labels=balanced)") from None
 
 
 def make_job(

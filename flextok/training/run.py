@@ -21,8 +21,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from flextok.config import ExperimentConfig, TrainerConfig, save_experiment
 from flextok.data.datamodule import DataModule, prepare_image, prepare_tokens
 from flextok.data.datasets import DATASETS, take
-from flextok.data.labels import joined
+from flextok.data.labels import Joined, list_names
 from flextok.data.loading import told_in_one_line
+from flextok.data.pictures import UNLABELLED
 from flextok.data.processes import local_device, this_process
 from flextok.data.stream import EvaluationSet, collate
 from flextok.data.text import build_text_cache
@@ -162,7 +163,7 @@ def make_dataset(spec: dict[str, Any] | list[dict[str, Any]]) -> Any:
         parts += [build(DATASETS, keys, "dataset")] * repeat
     if any(isinstance(part, WebDatasetStream) for part in parts):
         raise ConfigError("a webdataset_stream stands alone: list all its shards as its urls")
-    return joined(parts)
+    return Joined(parts)
 
 
 def build_model(registry: dict[str, Any], spec: dict[str, Any]) -> Any:
@@ -258,6 +259,9 @@ def generator_run(
     class_names = train_set.class_names
     if spec["conditioner"]["name"] == "class":
         spec["conditioner"] = {"num_classes": len(class_names), **spec["conditioner"]}
+        check_classes(class_names, spec["conditioner"]["num_classes"])
+        if validation is not None:
+            validation.count_classes_in(class_names)
     torch.manual_seed(config.seed)  # whether or not tokenizing took draws just now
     model = build_model(GENERATORS, spec)
     if captions:
@@ -280,6 +284,20 @@ def generator_run(
     data = make_data(config, train_set, validation, prepare_tokens)
     module = GeneratorModule(model, config.optim, config.trainer.max_steps, config.seed)
     return module, data, draw_generations(tokenizer, cond, names) if number else None
+
+
+def check_classes(class_names: list[str], num_classes: int) -> None:
+    """Refuse a class generator whose data has other classes than it, or pictures without one."""
+    if num_classes != len(class_names):
+        raise ConfigError(
+            f"model.conditioner.num_classes={num_classes}, but the data has the "
+            f"{list_names(class_names)}: leave num_classes out, or name the data's class_names"
+        )
+    if UNLABELLED in class_names and len(class_names) > 1:
+        raise ConfigError(
+            f"some pictures of data.train have no class ({UNLABELLED}) and others one of the "
+            f"{list_names(class_names)}: give all a class, or choose another model.conditioner"
+        )
 
 
 def check_length(num_tokens: int, tokenizer: Any) -> None:
@@ -352,7 +370,9 @@ def cached_tokens(
     )
     tokenizer.to("cpu")
     wait_until_finished(folder)
-    return TokenDataset(folder)
+    tokens = TokenDataset(folder)
+    tokens.check_codes(tokenizer)
+    return tokens
 
 
 def cache_device(config: ExperimentConfig) -> str:
