@@ -2,16 +2,22 @@
 
 import io
 import json
+import shutil
 
 import pytest
-from conftest import draw_pictures, write_shard
+from conftest import SIX_STEPS, draw_pictures, tiny_gpt, tiny_tokenizer, write_shard
 from PIL import Image
 
+from flextok.cli import main
+from flextok.config import ExperimentConfig
 from flextok.data.datasets import HuggingFaceImages, ImageFolder
 from flextok.data.labels import by_name, index_labels
 from flextok.data.pictures import CorruptPicture
 from flextok.data.web import WebDatasetImages, WebDatasetStream
-from flextok.training.run import make_dataset
+from flextok.evaluation.evaluate import evaluate_generator
+from flextok.evaluation.job import Cell, Options
+from flextok.schema import from_mapping
+from flextok.training.run import generator_run, load_tokenizer, make_dataset
 
 
 def picture() -> bytes:
@@ -214,3 +220,91 @@ def test_labels_go_by_name(tmp_path):
     assert [by_name(data, ["cat", "bee", "ant"])[i]["label"] for i in range(4)] == [2, 2, 0, 0]
     with pytest.raises(ValueError, match="1 classes ant, which are none of the model's 1 classes"):
         by_name(data, ["cat"])
+
+
+# --- training and measuring -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def prepare(tmp_path):
+    """A generator's run, prepared: its model, training set and validation set."""
+    tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
+
+    def run(train, validation, conditioner=None):
+        spec = {
+            "task": "generator",
+            "output_dir": str(tmp_path / "run"),
+            "tokenizer": str(tmp_path / "tokenizer"),
+            "model": {"name": "gpt", "depth": 1, "dim": 32, "conditioner": conditioner},
+            "data": {"train": train, "validation": validation},
+            "trainer": SIX_STEPS,
+        }
+        spec["model"]["conditioner"] = conditioner or {"name": "class"}
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        config = from_mapping(ExperimentConfig, spec)
+        module, data, _ = generator_run(config, tmp_path / "run", load_tokenizer(config))
+        return module.model, data.stream.dataset, data.evaluation.dataset
+
+    return run
+
+
+def tokenized(spec, output, tmp_path) -> dict[str, str]:
+    arguments = ["tokenize", str(tmp_path / "tokenizer"), json.dumps(spec), str(output)]
+    assert main([*arguments, "--device", "cpu"]) == 0
+    return {"name": "tokens", "path": str(output)}
+
+
+def test_validation_labels_count_in_the_classes_of_training(tmp_path, prepare):
+    """A validation set without bees numbered cats as bees, and its loss chose the checkpoint."""
+    train = folder(tmp_path / "tr", "ant", "bee", "cat")
+    fewer = folder(tmp_path / "va", "ant", "cat")
+    url = shard(tmp_path / "va.tar", {"cls": "cat"}, {"cls": "ant"})
+    named_shards = {"urls": url, "class_names": ["cat", "ant"]}
+    sets = [
+        (fewer, ["ant", "ant", "cat", "cat"]),
+        (tokenized(fewer, tmp_path / "va-tokens", tmp_path), ["ant", "ant", "cat", "cat"]),
+        ({"name": "webdataset", "urls": url}, ["cat", "ant"]),
+        ({"name": "webdataset_stream", **named_shards}, ["cat", "ant"]),
+        ([fewer, {"name": "webdataset", "urls": url}], ["ant", "ant", "cat", "cat", "cat", "ant"]),
+    ]
+    for source in (train, tokenized(train, tmp_path / "tr-tokens", tmp_path)):
+        for validation, expected in sets:
+            model, training, validating = prepare(source, validation)
+            assert model.metadata["class_names"] == training.class_names == ["ant", "bee", "cat"]
+            assert model.config.conditioner["num_classes"] == 3
+            assert named(training) == ["ant", "ant", "bee", "bee", "cat", "cat"]
+            labels = [int(validating[i]["label"]) for i in range(len(validating))]
+            assert [["ant", "bee", "cat"][label] for label in labels] == expected
+
+
+def test_classes_that_do_not_fit_are_refused_where_they_matter(tmp_path, prepare):
+    train, other = folder(tmp_path / "a", "ant", "cat"), folder(tmp_path / "b", "cat", "dog")
+    draw_pictures(tmp_path / "flat", ["0.png", "1.png"])
+    flat = {"name": "folder", "root": str(tmp_path / "flat")}
+    for data, conditioner, message in (
+        ((train, other), {}, "the 1 classes dog, which are none of the model's 2 classes ant, cat"),
+        ((train, flat), {}, "the 1 classes unlabelled, which are none"),
+        (([train, flat], train), {}, r"some pictures of data.train have no class \(unlabelled\)"),
+        ((train, train), {"num_classes": 1}, "num_classes=1, but the data has the 2 classes ant"),
+        ((train, train), {"num_classes": 3}, "num_classes=3, but the data has the 2 classes ant"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            prepare(*data, {"name": "class", **conditioner})
+    # an unconditional generator has no classes
+    assert len(prepare([train, flat], other, {"name": "none"})[2]) == 4
+
+
+def test_measuring_asks_for_the_datas_classes_by_name(tmp_path):
+    generator = tiny_gpt(conditioner={"name": "class", "num_classes": 3})
+    generator.metadata["class_names"] = ["bee", "cat", "ant"]
+    data = make_dataset(folder(tmp_path / "va", "ant", "cat"))
+    options = Options(labels="data", num_samples=4)
+    cells = [Cell(8, num_steps=1)]
+    asked: list[int] = []
+    generate = generator.generate
+    generator.generate = lambda cond, **o: (asked.extend(cond.tolist()), generate(cond, **o))[1]
+    evaluate_generator(generator, tiny_tokenizer(), data, cells, options)
+    assert asked == [2, 2, 1, 1]
+    generator.metadata["class_names"] = ["bee", "cat", "emu"]
+    with pytest.raises(ValueError, match=r"the 1 classes ant, .* \(labels=balanced\)"):
+        evaluate_generator(generator, tiny_tokenizer(), data, cells, options)
