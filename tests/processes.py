@@ -5,33 +5,40 @@ import multiprocessing
 import os
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["flextok.training.run", "flextok.data.tokens", "flextok.cli"])
 
 
-def _run(arguments: list[str], variables: dict[str, str], log: str) -> None:
+def _run(
+    arguments: list[str], variables: dict[str, str], log: str, before: Callable | None
+) -> None:
     os.environ.update(variables)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     from flextok.cli import main
 
+    if before is not None:
+        before()
     sys.argv = ["flextok", *arguments]
     sys.exit(main(arguments))
 
 
-def start(arguments, log: Path, **variables: object):
-    """Start `flextok <arguments>`, its output appended to `log`. Returns the process."""
+def start(arguments, log: Path, before: Callable | None = None, **variables: object):
+    """Start `flextok <arguments>`, its output appended to `log`, after a call of `before` in the
+    new process. Returns the process."""
     texts = {name: str(value) for name, value in variables.items()}
     texts.setdefault("OMP_NUM_THREADS", "1")
-    process = CONTEXT.Process(target=_run, args=([str(a) for a in arguments], texts, str(log)))
+    command = [str(a) for a in arguments]
+    process = CONTEXT.Process(target=_run, args=(command, texts, str(log), before))
     process.start()
     return process
 
 
-def start_ranks(count: int, arguments, log: Path):
+def start_ranks(count: int, arguments, log: Path, before: Callable | None = None):
     """Start `count` processes as torchrun would. Returns them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -40,6 +47,7 @@ def start_ranks(count: int, arguments, log: Path):
         start(
             arguments,
             log.with_suffix(f".{rank}.log"),
+            before,
             RANK=rank,
             LOCAL_RANK=rank,
             WORLD_SIZE=count,

@@ -1,6 +1,8 @@
 """Two processes do what one does: DDP and sharded training over gloo on the CPU."""
 
+import functools
 import json
+import os
 
 import pytest
 import torch
@@ -14,7 +16,8 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from flextok.config import load_experiment
 from flextok.pipeline import load_model
-from flextok.tokenizers import TOKENIZERS
+from flextok.tokenizers import TOKENIZERS, FlexTok
+from flextok.tokenizers.networks import Encoder, FlowDecoder
 from flextok.training.checkpoints import find_checkpoint, list_checkpoints, verify
 from flextok.training.run import build_model, train
 from flextok.training.sharding import gather, shard
@@ -65,6 +68,58 @@ def test_ddp_is_one_process_with_twice_the_batch(place, tmp_path, task):
     starts = list((two / "starts").glob("*.json"))
     assert len(starts) == 1  # one process speaks for both
     assert json.loads(starts[0].read_text())["processes"] == 2
+
+
+def record_work(folder):
+    """Has this process write the rows and the length of each sequence that a loss runs, a line a
+    step, in training."""
+    rank = os.environ["RANK"]
+    parts = {"encoder": Encoder, "decoder": FlowDecoder}
+    plain = {name: part.forward for name, part in parts.items()} | {"loss": FlexTok.loss}
+    work = []
+
+    def loss(self, *arguments, **options):
+        work.clear()
+        losses = plain["loss"](self, *arguments, **options)
+        if self.training:
+            with (folder / f"work-{rank}.txt").open("a") as file:
+                file.write(json.dumps(work) + "\n")
+        return losses
+
+    def encode(self, latents, length=None):
+        work.append(["encoder", len(latents), length])
+        return plain["encoder"](self, latents, length)
+
+    def decode(self, x_t, t, registers, mask=None):
+        work.append(["decoder", *registers.shape[:2]])
+        return plain["decoder"](self, x_t, t, registers, mask)
+
+    FlexTok.loss, Encoder.forward, FlowDecoder.forward = loss, encode, decode
+
+
+@pytest.mark.slow
+def test_a_step_costs_every_process_the_same_whatever_lengths_it_draws(tmp_path):
+    """Each drew its own: at 128 processes one nearly always had the longest, and all waited."""
+    draw_pictures(tmp_path / "pictures", [f"{i:02d}.png" for i in range(12)])
+    config = tokenizer_yaml(tmp_path, tmp_path / "pictures", num_pictures=0)
+    command = ["train", config, "trainer.devices=2", "trainer.strategy=ddp"]
+    command += ["model.drop_mode=truncate", "model.nested_dropout=uniform"]
+    before = functools.partial(record_work, tmp_path)
+    codes = finish(*start_ranks(2, command, tmp_path / "run.log", before))
+    text = "\n".join(p.read_text()[-3000:] for p in sorted(tmp_path.glob("run.*.log")))
+    assert codes == [0, 0], text
+    one, two = (
+        [json.loads(line) for line in (tmp_path / f"work-{rank}.txt").read_text().splitlines()]
+        for rank in range(2)
+    )
+    assert one == two
+    assert len(one) == 6
+    for step in one:
+        for part in ("encoder", "decoder"):
+            found = [(rows, length) for name, rows, length in step if name == part]
+            assert sum(rows for rows, _ in found) == 4
+            assert len(found) == 4  # four pictures, four of eight lengths
+    assert len({json.dumps(step) for step in one}) > 1
 
 
 SHARDED = ("trainer.strategy=fsdp2", "model.checkpoint_blocks=true")

@@ -46,6 +46,38 @@ def test_held_out_emoji_sharpen_with_every_token(name):
     assert first + 0.5 < some < all_of_them - 0.5
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("num_tokens", [16, 64, 256])
+def test_second_order_solvers_come_nearer_to_the_solution_than_euler(num_tokens):
+    """heun divided by the clamp at t = 0, where this head has no velocity: 64 tokens and 8 steps
+    came to 10.8 dB against Euler's 19.1. PSNR to the picture falls a little with accuracy, as it
+    does with Euler's steps: the exact solution is a sample, and one step is the mean of all."""
+    tokenizer, emoji = load_model("emoji"), take(Emoji("validation"), 3)
+    transform = ImageTransform(tokenizer.image_size)
+    images = torch.stack([transform(emoji[i]["image"]) for i in range(3)])
+    indices = tokenizer.encode(images)
+
+    def decode(solver, steps):
+        draws = torch.Generator().manual_seed(0)
+        options = {"keep": num_tokens, "num_steps": steps, "generator": draws}
+        return tokenizer.decode(indices, solver=solver, **options)
+
+    solution, found = decode("heun", 48), {}
+    for solver in ("euler", "heun", "ab2"):
+        made = decode(solver, 8)
+        found[solver] = [psnr(made, other).mean().item() for other in (solution, images)]
+    for solver, (to_solution, to_image) in found.items():
+        print(
+            f"{num_tokens} tokens, 8 steps of {solver}: {to_solution:.1f} dB to the exact solution,"
+        )
+        print(f"{to_image:.1f} dB to the picture")
+    exact = psnr(solution, images).mean().item()
+    for solver in ("heun", "ab2"):
+        assert found[solver][0] > found["euler"][0] + 1
+        assert found[solver][1] > exact - 0.2
+        assert found[solver][1] > found["euler"][1] - 1.2
+
+
 def test_few_steps_speak_the_same_tokens():
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     first, *others = (load_model(name).encode(images) for name in TOKENIZERS)

@@ -240,15 +240,52 @@ def test_full_length_is_required_without_nested_dropout():
         model.decode(indices, keep=torch.tensor([2, 6]))
 
 
-def test_nested_dropout_draws_one_length_a_batch(images):
+def test_nested_dropout_decodes_each_length_of_a_batch_apart(images):
     model = build(nested_dropout="uniform").train()
-    lengths = []
-    model.decoder.register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
-    for seed in range(40):
+    images = images.repeat(2, 1, 1, 1)[:4]
+    seen = []
+    model.decoder.register_forward_pre_hook(
+        lambda module, args: seen[-1].append((len(args[0]), args[0].shape[1]))
+    )
+    for seed in range(20):
+        seen.append([])
         model.loss(images, torch.Generator().manual_seed(seed))
-    assert set(lengths) == set(range(1, 7))
-    a, b = (model.loss(images, torch.Generator().manual_seed(7))["loss"] for _ in range(2))
-    assert a == b
+        assert sum(rows for rows, _ in seen[-1]) == 4
+        assert len(seen[-1]) == 4
+    assert {length for step in seen for _, length in step} == set(range(1, 7))
+    # processes share the generator of the lengths, and nothing else
+    losses = []
+    for own in (1, 2):
+        seen.append([])
+        draws, shared = (torch.Generator().manual_seed(seed) for seed in (own, 5))
+        losses.append(model.loss(images, draws, shared=shared)["loss"])
+    assert seen[-1] == seen[-2]
+    assert losses[0] != losses[1]
+
+
+@torch.no_grad()
+def test_pictures_stay_in_their_order_whatever_length_they_get(images):
+    model = build(nested_dropout="uniform").train()
+    images = images.repeat(2, 1, 1, 1)[:4]
+    made = model.reconstruct(images, torch.Generator().manual_seed(0)).images
+    codes = model.encode_codes(images)
+    lengths = []
+    for i in range(4):
+        row = slice(i, i + 1)
+        errors = [(model.decode_codes(codes[row, :k]) - made[row]).abs().max() for k in range(1, 7)]
+        lengths.append(1 + min(range(6), key=errors.__getitem__))
+        assert min(errors) < 1e-5
+    assert len(set(lengths)) == 4
+
+
+def test_a_second_stage_without_its_first_does_not_train(images):
+    """It trained a decoder for the codes of a random, frozen encoder, and said nothing."""
+    model = build(stage="finetune")
+    with pytest.raises(ValueError, match=r"call prepare_training\(proxy, first\)"):
+        model.loss(images)
+    trained = build(stage="finetune")
+    trained.load_state_dict(model.state_dict())
+    assert trained.loss(images)["loss"].isfinite()
 
 
 @pytest.mark.parametrize("quantizer", ["vq", "kl", "fsq"])

@@ -52,7 +52,9 @@ def apg(
 ) -> Velocity:
     """Adaptive projected guidance (arXiv 2410.02416, algorithm 1), with FlexTok's parameters.
 
-    Holds the momentum of one solve: make a new one for every sample.
+    Holds the momentum of one solve: make a new one for every sample. It moves with each evaluation,
+    so twice a step under heun, the second time from the time at which the next step begins; the
+    guided field has a memory, so no order of convergence is promised for it.
     """
     if not callable(scale) and scale == 1:
         return cond_fn
