@@ -1,15 +1,13 @@
 """The page's parts without a browser: what is refused, and what the studio makes."""
 
 import asyncio
-import base64
 import io
-import struct
+import json
 import sys
-import zlib
 
 import pytest
 import torch
-from conftest import TITOK, tiny_gpt, tiny_tokenizer
+from conftest import TITOK, bomb, encoded, png, tiny_gpt, tiny_tokenizer
 from PIL import Image
 
 from flextok.cli import main
@@ -21,29 +19,6 @@ from flextok.pipeline import generate_images, load_model, remember_tokenizer
 from flextok.tokenizers import TiTok, TiTokConfig
 
 LIMITS = Limits(max_bytes=2**16, max_pixels=10_000)
-
-
-def encoded(data: bytes, kind: str = "image/png") -> str:
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
-
-
-def png(width: int = 20, height: int = 10) -> bytes:
-    buffer = io.BytesIO()
-    Image.linear_gradient("L").resize((width, height)).convert("RGB").save(buffer, format="png")
-    return buffer.getvalue()
-
-
-def bomb(side: int, text: bytes = b"") -> bytes:
-    """A PNG of a few bytes that says it is side x side pixels and holds `text`, compressed."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        checked = kind + data
-        return struct.pack(">I", len(data)) + checked + struct.pack(">I", zlib.crc32(checked))
-
-    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    parts = [(b"IHDR", header), (b"zTXt", b"k\0\0" + zlib.compress(text))]
-    parts += [(b"IDAT", zlib.compress(bytes(1000))), (b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
 
 
 def test_a_good_picture_comes_through():
@@ -81,7 +56,9 @@ def test_what_is_refused(sent, message):
 # --- the guard ------------------------------------------------------------------------------------
 
 
-def ask(path: str, body: bytes = b"", announce: bool = True) -> tuple[int, bytes, dict]:
+def ask(
+    path: str, body: bytes = b"", announce: bool = True, hosts=(), **headers: str
+) -> tuple[int, bytes, dict]:
     """One request through the guard to an application that echoes the body."""
 
     async def echo(scope, receive, send):
@@ -107,22 +84,107 @@ def ask(path: str, body: bytes = b"", announce: bool = True) -> tuple[int, bytes
     async def send(message):
         sent.append(message)
 
-    headers = [(b"content-length", str(len(body)).encode())] if announce else []
-    scope = {"type": "http", "path": path, "headers": headers}
-    asyncio.run(Guard(echo, max_request=100)(scope, receive, send))
+    sent_headers = {"host": "localhost:7860", **headers}
+    if announce:
+        sent_headers["content-length"] = str(len(body))
+    pairs = [(name.encode(), value.encode()) for name, value in sent_headers.items()]
+    scope = {"type": "http", "path": path, "headers": pairs}
+    guard = Guard(echo, max_request=200, functions={3}, hosts=hosts)
+    asyncio.run(guard(scope, receive, send))
+    assert guard.in_flight == 0
     status = sent[0]["status"]
     return status, b"".join(m.get("body", b"") for m in sent[1:]), dict(sent[0]["headers"])
 
 
+CLICK = b'{"fn_index": 3, "data": [null, 1, 2.5, "a", true], "session_hash": "x7", "trigger_id": 4}'
+
+
 def test_the_guard_lets_the_pages_own_requests_through():
-    status, body, headers = ask("/gradio_api/queue/join", b"x" * 100)
-    assert (status, body) == (200, b"x" * 100)
+    status, body, headers = ask("/gradio_api/queue/join", CLICK)
+    assert (status, json.loads(body)) == (200, {**json.loads(CLICK), "event_data": None})
     assert b"default-src 'self'" in headers[b"content-security-policy"]
 
 
 @pytest.mark.parametrize("announce", [True, False])
 def test_a_large_request_is_refused_whether_it_says_so_or_not(announce):
-    assert ask("/gradio_api/queue/join", b"x" * 101, announce)[0] == 413
+    for path in ("/gradio_api/queue/join", "/gradio_api/cancel"):
+        assert ask(path, b"x" * 201, announce)[0] == 413
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"data": [{"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}]},
+        {"data": [[{"path": "/etc/passwd"}]]},
+        {"data": {"path": "/etc/passwd"}},
+        {"data": None},
+        {"fn_index": 4},
+        {"fn_index": -1},
+        {"fn_index": True},
+        {"fn_index": "3"},
+        {"fn_index": None},
+        {"session_hash": "../x"},
+        {"session_hash": None},
+        {"session_hash": "x" * 65},
+    ],
+)
+def test_messages_that_the_page_does_not_send_are_refused(change):
+    """Gradio takes a dict of that shape, sent for any value, as a file of the server's to copy."""
+    message = json.dumps({**json.loads(CLICK), **change}).encode()
+    assert ask("/gradio_api/queue/join", message)[0] == 400
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b"null", b"{}", b"[" * 150, b"\xff"])
+def test_what_is_no_message_is_refused(body):
+    assert ask("/gradio_api/queue/join", body)[0] == 400
+
+
+def test_what_a_message_says_beside_is_dropped():
+    more = {"event_data": {"path": "/etc/passwd"}, "trigger_id": [], "batched": True}
+    status, body, _ = ask(
+        "/gradio_api/queue/join", json.dumps({**json.loads(CLICK), **more}).encode()
+    )
+    assert status == 200
+    assert json.loads(body)["event_data"] is json.loads(body)["trigger_id"] is None
+    assert "batched" not in json.loads(body)
+
+
+@pytest.mark.parametrize(
+    ("host", "hosts", "good"),
+    [
+        ("localhost", (), True),
+        ("127.0.0.1:7860", (), True),
+        ("[::1]:7860", (), True),
+        ("LOCALHOST:1", (), True),
+        ("evil.example", (), False),
+        ("evil.example:7860", (), False),
+        ("localhost.evil.example", (), False),
+        ("127.0.0.1.evil.example", (), False),
+        ("", (), False),
+        ("[", (), False),
+        ("192.168.0.9", (), False),
+        ("192.168.0.9:7860", None, True),
+        ("evil.example", None, False),
+        ("studio.example:80", ("studio.example",), True),
+        ("192.168.0.9", ("studio.example",), False),
+    ],
+)
+def test_other_host_names_are_refused(host, hosts, good):
+    """A stranger's page may point its own name at this address (DNS rebinding)."""
+    assert ask("/config", hosts=hosts, host=host)[0] == (200 if good else 403)
+
+
+@pytest.mark.parametrize(
+    ("origin", "status"),
+    [
+        ("http://localhost:7860", 200),
+        ("http://localhost:7861", 403),
+        ("https://evil.example", 403),
+        ("null", 403),
+    ],
+)
+def test_other_pages_may_not_send(origin, status):
+    assert ask("/gradio_api/queue/join", CLICK, origin=origin)[0] == status
 
 
 @pytest.mark.parametrize(
@@ -292,11 +354,15 @@ def test_the_command_serves_this_machine_only_and_passes_limits_on(models, monke
     monkeypatch.setattr("flextok.demo.page.make_app", lambda *arguments: made.append(arguments))
     names = [str(models / "tokenizer"), str(models / "by_class")]
     assert main(["demo", *names, "--max-megabytes", "0.5", "--queue", "3"]) == 0
-    ((studio, limits, queue),) = made
+    ((studio, limits, queue, hosts),) = made
+    assert hosts == ["127.0.0.1"]
     assert [voice.name for voice in studio.voices] == names[1:]
     assert (limits.max_bytes, limits.max_pixels) == (2**19, 40_000_000)
     assert queue == 3
     assert served == [(None, "127.0.0.1", None)]
+    assert main(["demo", *names, "--host", "0.0.0.0"]) == 0
+    assert main(["demo", *names, "--host", "0.0.0.0", "--allow-host", "studio.example"]) == 0
+    assert [arguments[-1] for arguments in made[1:]] == [None, ["studio.example", "0.0.0.0"]]
 
 
 def test_a_taken_port_is_a_mistake_told_in_one_line():
@@ -315,7 +381,7 @@ def test_without_models_the_page_shows_those_of_the_package(releases, monkeypatc
     monkeypatch.setattr("flextok.demo.server.serve", lambda *arguments: None)
     monkeypatch.setattr("flextok.demo.page.make_app", lambda *arguments: made.append(arguments))
     assert main(["demo"]) == 0
-    ((studio, _, _),) = made
+    ((studio, *_),) = made
     assert studio.tokenizer.num_tokens == 256
     assert [voice.name for voice in studio.voices] == ["emoji-class", "emoji-text"]
 

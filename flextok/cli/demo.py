@@ -27,6 +27,13 @@ def add_commands(commands: Any) -> None:
         "default: those that come with the package",
     )
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 shows it to your network")
+    parser.add_argument(
+        "--allow-host",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="names in a browser's address bar that the page answers to, beside this machine's own",
+    )
     parser.add_argument("--port", type=int, help="by default the first free one from 7860")
     parser.add_argument("--max-megabytes", type=float, default=10, help="of one upload")
     parser.add_argument("--max-megapixels", type=float, default=40, help="of one upload")
@@ -35,6 +42,8 @@ def add_commands(commands: Any) -> None:
 
 
 def run_demo(options: argparse.Namespace) -> None:
+    print("starting the page: loading Gradio and the models ...", flush=True)
+    from flextok.demo.guard import LOOPBACK
     from flextok.demo.studio import Studio
     from flextok.demo.upload import Limits
 
@@ -45,4 +54,7 @@ def run_demo(options: argparse.Namespace) -> None:
         raise ValueError(f"the page needs Gradio: pip install 'flextok[demo]' ({error})") from None
     limits = Limits(int(options.max_megabytes * 2**20), int(options.max_megapixels * 1e6))
     studio = Studio(options.models, pick_device(options.device))
-    serve(make_app(studio, limits, options.queue), options.host, options.port)
+    # beyond this machine any address in digits is good: a name is what a stranger's page could own
+    named = options.allow_host or options.host in LOOPBACK
+    hosts = [*options.allow_host, options.host] if named else None
+    serve(make_app(studio, limits, options.queue, hosts), options.host, options.port)

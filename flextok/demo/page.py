@@ -1,7 +1,7 @@
 """The page itself, in Gradio: what is where, and which click does what."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import wraps
 from typing import Any
 
@@ -11,6 +11,7 @@ import gradio as gr
 from fastapi import FastAPI
 
 from flextok.data.emoji import Emoji
+from flextok.demo.answers import bound_memory
 from flextok.demo.guard import Guard
 from flextok.demo.markup import (
     CSS,
@@ -43,9 +44,13 @@ ONE_AT_A_TIME: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit":
 SYSTEM_FONTS = ["system-ui", "sans-serif"]
 
 
-def make_app(studio: Studio, limits: Limits, max_queue: int = 16) -> Guard:
-    """The page as an ASGI application. max_queue: clicks that may wait; more are told so."""
+def make_app(
+    studio: Studio, limits: Limits, max_queue: int = 16, hosts: Collection[str] | None = ()
+) -> Guard:
+    """The page as an ASGI application. max_queue: clicks that may wait; more are told so. hosts:
+    names to answer to, see Guard."""
     page = build_page(studio, limits).queue(max_size=max_queue, default_concurrency_limit=1)
+    bound_memory(page)
     app = gr.mount_gradio_app(
         FastAPI(openapi_url=None),
         page,
@@ -61,7 +66,7 @@ def make_app(studio: Studio, limits: Limits, max_queue: int = 16) -> Guard:
         theme=gr.themes.Default(font=SYSTEM_FONTS, font_mono=["ui-monospace", "monospace"]),
         css=CSS,
     )
-    return Guard(app, limits.max_request)
+    return Guard(app, limits.max_request, frozenset(page.fns), hosts)
 
 
 def build_page(studio: Studio, limits: Limits) -> gr.Blocks:
@@ -117,7 +122,8 @@ def reconstruct_tab(studio: Studio, limits: Limits) -> None:
 
     @told
     def take(data: object) -> Iterator[Any]:
-        yield studio.crop(read_picture(data, limits)), "", ""
+        # what was sent goes back empty: the session would keep it
+        yield studio.crop(read_picture(data, limits)), "", "", ""
 
     @told
     def take_emoji(number: int) -> Iterator[Any]:
@@ -157,7 +163,7 @@ def reconstruct_tab(studio: Studio, limits: Limits) -> None:
         yield studio.need(present(crop), value, Settings(*wishes))
 
     taken = [
-        drop.submit(take, drop, [image, seeds, need], **ONE_AT_A_TIME),
+        drop.submit(take, drop, [image, seeds, need, drop], **ONE_AT_A_TIME),
         example.click(take_emoji, next_emoji, [image, seeds, need, next_emoji], **ONE_AT_A_TIME),
     ]
     shown: dict[str, Any] = {"fn": show, "inputs": [image, slider, *settings], "outputs": result}

@@ -9,6 +9,7 @@ from typing import Any
 
 import uvicorn
 
+MAX_CONNECTIONS = 256
 FIRST_PORT, LAST_PORT = 7860, 7959
 
 
@@ -25,7 +26,11 @@ def listen(host: str, port: int | None) -> socket.socket:
 
 def make_server(app: Any) -> uvicorn.Server:
     config = uvicorn.Config(
-        app, log_level="warning", timeout_graceful_shutdown=1, server_header=False
+        app,
+        log_level="warning",
+        timeout_graceful_shutdown=1,
+        server_header=False,
+        limit_concurrency=MAX_CONNECTIONS,
     )
     return uvicorn.Server(config)
 

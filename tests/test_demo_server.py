@@ -1,0 +1,153 @@
+"""The served page over raw HTTP: what a hostile client may send, and what the server keeps."""
+
+import http.client
+import json
+import time
+import urllib.parse
+
+import pytest
+from conftest import encoded, png, tiny_gpt, tiny_tokenizer
+
+from flextok.pipeline import remember_tokenizer
+
+pytest.importorskip("gradio", reason="needs pip install 'flextok[demo]'")
+
+
+@pytest.fixture(scope="module")
+def app(tmp_path_factory):
+    from flextok.demo.page import make_app
+    from flextok.demo.studio import Studio
+    from flextok.demo.upload import Limits
+
+    folder = tmp_path_factory.mktemp("models")
+    tokenizer = tiny_tokenizer(decode={"num_steps": 1, "guidance_scale": 1.0})
+    tokenizer.save_pretrained(folder / "tokenizer")
+    gpt = tiny_gpt(conditioner={"name": "class", "num_classes": 3})
+    gpt.metadata["class_names"] = ["cats", "dogs", "hens"]
+    remember_tokenizer(gpt, folder / "gpt", tokenizer, str(folder / "tokenizer"))
+    gpt.save_pretrained(folder / "gpt")
+    return make_app(Studio([str(folder / "tokenizer"), str(folder / "gpt")]), Limits())
+
+
+@pytest.fixture(scope="module")
+def server(app):
+    from flextok.demo.server import served
+
+    with served(app) as address:
+        yield urllib.parse.urlsplit(address).netloc
+
+
+def ask(server, path, message=None, **headers):
+    """A request's status and answer."""
+    connection = http.client.HTTPConnection(server, timeout=60)
+    body = None if message is None else json.dumps(message)
+    kind = {} if message is None else {"content-type": "application/json"}
+    connection.request("GET" if message is None else "POST", path, body, {**kind, **headers})
+    answer = connection.getresponse()
+    text = answer.read().decode()
+    connection.close()
+    return answer.status, text
+
+
+def function_of(server, name):
+    """The number of a function of the page, and what it is sent by default."""
+    config = json.loads(ask(server, "/config")[1])
+    values = {c["id"]: c["props"].get("value") for c in config["components"]}
+    (found,) = (d for d in config["dependencies"] if d["api_name"] == name)
+    return found["id"], [values[i] for i in found["inputs"]]
+
+
+def click(server, session, name, **values):
+    """Call a function of the page, its first value replaced: the request's answer."""
+    number, data = function_of(server, name)
+    data[: len(values)] = values.values()
+    message = {"fn_index": number, "data": data, "session_hash": session}
+    return ask(server, "/gradio_api/queue/join", message)
+
+
+def events(server, session):
+    """What the page would read after its clicks."""
+    text = ask(server, f"/gradio_api/queue/data?session_hash={session}")[1]
+    return [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: ")]
+
+
+def test_a_class_grows_over_plain_requests(server):
+    assert click(server, "good", "grow", wish="dogs")[0] == 200
+    done = [e for e in events(server, "good") if e["msg"] == "process_completed"]
+    assert done[0]["success"]
+    assert click(server, "bad", "grow", wish="unicorns")[0] == 200
+    done = [e for e in events(server, "bad") if e["msg"] == "process_completed"]
+    assert "unicorns is not in the list" in done[0]["output"]["error"]
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "/dev/zero", "/dev/stdin"])
+def test_no_value_names_a_file_of_the_server(server, path):
+    """Sent as the class, it made Gradio copy that file and name the copy; /dev/zero never ended."""
+    reference = {"path": path, "meta": {"_type": "gradio.FileData"}}
+    started = time.monotonic()
+    for name in ("grow", "show", "take"):
+        status, text = click(server, "files", name, wish=reference)
+        assert status == 400
+        assert path not in text
+    assert time.monotonic() - started < 60
+    assert ask(server, "/config")[0] == 200
+
+
+def test_wrong_requests_are_the_clients_mistake(server):
+    good = {"fn_index": 0, "data": [], "session_hash": "s"}
+    for change in ({"fn_index": 10**6}, {"fn_index": None}, {"data": 5}, {"session_hash": 3}):
+        assert ask(server, "/gradio_api/queue/join", {**good, **change})[0] == 400
+    assert ask(server, "/gradio_api/queue/data")[0] == 400
+    assert ask(server, "/gradio_api/cancel", {"session_hash": []})[0] == 422
+
+
+def test_only_this_machines_names_are_served(server):
+    number, data = function_of(server, "grow")
+    message = {"fn_index": number, "data": data, "session_hash": "rebound"}
+    for headers in ({"Host": "evil.example"}, {"Origin": "http://evil.example"}):
+        assert ask(server, "/config", **headers)[0] == 403
+        assert ask(server, "/gradio_api/queue/join", message, **headers)[0] == 403
+
+
+def test_an_upload_is_not_kept(app, server):
+    """The session kept what was sent, up to 10 MB of text, for as long as it lived."""
+    upload = encoded(png(60, 40))
+    assert click(server, "upload", "take", data=upload)[0] == 200
+    done = [e for e in events(server, "upload") if e["msg"] == "process_completed"]
+    assert done[0]["success"]
+    session = holder(app).session_data["upload"]
+    kept = [repr(component) for component in session.components]
+    assert any("ft-drop" in text for text in kept)
+    assert not [text for text in kept if upload[40:400] in text]
+
+
+def test_answers_that_nobody_reads_are_bounded(app, server, monkeypatch):
+    """Each click of a client that never reads was kept whole, in any number of sessions."""
+    from flextok.demo import answers
+
+    queue = holder(app).blocks._queue
+    monkeypatch.setattr(answers, "MAX_UNREAD", limit := 100_000)
+    for number in range(12):
+        click(server, f"greedy{number}", "grow", wish="cats")
+    deadline = time.monotonic() + 60
+    while any(queue.active_jobs) or len(queue):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    unread = sum(
+        answers.size(message)
+        for messages in queue.pending_messages_per_session.values()
+        for message in messages._queue
+    )
+    assert limit / 3 < unread <= limit
+    kept = [n for n in queue.pending_messages_per_session if n.startswith("greedy")]
+    assert 0 < len(kept) < 12  # the largest went first, whose work ended
+    assert click(server, "reader", "grow", wish="cats")[0] == 200
+    (done,) = (e for e in events(server, "reader") if e["msg"] == "process_completed")
+    assert done["success"]
+    assert holder(app).capacity == answers.MAX_SESSIONS
+
+
+def holder(app):
+    """Gradio's store of sessions, of the application behind the guard."""
+    (gradio,) = (r.app for r in app.app.routes if hasattr(getattr(r, "app", None), "state_holder"))
+    return gradio.state_holder
