@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from flextok.draws import Rng
@@ -95,7 +96,10 @@ class KLVAE(NeedsWeights):
         if source is None:
             raise ValueError("no VAE weights named: set model.vae.weights to a folder or hub id")
         kwargs = {"local_files_only": True} if Path(source).exists() else {}
-        loaded = AutoencoderKL.from_pretrained(source, **kwargs)
+        try:
+            loaded = AutoencoderKL.from_pretrained(source, trust_remote_code=False, **kwargs)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ValueError(f"no VAE can be read from {source!r}: {error}") from error
         try:
             self.vae.load_state_dict(loaded.state_dict(), strict=True)
             self.has_weights = True

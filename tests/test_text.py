@@ -30,7 +30,13 @@ from flextok.data.text import TextCache, build_text_cache, pack, unpack
 from flextok.data.tokens import TokenDataset, build_token_cache
 from flextok.data.transforms import ImageTransform
 from flextok.generators.conditioning import TEXT_ENCODERS
-from flextok.generators.text import ByteEncoder, PretrainedEncoder, Text, load_encoder
+from flextok.generators.text import (
+    ByteEncoder,
+    PretrainedEncoder,
+    Text,
+    hidden_size,
+    load_encoder,
+)
 from flextok.generators.words import PIECES, WordEncoder
 from flextok.hub import CheckpointError
 
@@ -70,6 +76,22 @@ def save_encoder(folder, make=t5):
 @pytest.fixture(scope="module")
 def t5_folder(tmp_path_factory):
     return save_encoder(tmp_path_factory.mktemp("t5"))
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_an_encoder_with_code_of_its_own_is_refused(tmp_path, monkeypatch, name):
+    """It is neither run nor offered: nobody is asked on standard input."""
+    folder, trace = save_encoder(tmp_path / "encoder"), tmp_path / "trace"
+    (folder / "code.py").write_text(f"open({str(trace)!r}, 'w').close()")
+    document = json.loads((folder / name).read_text())
+    document["auto_map"] = {"AutoConfig": "code.Config", "AutoTokenizer": ["code.T", None]}
+    document["model_type"] = "theirs"
+    (folder / name).write_text(json.dumps(document))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on standard input"))
+    for read in (hidden_size, load_encoder):
+        with pytest.raises(CheckpointError, match=rf"{name} asks to run code of its own .*refused"):
+            read(str(folder), None)
+    assert not trace.exists()
 
 
 def test_bytes_are_byt5s():

@@ -224,6 +224,7 @@ def load_huggingface(datasets: Any, path: str, split: str, config: str | None) -
             raise ValueError(f"split={split!r} is not in {path!r}, which has {', '.join(splits)}")
         return splits[split]
     try:
-        return datasets.load_dataset(path, config, split=split)
-    except (ValueError, FileNotFoundError) as error:  # the library names what it knows
+        return datasets.load_dataset(path, config, split=split, trust_remote_code=False)
+    except (ValueError, OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        # the library names what it knows
         raise ValueError(f"path={path!r}, split={split!r}, config={config!r}: {error}") from error

@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from flextok.storage import CheckpointError, from_hub
+from flextok.storage import CheckpointError, from_hub, is_path, read_json
 
 log = logging.getLogger(__name__)
 _WEIGHTS, _OLD_WEIGHTS = "*.safetensors", "*.bin"
@@ -259,10 +260,15 @@ def load_encoder(model: str, revision: str | None) -> tuple[Any, Any]:
             config=config,
             dtype=torch.float32,
             local_files_only=True,
+            trust_remote_code=False,
             output_loading_info=True,
         )
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise CheckpointError(
             f"{folder} gives no text encoder: {reason}. It must hold config, weights and tokenizer "
@@ -291,6 +297,8 @@ def encoder_folder(model: str, revision: str | None = None, config_only: bool = 
                 f"{revision}: the generator would not understand its embeddings"
             )
         return place
+    if is_path(model):
+        raise CheckpointError(f"text encoder: there is no folder {model!r}: name one, or a hub id")
     from huggingface_hub import snapshot_download
 
     def snapshot(*patterns: str) -> Path:
@@ -316,8 +324,20 @@ def read_config(folder: Path) -> Any:
     """An encoder's own config; of a model of pictures and texts (CLIP), its text half's."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    refuse_code(folder)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     return getattr(config, "text_config", None) or config
+
+
+def refuse_code(folder: Path) -> None:
+    """Raise CheckpointError when a file in the folder asks for code of its own (auto_map), which
+    transformers would offer to run."""
+    for path in sorted(folder.glob("*config*.json")):
+        if found := read_json(path).get("auto_map"):
+            raise CheckpointError(
+                f"{path} asks to run code of its own (auto_map: {found!r}): refused. Nothing was "
+                "run; take a text encoder that transformers itself implements"
+            )
 
 
 def hidden_size(model: str, revision: str | None) -> int:
@@ -325,6 +345,8 @@ def hidden_size(model: str, revision: str | None) -> int:
     folder = encoder_folder(model, revision, config_only=True)
     try:
         return int(read_config(folder).hidden_size)
+    except CheckpointError:
+        raise
     except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(
             f"{folder} does not say how wide its embeddings are ({error}): give dim"
