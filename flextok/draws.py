@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from flextok.nn.devices import to_device
+from flextok.nn.devices import to_device, widest
 
 Rng = torch.Generator | Sequence[torch.Generator] | None  # one for a batch, or one for each row
 
@@ -54,12 +54,8 @@ def draw(
 
 
 def uniforms(shape: tuple[int, ...], generator: Rng, device: torch.device) -> Tensor:
-    """Uniform draws in [0, 1) of shape (B, ...): float64, or float32 where a device is MPS, which
-    has no float64."""
-    some = generator if isinstance(generator, Sequence) else [generator]
-    devices = {device.type, *(one.device.type for one in some if one is not None)}
-    dtype = torch.float32 if "mps" in devices else torch.float64
-    return draw(functools.partial(torch.rand, dtype=dtype), shape, generator, device)
+    """Uniform draws in [0, 1) of shape (B, ...), as precise as the device can hold."""
+    return draw(functools.partial(torch.rand, dtype=widest(device)), shape, generator, device)
 
 
 def uniform_steps(steps: int, batch: int, generator: Rng, device: torch.device) -> Tensor:
@@ -68,8 +64,9 @@ def uniform_steps(steps: int, batch: int, generator: Rng, device: torch.device) 
     if isinstance(generator, Sequence):
         return uniforms((batch, steps), generator, device).T
     # a call for each step: on a GPU a longer call gives other numbers from the start
+    rand = functools.partial(torch.rand, generator=generator, dtype=widest(device))
     source = device if generator is None else generator.device
-    rows = [uniforms((batch,), generator, source) for _ in range(steps)]
+    rows = [rand(batch, device=source) for _ in range(steps)]
     return to_device(torch.stack(rows), device)
 
 

@@ -15,11 +15,12 @@ from torch import Tensor
 from flextok.draws import CODES, NOISE, row_generators
 from flextok.generators import GENERATORS
 from flextok.hub import CheckpointError, Pretrained, read_model, resolve
-from flextok.schema import unknown_key
+from flextok.schema import check_number, unknown_key
 from flextok.storage import find_reference
 from flextok.tokenizers import TOKENIZERS
-from flextok.tokenizers.common import codes_id, encode_rows, same_codes
+from flextok.tokenizers.common import as_images, codes_id, encode_rows, same_codes
 
+_TENSORS = ("keep", "noise", "prefix", "uniform")  # options that are checked with the work
 _NOT_OPTIONS = ("indices", "codes", "cond", "num_tokens", "generator", "progress", "text")
 
 
@@ -144,7 +145,9 @@ def generate_batches(
 ) -> Iterator[dict[int, Tensor]]:
     """As generate_images, but yields each batch as soon as it is made."""
     lengths = sorted(set(num_tokens or [generator.num_tokens]))
-    options = given(generator.generate, sampling, f"{generator.model_type} sampling option")
+    options = sampling_options(generator, sampling)
+    decoding_options(tokenizer, decoding)  # raises before the work, not after it
+    check_number("batch_size", batch_size, 1, 2**31, whole=True)
     for start in range(0, len(cond), batch_size):
         some = cond[start : start + batch_size]
         rows = range(start, start + len(some))
@@ -170,7 +173,8 @@ def grow_images(
     """As generate_images, but yields (length, (B, 3, H, W) in [-1, 1]) as soon as that many indices
     are there, shortest first. A generator that does not write them in order (MaskGIT) yields the
     longest only."""
-    options = given(generator.generate, sampling, f"{generator.model_type} sampling option")
+    options = sampling_options(generator, sampling)
+    decoding_options(tokenizer, decoding)  # raises before the work, not after it
     in_order = "prefix" in inspect.signature(generator.generate).parameters
     cond = generator.conditioner.prepare(cond, next(generator.parameters()).device)
     draws = row_generators(seed, CODES, range(len(cond)))
@@ -193,7 +197,7 @@ def decode_prefixes(
     noise depends on seed and its number alone. Returns prefix length -> (B, 3, H, W) in [-1, 1]."""
     if bad := [k for k in lengths if not 1 <= k <= indices.shape[1]]:
         raise ValueError(f"num_tokens={bad} must be in [1, {indices.shape[1]}]")
-    options = given(tokenizer.decode, decoding, f"{tokenizer.model_type} decoding option")
+    options = decoding_options(tokenizer, decoding)
     rows = range(len(indices)) if rows is None else rows
     return {
         k: tokenizer.decode(indices[:, :k], generator=row_generators(seed, NOISE, rows), **options)
@@ -214,6 +218,7 @@ def reconstruct_prefixes(
     """images: (B, 3, H, W) in [-1, 1]. Encodes them once and decodes as decode_prefixes does,
     batch by batch. A continuous tokenizer, which has no indices, decodes its codes."""
     device = next(tokenizer.parameters()).device
+    check_number("batch_size", batch_size, 1, 2**31, whole=True)
     rows = range(len(images)) if rows is None else rows
     batches = []
     for start in range(0, len(images), batch_size):
@@ -226,8 +231,25 @@ def reconstruct_prefixes(
         options = given(tokenizer.decode_codes, decoding, f"{tokenizer.model_type} decoding option")
         codes = tokenizer.encode_codes(some)
         decoded = {k: tokenizer.decode_codes(codes[:, :k], **options) for k in lengths}
-        batches.append({k: pictures.float().clamp(-1, 1) for k, pictures in decoded.items()})
+        batches.append({k: as_images(pixels) for k, pixels in decoded.items()})
     return {k: torch.cat([batch[k] for batch in batches]) for k in lengths}
+
+
+def sampling_options(generator: Any, asked: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The sampling options that are not None. Raises ConfigError for one that the generator does
+    not take, or not with this value."""
+    options = given(generator.generate, asked, f"{generator.model_type} sampling option")
+    if numbers := {key: value for key, value in options.items() if key not in _TENSORS}:
+        generator.generate_options(numbers)
+    return options
+
+
+def decoding_options(tokenizer: Any, asked: Mapping[str, Any] | None) -> dict[str, Any]:
+    """As sampling_options, of a tokenizer's decode()."""
+    options = given(tokenizer.decode, asked, f"{tokenizer.model_type} decoding option")
+    if numbers := {key: value for key, value in options.items() if key not in _TENSORS}:
+        tokenizer.decode_options(numbers)
+    return options
 
 
 def given(method: Callable, options: Mapping[str, Any] | None, what: str) -> dict[str, Any]:

@@ -50,6 +50,20 @@ class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the key and the remedy."""
 
 
+class NotFinite(ValueError):
+    """A model computed a value that is NaN or infinite."""
+
+
+def check_number(
+    where: str, value: Any, low: float, high: float, whole: bool = False, hint: str = ""
+) -> None:
+    """Raises ConfigError unless the value is a number, a whole one if asked, in [low, high]."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not low <= value <= high or (whole and value != int(value)):
+        kind = "a whole number" if whole else "a number"
+        raise ConfigError(f"{where}={value!r} must be {kind} from {low:g} to {high:g}{hint}.")
+
+
 def unknown_key(kind: str, key: str, known: list[str], where: str = "") -> ConfigError:
     guess = difflib.get_close_matches(str(key), known, n=1)
     hint = f" Did you mean {guess[0]!r}?" if guess else ""

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import tiny_gpt, tiny_tokenizer
 from PIL import Image
 
@@ -34,6 +35,32 @@ def test_one_picture_is_the_models_own_reconstruction(model, picture_folder, tmp
     noise = row_generators(5, NOISE, [0])
     expected = tokenizer.decode(indices[:, :3], num_steps=1, generator=noise)
     assert Image.open(output).tobytes() == to_uint8(expected[0]).tobytes()
+
+
+def test_a_model_that_is_not_finite_is_named_and_writes_nothing(picture_folder, tmp_path, capsys):
+    """It wrote black pictures of 100 dB."""
+    broken = tiny_tokenizer()
+    broken.decoder.mask_token.data[:] = torch.nan
+    folder = str(broken.save_pretrained(tmp_path / "broken"))
+    assert reconstruct(folder, picture_folder, "--num-tokens", 1, "--output", tmp_path / "o") == 1
+    assert f"flextok: {folder}: the decoded images are not finite" in capsys.readouterr().err
+    assert not list(tmp_path.glob("o/*"))
+
+
+@pytest.mark.parametrize(
+    ("option", "key"),
+    [
+        ("--guidance-scale=nan", "guidance_scale=nan"),
+        ("--steps=1000000000", "num_steps=1000000000"),
+        ("--time-shift=inf", "time_shift=inf"),
+    ],
+)
+def test_a_number_out_of_range_is_refused(model, picture_folder, tmp_path, capsys, option, key):
+    output = tmp_path / "o"
+    source = str(picture_folder / "cats")
+    assert main(["reconstruct", source, "--model", model, option, "--output", str(output)]) == 1
+    assert f"{key} must be" in capsys.readouterr().err
+    assert not output.exists()
 
 
 def test_a_folder_keeps_its_shape_and_json_tells_the_numbers(

@@ -1,15 +1,22 @@
 """From conditions to pictures: what a picture depends on, and what is checked before the work."""
 
+import math
+
 import pytest
 import torch
 from conftest import tiny_gpt, tiny_tokenizer
 
 from flextok.data.tokens import encode as encode_for_cache
+from flextok.data.transforms import to_uint8
 from flextok.draws import CODES, NOISE, row_generators
 from flextok.evaluation import passes
 from flextok.evaluation.features import Networks
 from flextok.evaluation.job import Cell, Job, Options
-from flextok.pipeline import generate_images, reconstruct_prefixes
+from flextok.evaluation.metrics import mse, psnr
+from flextok.generators.ar import GenerateConfig
+from flextok.generators.maskgit import MaskGITSampling
+from flextok.pipeline import generate_images, grow_images, reconstruct_prefixes
+from flextok.schema import NotFinite
 from flextok.tokenizers.common import encode_rows
 
 FEW = {"num_steps": 1, "guidance_scale": 1.0}
@@ -95,3 +102,73 @@ def test_latents_that_are_drawn_belong_to_the_picture():
     assert torch.equal(encode_for_cache(drawn, items, 0, bf16=False)["indices"], whole)
     assert torch.equal(encode_for_cache(drawn, items[2:], 0, bf16=False)["indices"], whole[2:])
     assert not torch.equal(encode_rows(drawn, images, 1, range(3)), whole)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -1.0, 1e9, 1e-45, True, "1"])
+def test_options_out_of_range_are_refused_before_the_work(gpt, tokenizer, value, monkeypatch):
+    def work(*args, **options):
+        raise AssertionError("the work began")
+
+    monkeypatch.setattr(gpt, "forward", work)
+    monkeypatch.setattr(gpt, "new_caches", work)
+    cond = torch.zeros(2, dtype=torch.long)
+    for key in ("temperature", "top_k", "top_p", "guidance_scale"):
+        if (key == "guidance_scale" and value == 1e-45) or (key == "top_k" and value == 1e9):
+            continue  # in range
+        if key == "top_p" and value == 1e-45:
+            continue
+        with pytest.raises(ValueError, match=rf"{key}={value!r} must be"):
+            generate_images(gpt, tokenizer, cond, sampling={key: value})
+    for key in ("num_steps", "guidance_scale", "time_shift"):
+        if key == "guidance_scale" and value == 1e-45:
+            continue
+        with pytest.raises(ValueError, match=rf"{key}={value!r} must be"):
+            generate_images(gpt, tokenizer, cond, decoding={key: value})
+        with pytest.raises(ValueError, match=rf"{key}={value!r} must be"):
+            list(grow_images(gpt, tokenizer, cond, [8], decoding={key: value}))
+
+
+@pytest.mark.parametrize(
+    ("decoding", "said"),
+    [
+        ({"solver": "rk9"}, "unknown solver 'rk9'"),
+        ({"guidance_interval": [0.5, math.nan]}, "guidance_interval"),
+        ({"guidance_interval": [0.2]}, r"must be \[low, high\]"),
+        ({"num_steps": 1.5}, "num_steps=1.5 must be a whole number"),
+        ({"num_stepz": 3}, "Did you mean 'num_steps'"),
+    ],
+)
+def test_a_wrong_way_to_decode_is_refused_before_generating(
+    gpt, tokenizer, decoding, said, monkeypatch
+):
+    monkeypatch.setattr(gpt, "new_caches", None)  # what generating would call
+    with pytest.raises(ValueError, match=said):
+        generate_images(gpt, tokenizer, torch.zeros(2, dtype=torch.long), decoding=decoding)
+
+
+@pytest.mark.parametrize("changes", [{"temperature": math.nan}, {"guidance_scale": math.inf}])
+def test_a_stored_default_out_of_range_is_refused(changes):
+    with pytest.raises(ValueError, match="must be a number"):
+        GenerateConfig(**changes)
+    with pytest.raises(ValueError, match="must be a number"):
+        MaskGITSampling(**changes)
+
+
+@pytest.mark.parametrize("part", ["encoder.registers", "decoder.mask_token"])
+def test_a_model_that_is_not_finite_gives_no_picture(part, images):
+    """It gave a black picture and 100 dB."""
+    model = tiny_tokenizer()
+    model.get_parameter(part).data.view(-1)[0] = math.nan
+    with pytest.raises(NotFinite, match="are not finite"):
+        reconstruct_prefixes(model, images, [1], decoding=FEW)
+
+
+def test_pictures_and_scores_that_are_not_finite_are_refused():
+    picture = torch.zeros(1, 3, 4, 4)
+    broken = picture.clone()
+    broken[0, 0, 0, 0] = math.nan
+    for compare in (psnr, mse):
+        with pytest.raises(NotFinite):
+            compare(picture, broken)
+    with pytest.raises(NotFinite):
+        to_uint8(broken)

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from flextok.schema import NotFinite
+
 # the models that come with the package: a tokenizer, and generators by class and by prompt
 TOKENIZER, BY_CLASS, BY_PROMPT = "emoji", "emoji-class", "emoji-text"
 HELD_OUT = "emoji:validation"  # pictures that they were not trained on
@@ -48,8 +50,21 @@ def add_command(
         epilog="examples:\n" + textwrap.indent(examples, "  "),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=naming_the_model(run))
     return parser
+
+
+def naming_the_model(run: Callable[[argparse.Namespace], Any]) -> Callable[..., Any]:
+    """`run`, whose NotFinite errors say which model's numbers are not finite."""
+
+    def named(options: argparse.Namespace) -> Any:
+        try:
+            return run(options)
+        except NotFinite as error:
+            model = vars(options).get("model")
+            raise NotFinite(f"{model}: {error}" if model else str(error)) from error
+
+    return named
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

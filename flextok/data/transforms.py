@@ -14,10 +14,13 @@ from flextok.images import (
     resized_size,
     to_tensor,
 )
+from flextok.tokenizers.common import check_finite
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
-    """(..., 3, H, W) float in [-1, 1] -> (..., H, W, 3) uint8, clamped and rounded."""
+    """(..., 3, H, W) float in [-1, 1] -> (..., H, W, 3) uint8, clamped and rounded. Raises
+    NotFinite."""
+    check_finite(images, "the images")
     pixels = ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return pixels.movedim(-3, -1).cpu().numpy()
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from flextok.nn.devices import widest
+from flextok.tokenizers.common import check_finite
 
 
 def to_8_bit(images: Tensor) -> Tensor:
@@ -16,7 +17,8 @@ def to_8_bit(images: Tensor) -> Tensor:
 
 def mse(a: Tensor, b: Tensor) -> Tensor:
     """a, b: (B, 3, H, W) in [-1, 1]. Returns (B,), in units of the 0..255 range squared."""
-    return (to_8_bit(a) - to_8_bit(b)).square().mean(dim=(1, 2, 3))
+    error = (to_8_bit(a) - to_8_bit(b)).square().mean(dim=(1, 2, 3))
+    return check_finite(error, "the images compared")
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from flextok.evaluation.scores import (
 )
 from flextok.files import atomic_write
 from flextok.hub import fingerprint
+from flextok.schema import NotFinite
 
 REPORT = "report.json"
 MAX_PSNR = 100.0  # dB, of a picture that comes back without any error; 8 bits cannot come near it
@@ -75,6 +76,9 @@ def result(
     for network, other in zip(job.networks.features, compared, strict=True):
         found = set_scores(measured.made, number, network, other)
         scores |= proper_names(found, network, "rfid" if job.generator is None else "gfid")
+    for name, score in scores.items():
+        if not math.isfinite(score):
+            raise NotFinite(f"{name} is {score} at {cell.num_tokens} tokens: no score to report")
     defaults = getattr(job.tokenizer.config, "decode", None)  # of FlexTok
     steps, scale = cell.num_steps, cell.guidance_scale
     if defaults is not None:

@@ -3,6 +3,7 @@
 loss(indices, cond, generator=)                       a dict of scalars, "loss" the total
 generate(cond, num_tokens=, generator=, progress=)    -> indices (B, num_tokens); its other
                                                       parameters are the generator's own options
+generate_options(asked)                               checks these and adds the defaults
 num_tokens, config.vocab_size
 """
 

@@ -6,8 +6,8 @@ predicts index j.
 """
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,14 +16,17 @@ from torch import Tensor, nn
 
 from flextok.draws import Rng, draw, uniform_steps
 from flextok.generators.conditioning import Condition, make_conditioner
-from flextok.generators.sampling import check_sampling, pick
+from flextok.generators.sampling import MAX_SCALE, check_temperature, pick
 from flextok.hub import Pretrained
 from flextok.nn.attention import KVCache
 from flextok.nn.blocks import Block, LayerNorm
 from flextok.nn.devices import to_device
 from flextok.nn.layout import column_major
 from flextok.nn.linear import Linear
+from flextok.schema import check_number
 from flextok.tokenizers.common import check_finite, check_indices, run_block
+
+MAX_TOP_K = 2**31 - 1
 
 
 @dataclass
@@ -34,6 +37,12 @@ class GenerateConfig:
     top_k: int = 0  # 0 = all
     top_p: float = 0.0  # 0 = all
     guidance_scale: float = 1.5  # the published text models: 3.0
+
+    def __post_init__(self) -> None:
+        check_temperature(self.temperature)
+        check_number("top_k", self.top_k, 0, MAX_TOP_K, whole=True, hint=" (0 keeps all)")
+        check_number("top_p", self.top_p, 0, 1, hint=" (0 and 1 keep all)")
+        check_number("guidance_scale", self.guidance_scale, 0, MAX_SCALE, hint=" (1 = none)")
 
 
 @dataclass
@@ -179,16 +188,13 @@ class GPT(Pretrained, nn.Module):
         Defaults come from config.generate. generator: one, or one for each row, which makes a row
         independent of its batch; each index of a row takes one uniform number from it, and all are
         drawn before the first index. progress is called with the number of indices so far. Raises
-        ValueError where the logits are not finite."""
-        defaults = self.config.generate
+        ValueError for options out of range, and NotFinite where the logits are not."""
+        asked = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        chosen = self.generate_options({**asked, "guidance_scale": guidance_scale})
+        scale = chosen.guidance_scale
         total = self.num_tokens if num_tokens is None else num_tokens
         if not 1 <= total <= self.num_tokens:
             raise ValueError(f"num_tokens={num_tokens} must be in [1, {self.num_tokens}]")
-        temperature = defaults.temperature if temperature is None else temperature
-        top_k = defaults.top_k if top_k is None else top_k
-        top_p = defaults.top_p if top_p is None else top_p
-        scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
-        check_sampling(temperature, top_k, top_p)
 
         device = self.device
         cond = self.conditioner.prepare(cond, device)
@@ -225,7 +231,7 @@ class GPT(Pretrained, nn.Module):
             if guided:
                 c, u = logits.chunk(2)
                 logits = u + scale * (c - u)
-            new = pick(logits, draws[done - first], temperature, top_k, top_p)
+            new = pick(logits, draws[done - first], chosen.temperature, chosen.top_k, chosen.top_p)
             largest.append(logits.abs().amax())
             indices[:, done] = new
             done += 1
@@ -235,6 +241,12 @@ class GPT(Pretrained, nn.Module):
                 check_finite(torch.stack(largest), "the generator's logits")
                 return indices
             x = self.embedding(new.repeat(repeat))[:, None] + self.positions[done]
+
+    def generate_options(self, asked: Mapping[str, Any]) -> GenerateConfig:
+        """What generate() does: as asked, and as config.generate says where that is None. Raises
+        ValueError for an option out of its range."""
+        asked = {key: value for key, value in asked.items() if value is not None}
+        return replace(self.config.generate, **asked)
 
     def new_caches(self, batch: int, length: int) -> list[KVCache]:
         dim = self.positions.shape[1]

@@ -5,8 +5,8 @@ The sequence is [condition, indices, features of the condition if it has any (te
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -15,13 +15,15 @@ from torch import Tensor, nn
 
 from flextok.draws import Rng, draw, uniforms
 from flextok.generators.conditioning import Condition, NoConditioner, make_conditioner
-from flextok.generators.sampling import pick
+from flextok.generators.sampling import MAX_SCALE, check_temperature, pick
 from flextok.hub import Pretrained
 from flextok.nn.linear import Linear
 from flextok.nn.vit import ViTBlock
+from flextok.schema import check_number
 from flextok.tokenizers.common import check_finite, check_indices
 
 Decay = Literal["constant", "linear", "power-cosine"]
+MAX_STEPS = 1000
 
 
 @dataclass
@@ -36,6 +38,13 @@ class MaskGITSampling:
     guidance_scale: float = 4.5  # see guidance_weight
     guidance_decay: Decay = "linear"
     guidance_pow: float = 3.0  # of power-cosine
+
+    def __post_init__(self) -> None:
+        check_number("num_steps", self.num_steps, 1, MAX_STEPS, whole=True)
+        check_temperature(self.temperature)
+        check_number("guidance_scale", self.guidance_scale, 0, MAX_SCALE)
+        check_number("guidance_pow", self.guidance_pow, 0, 100)
+        guidance_weight(0.0, 1.0, self.guidance_decay)
 
 
 @dataclass
@@ -199,22 +208,23 @@ class MaskGIT(Pretrained, nn.Module):
         numbers for each position, and all are drawn before the first step. uniform: a source of
         draws in [0, 1) by shape in its place, as the published sampler takes them: a step draws
         (B, N, V) for the Gumbel noise of the indices, then (B, N) for the confidence. progress is
-        called with the number of steps done. Raises ValueError where the logits are not finite.
+        called with the number of steps done. Raises ValueError for options out of range, and
+        NotFinite where the logits are not.
         """
-        own = self.config.generate
+        chosen = self.generate_options(
+            {
+                "num_steps": num_steps,
+                "temperature": temperature,
+                "guidance_scale": guidance_scale,
+                "guidance_decay": guidance_decay,
+                "guidance_pow": guidance_pow,
+                "anneal_logits": anneal_logits,
+            }
+        )
+        steps = chosen.num_steps
         total = self.num_tokens if num_tokens is None else num_tokens
         if not 1 <= total <= self.num_tokens:
             raise ValueError(f"num_tokens={num_tokens} must be in [1, {self.num_tokens}]")
-        steps = own.num_steps if num_steps is None else num_steps
-        if steps < 1:
-            raise ValueError(f"num_steps={steps} must be at least 1")
-        temperature = own.temperature if temperature is None else temperature
-        if temperature < 0:
-            raise ValueError(f"temperature={temperature} must be >= 0 (0 takes the likeliest)")
-        scale = own.guidance_scale if guidance_scale is None else guidance_scale
-        decay = own.guidance_decay if guidance_decay is None else guidance_decay
-        power = own.guidance_pow if guidance_pow is None else guidance_pow
-        anneal = own.anneal_logits if anneal_logits is None else anneal_logits
 
         device = self.device
         cond = self.conditioner.prepare(cond, device)
@@ -229,12 +239,14 @@ class MaskGIT(Pretrained, nn.Module):
         largest: list[Tensor] = []  # logit of each step; checked at the end, once
         for step, masked_left in enumerate(mask_schedule(total, steps)):
             rest = 1 - (step + 1) / steps  # 1 - r
-            weight = guidance_weight(step / steps, scale, decay, power)
+            weight = guidance_weight(
+                step / steps, chosen.guidance_scale, chosen.guidance_decay, chosen.guidance_pow
+            )
             logits = self.guided_logits(indices, condition, both, weight)
-            if anneal:
+            if chosen.anneal_logits:
                 logits = logits / (0.5 + 0.8 * rest)
             largest.append(logits.abs().amax())
-            noise = rest * temperature
+            noise = rest * chosen.temperature
             if uniform is None:  # the highest of logits + noise * Gumbel follows softmax(. / noise)
                 u = draws[:, step, 0].flatten()
                 drawn = pick(logits.flatten(0, 1), u, noise).view(batch, total)
@@ -252,6 +264,12 @@ class MaskGIT(Pretrained, nn.Module):
                 progress(step + 1)
         check_finite(torch.stack(largest), "the generator's logits")
         return indices
+
+    def generate_options(self, asked: Mapping[str, Any]) -> MaskGITSampling:
+        """What generate() does: as asked, and as config.generate says where that is None. Raises
+        ValueError for an option out of its range."""
+        asked = {key: value for key, value in asked.items() if value is not None}
+        return replace(self.config.generate, **asked)
 
     def guided_logits(
         self, indices: Tensor, condition: Condition, both: Condition | None, weight: float

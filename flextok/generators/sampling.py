@@ -4,6 +4,9 @@ import torch
 from torch import Tensor
 
 from flextok.draws import Rng, uniforms
+from flextok.schema import check_number
+
+TEMPERATURES, MAX_SCALE = (1e-4, 1e4), 1000
 
 
 def filtered_probabilities(
@@ -58,10 +61,8 @@ def invert(probabilities: Tensor, u: Tensor) -> Tensor:
     return (cumulative > u[..., None] * total).int().argmax(dim=-1)
 
 
-def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
-    if temperature < 0:
-        raise ValueError(f"temperature={temperature} must be >= 0 (0 takes the most likely index)")
-    if top_k < 0:
-        raise ValueError(f"top_k={top_k} must be >= 0 (0 keeps all)")
-    if not 0.0 <= top_p <= 1.0:
-        raise ValueError(f"top_p={top_p} must be in [0, 1] (0 and 1 keep all)")
+def check_temperature(temperature: float) -> None:
+    """Raises ValueError unless it is 0 or a number that float32 logits can be divided by."""
+    if temperature != 0:
+        hint = ", or 0, which takes the most likely index"
+        check_number("temperature", temperature, *TEMPERATURES, hint=hint)

@@ -3,7 +3,8 @@
 prepare_training(**start)     before training; parameters are the trained models that it starts from
 loss(images, generator=, shared=)   a dict of scalars, "loss" the total
 encode(images)                (B, 3, H, W) in [-1, 1], or PIL pictures -> indices (B, K)
-decode(indices, generator=)   -> images; its other parameters are the tokenizer's own options
+decode(indices, generator=)   -> images; its other parameters are the tokenizer's own options,
+                              which decode_options(asked) checks where it has some
 num_tokens, image_size        K and H
 vocab_size                    0 = continuous: then encode_codes and decode_codes, no indices
 decodes_prefixes              whether decode takes the first k indices, or only all K

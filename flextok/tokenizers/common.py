@@ -17,6 +17,7 @@ from flextok.draws import POSTERIOR, row_generators
 from flextok.hub import fingerprint
 from flextok.images import picture_batch
 from flextok.nn.devices import span, to_device
+from flextok.schema import NotFinite
 
 Pictures = Tensor | Image.Image | Sequence[Image.Image]
 _warned: WeakSet[nn.Module] = WeakSet()  # tokenizers that were given images in [0, 1]
@@ -145,9 +146,14 @@ def run_block(block: nn.Module, *args: Any, checkpoint: bool = False, **options:
 
 
 def check_finite(values: Tensor, what: str) -> Tensor:
-    """The values. Raises ValueError if one is NaN or infinite."""
+    """The values. Raises NotFinite if one is NaN or infinite."""
     if (~values.isfinite()).any():
-        raise ValueError(
+        raise NotFinite(
             f"{what} are not finite: the model's weights are damaged, or its training diverged"
         )
     return values
+
+
+def as_images(pixels: Tensor) -> Tensor:
+    """Decoded pixels, about [-1, 1], as images: float32, clamped. Raises NotFinite."""
+    return check_finite(pixels.float(), "the decoded images").clamp(-1, 1)

@@ -4,7 +4,7 @@ A ViT encoder with registers under a prefix-causal mask, FSQ, nested dropout, an
 decoder that rebuilds a plausible picture from any prefix. Time: t=1 is noise (flow/path.py).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -32,9 +32,11 @@ from flextok.nn.blocks import SegmentModulation
 from flextok.nn.devices import to_device
 from flextok.nn.frozen import Frozen
 from flextok.quantizers import QUANTIZERS
-from flextok.schema import ConfigError, build
+from flextok.schema import ConfigError, build, check_number
 from flextok.tokenizers.common import (
     Pictures,
+    as_images,
+    check_finite,
     check_images,
     check_indices,
     check_keep,
@@ -45,6 +47,8 @@ from flextok.tokenizers.distillation import DistillConfig, distillation_loss
 from flextok.tokenizers.nested_dropout import NESTED_DROPOUT, LengthGroup, draw_groups
 from flextok.tokenizers.networks import DecoderOutput, Encoder, FlowDecoder, add_places
 from flextok.vae import VAES
+
+MAX_STEPS, MAX_SCALE = 10_000, 1000  # of a decoder; more of them are a mistake
 
 
 @dataclass
@@ -57,6 +61,18 @@ class DecodeConfig:
     guidance_scale: float = 7.5
     guidance_interval: list[float] | None = None  # times [low, high] that are guided; None = all
     time_shift: float = 1.0  # > 1: more of the steps near the noise, see flow.path.shift_times
+
+    def __post_init__(self) -> None:
+        check_number("num_steps", self.num_steps, 1, MAX_STEPS, whole=True)
+        if not callable(self.guidance_scale):  # decode() takes a function of t, too
+            check_number("guidance_scale", self.guidance_scale, 0, MAX_SCALE, hint=" (1 = none)")
+        check_number("time_shift", self.time_shift, 0.001, 1000, hint=" (1 = equal steps)")
+        build(SOLVERS, self.solver, "solver")
+        build(GUIDANCE, self.guidance, "guidance")
+        if self.guidance_interval is not None:
+            if len(self.guidance_interval) != 2:
+                raise ValueError(f"guidance_interval={self.guidance_interval} must be [low, high]")
+            within(1.0, *self.guidance_interval)
 
 
 @dataclass
@@ -383,7 +399,8 @@ class FlexTok(Pretrained, nn.Module):
         Raises ValueError on a wrong shape, dtype or range."""
         latents = self.vae.encode(images_to_encode(self, images), sample_posterior, generator)
         weight = self.encoder.patch_embed.weight
-        return self.quantizer(self.encoder(latents.to(weight.dtype)))[1]
+        z = check_finite(self.encoder(latents.to(weight.dtype)), "the encoder's outputs")
+        return self.quantizer(z)[1]
 
     @torch.no_grad()
     def decode(
@@ -407,9 +424,17 @@ class FlexTok(Pretrained, nn.Module):
         none; a number or a function of t), guidance_interval (times [low, high] that are guided)
         and time_shift default to the model's config.decode. The initial noise
         (B, C, h, w) is drawn from `generator`, one or one for each row, unless given. progress is
-        called with the number of velocities evaluated so far. Raises ValueError on indices or keep
-        out of range."""
-        defaults = self.config.decode
+        called with the number of velocities evaluated so far. Raises ValueError on indices, keep or
+        options out of range, and NotFinite where the images are not."""
+        asked: dict[str, Any] = {
+            "num_steps": num_steps,
+            "guidance_scale": guidance_scale,
+            "guidance": guidance,
+            "solver": solver,
+            "guidance_interval": guidance_interval,
+            "time_shift": time_shift,
+        }
+        chosen = self.decode_options(asked)
         check_indices(indices, self.num_tokens, self.vocab_size)
         keep = check_keep(keep, *indices.shape)
         if keep.min() < self.num_tokens and not self.decodes_prefixes:
@@ -417,14 +442,6 @@ class FlexTok(Pretrained, nn.Module):
                 f"this 2D grid decodes all {self.num_tokens} tokens only, got {int(keep.min())}: "
                 "the first ones are just its upper rows"
             )
-        if self.config.distill is not None:
-            asked = {"num_steps": num_steps, "guidance_scale": guidance_scale, "solver": solver}
-            for key, value in {**asked, "time_shift": time_shift}.items():
-                if value is not None and value != getattr(defaults, key):
-                    raise ValueError(
-                        f"{key}={value} must be {getattr(defaults, key)} or left out: this decoder "
-                        "was distilled to its few Euler steps, guidance included"
-                    )
         device = self.device
         indices, keep = to_device(indices, device), to_device(keep, device)
         shape = (len(indices), *self.noise_shape)
@@ -433,12 +450,26 @@ class FlexTok(Pretrained, nn.Module):
         elif tuple(noise.shape) != shape:
             raise ValueError(f"noise has shape {tuple(noise.shape)}, expected {shape}")
         # the times stay on the CPU: reading one never waits for a GPU
-        times = linear_times(defaults.num_steps if num_steps is None else num_steps)
-        times = shift_times(times, defaults.time_shift if time_shift is None else time_shift)
+        times = shift_times(linear_times(chosen.num_steps), chosen.time_shift)
         codes = self.quantizer.indices_to_codes(indices)
         options = (guidance_scale, guidance, solver, guidance_interval, progress)
         x0 = self.solve(to_device(noise, device), times, codes, keep, *options)
-        return self.vae.decode(x0).float().clamp(-1, 1)
+        return as_images(self.vae.decode(x0))
+
+    def decode_options(self, asked: Mapping[str, Any]) -> DecodeConfig:
+        """What decode() does: as asked, and as config.decode says where that is None. Raises
+        ValueError for an option out of its range, and for one that a distilled decoder fixes."""
+        asked = {key: value for key, value in asked.items() if value is not None}
+        chosen = replace(self.config.decode, **asked)
+        if self.config.distill is not None:
+            for key in ("num_steps", "guidance_scale", "solver", "time_shift"):
+                value, fixed = getattr(chosen, key), getattr(self.config.decode, key)
+                if value != fixed:
+                    raise ValueError(
+                        f"{key}={value} must be {fixed} or left out: this decoder was distilled to "
+                        "its few Euler steps, guidance included"
+                    )
+        return chosen
 
     @torch.no_grad()
     def solve(

@@ -27,6 +27,8 @@ from flextok.quantizers import KL, QUANTIZERS
 from flextok.schema import build
 from flextok.tokenizers.common import (
     Pictures,
+    as_images,
+    check_finite,
     check_images,
     check_indices,
     check_keep,
@@ -373,21 +375,29 @@ class TiTok(Pretrained, NeedsWeights):
     def _quantize(
         self, images: Tensor, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        z = self.encoder(to_unit(images).to(self.encoder.head.weight.dtype))
+        z = self._features(images)
         return self.quantizer(z, generator) if self.is_continuous else self.quantizer(z)
+
+    def _features(self, images: Tensor) -> Tensor:
+        return self.encoder(to_unit(images).to(self.encoder.head.weight.dtype))
+
+    def _quantize_checked(self, images: Pictures) -> tuple[Tensor, Tensor, Tensor]:
+        """Of images that are checked, without draws. Raises NotFinite."""
+        z = self._features(images_to_encode(self, images))
+        return self.quantizer(check_finite(z, "the encoder's outputs"))
 
     @torch.no_grad()
     def encode(self, images: Pictures) -> Tensor:
         """images: (B, 3, H, W) float in [-1, 1], or PIL pictures. Returns indices (B, K) long.
         Raises ValueError on a wrong shape, dtype or range, and for a continuous bottleneck."""
         self._check_discrete()
-        return self._quantize(images_to_encode(self, images))[1]
+        return self._quantize_checked(images)[1]
 
     @torch.no_grad()
     def encode_codes(self, images: Pictures) -> Tensor:
         """images: (B, 3, H, W) float in [-1, 1]. Returns codes (B, K, C) float, quantized ones or,
         for a continuous bottleneck in eval mode, the posterior's mean."""
-        return self._quantize(images_to_encode(self, images))[0]
+        return self._quantize_checked(images)[0]
 
     @torch.no_grad()
     def decode(
@@ -405,7 +415,7 @@ class TiTok(Pretrained, NeedsWeights):
         self._check_discrete()
         check_indices(indices, self.num_tokens, self.vocab_size)
         codes = self.quantizer.indices_to_codes(to_device(indices, self.device))
-        return self.decode_codes(codes, keep, text).float().clamp(-1, 1)
+        return as_images(self.decode_codes(codes, keep, text))
 
     def decode_codes(
         self, codes: Tensor, keep: Tensor | int | None = None, text: Tensor | None = None

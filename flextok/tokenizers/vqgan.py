@@ -22,6 +22,8 @@ from flextok.quantizers import QUANTIZERS
 from flextok.schema import build
 from flextok.tokenizers.common import (
     Pictures,
+    as_images,
+    check_finite,
     check_images,
     check_indices,
     component,
@@ -210,7 +212,8 @@ class MaskGITVQGAN(Pretrained, nn.Module):
     def encode(self, images: Pictures) -> Tensor:
         """images: (B, 3, H, W) float in [-1, 1], or PIL pictures. Returns indices (B, K) long, row
         by row."""
-        return self.quantizer(self._latents(images_to_encode(self, images)))[1]
+        z = check_finite(self._latents(images_to_encode(self, images)), "the encoder's outputs")
+        return self.quantizer(z)[1]
 
     @torch.no_grad()
     def decode(self, indices: Tensor, generator: Rng = None) -> Tensor:
@@ -222,7 +225,7 @@ class MaskGITVQGAN(Pretrained, nn.Module):
                 "grid of local codes has no meaningful prefix"
             )
         indices = to_device(indices, self.device)
-        return self.decode_codes(self.quantizer.indices_to_codes(indices)).float().clamp(-1, 1)
+        return as_images(self.decode_codes(self.quantizer.indices_to_codes(indices)))
 
     def decode_codes(self, codes: Tensor) -> Tensor:
         """codes: (B, K, C), also soft. Returns images (B, 3, H, W), about [-1, 1], unclamped."""

@@ -15,6 +15,7 @@ from flextok.draws import derived_generator
 from flextok.generators.text import Text
 from flextok.pipeline import decodable_lengths, generate_images, reconstruct_prefixes
 from flextok.quantizers.vq import codebook_usage, count_codes
+from flextok.schema import NotFinite
 from flextok.training.sharding import gather, is_sharded
 
 log = logging.getLogger(__name__)
@@ -133,8 +134,12 @@ class Pictures(L.Callback):
         # of a sharded model no process can draw alone
         if trainer.sanity_checking or not (trainer.is_global_zero or is_sharded(pl_module)):
             return
-        with torch.no_grad():
-            picture = self.draw(pl_module.model)
+        try:
+            with torch.no_grad():
+                picture = self.draw(pl_module.model)
+        except NotFinite as error:  # no reason to end a run that may recover
+            log.warning("step %d: no pictures drawn: %s", trainer.global_step, error)
+            return
         if not trainer.is_global_zero:
             return
         viz.save(picture, self.folder / f"step-{trainer.global_step:07d}.png")
