@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from flextok.printing import printable
 from flextok.schema import to_mapping
 
 MARK = "<!-- written by flextok; without this line it is left alone -->"
@@ -89,7 +90,7 @@ def model_card(model: Any, config: Mapping[str, Any], metadata: Mapping[str, Any
     elif license_name:
         plain = re.sub(r"[^a-z0-9.]+", "-", license_name.lower())
         front += ["license: other", f"license_name: {plain}"]
-    rows = [f"| {label} | {cell(value)} |" for label, value in summary(facts).items()]
+    rows = [f"| {cell(label)} | {cell(value)} |" for label, value in summary(facts).items()]
     printed = json.dumps(facts["config"], indent=2)
     return "\n".join(
         [
@@ -113,4 +114,4 @@ def one_line(model: Any) -> str:
 
 
 def cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+    return printable(text.replace("|", "\\|").replace("\n", " "))

@@ -8,7 +8,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -21,7 +21,7 @@ import flextok
 from flextok.card import MARK, model_card
 from flextok.convert import convert_published
 from flextok.files import atomic_write
-from flextok.schema import from_mapping, to_mapping
+from flextok.schema import ConfigError, from_mapping, to_mapping
 from flextok.storage import (
     CONFIG,
     WEIGHTS,
@@ -120,6 +120,7 @@ class Pretrained(nn.Module):
                 f"{stored.source}: no model can be built from its config ({kind}: {error})"
             ) from error
         state = stored.state
+        model.check_state(state, stored.source)  # before anything is copied
         for key, value in state.items():  # one by one: a cast never holds two copies of all
             state[key] = value.to(device, dtype if value.is_floating_point() else None)
         model.load_weights(state, stored.source)
@@ -129,6 +130,11 @@ class Pretrained(nn.Module):
 
     def load_weights(self, state: Mapping[str, Tensor], source: str) -> None:
         """Take over a state dict whole: a missing, extra or mis-shaped tensor is an error."""
+        self.check_state(state, source)
+        self.load_state_dict(state, strict=True, assign=True)
+
+    def check_state(self, state: Mapping[str, Tensor], source: str) -> None:
+        """Raise CheckpointError unless a state dict has exactly this model's tensors."""
         ours = self.state_dict()
         problems = [
             *(f"{key!r} is missing" for key in ours if key not in state),
@@ -144,7 +150,6 @@ class Pretrained(nn.Module):
             raise CheckpointError(
                 f"{source} does not fit its config: {'; '.join(problems[:3])}{more}"
             )
-        self.load_state_dict(state, strict=True, assign=True)
 
     def save_pretrained(
         self, folder: str | Path, state: Mapping[str, Tensor] | None = None
@@ -176,7 +181,7 @@ class Pretrained(nn.Module):
         atomic_write(folder / WEIGHTS, lambda path: save_file(tensors, path))
         atomic_write(folder / CONFIG, lambda path: path.write_text(text + "\n", encoding="utf-8"))
         card = folder / CARD
-        if not card.exists() or MARK in card.read_text(encoding="utf-8", errors="replace"):
+        if not card.is_file() or MARK in card.read_text(encoding="utf-8", errors="replace"):
             # a card is for others, wherever the folder lies now
             page = model_card(self, self.written_config(None), self.written_metadata(None))
             atomic_write(card, lambda path: path.write_text(page, encoding="utf-8"))
@@ -239,9 +244,10 @@ def read_model(path: str | Path, revision: str | None = None) -> StoredModel:
     weights = find_weights(place) if place.is_dir() else place
     state, metadata = read_tensors(weights)
     if isinstance(document.get("model_type"), str) and isinstance(document.get("config"), dict):
-        facts = document.get("metadata", {})
-        if not isinstance(facts, dict):
-            raise CheckpointError(f"{folder}/{CONFIG}: metadata must be a mapping of keys")
+        try:
+            facts = check_metadata(document.get("metadata", {}))
+        except ConfigError as error:
+            raise CheckpointError(f"{folder}/{CONFIG}: {error}") from None
         return StoredModel(document["model_type"], document["config"], facts, state, str(weights))
     try:
         published = convert_published(state, [document, *parse_metadata(metadata)])
@@ -254,6 +260,26 @@ def read_model(path: str | Path, revision: str | None = None) -> StoredModel:
     provenance = {"source": place.name if is_local else str(path), **published.provenance}
     facts = {"provenance": provenance}
     return StoredModel(published.model_type, published.config, facts, published.state, str(weights))
+
+
+@dataclass
+class KnownMetadata:
+    """The facts beside a model's weights that the package reads; others are free."""
+
+    tokenizer: str | None = None
+    codes_id: str | None = None
+    tokenizer_fingerprint: str | None = None
+    class_names: list[str] = field(default_factory=list)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+
+def check_metadata(facts: Any) -> dict[str, Any]:
+    """The metadata of a stored model. Raises ConfigError for a fact of another type."""
+    if not isinstance(facts, Mapping):
+        raise ConfigError(f"metadata must be a mapping of keys, got {facts!r}.")
+    known = {f.name for f in fields(KnownMetadata)}
+    from_mapping(KnownMetadata, {k: v for k, v in facts.items() if k in known}, "metadata")
+    return dict(facts)
 
 
 class SkipNormal(TorchFunctionMode):

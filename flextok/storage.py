@@ -4,6 +4,7 @@ Nothing read here is code: safetensors hold none, and pickles load with weights_
 """
 
 import json
+import math
 import os
 import pickle
 import re
@@ -14,13 +15,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 RELEASES = Path(__file__).parent / "releases"  # models that come with the package, by name
 OLD_WEIGHTS = "pytorch_model.bin"  # what hub repositories held before safetensors
 PICKLES = (".bin", ".pt", ".pth")
 SUFFIXES = (".safetensors", *PICKLES)
+LARGEST_JSON, MOST_LEVELS = 100_000_000, 50  # bytes, and mappings in mappings, of a JSON document
 
 
 class CheckpointError(ValueError):
@@ -142,32 +144,128 @@ def find_weights(folder: Path) -> Path:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The mapping in a JSON file. Raises CheckpointError when it is damaged or something else."""
+    check_file(path, LARGEST_JSON)
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); write it again") from None
     if not isinstance(document, dict):
         raise CheckpointError(f"{path} is not a flextok model's config, nor a published one's")
+    level: list[Any] = [document]
+    for _ in range(MOST_LEVELS):
+        items = [item.values() if isinstance(item, dict) else item for item in level]
+        level = [value for some in items for value in some if isinstance(value, dict | list)]
+    if level:
+        raise CheckpointError(f"{path} is damaged: nested in more than {MOST_LEVELS} levels")
     return document
+
+
+def check_file(path: Path, most: float = math.inf) -> None:
+    """Raise CheckpointError unless a path is a regular file of at most so many bytes: a pipe would
+    be waited for."""
+    if not path.is_file():
+        kind = "is a folder" if path.is_dir() else "is no regular file"
+        raise CheckpointError(f"{path} {kind if path.exists() else 'is missing'}: a file is needed")
+    if (size := path.stat().st_size) > most:
+        raise CheckpointError(f"{path} has {size:,} bytes, at most {most:,.0f} are read")
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors of a file by name, memory-mapped where the format allows it, and a safetensors
     file's metadata. Raises CheckpointError for anything else than plain tensors."""
+    check_file(path)
     if path.suffix in PICKLES:
         return _read_pickle(path), {}
+    check_length(path)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             return {key: file.get_tensor(key) for key in file.keys()}, metadata  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, MemoryError, RuntimeError, TypeError) as error:
         raise CheckpointError(
             f"{path} is truncated or damaged ({error}); copy, download or export the model again"
         ) from None
 
 
+def check_length(path: Path) -> None:
+    """Raise CheckpointError unless a safetensors file is as long as its header says, before all of
+    it is mapped: a sparse file may claim more than there is memory."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+        if size < 8 or header > min(size - 8, LARGEST_JSON):
+            raise CheckpointError(
+                f"{path} is truncated or damaged (a header of {header:,} bytes in a file of "
+                f"{size:,}); copy, download or export the model again"
+            )
+        try:
+            entries = json.loads(file.read(header))
+            entries.pop("__metadata__", None)
+            end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        except (
+            ValueError,
+            TypeError,
+            KeyError,
+            IndexError,
+            AttributeError,
+            RecursionError,
+        ) as error:
+            raise CheckpointError(
+                f"{path} is truncated or damaged (its header cannot be read: {error}); copy, "
+                "download or export the model again"
+            ) from None
+    if 8 + header + end != size:
+        raise CheckpointError(
+            f"{path} is truncated or damaged ({size:,} bytes, its header says "
+            f"{8 + header + end:,}); copy, download or export the model again"
+        )
+
+
+def check_zip(path: Path) -> None:
+    """Raise CheckpointError for a zip file that torch.save did not write: its tensors are mapped
+    as they lie in the file, so a compressed one would be read as noise."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            entries = file.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise CheckpointError(
+            f"{path} is truncated or damaged ({error}); copy or download it again"
+        ) from None
+    seen: set[str] = set()
+    for entry in entries:
+        packed = entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size
+        if packed or entry.flag_bits & 1 or entry.filename in seen:
+            fault = (
+                "is compressed or encrypted" if packed or entry.flag_bits & 1 else "is there twice"
+            )
+            raise CheckpointError(
+                f"{path} is refused: its entry {entry.filename!r} {fault}, as when a file is "
+                "unpacked and packed again. Get the original, or write it again with torch.save"
+            )
+        seen.add(entry.filename)
+
+
+def fault_of(tensor: Tensor) -> str | None:
+    """What makes a tensor another thing than numbers that lie in the file; None for a plain one."""
+    if type(tensor) not in (Tensor, nn.Parameter):
+        return type(tensor).__name__
+    if tensor.is_nested:
+        return "nested tensor"
+    if tensor.layout != torch.strided:
+        return f"sparse tensor ({tensor.layout})"
+    if tensor.is_quantized:
+        return "quantized tensor"
+    if tensor.device.type != "cpu":
+        return f"tensor without data ({tensor.device})"
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        return f"tensor of {tensor.numel():,} elements, more than are stored"
+    return None
+
+
 def _read_pickle(path: Path) -> dict[str, Tensor]:
     mmap = zipfile.is_zipfile(path)  # torch cannot map the format that it wrote before 1.6
+    if mmap:
+        check_zip(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
@@ -192,4 +290,8 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
             raise CheckpointError(
                 f"{path} holds a {type(value).__name__} under {key!r}, where only tensors are read"
             )
-    return {key: value.detach() for key, value in content.items()}
+        if fault := fault_of(value):
+            raise CheckpointError(
+                f"{path} holds a {fault} under {key!r}, where only plain tensors are read"
+            )
+    return {key: value.detach().resolve_conj().resolve_neg() for key, value in content.items()}

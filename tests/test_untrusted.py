@@ -1,16 +1,23 @@
 """Files that must not load: foreign classes, code, damage, tensors that do not fit."""
 
+import json
 import os
 import pickle
+import struct
+import time
+import zipfile
 
 import pytest
 import torch
+from conftest import tiny_gpt, tiny_tokenizer
 from golden.titok.load import load_case
 from published import golden_flextok_weights, tiny_tree, write_flextok, write_titok
 from safetensors.torch import save_file
 
+from flextok.cli import main
 from flextok.hub import CheckpointError
 from flextok.pipeline import load_model
+from flextok.storage import read_tensors
 
 
 @pytest.fixture(scope="module")
@@ -179,3 +186,171 @@ def test_a_folder_with_two_weight_files_asks_which(tmp_path):
         torch.save({"a": torch.zeros(1)}, tmp_path / name)
     with pytest.raises(CheckpointError, match=r"several weight files \(a\.bin, b\.bin\)"):
         load_model(tmp_path)
+
+
+def nested():
+    return torch.nested.as_nested_tensor([torch.ones(2), torch.ones(3)])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (lambda: torch.empty(3, device="meta"), r"tensor without data \(meta\)"),
+        (nested, "nested tensor"),
+        (lambda: torch.eye(3).to_sparse(), "sparse tensor"),
+        (lambda: torch.eye(3).to_sparse_csr(), "sparse tensor"),
+        (lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.quint8), "quantized"),
+        (lambda: torch.ones(1).expand(10**6, 10**6), "1,000,000,000,000 elements, more than are"),
+        (lambda: torch.arange(9.0).as_strided((8, 8), (1, 0)), "64 elements, more than are stored"),
+    ],
+)
+def test_a_pickle_s_tensors_are_numbers_that_lie_in_it(tmp_path, make, kind):
+    torch.save({"good": torch.ones(2), "odd": make()}, tmp_path / "model.bin")
+    with pytest.raises(CheckpointError, match=rf"holds a .*{kind}.* under 'odd'"):
+        load_model(tmp_path / "model.bin")
+
+
+def pack_again(source, target, method, change=lambda entry: None):
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+        for name in sorted(old.namelist()):
+            entry = zipfile.ZipInfo(name)
+            entry.compress_type = method
+            change(entry)
+            new.writestr(entry, old.read(name))
+
+
+def test_a_pickle_that_was_packed_again_is_read_right_or_refused(tmp_path):
+    """Its tensors are mapped as they lie in the file: a compressed one would be noise."""
+    state = {f"t{i}": torch.randn(50, 40 + i) for i in range(5)}
+    torch.save(state, tmp_path / "model.bin")
+    again = tmp_path / "again.bin"
+    pack_again(tmp_path / "model.bin", again, zipfile.ZIP_STORED)  # reordered and unaligned
+    found, _ = read_tensors(again)
+    assert all(torch.equal(found[key], value) for key, value in state.items())
+    for method in (zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
+        pack_again(tmp_path / "model.bin", again, method)
+        with pytest.raises(CheckpointError, match=r"its entry '.*' is compressed"):
+            read_tensors(again)
+
+    def only_one(entry):  # as a packer that compresses where it gains by it
+        if not entry.filename.endswith("data/3"):
+            entry.compress_type = zipfile.ZIP_STORED
+
+    pack_again(tmp_path / "model.bin", again, zipfile.ZIP_DEFLATED, only_one)
+    with pytest.raises(CheckpointError, match=r"its entry 'model/data/3' is compressed"):
+        read_tensors(again)
+    again.write_bytes((tmp_path / "model.bin").read_bytes())
+    with zipfile.ZipFile(again, "a") as file, pytest.warns(UserWarning, match="Duplicate"):
+        file.writestr("model/data/0", bytes(8000))
+    with pytest.raises(CheckpointError, match=r"'model/data/0' is there twice"):
+        read_tensors(again)
+
+
+def seconds(action):
+    began = time.monotonic()
+    action()
+    return time.monotonic() - began
+
+
+def header_of(shape, size):
+    entry = {"dtype": "F32", "shape": shape, "data_offsets": [0, size]}
+    text = json.dumps({"a": entry}).encode()
+    return struct.pack("<Q", len(text)) + text
+
+
+@pytest.mark.parametrize(
+    ("begins", "length", "message"),
+    [
+        (b"", 1 << 40, r"a header of 0|its header"),
+        (b"\xff" * 8, 1 << 40, "truncated or damaged"),
+        (header_of([4], 16), 1 << 40, r"1,099,511,627,776 bytes, its header says"),
+        (header_of([4], 16), 20, "truncated or damaged"),
+        (struct.pack("<Q", 4) + b"[[[[", 12, "its header cannot be read"),
+        (struct.pack("<Q", 9) + b'{"a": {}}', 17, "its header cannot be read"),
+    ],
+)
+def test_weights_that_are_not_what_they_claim(tmp_path, begins, length, message):
+    """A sparse file of a terabyte is refused by its header, and not mapped."""
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(begins)
+    os.truncate(path, length)
+
+    def load():
+        with pytest.raises(CheckpointError, match=message):
+            load_model(path)
+
+    assert seconds(load) < 5
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "pytorch_model.bin"])
+@pytest.mark.parametrize("kind", ["pipe", "folder", "terabyte"])
+def test_no_pipe_is_waited_for(tmp_path, name, kind, capsys):
+    tiny_tokenizer().save_pretrained(tmp_path)
+    if name == "pytorch_model.bin":
+        (tmp_path / "model.safetensors").unlink()
+    (tmp_path / name).unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(tmp_path / name)
+    elif kind == "folder":
+        (tmp_path / name).mkdir()
+    else:
+        (tmp_path / name).touch()
+        os.truncate(tmp_path / name, 1 << 40)
+    assert seconds(lambda: main(["info", str(tmp_path)])) < 20
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert str(tmp_path) in error
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({"tokenizer": 5}, "metadata.tokenizer=5 must be of type str"),
+        ({"tokenizer": ["emoji"]}, "metadata.tokenizer"),
+        ({"class_names": 3}, "metadata.class_names=3 must be a list"),
+        ({"class_names": [1, 2]}, r"metadata.class_names\[0\]=1 must be of type str"),
+        ({"class_names": {"a": 1}}, "metadata.class_names"),
+        ({"provenance": "me"}, "metadata.provenance='me' must be a mapping"),
+        ({"codes_id": 12}, "metadata.codes_id=12"),
+        (None, "metadata must be a mapping of keys, got None"),
+    ],
+)
+@pytest.mark.parametrize("command", ["info", "sample"])
+def test_metadata_of_another_type(tmp_path, capsys, facts, message, command):
+    tiny_gpt().save_pretrained(tmp_path)
+    header = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**header, "metadata": facts}))
+    with pytest.raises(CheckpointError, match=message):
+        load_model(tmp_path)
+    assert main([command, str(tmp_path)]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "document",
+    ['{"a":' * 60 + "1" + "}" * 60, '{"a": ' + "1" * 5000 + "}", "[" * 900 + "]" * 900],
+)
+def test_documents_that_no_program_writes(tmp_path, document):
+    save_file({"surprise": torch.zeros(1)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(document)
+    with pytest.raises(CheckpointError, match=r"config\.json is (damaged|not a flextok)"):
+        load_model(tmp_path)
+
+
+def test_escape_sequences_in_metadata_are_printed_escaped(tmp_path, capsys):
+    model = tiny_tokenizer()
+    model.metadata["note\x1b]0;x\x07"] = "\x1b[2Jgone\nand\u202enrut"
+    model.metadata["start"] = {"weights": "a\x9b31m\udce9"}
+    model.save_pretrained(tmp_path)
+    assert main(["info", str(tmp_path)]) == 0
+    for text in (capsys.readouterr().out, (tmp_path / "README.md").read_text()):
+        assert r"\x1b[2Jgone" in text
+        assert r"\u202enrut" in text
+        assert not set(text) & {"\x1b", "\x07", "\x9b", "\u202e", "\udce9"}
+    os.rename(tmp_path / "model.safetensors", tmp_path / "a\x1b[2J.safetensors")
+    (tmp_path / "b.safetensors").touch()
+    assert main(["info", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert r"a\x1b[2J.safetensors" in error
+    assert "\x1b" not in error
