@@ -17,10 +17,11 @@
 # # Your own tokenizer, from a folder of pictures
 #
 # A run is one YAML file and what you change of it. Here: the quickstart's, for 150 steps, on a folder of 256
-# pictures written for the purpose. Point `ROOT` at yours; longer training makes it sharper.
+# pictures written for the purpose. Point `ROOT` at yours, which are only read; longer training makes it sharper.
 
 # %%
 import csv
+import json
 import logging
 import tempfile
 from pathlib import Path
@@ -35,20 +36,26 @@ from flextok.data.transforms import ImageTransform
 from flextok.pipeline import reconstruct_prefixes
 from flextok.training.run import train
 
-work = Path(tempfile.mkdtemp())
-ROOT = work / "pictures"
-ROOT.mkdir()
-emoji = take(Emoji("train"), 256)
-for number in range(len(emoji)):
-    emoji[number]["image"].save(ROOT / f"{number}.png")
-print(len(ImageFolder(ROOT)), "pictures")
+ROOT = None  # the folder of your pictures, for example "~/pictures"
+
+work = Path(tempfile.mkdtemp())  # all that is written goes here
+if ROOT is None:
+    root = work / "pictures"
+    root.mkdir()
+    emoji = take(Emoji("train"), 256)
+    for number in range(len(emoji)):
+        emoji[number]["image"].save(root / f"{number}.png")
+else:
+    root = Path(ROOT).expanduser()
+pictures = ImageFolder(root)
+print(len(pictures), "pictures")
 
 # %% [markdown]
 # Every setting has a name; a misspelt one is an error that lists the known ones.
 
 # %%
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-data = f"{{name: folder, root: {ROOT}}}"
+data = json.dumps({"name": "folder", "root": str(root)})
 experiment = load_experiment(
     Path("..", "configs", "quickstart_tokenizer.yaml"),
     [
@@ -75,6 +82,6 @@ display(viz.curves({key: {"": points}}, "step"))
 # %%
 tokenizer = FlexTok.from_pretrained(folder)
 transform = ImageTransform(tokenizer.image_size)
-images = transform(emoji[3]["image"])[None]
+images = transform(pictures[0]["image"])[None]
 display(viz.coarse_to_fine(images, reconstruct_prefixes(tokenizer, images, [1, 4, 16])))
 assert points[-1][1] < points[0][1], "it learned nothing"

@@ -222,6 +222,28 @@ def test_notebooks_are_paired():
         assert cells == script, f"{path.name}: run jupytext --sync notebooks/*.ipynb"
 
 
+def test_the_training_notebook_writes_nothing_into_a_users_folder(tmp_path, monkeypatch):
+    """It made the folder, and wrote 256 emoji into it."""
+    own = tmp_path / "it's a #1 folder = x, y"
+    own.mkdir()
+    Image.linear_gradient("L").convert("RGB").save(own / "mine.png")
+    (tmp_path / "work").mkdir()
+    monkeypatch.setattr("tempfile.mkdtemp", lambda: str(tmp_path / "work"))
+    asked = []
+    monkeypatch.setattr("flextok.training.run.train", lambda experiment: asked.append(experiment))
+    monkeypatch.chdir(ROOT / "notebooks")
+    script = (ROOT / "notebooks/train_your_own.py").read_text("utf-8")
+    cells = script.replace("ROOT = None", f"ROOT = {str(own)!r}").split("# %%")
+    cells = [cell for cell in cells if "[markdown]" not in cell.partition("\n")[0]]
+    assert str(own) in cells[1]
+    session: dict[str, object] = {}
+    for cell in cells[1:3]:  # up to the training
+        exec(cell.replace("from IPython.display import display\n", ""), session)
+    assert [path.name for path in own.iterdir()] == ["mine.png"]
+    assert asked[0].data.train == {"name": "folder", "root": str(own)}
+    assert str(own) not in asked[0].output_dir
+
+
 @pytest.mark.slow
 def test_docs_build_without_a_warning_and_ask_nobody(tmp_path):
     pytest.importorskip("mkdocstrings")
