@@ -63,6 +63,8 @@ class DecodeConfig:
     time_shift: float = 1.0  # > 1: more of the steps near the noise, see flow.path.shift_times
 
     def __post_init__(self) -> None:
+        build(SOLVERS, self.solver, "solver")
+        build(GUIDANCE, self.guidance, "guidance")
         check_number("num_steps", self.num_steps, 1, MAX_STEPS, whole=True)
         if not callable(self.guidance_scale):  # decode() takes a function of t, too
             check_number("guidance_scale", self.guidance_scale, 0, MAX_SCALE, hint=" (1 = none)")
@@ -146,8 +148,6 @@ class FlexTok(Pretrained, nn.Module):
         self.quantizer = build(QUANTIZERS, config.quantizer, "quantizer")
         self.sample_keep = build(NESTED_DROPOUT, config.nested_dropout, "nested dropout")
         self.sample_times = build(TIME_SAMPLERS, config.time_sampler, "time sampler")
-        build(SOLVERS, config.decode.solver, "solver")  # decode() asks for it, and for the guidance
-        build(GUIDANCE, config.decode.guidance, "guidance")
         stride = self.vae.downsample * config.patch_size
         if config.image_size % stride:
             raise ValueError(f"image_size={config.image_size} must be a multiple of {stride}")
