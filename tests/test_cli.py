@@ -4,11 +4,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import tiny_gpt, tiny_tokenizer
+from conftest import tiny_gpt, tiny_tokenizer, write_shard
 from PIL import Image
 
 from flextok import viz
-from flextok.cli import main
+from flextok.cli import main, make_parser
 from flextok.pipeline import load_model, remember_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -294,3 +294,28 @@ def test_the_scripts_explain_themselves(script):
         [sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert "usage" in done.stdout
+
+
+def test_every_command_that_finds_something_out_writes_it_as_json():
+    """--json FILE.json was on some commands and missing on their sisters."""
+    (commands,) = (a.choices for a in make_parser()._actions if isinstance(a.choices, dict))
+    without = {
+        name
+        for name, command in commands.items()
+        if not any("--json" in action.option_strings for action in command._actions)
+    }
+    assert without == {"train", "demo", "sample"}  # they make files, or serve
+
+
+def test_index_and_convert_write_json(tmp_path, capsys):
+    shard = write_shard(tmp_path / "a.tar", {"0.png": b"x", "0.cls": b"0"})
+    facts = tmp_path / "facts.json"
+    assert main(["index", shard, str(tmp_path / "index.json"), "--json", str(facts)]) == 0
+    assert json.loads(facts.read_text())["samples"] == 1
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    arguments = [str(tmp_path / "model"), str(tmp_path / "out"), "--json", str(facts)]
+    assert main(["convert", *arguments]) == 0
+    assert json.loads(facts.read_text())["num_tokens"] == 8
+    capsys.readouterr()
+    assert main(["info", str(tmp_path / "model"), "--json", str(facts)]) == 0
+    assert json.loads(facts.read_text())["model_type"] == "flextok"

@@ -4,7 +4,7 @@ import argparse
 import json
 from typing import Any
 
-from flextok.cli.common import TOKENIZER, add_command
+from flextok.cli.common import TOKENIZER, add_command, add_json
 from flextok.printing import printable
 
 
@@ -25,7 +25,7 @@ def add_commands(commands: Any) -> None:
         default=TOKENIZER,
         help=f"folder, weight file, name or hub id, published ones too; default {TOKENIZER}",
     )
-    info.add_argument("--json", action="store_const", const="-", help="print JSON")
+    add_json(info)
 
     convert = add_command(
         commands,
@@ -45,6 +45,7 @@ def add_commands(commands: Any) -> None:
         metavar="key=value",
         help="config fields to change, e.g. max_timestep=1.0 or vae.scaling_factor=0.5",
     )
+    add_json(convert)
 
 
 def run_info(options: argparse.Namespace) -> dict[str, Any]:
@@ -60,7 +61,8 @@ def run_info(options: argparse.Namespace) -> dict[str, Any]:
     return facts
 
 
-def run_convert(options: argparse.Namespace) -> None:
+def run_convert(options: argparse.Namespace) -> dict[str, Any]:
+    from flextok.card import model_facts
     from flextok.pipeline import load_model
 
     overrides = {}
@@ -72,5 +74,6 @@ def run_convert(options: argparse.Namespace) -> None:
             overrides[key] = json.loads(text)
         except json.JSONDecodeError:
             overrides[key] = text
-    folder = load_model(options.input, overrides=overrides).save_pretrained(options.output)
-    print(f"wrote {printable(folder)}")
+    model = load_model(options.input, overrides=overrides)
+    print(f"wrote {printable(model.save_pretrained(options.output))}")
+    return model_facts(model)

@@ -92,6 +92,7 @@ def add_commands(commands: Any) -> None:
     index.add_argument("urls", nargs="+", help="paths or URLs, with {000..012} or *")
     index.add_argument("output", help="the .json to write")
     index.add_argument("--fetch", help="a command that writes the shard {url} to standard output")
+    add_json(index)
 
 
 def run_train(options: argparse.Namespace) -> None:
@@ -127,7 +128,7 @@ def run_plan(options: argparse.Namespace) -> dict[str, Any]:
     return asdict(found)
 
 
-def run_index(options: argparse.Namespace) -> None:
+def run_index(options: argparse.Namespace) -> dict[str, Any]:
     from flextok.cli.common import write_json
     from flextok.data.openers import parse_fetch
     from flextok.data.shards import write_index
@@ -136,6 +137,7 @@ def run_index(options: argparse.Namespace) -> None:
     write_json(options.output, index)
     total = sum(shard["nsamples"] for shard in index["shardlist"])
     print(f"{options.output}: {total} samples in {len(index['shardlist'])} shards")
+    return {"output": options.output, "samples": total, "shards": len(index["shardlist"])}
 
 
 def run_tokenize(options: argparse.Namespace) -> dict[str, Any] | None:
