@@ -4,7 +4,7 @@
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -18,15 +18,19 @@ class IdentityVAE(nn.Module):
     """Latents are the pixels, (images - shift) * scale.
 
     Set both from the data's mean and 1 / standard deviation: pictures on white, say, share a large
-    constant that a small model would first have to learn to ignore.
+    constant that a small model would first have to learn to ignore. In the config of a run "auto"
+    stands for what training measures and writes in its place.
     """
 
     channels, downsample = 3, 1
     has_weights = True  # it needs none
 
-    def __init__(self, shift: float = 0.0, scale: float = 1.0):
+    def __init__(self, shift: float | Literal["auto"] = 0.0, scale: float | Literal["auto"] = 1.0):
         super().__init__()
-        if scale <= 0:
+        for name, value in {"shift": shift, "scale": scale}.items():
+            if not isinstance(value, int | float) and value != "auto":
+                raise ValueError(f"{name}={value!r} must be a number or auto")
+        if scale != "auto" and scale <= 0:
             raise ValueError(f"scale={scale} must be positive: it multiplies the pixels")
         self.shift, self.scale = shift, scale
 
@@ -34,10 +38,24 @@ class IdentityVAE(nn.Module):
         """There are none."""
 
     def encode(self, images: Tensor, sample: bool | None = None, generator: Rng = None) -> Tensor:
-        return (images - self.shift) * self.scale
+        shift, scale = self.numbers()
+        return (images - shift) * scale
 
     def decode(self, latents: Tensor) -> Tensor:
-        return latents / self.scale + self.shift
+        shift, scale = self.numbers()
+        return latents / scale + shift
+
+    @property
+    def is_measured(self) -> bool:
+        return "auto" not in (self.shift, self.scale)
+
+    def numbers(self) -> tuple[float, float]:
+        if self.shift == "auto" or self.scale == "auto":
+            raise ValueError(
+                f"vae shift={self.shift}, scale={self.scale}: `flextok train` measures what auto "
+                "stands for; elsewhere give the mean of the data's pixels and 1 / their deviation"
+            )
+        return self.shift, self.scale
 
 
 class KLVAE(NeedsWeights):

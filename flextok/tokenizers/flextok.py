@@ -46,7 +46,7 @@ from flextok.tokenizers.common import (
 from flextok.tokenizers.distillation import DistillConfig, distillation_loss
 from flextok.tokenizers.nested_dropout import NESTED_DROPOUT, LengthGroup, draw_groups
 from flextok.tokenizers.networks import DecoderOutput, Encoder, FlowDecoder, add_places
-from flextok.vae import VAES
+from flextok.vae import VAES, IdentityVAE
 
 MAX_STEPS, MAX_SCALE = 10_000, 1000  # of a decoder; more of them are a mistake
 
@@ -210,6 +210,13 @@ class FlexTok(Pretrained, nn.Module):
     def _begin_as(self, trained: Any) -> None:
         if not isinstance(trained, FlexTok):
             raise ConfigError(f"start needs a flextok tokenizer, not a {trained.model_type}")
+        both = [m.vae for m in (self, trained) if isinstance(m.vae, IdentityVAE)]
+        if len(both) == 2 and both[1].is_measured and both[0].numbers() != both[1].numbers():
+            shift, scale = both[1].numbers()
+            raise ConfigError(
+                f"model.vae={self.config.vae} is not that of the model it starts from: take "
+                f"{{name: identity, shift: {shift}, scale: {scale}}}, or auto for both"
+            )
         state = trained.state_dict()
         for name in ("encoder.patch_pos", "decoder.patch_pos"):
             grid = self.get_parameter(name).shape[-2:]

@@ -205,6 +205,9 @@ def build(config: ExperimentConfig) -> TrainingModule:
     generator's sizes come from its tokenizer where that is at hand, else from the config and the
     published tokenizer (64,000 codes, 256 tokens)."""
     spec = dict(config.model)
+    if config.task == "tokenizer" and isinstance(spec.get("vae"), dict):
+        auto = {"shift": 0.0, "scale": 1.0}  # measured when it trains
+        spec["vae"] = {k: auto.get(k) if v == "auto" else v for k, v in spec["vae"].items()}
     with torch.device("meta"):
         if config.task == "tokenizer":
             model = build_model(TOKENIZERS, spec)

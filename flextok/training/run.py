@@ -18,12 +18,13 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from flextok.config import ExperimentConfig, TrainerConfig, save_experiment
+from flextok.config import ExperimentConfig, TrainerConfig, load_experiment, save_experiment
 from flextok.data.datamodule import DataModule, prepare_image, prepare_tokens
 from flextok.data.datasets import DATASETS, take
 from flextok.data.labels import Joined, list_names
 from flextok.data.loading import told_in_one_line
 from flextok.data.pictures import UNLABELLED
+from flextok.data.pixels import measure_pixels
 from flextok.data.processes import local_device, this_process
 from flextok.data.stream import EvaluationSet, collate
 from flextok.data.text import build_text_cache
@@ -53,7 +54,7 @@ from flextok.schema import (
     unknown_key,
 )
 from flextok.storage import CONFIG, WEIGHTS, CheckpointError
-from flextok.tokenizers import TOKENIZERS
+from flextok.tokenizers import TOKENIZERS, FlexTokConfig
 from flextok.tokenizers.common import codes_id, same_codes
 from flextok.training.adversarial import AdversarialModule
 from flextok.training.average import Averaging, averaged
@@ -103,7 +104,10 @@ def train_alone(config: ExperimentConfig, folder: Path, leads: bool) -> Path:
     L.seed_everything(config.seed, verbose=False)
     checkpoints = folder / "checkpoints"
     last, step, changes = None, 0, {}
-    if config.resume and (last := find_checkpoint(checkpoints)) is not None:
+    if config.resume:
+        last = find_checkpoint(checkpoints)
+    config = fill_auto(config, None if last is None else folder / "config.yaml")
+    if last is not None:
         step = load_checkpoint(last)["global_step"]
         changes = check_changes(folder / "config.yaml", config, step)
         if step >= config.trainer.max_steps and is_exported(folder, step):
@@ -164,6 +168,54 @@ def make_dataset(spec: dict[str, Any] | list[dict[str, Any]]) -> Any:
     if any(isinstance(part, WebDatasetStream) for part in parts):
         raise ConfigError("a webdataset_stream stands alone: list all its shards as its urls")
     return Joined(parts)
+
+
+def fill_auto(config: ExperimentConfig, stored: Path | None = None) -> ExperimentConfig:
+    """The config with numbers for an identity VAE's `shift: auto` and `scale: auto`: those of the
+    run's own config.yaml (`stored`), else of the model that it starts from, else of the training
+    pictures."""
+    vae = config.model.get("vae")
+    if not isinstance(vae, dict) or vae.get("name") != "identity":
+        return config
+    keys = [key for key in ("shift", "scale") if vae.get(key) == "auto"]
+    if not keys or config.task != "tokenizer":
+        return config
+    known: list[dict[str, Any]] = []
+    if stored is not None and stored.is_file():
+        known.append(load_experiment(stored).model.get("vae") or {})
+    else:
+        starts = [load_model(path).config for path in config.start.values()]
+        known += [start.vae for start in starts if isinstance(start, FlexTokConfig)]
+    for found in known:
+        numbers = {"shift": 0.0, "scale": 1.0, **found}
+        if found.get("name") == "identity" and "auto" not in numbers.values():
+            filled = {key: numbers[key] for key in keys}
+            break
+    else:
+        filled = {key: value for key, value in measured_vae(config).items() if key in keys}
+    return replace(config, model={**config.model, "vae": {**vae, **filled}})
+
+
+def measured_vae(config: ExperimentConfig) -> dict[str, float]:
+    """shift and scale that give the training pictures mean 0 and deviation 1."""
+    name = str(config.model.get("name"))
+    if name not in TOKENIZERS:
+        raise unknown_key("model", name, list(TOKENIZERS))
+    keys = {key: value for key, value in config.model.items() if key != "name"}
+    registry: dict[str, Any] = TOKENIZERS
+    size = from_mapping(registry[name].config_class, keys, "model").image_size
+    mean, deviation, count = measure_pixels(make_dataset(config.data.train), size)
+    if deviation < 1e-3:
+        raise ConfigError(
+            f"the pixels of {count} training pictures deviate by {deviation:.2g} only: they are "
+            "all of one colour; look at data.train, or give model.vae.scale"
+        )
+    found = {"shift": float(f"{mean:.3g}"), "scale": float(f"{1 / deviation:.3g}")}
+    log.info(
+        "pixels of %d training pictures: mean %.3g, deviation %.3g; model.vae: shift %g, scale %g",
+        *(count, mean, deviation, found["shift"], found["scale"]),
+    )
+    return found
 
 
 def build_model(registry: dict[str, Any], spec: dict[str, Any]) -> Any:

@@ -12,7 +12,7 @@ from flextok.evaluation.job import Cell, Options
 from flextok.files import atomic_write
 from flextok.pipeline import load_model
 from flextok.schema import ConfigError, to_mapping
-from flextok.training.run import cache_device, load_tokenizer, make_dataset, train
+from flextok.training.run import cache_device, fill_auto, load_tokenizer, make_dataset, train
 
 
 def train_and_measure(
@@ -26,6 +26,7 @@ def train_and_measure(
     cpu_seconds_per_step (of training, all threads; None where another session finished it) and the
     evaluation's report. Where that file is there already it is only read. Raises ConfigError where
     output_dir holds a run with other settings, and without data.validation."""
+    config = fill_auto(config, Path(config.output_dir) / "config.yaml")
     if config.data.validation is None:
         raise ConfigError("a study measures on data.validation: name the pictures there")
     folder = Path(config.output_dir)

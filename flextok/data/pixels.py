@@ -1,0 +1,47 @@
+"""Mean and deviation of a data set's pixels, from a sample of it."""
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from flextok.data.pictures import CorruptPicture
+from flextok.data.transforms import ImageTransform
+from flextok.data.web import WebDatasetStream
+
+
+class Pixels(NamedTuple):
+    mean: float
+    deviation: float
+    pictures: int  # that were read
+
+
+def measure_pixels(dataset: Any, size: int, limit: int = 1000) -> Pixels:
+    """Of at most `limit` pictures as they are evaluated, (3, size, size) in [-1, 1]: evenly spread
+    over the data set, or from the beginnings of evenly spread shards of a stream. Raises ValueError
+    where none can be read."""
+    transform, total, squares, count = ImageTransform(size), 0.0, 0.0, 0
+    for index in sample_of(dataset, limit):
+        try:
+            pixels = transform(dataset[index]["image"]).double()
+        except CorruptPicture:
+            continue  # training names it
+        total += float(pixels.mean())
+        squares += float(pixels.square().mean())
+        count += 1
+    if not count:
+        raise ValueError("none of the training pictures that were tried can be read")
+    mean = total / count
+    return Pixels(mean, math.sqrt(max(0.0, squares / count - mean**2)), count)
+
+
+def sample_of(dataset: Any, limit: int) -> list[int]:
+    """Ascending indices."""
+    if not isinstance(dataset, WebDatasetStream):
+        number = min(limit, len(dataset))
+        return [i * len(dataset) // number for i in range(number)]
+    shards = len(dataset.counts)
+    chosen = [i * shards // min(8, shards) for i in range(min(8, shards))]
+    firsts = (np.asarray(dataset.ends) - np.asarray(dataset.counts)).tolist()
+    each = max(1, limit // len(chosen))
+    return [firsts[s] + i for s in chosen for i in range(min(each, dataset.counts[s]))]
