@@ -56,6 +56,7 @@ def run_reconstruct(options: argparse.Namespace) -> list[dict[str, Any]]:
     from flextok.data.transforms import ImageTransform, to_image
     from flextok.evaluation.metrics import psnr
     from flextok.evaluation.report import MAX_PSNR
+    from flextok.images import MAX_FILE_BYTES
     from flextok.pipeline import is_generator, load_model, reconstruct_prefixes
 
     sources = dict(list_sources(options.pictures))
@@ -69,9 +70,9 @@ def run_reconstruct(options: argparse.Namespace) -> list[dict[str, Any]]:
     results, unreadable = [], 0
     for name, source in tqdm(sources.items(), unit="picture", disable=None):
         try:
-            picture = load_picture(
-                sys.stdin.buffer.read() if source == "-" else source, str(source)
-            )
+            piped = source == "-"
+            content = sys.stdin.buffer.read(MAX_FILE_BYTES + 1) if piped else source
+            picture = load_picture(content, source)
         except CorruptPicture as error:
             log.warning("skipped %s", error)
             unreadable += 1
