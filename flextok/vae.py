@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from flextok.draws import Rng
+from flextok.draws import Rng, draw
 from flextok.nn.frozen import NeedsWeights
 
 
@@ -134,7 +134,10 @@ class KLVAE(NeedsWeights):
         """images: (B, 3, H, W) in [-1, 1]. Returns latents (B, C, H/f, W/f)."""
         posterior = self.vae.encode(images.to(self.vae.dtype)).latent_dist
         sample = self.sample_posterior if sample is None else sample
-        latents = posterior.sample(generator) if sample else posterior.mode()
+        latents = posterior.mode()
+        if sample:  # as posterior.sample() does, but for waiting for a GPU
+            noise = draw(torch.randn, tuple(latents.shape), generator, latents.device)
+            latents = posterior.mean + posterior.std * noise.to(latents.dtype)
         return latents * self.scaling_factor
 
     def decode(self, latents: Tensor) -> Tensor:

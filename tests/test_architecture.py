@@ -13,7 +13,7 @@ FLOORS = [
     },
     {"tokenizers", "generators"},
     {"pipeline", "data", "evaluation", "viz"},
-    {"config", "machine"},
+    {"config", "fake_gpu", "machine"},
     {"training"},
     {"demo", "bench"},
     {"cli"},

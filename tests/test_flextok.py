@@ -386,7 +386,7 @@ def test_representation_alignment_with_efficientnet(spatial):
 def encoded(model, images):
     """What a model's loss draws, and its codes: images, codes, keep, times, noise."""
     draws = seeded()
-    groups = model.draw_groups(len(images), draws, images.device)
+    groups = model.draw_groups(len(images), draws)
     u_order, _, u_time = torch.rand(3, len(images), generator=draws)
     images = images[u_order.argsort()]
     noise = torch.randn(images.shape, generator=draws)

@@ -48,9 +48,7 @@ def test_the_ends_of_the_unit_interval_stay_in_range(name):
 
 
 def lengths(name, total, batch, different, generator):
-    groups = draw_groups(
-        NESTED_DROPOUT[name], total, batch, different, generator, torch.device("cpu")
-    )
+    groups = draw_groups(NESTED_DROPOUT[name], total, batch, different, generator)
     assert [g.rows.start for g in groups] == [0, *(g.rows.stop for g in groups[:-1])]
     assert all(g.keep.tolist() == [g.length] * (g.rows.stop - g.rows.start) for g in groups)
     return [length for group in groups for length in group.keep.tolist()]

@@ -151,7 +151,7 @@ class TextConditioner(nn.Module):
             raise ValueError("this generator takes prompts, a list of texts, not class labels")
         if not isinstance(cond, Text):
             cond = Text.pad(self.rows(cond, device))
-        return cond.to(device)
+        return Text(to_device(cond.values, device), to_device(cond.mask, device))
 
     def forward(self, cond: Text, drop: Tensor | None = None) -> Condition:
         """cond: of `prepare`; drop: (B,) bool, True = null text. Returns Condition."""

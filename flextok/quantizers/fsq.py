@@ -38,13 +38,16 @@ class FSQ(nn.Module):
         self.is_ifsq = bound == "ifsq"
         self.dim = len(levels)
         self.codebook_size = math.prod(levels)
+        self._placed: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def _constants(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        level = torch.tensor(self.levels, device=like.device)
-        basis = torch.tensor(
-            [math.prod(self.levels[:i]) for i in range(self.dim)], device=like.device
-        )
-        return level, basis
+        """The levels and the place values of an index, copied to a device once."""
+        if like.device not in self._placed:
+            basis = [math.prod(self.levels[:i]) for i in range(self.dim)]
+            with torch.inference_mode(False):  # they outlive a caller's inference mode
+                level, places = (torch.tensor(x, device=like.device) for x in (self.levels, basis))
+            self._placed[like.device] = level, places
+        return self._placed[like.device]
 
     def bound(self, z: Tensor) -> Tensor:
         """z: (..., C). Returns z squashed so that rounding gives exactly L values a dimension."""

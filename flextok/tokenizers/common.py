@@ -81,9 +81,9 @@ def check_indices(
 
 
 def check_keep(keep: Tensor | int | None, batch: int, k: int) -> Tensor:
-    """How many of k codes to use of each, (batch,) long: all for None. Raises ValueError outside
-    [1, k]."""
-    lengths = torch.as_tensor(k if keep is None else keep)
+    """How many of k codes to use of each, (batch,) long on the CPU: all for None. Raises
+    ValueError outside [1, k]."""
+    lengths = torch.as_tensor(k if keep is None else keep, device="cpu")
     if lengths.is_floating_point() or lengths.shape not in ((), (batch,)):
         raise ValueError(f"keep={keep} must be an int or a ({batch},) tensor of ints")
     if lengths.min() < 1 or lengths.max() > k:

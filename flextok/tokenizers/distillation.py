@@ -47,7 +47,7 @@ def distillation_loss(
     config = student.config.distill
     check_images(images, student.image_size)
     batch, device = len(images), images.device
-    groups = student.draw_groups(batch, shared, device)
+    groups = student.draw_groups(batch, shared)
     i = host_random(shared).randrange(config.num_steps)
     steps = shift_times(linear_times(config.num_steps), student.config.decode.time_shift)
     start, end = steps[i], steps[i + 1]

@@ -333,13 +333,14 @@ class FlexTok(Pretrained, nn.Module):
             )
         check_images(images, self.image_size)
         batch, device = len(images), images.device
-        groups = self.draw_groups(batch, shared, device)
-        u_order, u_null, u_time = draw(torch.rand, (3, batch), generator, device)
-        images = images[u_order.argsort()]  # any picture may get any length
+        groups = self.draw_groups(batch, shared)
+        # on the CPU, since a null condition decides shapes
+        u_order, u_null, u_time = draw(torch.rand, (3, batch), generator, torch.device("cpu"))
+        images = images[to_device(u_order.argsort(), device)]  # any picture may get any length
         x0 = self.vae.encode(images, generator=generator)
         align, null = self.config.cross_length, u_null < self.config.null_prob
         noise = draw(torch.randn, tuple(x0.shape), generator, device).to(x0.dtype)
-        t = self.sample_times(u_time)
+        t = self.sample_times(to_device(u_time, device))
         x_t = interpolate(x0, noise, t)
         predicts, space = self.config.prediction, self.config.loss_space
         target = x0 if predicts == "x0" else velocity_target(x0, noise)
@@ -378,14 +379,12 @@ class FlexTok(Pretrained, nn.Module):
             total = total + self.repa.weight * losses["repa"]
         return {"loss": total, **losses}
 
-    def draw_groups(
-        self, batch: int, generator: torch.Generator | None, device: torch.device
-    ) -> list[LengthGroup]:
+    def draw_groups(self, batch: int, generator: torch.Generator | None) -> list[LengthGroup]:
         """Nested dropout in training: the rows of a batch in groups that run apart. Truncated, each
         length is a group, as short as it can be; with mask tokens all are one."""
         truncates = self.config.drop_mode == "truncate"
         different = self.config.batch_lengths if truncates else batch
-        groups = draw_groups(self.sample_keep, self.num_tokens, batch, different, generator, device)
+        groups = draw_groups(self.sample_keep, self.num_tokens, batch, different, generator)
         if truncates:
             return groups
         keep = torch.cat([group.keep for group in groups])
@@ -450,7 +449,7 @@ class FlexTok(Pretrained, nn.Module):
                 "the first ones are just its upper rows"
             )
         device = self.device
-        indices, keep = to_device(indices, device), to_device(keep, device)
+        indices = to_device(indices, device)
         shape = (len(indices), *self.noise_shape)
         if noise is None:
             noise = draw(torch.randn, shape, generator, device)
@@ -492,7 +491,7 @@ class FlexTok(Pretrained, nn.Module):
         progress: Callable[[int], None] | None = None,
     ) -> Tensor:
         """x: latents (B, C, h, w) at times[0]; times: (S+1,), decreasing; codes: (B, k, code_dim);
-        keep: (B,) long. All else as in decode. Returns latents at times[-1]."""
+        keep: (B,) long on the CPU. All else as in decode. Returns latents at times[-1]."""
         defaults = self.config.decode
         registers, mask = self.decoder.embed_codes(codes, keep)
         everyone = torch.ones_like(keep, dtype=torch.bool)

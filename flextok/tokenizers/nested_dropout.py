@@ -51,7 +51,7 @@ class LengthGroup(NamedTuple):
 
     rows: slice
     length: int  # the longest of the group
-    keep: Tensor  # (rows,) long, of each
+    keep: Tensor  # (rows,) long, of each, on the CPU
 
 
 def draw_groups(
@@ -60,7 +60,6 @@ def draw_groups(
     batch: int,
     different: int,
     generator: torch.Generator | None,
-    device: torch.device,
 ) -> list[LengthGroup]:
     """The lengths of a batch, grouped and ascending. They are stratified: `different` values of u
     (at most one a picture) lie at equal distances from one random offset, so that each batch has
@@ -72,7 +71,7 @@ def draw_groups(
     lengths = [sampler((s + offset) % 1.0, num_registers=num_registers) for s in strata]
     groups, start = [], 0
     for length, count in sorted(Counter(lengths).items()):
-        keep = torch.full((count,), length, device=device)  # not copied from the host
+        keep = torch.full((count,), length, device="cpu")
         groups.append(LengthGroup(slice(start, start + count), length, keep))
         start += count
     return groups

@@ -117,8 +117,9 @@ class FlowDecoder(nn.Module):
         self, codes: Tensor, keep: Tensor | None = None, null: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """codes: (B, k, code_dim) with k <= K; keep: (B,) long, tokens kept of each (default k);
-        null: (B,) bool, True = no condition. Returns registers (B, K', D) and an additive attention
-        bias (B, 1, 1, N+K') or None; both serve every step of a solve.
+        null: (B,) bool, True = no condition. Both decide shapes, so they are best on the CPU: from
+        elsewhere they are read back. Returns registers (B, K', D) and an additive attention bias
+        (B, 1, 1, N+K') or None, on the device of codes; both serve every step of a solve.
 
         Mask mode: the sequence has K registers, a dropped one is the mask token without a position.
         Truncate mode: it has `keep`. The null token stands for all. Equal tokens stay equal
@@ -126,11 +127,12 @@ class FlowDecoder(nn.Module):
         attention logit says how many they are, and K' is as many different tokens as there are."""
         batch, k, _ = codes.shape
         total = self.register_pos.shape[0]
-        if keep is None:
-            keep = torch.full((batch,), k, device=codes.device)
+        device, none = codes.device, torch.zeros(batch, dtype=torch.bool, device="cpu")
+        keep = torch.full((batch,), k, device="cpu") if keep is None else keep.cpu()
+        null = none if null is None else null.cpu()
         truncates = self.drop_mode == "truncate"
         size = keep if truncates else torch.full_like(keep, total)  # registers of the sequence
-        real = keep if null is None else keep.masked_fill(null, 0)  # those that are codes
+        real = keep.masked_fill(null, 0)  # those that are codes
         length = longest = int(keep.max()) if truncates else total
         if not self.training:
             length = int((real + (real < size)).max())
@@ -138,13 +140,15 @@ class FlowDecoder(nn.Module):
         x = x + self.register_pos[: x.shape[1]].to(x.dtype)
         x = F.pad(x, (0, 0, 0, length - x.shape[1]))
         filler = self.mask_token.to(x.dtype)
-        if null is not None:
-            filler = torch.where(null[:, None, None], self.null_token.to(x.dtype), filler)
-        slots = torch.arange(length, device=codes.device)
-        x = torch.where((slots < real[:, None])[..., None], x, filler)
+        if null is not none:
+            is_null = to_device(null[:, None, None], device)
+            filler = torch.where(is_null, self.null_token.to(x.dtype), filler)
+        slots = torch.arange(length, device="cpu")
+        is_code = slots < real[:, None]
+        x = torch.where(to_device(is_code[..., None], device), x, filler)
         if length < longest:
             copies = torch.where(slots == real[:, None], (size - real)[:, None], 0)
-            count = torch.where(slots < real[:, None], 1, copies)  # (B, K')
+            count = torch.where(is_code, 1, copies)  # (B, K')
         elif truncates:
             count = (slots < size[:, None]).long()
         else:
@@ -152,7 +156,7 @@ class FlowDecoder(nn.Module):
         if bool((count == 1).all()):
             return x, None
         bias = F.pad(count.to(x.dtype).log(), (self.grid**2, 0))  # 0: a patch; -inf: not there
-        return x, bias[:, None, None]
+        return x, to_device(bias[:, None, None], device)
 
     def forward(
         self, x_t: Tensor, t: Tensor, registers: Tensor, mask: Tensor | None = None

@@ -363,7 +363,7 @@ class TiTok(Pretrained, NeedsWeights):
         batch, device = len(codes), codes.device
         different = self.config.batch_lengths
         lengths = (self.sample_keep, self.num_tokens, batch, different)
-        groups = draw_groups(*lengths, shared, device)
+        groups = draw_groups(*lengths, shared)
         order = draw(torch.rand, (batch,), generator, device).argsort()
         out = []
         for rows, length, _ in groups:
