@@ -123,6 +123,24 @@ def test_a_command_is_run_without_a_shell(tmp_path, shard, capsys):
     assert not list(tmp_path.rglob("hit"))
 
 
+def test_a_command_gets_no_address_from_an_index_that_a_shell_would_read(tmp_path, shard):
+    """A user's `ssh host cat {url}` has a shell on the other side."""
+    fetch = [sys.executable, "-c", "0", "{url}"]
+    index = tmp_path / "index.json"
+    for url in (
+        "http://h/a.tar;touch hit",
+        "http://h/$(hit)",
+        "s3://b/a b",
+        "/x;hit",
+        "-rf",
+        "`x`",
+    ):
+        with pytest.raises(ValueError, match=r"index\.json lists"):
+            WebDatasetStream(write(index, url), label_key=None, fetch=fetch)
+    plain = ["http://h/a.tar", "s3://b/x-0.tar", shard]
+    assert WebDatasetStream(write(index, *plain), label_key=None, fetch=fetch).shards == plain
+
+
 def test_a_command_that_fails_is_damage_and_is_not_left_running(tmp_path, shard):
     failing = [sys.executable, "-c", "import sys; sys.exit(3)", "{url}"]
     data = WebDatasetStream("s3://b/a.tar", samples=2, label_key=None, fetch=failing)

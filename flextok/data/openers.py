@@ -17,6 +17,8 @@ from typing import IO
 from urllib.parse import urljoin
 
 SCHEME = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.-]+)\s*:")  # two letters or more: C:\ is a drive
+# an address from a file, as one word of a command: nothing in it that a shell behind it would read
+SAFE = re.compile(r"(?!file:)[a-z][a-z0-9+.-]+://[\w./~:=%+@,-]+")
 WAITS = (1, 3, 9)  # seconds before an address that failed for now is asked again
 TIMEOUT = 60  # seconds without a byte
 DRAINED = 64  # MB read behind a tar's end, to see how a transfer ends
@@ -60,14 +62,14 @@ def check_listed(index: str, url: object, fetch: list[str] | None) -> str:
     if not isinstance(url, str) or not url or "\0" in url:
         raise ValueError(f"{index} lists {url!r}, which is no address of a shard")
     whole = urljoin(index, url) if is_http(index) else url
-    if is_http(whole):
+    is_safe = SAFE.fullmatch(whole) is not None
+    if is_http(whole) and (fetch is None or is_safe):
         return whole
     if not is_http(index):
         path = Path(index).expanduser().parent / url
-        if path.is_file() or not SCHEME.match(url):
+        if path.is_file() or (fetch is None and not SCHEME.match(url)):
             return str(path.absolute())
-    # one word of a command that others may read as a shell would: nothing that a shell reads
-    if fetch is not None and re.fullmatch(r"(?!file:)[a-z][a-z0-9+.-]+://[\w./~:=%+@,-]+", whole):
+    if fetch is not None and is_safe:
         return whole
     raise ValueError(
         f"{index} lists {url!r}: a shard in an index is an http(s) address or a path; other "
