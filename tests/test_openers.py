@@ -252,5 +252,10 @@ def test_damaged_indices_are_told_in_one_line(tmp_path, shard):
             stated_counts(str(path), None)
     with pytest.raises(ValueError, match="no readable index"):
         stated_counts(f"{tmp_path}/no.json", None)
-    with pytest.raises(ValueError, match="urls="):
-        expand_shards("a{b.tar")
+    for urls, message in (("a{b.tar", "urls='a.b.tar'"), ([7], "urls holds 7"), ("", "no file")):
+        with pytest.raises(ValueError, match=message):
+            expand_shards(urls)
+    signed = "https://host/a.tar?signature=" + "x" * 5000  # longer than any file's name
+    assert expand_shards(signed) == [signed]
+    path.write_text(json.dumps({"shardlist": [{"url": signed, "nsamples": 1}]}))
+    assert stated_counts(str(path), None) == ([signed], [1])

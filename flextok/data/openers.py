@@ -3,6 +3,7 @@ what a command of the user's own writes. No shell is ever started, and no addres
 addresses may come from a downloaded index, which is data."""
 
 import http.client
+import os
 import re
 import shlex
 import shutil
@@ -67,13 +68,13 @@ def check_listed(index: str, url: object, fetch: list[str] | None) -> str:
         return whole
     if not is_http(index):
         path = Path(index).expanduser().parent / url
-        if path.is_file() or (fetch is None and not SCHEME.match(url)):
+        if os.path.isfile(path) or (fetch is None and not SCHEME.match(url)):
             return str(path.absolute())
     if fetch is not None and is_safe:
         return whole
     raise ValueError(
-        f"{index} lists {url!r}: a shard in an index is an http(s) address or a path; other "
-        "addresses are read only by a command that you name as fetch"
+        f"{index} lists {url!r}: a shard in an index is an http(s) address or a path; one that your "
+        "own command (fetch) reads looks like s3://bucket/a.tar, without signs that a shell reads"
     )
 
 
@@ -87,7 +88,7 @@ def open_shard(url: str, fetch: list[str] | None = None) -> Iterator[IO[bytes]]:
     elif is_http(url):
         with from_web(url) as stream:
             yield stream
-    elif not Path(url).is_file():
+    elif not os.path.isfile(url):
         raise FileNotFoundError(f"{url} is no file")
     else:
         with open(url, "rb") as file:

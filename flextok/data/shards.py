@@ -82,7 +82,7 @@ def stated_counts(
 
 def read_listed(index: str, fetch: list[str] | None) -> tuple[list[str], list[int]]:
     """The shards that an index file lists, and their numbers of samples."""
-    place = index if is_remote(index) else str(Path(index).expanduser())
+    place = index if is_remote(index) else os.path.expanduser(index)
     by = fetch if is_remote(index) and not is_http(index) else None
     try:
         with open_shard(place, by) as file:
@@ -172,12 +172,12 @@ def expand_shards(urls: str | Sequence[str], fetch: list[str] | None = None) -> 
     """Braces and globs to local files and URLs, in order. A file of that very name goes first."""
     shards: list[str] = []
     for url in expand_braces([urls] if isinstance(urls, str) else urls):
-        path = str(Path(url).expanduser())
-        is_file = Path(path).is_file()
+        path = os.path.expanduser(url)
+        is_file = os.path.isfile(path)  # unlike Path's, it takes an address of any length
         if not is_file and is_remote(check_address(url, fetch)):
             shards.append(url)
             continue
-        found = [path] if is_file else [f for f in sorted(glob.glob(path)) if Path(f).is_file()]
+        found = [path] if is_file else [f for f in sorted(glob.glob(path)) if os.path.isfile(f)]
         if not found:
             raise ValueError(f"urls={url!r} matches no file")
         shards += found
@@ -188,9 +188,11 @@ def expand_shards(urls: str | Sequence[str], fetch: list[str] | None = None) -> 
 
 def expand_braces(urls: Sequence[str]) -> Iterator[str]:
     for url in urls:
+        if not isinstance(url, str):
+            raise ValueError(f"urls holds {url!r}, which is no path or address")
         try:
-            yield from [url] if Path(url).expanduser().is_file() else expand_urls(url)
-        except (ValueError, RuntimeError) as error:  # unbalanced braces, no such home
+            yield from [url] if os.path.isfile(os.path.expanduser(url)) else expand_urls(url)
+        except ValueError as error:  # unbalanced braces
             raise ValueError(f"urls={url!r}: {error}") from None
 
 
