@@ -73,8 +73,8 @@ def check_listed(index: str, url: object, fetch: list[str] | None) -> str:
     if fetch is not None and is_safe:
         return whole
     raise ValueError(
-        f"{index} lists {url!r}: a shard in an index is an http(s) address or a path; one that your "
-        "own command (fetch) reads looks like s3://bucket/a.tar, without signs that a shell reads"
+        f"{index} lists {url!r}: a shard in an index is an http(s) address or a path; one that a "
+        "command (fetch) reads looks like s3://bucket/a.tar, without signs that a shell reads"
     )
 
 
