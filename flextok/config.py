@@ -161,6 +161,8 @@ def load_experiment(path: str | Path, overrides: list[str] | None = None) -> Exp
         values: Any = OmegaConf.to_container(loaded, resolve=True)
     except (OmegaConfBaseException, RecursionError) as error:
         raise ConfigError(f"{path}: {error}") from None
+    if isinstance(data := values.get("data"), dict):
+        data |= {key: folder_spec(key, data[key]) for key in ("train", "validation") if key in data}
     config = from_mapping(ExperimentConfig, values)
     if config.task == "generator" and not config.tokenizer:
         raise ConfigError(
@@ -179,6 +181,15 @@ def load_experiment(path: str | Path, overrides: list[str] | None = None) -> Exp
         asked = ", ".join(name for name, value in whole.items() if value)
         raise ConfigError(f"trainer.strategy=fsdp2 shards the model, {asked} needs it whole: ddp?")
     return config
+
+
+def folder_spec(key: str, value: Any) -> Any:
+    """A data set's spec; the name of a folder alone stands for its pictures."""
+    if not isinstance(value, str):
+        return value
+    if not os.path.isdir(value):
+        raise ConfigError(f"data.{key}={value!r} is no folder: name one, or {{name: emoji, ...}}")
+    return {"name": "folder", "root": value}
 
 
 def read_override(text: str, hint: Any) -> Any:

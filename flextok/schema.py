@@ -61,7 +61,8 @@ def check_number(
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not low <= value <= high or (whole and value != int(value)):
         kind = "a whole number" if whole else "a number"
-        raise ConfigError(f"{where}={value!r} must be {kind} from {low:g} to {high:g}{hint}.")
+        found = f"{where}{' ' if where.startswith('--') else '='}{value!r}"
+        raise ConfigError(f"{found} must be {kind} from {low:g} to {high:g}{hint}.")
 
 
 def unknown_key(kind: str, key: str, known: list[str], where: str = "") -> ConfigError:

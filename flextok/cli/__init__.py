@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
+from flextok import __version__
 from flextok.cli import align, bench, demo, measure, models, reconstruct, sample, training
 from flextok.cli.common import AnyOrder, write_json
 from flextok.printing import PrintableFormatter, one_line
@@ -87,6 +88,7 @@ def run(options: argparse.Namespace) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("flextok", description=DESCRIPTION, epilog=EXIT)
+    parser.add_argument("--version", action="version", version=f"flextok {__version__}")
     commands = parser.add_subparsers(
         required=True,
         metavar="command",

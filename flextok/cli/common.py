@@ -10,10 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from flextok.schema import NotFinite
+from flextok.schema import NotFinite, check_number
 
 # the models that come with the package: a tokenizer, and generators by class and by prompt
 TOKENIZER, BY_CLASS, BY_PROMPT = "emoji", "emoji-class", "emoji-text"
+# options of several commands, with the least and the most that makes sense
+COUNTS = [("seed", 0, 2**63 - 1), ("num_workers", 0, 1000), ("batch_size", 1, 1_000_000)]
 HELD_OUT = "emoji:validation"  # pictures that they were not trained on
 
 
@@ -55,9 +57,13 @@ def add_command(
 
 
 def naming_the_model(run: Callable[[argparse.Namespace], Any]) -> Callable[..., Any]:
-    """`run`, whose NotFinite errors say which model's numbers are not finite."""
+    """`run`, whose NotFinite errors say which model's numbers are not finite. A seed or count out
+    of its range is refused first."""
 
     def named(options: argparse.Namespace) -> Any:
+        for name, low, high in COUNTS:
+            if (value := vars(options).get(name)) is not None:
+                check_number(f"--{name.replace('_', '-')}", value, low, high, whole=True)
         try:
             return run(options)
         except NotFinite as error:

@@ -27,6 +27,16 @@ def add_commands(commands: Any) -> None:
     )
     add_json(info)
 
+    models = add_command(
+        commands,
+        "models",
+        run_models,
+        "the models that come with the package",
+        "Their names serve wherever a command takes a model.",
+        "flextok models\nflextok info emoji-class",
+    )
+    add_json(models)
+
     convert = add_command(
         commands,
         "convert",
@@ -46,6 +56,22 @@ def add_commands(commands: Any) -> None:
         help="config fields to change, e.g. max_timestep=1.0 or vae.scaling_factor=0.5",
     )
     add_json(convert)
+
+
+def run_models(options: argparse.Namespace) -> list[dict[str, Any]]:
+    from flextok.pipeline import is_generator, load_model
+    from flextok.storage import released
+
+    found = []
+    for name in released():
+        model = load_model(name, "meta")  # the weights stay in their file
+        if is_generator(model):
+            kind, takes = "generator", "by " + model.config.conditioner["name"]
+        else:
+            kind, takes = "tokenizer", f"{model.image_size} x {model.image_size} pixels"
+        print(f"{name:<18}{kind}, {takes}, {model.num_tokens} tokens")
+        found.append({"name": name, "kind": kind, "takes": takes, "num_tokens": model.num_tokens})
+    return found
 
 
 def run_info(options: argparse.Namespace) -> dict[str, Any]:

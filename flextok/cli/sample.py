@@ -1,6 +1,8 @@
 """`flextok sample`: pictures by class or prompt, and coarse-to-fine grids."""
 
 import argparse
+import difflib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,13 @@ from flextok.cli.common import (
     pick_device,
     token_lengths,
 )
+from flextok.schema import check_number
 
 MOST_CLASSES = 16  # in a grid whose classes nobody named
+MOST_PIXELS = 2**26  # of a grid
+MOST_SAMPLES, MOST_PICTURES = 10_000, 1_000_000
+MOST_BYTES = 2**26  # of a file of prompts
+BATCH = 64
 
 
 def add_commands(commands: Any) -> None:
@@ -47,7 +54,8 @@ def add_commands(commands: Any) -> None:
         "--classes",
         nargs="*",
         metavar="CLASS",
-        help=f"names or numbers; 'none'; alone: all, or {MOST_CLASSES} of them",
+        help="names, else numbers, else 'none' (or ''), for no class; alone: all, or "
+        f"{MOST_CLASSES} of them",
     )
     sample.add_argument("--prompt", nargs="+", metavar="TEXT", help="texts; '' = none")
     sample.add_argument("--prompts-file", metavar="FILE", help="one prompt a line")
@@ -68,83 +76,160 @@ def add_commands(commands: Any) -> None:
 
 
 def run_sample(options: argparse.Namespace) -> None:
-    from flextok import viz
-    from flextok.generators.conditioning import TextConditioner
-    from flextok.pipeline import (
-        generate_images,
-        is_generator,
-        load_model,
-        load_tokenizer_of,
-        reconstruct_prefixes,
-    )
+    from flextok.pipeline import is_generator, load_model
 
+    check_output(Path(options.output))
     if options.model is None:
         by_prompt = options.prompt or options.prompts_file
         by_class = options.classes is not None
         options.model = BY_PROMPT if by_prompt else BY_CLASS if by_class else TOKENIZER
     model = load_model(options.model, pick_device(options.device))
-    device = next(model.parameters()).device
-    decoding = decoding_options(options)
     if is_generator(model):
-        by_text = isinstance(model.conditioner, TextConditioner)
-        if by_text:
-            cond = names = read_prompts(options)
-        elif options.images or options.data:
-            raise ValueError("a generator makes pictures from --classes, not --images or --data")
-        elif options.prompt or options.prompts_file:
-            raise ValueError(f"{options.model} knows classes, not prompts: use --classes")
-        else:
-            cond, names = class_labels(model, options.classes, options.num_samples)
-            cond = cond.to(device)
-        tokenizer = load_tokenizer_of(model, options.model, options.tokenizer, device)
-        lengths = token_lengths(options.num_tokens, tokenizer, model.num_tokens)
-        sampling = {
-            "temperature": options.temperature,
-            "top_k": options.top_k,
-            "top_p": options.top_p,
-            "guidance_scale": options.cond_guidance,
-            "num_steps": options.generator_steps,
-        }
-        pictures = generate_images(
-            model, tokenizer, cond, lengths, options.seed, sampling, decoding
-        )
-        if len(lengths) > 1:
-            picture = viz.coarse_to_fine(None, pictures, names)
-        else:
-            picture = viz.samples(pictures[lengths[0]], names, options.num_samples)
-        if by_text:
-            save_each(pictures[lengths[-1]], Path(options.output))
+        generate(model, options)
     else:
-        if options.classes is not None or options.prompt or options.prompts_file:
-            raise ValueError(
-                "a tokenizer reconstructs --images or --data; it has no --classes or prompts"
-            )
-        lengths = token_lengths(options.num_tokens, model, model.num_tokens)
-        images = read_images(options, model.image_size)
-        decoded = reconstruct_prefixes(model, images, lengths, options.seed, decoding)
-        picture = viz.coarse_to_fine(images, decoded)
-    print(f"wrote {viz.save(picture, options.output)}")
+        reconstruct(model, options)
 
 
-def read_images(options: argparse.Namespace, size: int) -> Any:
-    """--images, --data or held-out emoji as (n, 3, size, size) in [-1, 1]; unreadable ones are
-    skipped."""
+def generate(model: Any, options: argparse.Namespace) -> None:
+    """Pictures by class, by prompt or of nothing; those of prompts are files, too."""
+    import torch
+    from tqdm import tqdm
+
+    from flextok import viz
+    from flextok.data.transforms import to_image
+    from flextok.pipeline import generate_batches, load_tokenizer_of
+
+    by_text, cond, names = conditions(model, options)
+    device = next(model.parameters()).device
+    tokenizer = load_tokenizer_of(model, options.model, options.tokenizer, device)
+    lengths = token_lengths(options.num_tokens, tokenizer, model.num_tokens)
+    room = max(1, MOST_PIXELS // (len(lengths) * max(128, tokenizer.image_size) ** 2))
+    if len(names) > room and not by_text:
+        raise ValueError(
+            f"{len(names)} pictures of {len(lengths)} lengths do not fit one grid of {room}: ask "
+            "for fewer --classes, --num-samples or --num-tokens"
+        )
+    sampling = {
+        "temperature": options.temperature,
+        "top_k": options.top_k,
+        "top_p": options.top_p,
+        "guidance_scale": options.cond_guidance,
+        "num_steps": options.generator_steps,
+    }
+    output, kept, done = Path(options.output), [], 0
+    with tqdm(total=len(names), unit="picture", disable=None) as bar:
+        for batch in generate_batches(
+            *(model, tokenizer, cond, lengths, options.seed, sampling, decoding_options(options)),
+            progress=lambda step: bar.set_postfix_str(f"step {step} of a batch"),
+        ):
+            pictures = {k: images.cpu() for k, images in batch.items()}
+            last = pictures[lengths[-1]]
+            if done < room:
+                kept.append({k: images[: room - done] for k, images in pictures.items()})
+            for number, picture in enumerate(last if by_text else (), done + 1):
+                place = output.with_name(f"{output.stem}-{number}.png")
+                bar.write(f"wrote {viz.save(to_image(picture), place)}", file=sys.stdout)
+            done += len(last)
+            bar.update(len(last))
+    grid = {k: torch.cat([batch[k] for batch in kept]) for k in lengths}
+    shown = names[: len(grid[lengths[0]])]
+    if len(lengths) > 1:
+        picture = viz.coarse_to_fine(None, grid, shown)
+    else:
+        picture = viz.samples(grid[lengths[0]], shown, options.num_samples)
+    print(f"wrote {viz.save(picture, output)}" + beyond(len(shown), len(names)))
+
+
+def reconstruct(model: Any, options: argparse.Namespace) -> None:
+    """--images, --data or held-out emoji, batch by batch; unreadable ones are skipped, and an error
+    at the end if they were named."""
+    import torch
     from torch.utils.data import DataLoader
+    from tqdm import tqdm
 
-    from flextok.data.datamodule import prepare_image
+    from flextok import viz
     from flextok.data.datasets import PictureFiles, take
-    from flextok.data.stream import EvaluationSet, collate
-    from flextok.data.transforms import ImageTransform
+    from flextok.data.stream import collate
+    from flextok.evaluation.passes import Numbered
+    from flextok.pipeline import decoding_options as checked
+    from flextok.pipeline import reconstruct_prefixes
 
+    if options.classes is not None or options.prompt or options.prompts_file:
+        raise ValueError(
+            "a tokenizer reconstructs --images or --data; it has no --classes or prompts"
+        )
     if options.images and options.data:
         raise ValueError("name the pictures to reconstruct by --images or by --data, not by both")
+    lengths = token_lengths(options.num_tokens, model, model.num_tokens)
+    decoding = decoding_options(options)
+    if model.vocab_size:
+        checked(model, decoding)
     source = PictureFiles(options.images) if options.images else open_data(options.data or HELD_OUT)
     limit = 8 if options.limit is None and not options.images else options.limit
-    dataset = EvaluationSet(take(source, limit), prepare_image(ImageTransform(size)))
-    batch = next(iter(DataLoader(dataset, batch_size=len(dataset), collate_fn=collate)))
-    if not batch:
+    dataset = Numbered(take(source, limit), model.image_size)
+    room = max(1, MOST_PIXELS // ((len(lengths) + 1) * max(128, model.image_size) ** 2))
+    if len(dataset) > room:
+        raise ValueError(
+            f"{len(dataset)} pictures do not fit one grid of {room}: --limit them, or use flextok "
+            "reconstruct, which writes one file each"
+        )
+    originals, made = [], []
+    with tqdm(total=len(dataset), unit="picture", disable=None) as bar:
+        for batch in DataLoader(dataset, batch_size=BATCH, collate_fn=collate):
+            if batch:
+                images, rows = batch["image"], batch["index"].tolist()
+                decoded = reconstruct_prefixes(model, images, lengths, options.seed, decoding, rows)
+                originals.append(images)
+                made.append({k: pictures.cpu() for k, pictures in decoded.items()})
+                bar.update(len(images))
+    if not made:
         raise ValueError("none of the pictures could be read; see the warnings above")
-    return batch["image"]
+    grid = {k: torch.cat([part[k] for part in made]) for k in lengths}
+    print(f"wrote {viz.save(viz.coarse_to_fine(torch.cat(originals), grid), options.output)}")
+    if options.images and (lost := len(dataset) - sum(map(len, originals))):
+        raise ValueError(f"{lost} of {len(dataset)} pictures could not be read, see above")
+
+
+def beyond(shown: int, total: int) -> str:
+    return "" if shown == total else f", which shows the first {shown} of {total} pictures"
+
+
+def check_output(output: Path) -> None:
+    """Raises ValueError where no picture can be written by that name."""
+    from PIL import Image
+
+    if output.is_dir():
+        raise ValueError(f"--output {output} is a folder: name a picture, such as grid.png in it")
+    Image.init()
+    if output.suffix.lower() not in Image.EXTENSION or (
+        Image.EXTENSION[output.suffix.lower()] not in Image.SAVE
+    ):
+        raise ValueError(f"--output {output} must end in .png, or as another picture format does")
+
+
+def conditions(model: Any, options: argparse.Namespace) -> tuple[bool, Any, list[str]]:
+    """Whether a generator reads prompts, what it is to generate from, and a name for each."""
+    import torch
+
+    from flextok.generators.conditioning import NULL_CLASS, NoConditioner, TextConditioner
+
+    check_number("--num-samples", options.num_samples, 1, MOST_SAMPLES, whole=True)
+    if isinstance(model.conditioner, TextConditioner):
+        prompts = read_prompts(options)
+        return True, prompts, prompts
+    if isinstance(model.conditioner, NoConditioner):
+        if options.classes is not None or options.prompt or options.prompts_file or options.data:
+            raise ValueError(
+                f"{options.model} generates without a condition: it takes no --classes, no "
+                "prompts and no --data, only --num-samples"
+            )
+        return False, torch.full((options.num_samples,), NULL_CLASS), [""] * options.num_samples
+    if options.images or options.data:
+        raise ValueError("a generator makes pictures from --classes, not --images or --data")
+    if options.prompt or options.prompts_file:
+        raise ValueError(f"{options.model} knows classes, not prompts: use --classes")
+    known, total = model.metadata.get("class_names", []), model.conditioner.num_classes
+    return False, *class_labels(known, total, options.classes, options.num_samples)
 
 
 def read_prompts(options: argparse.Namespace) -> list[str]:
@@ -154,8 +239,6 @@ def read_prompts(options: argparse.Namespace) -> list[str]:
     given = [bool(x) for x in (options.prompt, options.prompts_file, options.data)]
     if sum(given) != 1:
         raise ValueError("name the prompts: --prompt TEXT ..., --prompts-file FILE or --data SET")
-    if options.num_samples < 1:
-        raise ValueError(f"--num-samples {options.num_samples} must be at least 1")
     if options.prompt:
         prompts = options.prompt
     elif options.prompts_file:
@@ -165,6 +248,7 @@ def read_prompts(options: argparse.Namespace) -> list[str]:
 
         dataset = take(open_data(options.data), 8 if options.limit is None else options.limit)
         prompts = [dataset[i]["caption"] for i in range(len(dataset))]
+    check_number("the number of pictures", len(prompts) * options.num_samples, 0, MOST_PICTURES)
     return [prompt for prompt in prompts for _ in range(options.num_samples)]
 
 
@@ -174,6 +258,8 @@ def read_lines(path: Path) -> list[str]:
 
     if not path.is_file():
         raise ValueError(f"--prompts-file {path}: there is no such file")
+    if path.stat().st_size > MOST_BYTES:
+        raise ValueError(f"--prompts-file {path} has over {MOST_BYTES >> 20} MB: split it")
     try:
         lines = [line.strip() for line in decode_text(path.read_bytes()).splitlines()]
     except UnicodeDecodeError as error:
@@ -183,39 +269,37 @@ def read_lines(path: Path) -> list[str]:
     return [line for line in lines if line]
 
 
-def save_each(pictures: Any, output: Path) -> None:
-    """(n, 3, H, W) -> <output>-1.png, <output>-2.png, ... beside the grid."""
-    from flextok import viz
-    from flextok.data.transforms import to_image
-
-    for number, picture in enumerate(pictures, 1):
-        path = viz.save(to_image(picture), output.with_name(f"{output.stem}-{number}.png"))
-        print(f"wrote {path}")
-
-
-def class_labels(model: Any, classes: list[str] | None, num_samples: int) -> tuple[Any, list[str]]:
-    """Class names or numbers to labels, each num_samples times. By default all of
-    them, or MOST_CLASSES, evenly spread."""
+def class_labels(
+    known: list[str], total: int, classes: list[str] | None, num_samples: int
+) -> tuple[Any, list[str]]:
+    """Classes to labels and names, each num_samples times. An entry is a class's name; else its
+    number; else "none" or "", for no class. By default all of them, or MOST_CLASSES, evenly
+    spread."""
     import torch
 
     from flextok.generators.conditioning import NULL_CLASS
 
-    known: list[str] = model.metadata.get("class_names", [])
-    if num_samples < 1:
-        raise ValueError(f"--num-samples {num_samples} must be at least 1")
-    labels, names = [], []
-    total = len(known) or 1
-    shown = min(total, MOST_CLASSES)
-    for entry in classes or [str(i * total // shown) for i in range(shown)]:
-        if entry == "none":
-            label = NULL_CLASS
-        elif entry in known:
-            label = known.index(entry)
-        elif entry.isdigit() and (not known or int(entry) < len(known)):
-            label = int(entry)
-        else:
-            raise ValueError(f"unknown class {entry!r}; known: {', '.join(known) or 'numbers'}")
-        name = known[label] if known and label != NULL_CLASS else entry
-        labels += [label] * num_samples
-        names += [name] * num_samples
-    return torch.tensor(labels), names
+    names = known or [str(i) for i in range(total)]
+    shown = min(len(names), MOST_CLASSES)
+    asked = [label_of(entry, names) for entry in classes or ()]
+    labels = asked or [i * len(names) // shown for i in range(shown)]
+    titles = ["none" if label == NULL_CLASS else names[label] for label in labels]
+    return (
+        torch.tensor(labels).repeat_interleave(num_samples),
+        [title for title in titles for _ in range(num_samples)],
+    )
+
+
+def label_of(entry: str, names: list[str]) -> int:
+    from flextok.generators.conditioning import NULL_CLASS
+
+    if entry in names:
+        return names.index(entry)
+    if entry.isascii() and entry.isdigit() and int(entry) < len(names):
+        return int(entry)
+    if entry in ("none", ""):
+        return NULL_CLASS
+    some = ", ".join(names[:MOST_CLASSES]) + (", ..." if len(names) > MOST_CLASSES else "")
+    near = difflib.get_close_matches(entry, names, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"unknown class {entry!r}; known: {some}, or 0 to {len(names) - 1}{hint}")

@@ -49,6 +49,8 @@ class NoConditioner(nn.Module):
         self.dim = dim
 
     def prepare(self, cond: Tensor, device: torch.device) -> Tensor:
+        if not isinstance(cond, Tensor):
+            raise ValueError(f"this generator takes no condition, not {cond!r}: give a (B,) tensor")
         return to_device(cond, device)
 
     def forward(self, cond: Tensor, drop: Tensor | None = None) -> Condition:

@@ -48,6 +48,7 @@ from flextok.pipeline import expected_codes, load_model, remember_tokenizer
 from flextok.schema import (
     ConfigError,
     build,
+    check_number,
     from_mapping,
     named_spec,
     to_mapping,
@@ -162,8 +163,7 @@ def make_dataset(spec: dict[str, Any] | list[dict[str, Any]]) -> Any:
     for part in spec:
         keys = dict(part)
         repeat = keys.pop("repeat", 1)
-        if type(repeat) is not int or repeat < 1:
-            raise ConfigError(f"repeat={repeat!r} of a dataset must be a whole number from 1 on")
+        check_number("repeat", repeat, 1, 10_000, whole=True, hint=" times a dataset")
         parts += [build(DATASETS, keys, "dataset")] * repeat
     if any(isinstance(part, WebDatasetStream) for part in parts):
         raise ConfigError("a webdataset_stream stands alone: list all its shards as its urls")

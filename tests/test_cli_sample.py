@@ -1,0 +1,171 @@
+"""`flextok sample`: which pictures are asked for, checked before the work, done batch by batch."""
+
+import functools
+
+import pytest
+import torch
+from conftest import draw_pictures, tiny_gpt, tiny_tokenizer
+from PIL import Image
+
+from flextok import __version__
+from flextok.cli import main
+from flextok.cli import sample as command
+from flextok.cli.sample import class_labels
+from flextok.config import load_experiment
+from flextok.generators.conditioning import NoConditioner
+from flextok.pipeline import remember_tokenizer
+from flextok.schema import ConfigError
+from flextok.tokenizers import FlexTok
+
+FEW = ("--steps", "1", "--guidance-scale", "1", "--num-tokens", "8")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    encoder = {"name": "bytes", "dim": 16, "depth": 1, "num_heads": 2, "max_length": 24}
+    for name, conditioner in [
+        ("text", {"name": "text", "encoder": encoder}),
+        ("free", {"name": "none"}),
+        ("class", {"name": "class", "num_classes": 4}),
+    ]:
+        gpt = tiny_gpt(conditioner=conditioner)
+        if name == "class":
+            gpt.metadata["class_names"] = ["1", "2", "3", "10"]
+        remember_tokenizer(gpt, tmp_path / name, tokenizer, str(tmp_path / "tokenizer"))
+        gpt.save_pretrained(tmp_path / name)
+    return tmp_path
+
+
+def sample(folder, model, *arguments):
+    output = folder / "out" / "grid.png"
+    return main(["sample", str(folder / model), *map(str, arguments), "--output", str(output)])
+
+
+def labels(known, asked=None, number=1):
+    found, names = class_labels(known, len(known), asked, number)
+    return found.tolist(), names
+
+
+def test_the_default_classes_are_taken_by_index():
+    """Folders 1, 2, 3, 10 once gave the classes 0, 0, 2, 3: their indices were read as names."""
+    assert labels(["1", "2", "3", "10"]) == ([0, 1, 2, 3], ["1", "2", "3", "10"])
+    many = [str(i) for i in range(40, 0, -1)]
+    found, names = labels(many)
+    assert found == [i * 40 // 16 for i in range(16)]
+    assert names == [many[i] for i in found]
+    assert class_labels([], 3, None, 2)[0].tolist() == [0, 0, 1, 1, 2, 2]  # no names stored
+
+
+def test_a_class_is_meant_by_its_name_then_by_its_number_then_none():
+    assert labels(["1", "2", "3", "10"], ["1", "10", "0", "none"])[0] == [0, 3, 0, -1]
+    assert labels(["none", "null", "1"], ["none", "null", "1", "0", ""])[0] == [0, 1, 2, 0, -1]
+    for wrong in ("4", "-1", "\u00b2", "nones"):
+        with pytest.raises(ValueError, match=f"unknown class {wrong!r}"):
+            labels(["1", "2", "3", "10"], [wrong])
+
+
+@pytest.mark.parametrize("asked", [["--classes", "cat"], ["--classes"], ["--prompt", "cat"]])
+def test_an_unconditional_generator_refuses_conditions(folder, capsys, asked):
+    assert sample(folder, "free", *asked, *FEW) == 1
+    assert "generates without a condition" in capsys.readouterr().err
+    assert sample(folder, "free", "--num-samples", 3, *FEW) == 0
+    with pytest.raises(ValueError, match="no condition"):
+        NoConditioner(4).prepare(["a cat"], torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--seed", "-1"], "--seed -1 must be a whole number"),
+        (["--seed", str(2**63)], f"--seed {2**63} must be a whole number"),
+        (["--num-samples", "100000000"], "--num-samples 100000000 must be"),
+        (["--num-samples", "9000"], "do not fit one grid"),
+        (["--steps", "1000000000"], "num_steps=1000000000 must be"),
+        (["--class-guidance", "nan"], "guidance_scale=nan must be"),
+        (["--temperature", "1e-45"], "temperature=1e-45 must be a number from 0.0001"),
+        (["--top-p", "nan"], "top_p=nan must be"),
+        (["--output", "x.pgn"], "--output x.pgn must end in .png"),
+        (["--output", "."], "--output . is a folder"),
+    ],
+)
+def test_numbers_and_names_are_checked_before_the_work(
+    folder, capsys, arguments, said, monkeypatch
+):
+    def work(*args, **options):
+        raise AssertionError("the work began")
+
+    monkeypatch.setattr("flextok.generators.GPT.new_caches", work)
+    code = main(["sample", str(folder / "class"), *arguments])
+    assert code == 1
+    assert said in capsys.readouterr().err
+
+
+def test_pictures_are_decoded_in_batches_and_the_grid_is_bounded(folder, monkeypatch, capsys):
+    """A whole folder was one batch."""
+    draw_pictures(folder / "pictures", [f"{i}.png" for i in range(7)])
+    sizes, decode = [], FlexTok.decode
+
+    @functools.wraps(decode)
+    def spy(self, indices, *args, **options):
+        sizes.append(len(indices))
+        return decode(self, indices, *args, **options)
+
+    monkeypatch.setattr(FlexTok, "decode", spy)
+    monkeypatch.setattr(command, "BATCH", 3)
+    assert sample(folder, "tokenizer", "--images", folder / "pictures", *FEW) == 0
+    assert sizes == [3, 3, 1]
+    in_batches = Image.open(folder / "out" / "grid.png").tobytes()
+    monkeypatch.setattr(command, "BATCH", 64)
+    assert sample(folder, "tokenizer", "--images", folder / "pictures", *FEW) == 0
+    assert Image.open(folder / "out" / "grid.png").tobytes() == in_batches
+    monkeypatch.setattr(command, "MOST_PIXELS", 2 * 128**2 * 6)
+    assert sample(folder, "tokenizer", "--images", folder / "pictures", *FEW) == 1
+    assert "7 pictures do not fit one grid of 6" in capsys.readouterr().err
+
+
+def test_pictures_of_many_prompts_are_written_as_they_are_made(folder, monkeypatch, capsys):
+    """All were made and kept before the first was written."""
+    (folder / "prompts.txt").write_text("\n".join(f"heart {i}" for i in range(70)))
+    monkeypatch.setattr(command, "MOST_PIXELS", 128**2 * 5)
+
+    decode = FlexTok.decode
+
+    @functools.wraps(decode)
+    def failing(self, indices, *args, **options):
+        if len(indices) != 64:
+            raise ValueError("the second batch failed")
+        return decode(self, indices, *args, **options)
+
+    asked = ("--prompts-file", folder / "prompts.txt", *FEW)
+    monkeypatch.setattr(FlexTok, "decode", failing)
+    assert sample(folder, "text", *asked) == 1
+    assert len(list((folder / "out").glob("grid-*.png"))) == 64
+    monkeypatch.setattr(FlexTok, "decode", decode)
+    assert sample(folder, "text", *asked) == 0
+    assert len(list((folder / "out").glob("grid-*.png"))) == 70
+    assert "shows the first 5 of 70 pictures" in capsys.readouterr().out
+
+
+def test_the_version_and_the_models_are_listed(releases, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.strip() == f"flextok {__version__}"
+    assert main(["models"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == [
+        *("emoji", "emoji-class", "emoji-few-step", "emoji-text")
+    ]
+    assert "tokenizer" in lines[0]
+    assert "by class" in lines[1]
+
+
+def test_a_folder_alone_is_a_data_set(picture_folder, tmp_path):
+    """data.train=/folder was "must be a list"."""
+    path = "configs/quickstart_tokenizer.yaml"
+    config = load_experiment(path, [f"data.train={picture_folder}"])
+    assert config.data.train == {"name": "folder", "root": str(picture_folder)}
+    with pytest.raises(ConfigError, match=r"validation='/nowhere/at all' is no folder"):
+        load_experiment(path, ["data.validation=/nowhere/at all"])
