@@ -66,7 +66,8 @@ class TrainingModule(L.LightningModule):
         # the same draws at every validation, so that the curve shows the model and not the noise
         draws = derived_generator(self.seed, 4, batch_index, self.global_rank)
         losses = self.losses(batch, draws, derived_generator(self.seed, 4, batch_index))
-        self.log_losses("val", losses, batch["count"])  # the weight in the averages
+        # Lightning averages the processes' counts in whole numbers: let these divide without rest
+        self.log_losses("val", losses, batch["count"] * self.trainer.world_size)
 
     def log_losses(self, stage: str, losses: dict[str, Tensor], batch_size: int) -> None:
         # Lightning's own step count is off by one after an interruption inside a step

@@ -1,0 +1,153 @@
+"""Validation over two processes ends, and averages exactly, however unequal their shares are."""
+
+import csv
+
+import pytest
+import torch
+import yaml
+from conftest import SIX_STEPS, TINY, TITOK, draw_pictures
+from processes import finish, start_ranks
+
+from flextok.config import load_experiment
+from flextok.data.datamodule import DataModule, Shares, collate_shares, prepare_image
+from flextok.data.datasets import ImageFolder
+from flextok.data.stream import EvaluationSet
+from flextok.data.transforms import ImageTransform
+from flextok.pipeline import load_model
+from flextok.training.run import train
+
+PICTURES = [f"{i}.png" for i in range(9)]
+DAMAGED = {"9 pictures": [], "a damaged batch": [1, 3, 5, 7], "all but one damaged": range(1, 9)}
+
+
+def pictures(folder, count=9, damaged=()):
+    draw_pictures(folder, PICTURES[:count])
+    for i in damaged:
+        (folder / PICTURES[i]).write_bytes(b"no picture")
+    return folder
+
+
+def spec_of(folder, kind):
+    titok = {"name": "titok", **TITOK, "stage": "single"}
+    spec = {
+        "task": "tokenizer",
+        "output_dir": str(folder / "run"),
+        "model": titok if kind != "flextok" else {"name": "flextok", **TINY},
+        "data": {
+            "train": {"name": "folder", "root": str(pictures(folder / "train"))},
+            "validation": {"name": "folder", "root": str(folder / "validation")},
+            "batch_size": 4,
+        },
+        "optim": {"lr": 1e-3, "warmup_steps": 2, "ema_decay": 0},
+        "trainer": {**SIX_STEPS, "max_steps": 2, "validate_every": 1, "num_pictures": 1},
+    }
+    if kind == "adversarial":
+        spec["adversarial"] = {"start": 0, "dim": 32, "num_stages": 1, "lecam_decay": 0.5}
+    return spec
+
+
+def run_on_two(folder, spec, strategy):
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(spec))
+    command = ["train", path, f"trainer.strategy={strategy}", "trainer.devices=2"]
+    codes = finish(*start_ranks(2, command, folder / "log"), timeout=90)
+    assert codes == [0, 0], "\n".join(p.read_text()[-3000:] for p in folder.glob("log*"))
+    return folder / "run"
+
+
+def validation_losses(run):
+    (log,) = run.glob("logs/csv/version_0/metrics.csv")
+    rows = [row for row in csv.DictReader(log.open()) if row.get("val/loss")]
+    assert [float(row["step"]) for row in rows] == [1, 2]
+    return [float(row["val/loss"]) for row in rows]
+
+
+def readable(folder):
+    samples = EvaluationSet(ImageFolder(folder), prepare_image(ImageTransform(16)))
+    return [item["image"] for i in range(len(samples)) if (item := samples[i])]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["titok", "adversarial"])
+@pytest.mark.parametrize("case", [7, 8, *DAMAGED])
+def test_any_number_of_pictures_and_damaged_ones_ends_with_the_exact_average(tmp_path, kind, case):
+    pictures(tmp_path / "validation", case if isinstance(case, int) else 9, DAMAGED.get(case, ()))
+    strategy = "ddp" if kind == "adversarial" else "fsdp2"
+    run = run_on_two(tmp_path, spec_of(tmp_path, kind), strategy)
+    model = load_model(run)
+    images = readable(tmp_path / "validation")
+    assert len(images) == {7: 7, 8: 8, "9 pictures": 9}.get(case, 9 - len(DAMAGED.get(case, ())))
+    with torch.no_grad():
+        expected = [float(model.loss(image[None])["loss"]) for image in images]
+    assert validation_losses(run)[-1] == pytest.approx(sum(expected) / len(expected), rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("task", ["tokenizer", "generator"])
+def test_a_tokenizer_and_its_generator_end_too(tmp_path, task, strategy):
+    pictures(tmp_path / "validation", damaged=DAMAGED["a damaged batch"])
+    spec = spec_of(tmp_path, "flextok")
+    if task == "generator":
+        path = tmp_path / "tokenizer.yaml"
+        path.write_text(yaml.safe_dump(spec))
+        train(load_experiment(path, [f"output_dir={tmp_path / 'tokenizer'}"]))
+        spec |= {"task": "generator", "tokenizer": str(tmp_path / "tokenizer")}
+        spec["model"] = {"name": "gpt", "depth": 2, "dim": 32}
+    assert all(loss > 0 for loss in validation_losses(run_on_two(tmp_path, spec, strategy)))
+
+
+@pytest.mark.slow
+def test_lecam_moves_once_a_step_by_the_logits_of_all_processes_and_micro_batches(tmp_path):
+    """One process with two micro-batches ends where two processes end."""
+    pictures(tmp_path / "validation")
+    spec = spec_of(tmp_path, "adversarial")
+    two = run_on_two(tmp_path, spec, "ddp")
+    one = train(
+        load_experiment(
+            tmp_path / "config.yaml", [f"output_dir={tmp_path / 'one'}", "trainer.accumulate=2"]
+        )
+    )
+    states = [
+        torch.load(folder / "checkpoints" / "last.ckpt")["state_dict"] for folder in (one, two)
+    ]
+    for name in ("real", "fake"):
+        a, b = (float(state[f"lecam.{name}"]) for state in states)
+        assert a != 0
+        assert a == pytest.approx(b, rel=1e-4)
+    for key, value in states[0].items():
+        torch.testing.assert_close(value, states[1][key], atol=1e-5, rtol=1e-3, msg=key)
+
+
+class Rank:
+    """What a data module asks of a trainer."""
+
+    def __init__(self, rank, world_size):
+        self.global_rank, self.world_size = rank, world_size
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+@pytest.mark.parametrize("count", [1, 5, 8, 9])
+def test_every_process_gets_as_many_batches_and_every_picture_counts_once(
+    tmp_path, count, world_size
+):
+    dataset = ImageFolder(pictures(tmp_path, count))
+    batches = []
+    for rank in range(world_size):
+        data = DataModule(dataset, dataset, prepare_image(ImageTransform(16)), batch_size=2)
+        data.trainer = Rank(rank, world_size)
+        batches.append(list(data.val_dataloader()))
+    assert len({len(share) for share in batches}) == 1
+    every = [batch for share in batches for batch in share]
+    assert sum(batch["count"] for batch in every) == count
+    assert all(len(batch["image"]) == max(1, batch["count"]) for batch in every)
+    counted = torch.cat([b["image"] for b in every if b["count"]])
+    assert len({tuple(image.flatten().tolist()) for image in counted}) == count
+
+
+def test_a_set_without_a_readable_picture_is_refused(tmp_path):
+    samples = EvaluationSet(
+        ImageFolder(pictures(tmp_path, 3, damaged=range(3))), prepare_image(ImageTransform(16))
+    )
+    with pytest.raises(ValueError, match="none of the 3 validation samples can be read"):
+        collate_shares([Shares(samples)[0]])
