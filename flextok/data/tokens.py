@@ -108,6 +108,7 @@ def cache_identity(
     }
 
 
+@told_in_one_line()
 def build_token_cache(
     folder: str | Path,
     tokenizer: Any,
@@ -167,8 +168,7 @@ def build_token_cache(
     for path, part in missing.items():
         encoded, unreadable = [], []
         for _ in range(0, len(part), batch_size):
-            with told_in_one_line():
-                items = next(batches)
+            items = next(batches)
             encoded.append(encode(tokenizer, items, seed, bool(manifest.get("precision"))))
             unreadable += [str(item) for item in items if isinstance(item, CorruptPicture)]
             progress.update(len(items))
