@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -20,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 import flextok
 from flextok.card import MARK, model_card
 from flextok.convert import convert_published
+from flextok.convert.rules import count
 from flextok.files import atomic_write
 from flextok.schema import ConfigError, from_mapping, to_mapping
 from flextok.storage import (
@@ -57,6 +59,8 @@ class Pretrained(nn.Module):
     config_class: type
     config: Any
     training_only: tuple[str, ...] = ()  # "name." of parts that inference never needs
+    # config keys that a tensor states: its name and axis, or None and how its numbered ones begin
+    stated: tuple[tuple[str, str, int | None], ...] = ()
     local_paths: tuple[str, ...] = ()  # config keys that may name a folder; dots descend
     home: Path | None = None  # the folder that metadata's relative paths start from
 
@@ -109,6 +113,7 @@ class Pretrained(nn.Module):
                     values = override(values, {key: str(home / value)})
             config: Any = from_mapping(cls.config_class, values)
             config = replace(config, **{part.rstrip("."): None for part in cls.training_only})
+            cls.check_stated(config, stored.state)
             # no memory and no draws for weights that get replaced
             with torch.device("meta"), SkipNormal():
                 model = cls(config)
@@ -127,6 +132,21 @@ class Pretrained(nn.Module):
         model.metadata.update(stored.metadata)
         model.home = home
         return model.eval()
+
+    @classmethod
+    def check_stated(cls, config: Any, state: Mapping[str, Tensor]) -> None:
+        """Raise ConfigError where a config and the tensors' shapes state different sizes, before
+        a model of absurd ones is built."""
+        for key, name, axis in cls.stated:
+            value, found = getattr(config, key), None
+            if axis is None:
+                found = count(state, re.escape(name) + r"(\d+)\.")
+            elif name in state and state[name].ndim > axis:
+                found = state[name].shape[axis]
+            if None not in (value, found) and value != found:
+                raise ConfigError(
+                    f"its weights do not fit its config: {key}={value}, but {name!r} states {found}"
+                )
 
     def load_weights(self, state: Mapping[str, Tensor], source: str) -> None:
         """Take over a state dict whole: a missing, extra or mis-shaped tensor is an error."""

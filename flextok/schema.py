@@ -46,6 +46,13 @@ class Bounds:
         return low if self.high == math.inf else f"{low} and {high}"
 
 
+# of networks: far above any that fits a machine, and small enough to be built without weights
+Size = typing.Annotated[int, Bounds(1, 65_536)]
+Many = typing.Annotated[int, Bounds(1, 2**24)]  # rows of an embedding
+Depth = typing.Annotated[int, Bounds(1, 512)]
+Share = typing.Annotated[float, Bounds(0, 1)]
+
+
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the key and the remedy."""
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from flextok.draws import Rng, draw
 from flextok.nn.frozen import NeedsWeights
+from flextok.schema import Depth, Size
 
 
 class IdentityVAE(nn.Module):
@@ -71,18 +72,20 @@ class KLVAE(NeedsWeights):
 
     def __init__(
         self,
-        channels: int = 16,
-        block_channels: tuple[int, ...] = (128, 256, 512, 512),
-        layers_per_block: int = 2,
-        norm_groups: int = 32,
+        channels: Size = 16,
+        block_channels: tuple[Size, ...] = (128, 256, 512, 512),
+        layers_per_block: Depth = 2,
+        norm_groups: Size = 32,
         scaling_factor: float = 1.0,
         sample_posterior: bool = False,
         weights: str | None = None,
         slicing: bool = False,
         tiling: bool = False,
-        sample_size: int = 512,  # pixels a side of a tile
+        sample_size: Size = 512,  # pixels a side of a tile
     ):
         super().__init__()
+        if not 1 <= len(block_channels) <= 8:
+            raise ValueError(f"block_channels={block_channels} must be 1 to 8, one a resolution")
         from diffusers import AutoencoderKL  # slow to import, and pixel models never need it
 
         blocks = len(block_channels)

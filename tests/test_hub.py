@@ -99,7 +99,7 @@ def edit(path, change):
         (lambda d: edit(d / "config.json", lambda h: h["config"].update(x=1)), "unknown key 'x'"),
         (
             lambda d: edit(d / "config.json", lambda h: h["config"].update(decoder_depth=3)),
-            "does not fit its config",
+            "decoder_depth=3, but 'decoder.blocks.' states 2",
         ),
         (lambda d: edit(d / "config.json", lambda h: h.update(model_type="os")), "unknown model"),
     ],
@@ -417,7 +417,7 @@ def test_hub_ids_load_from_the_cache_offline(tmp_path, monkeypatch):
     heads = {"head_dim": 16}
     by_file = TiTok.from_pretrained("someone/titok/titok.bin", overrides=heads)
     by_name = TiTok.from_pretrained("someone/titok", overrides=heads)
-    with pytest.raises(CheckpointError, match=r"no model can be built.*ZeroDivisionError"):
+    with pytest.raises(CheckpointError, match="must be a multiple of num_heads=0"):
         TiTok.from_pretrained("someone/titok")  # narrower than one published head
     assert fingerprint(by_file) == fingerprint(by_name)
     assert by_file.metadata["provenance"]["source"] == "someone/titok/titok.bin"

@@ -9,15 +9,17 @@ import zipfile
 
 import pytest
 import torch
-from conftest import tiny_gpt, tiny_tokenizer
+from conftest import TITOK, VQGAN, tiny_gpt, tiny_tokenizer
 from golden.titok.load import load_case
 from published import golden_flextok_weights, tiny_tree, write_flextok, write_titok
 from safetensors.torch import save_file
 
 from flextok.cli import main
+from flextok.generators import MaskGIT, MaskGITConfig
 from flextok.hub import CheckpointError
 from flextok.pipeline import load_model
 from flextok.storage import read_tensors
+from flextok.tokenizers import MaskGITVQGAN, TiTok, TiTokConfig, VQGANConfig
 
 
 @pytest.fixture(scope="module")
@@ -354,3 +356,101 @@ def test_escape_sequences_in_metadata_are_printed_escaped(tmp_path, capsys):
     error = capsys.readouterr().err
     assert r"a\x1b[2J.safetensors" in error
     assert "\x1b" not in error
+
+
+def make_model(kind):
+    text = {"name": "text", "encoder": {"name": "words", "dim": 16, "depth": 1, "num_heads": 2}}
+    small = {"vocab_size": 9, "num_tokens": 4, "dim": 16, "depth": 1, "num_heads": 2}
+    vae = {"name": "kl", "channels": 4, "block_channels": [8], "layers_per_block": 1}
+    makers = {
+        "flextok": lambda: tiny_tokenizer(),
+        "kl": lambda: tiny_tokenizer(vae={**vae, "norm_groups": 4}),
+        "titok": lambda: TiTok(TiTokConfig(**TITOK)),
+        "maskgit_vqgan": lambda: MaskGITVQGAN(VQGANConfig(**VQGAN)),
+        "gpt": lambda: tiny_gpt(),
+        "text": lambda: tiny_gpt(conditioner=text),
+        "maskgit": lambda: MaskGIT(MaskGITConfig(**small, conditioner={"name": "none"})),
+    }
+    return makers[kind]()
+
+
+def numbers_in(config, prefix=()):
+    """The place of every number of a config; of a list's, and of what is absent, too."""
+    items = config.items() if isinstance(config, dict) else enumerate(config)
+    for key, value in items:
+        if isinstance(value, dict | list):
+            yield from numbers_in(value, (*prefix, key))
+        elif value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
+            yield (*prefix, key)
+
+
+@pytest.mark.parametrize(
+    "kind", ["flextok", "kl", "titok", "maskgit_vqgan", "gpt", "text", "maskgit"]
+)
+def test_no_number_of_a_config_costs_time_or_memory(tmp_path, kind):
+    """Each number becomes an absurd one in turn: loading refuses it by name, or takes it where it
+    decides nothing of the model's size, within seconds; and never with another error."""
+    make_model(kind).save_pretrained(tmp_path)
+    header = json.loads((tmp_path / "config.json").read_text())
+    config = header["config"]
+    free = {"step", "weight", "commitment", "codebook_weight"}
+    took = {}
+    for *parents, last in list(numbers_in(config)):
+        place = config
+        for key in parents:
+            place = place[key]
+        whole = place[last]
+        for value in (10**9, -32, 0, 10**30, "1", [1], True):
+            place[last] = value
+            (tmp_path / "config.json").write_text(json.dumps(header))
+            began = time.monotonic()
+            try:
+                load_model(tmp_path)
+            except CheckpointError as error:
+                message = str(error)
+                names = [str(name) for name in (*parents, last) if isinstance(name, str)]
+                if value in (10**9, 10**30) and last not in free:
+                    assert names[-1] in message or "does not fit" in message, (names, message)
+            took[(*parents, last, str(value))] = time.monotonic() - began
+        place[last] = whole
+    slowest = max(took, key=took.__getitem__)
+    assert took[slowest] < 5, (slowest, took[slowest])
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("flextok", {"encoder_depth": 10**9}, "encoder_depth=1000000000 must be at least 1 and"),
+        ("flextok", {"encoder_depth": 400}, "encoder_depth=400, but 'encoder.blocks.' states 2"),
+        ("flextok", {"decoder_dim": 4096}, "decoder_dim=4096, but .* states 32"),
+        ("flextok", {"head_dim": -32}, "head_dim=-32 must be at least 1"),
+        ("flextok", {"head_dim": 64}, "num_heads=0"),
+        ("flextok", {"image_size": 65_536}, "does not fit its config: 'decoder.patch_pos'"),
+        ("flextok", {"decode": {"num_steps": 10**9}}, "num_steps=1000000000"),
+        ("flextok", {"quantizer": {"name": "fsq", "levels": [10**9] * 9}}, r"levels=.* 2\^31"),
+        ("flextok", {"time_sampler": {"name": "mode", "u": 3}}, "unknown key 'u'"),
+        ("kl", {"vae": {"name": "kl", "block_channels": [8] * 99}}, "block_channels=.* 1 to 8"),
+        ("titok", {"num_tokens": 60_000}, "num_tokens=60000, but 'encoder.latent_tokens' states 6"),
+        ("titok", {"head_dim": 64}, "num_heads=0"),
+        ("maskgit_vqgan", {"multipliers": [1] * 99}, "multipliers=.* 1 to 12"),
+        ("gpt", {"num_heads": 0}, "num_heads=0 must be at least 1"),
+        ("gpt", {"depth": 300}, "depth=300, but 'blocks.' states 2"),
+        (
+            "gpt",
+            {"conditioner": {"name": "class", "num_classes": 5, "dim": 7}},
+            "conditioner.dim=7",
+        ),
+        ("maskgit", {"generate": {"num_steps": 10**9}}, "num_steps=1000000000"),
+    ],
+)
+def test_sizes_are_held_against_the_tensors_by_name(tmp_path, kind, change, message):
+    make_model(kind).save_pretrained(tmp_path)
+    header = json.loads((tmp_path / "config.json").read_text())
+    header["config"] |= change
+    (tmp_path / "config.json").write_text(json.dumps(header))
+
+    def load():
+        with pytest.raises(CheckpointError, match=message):
+            load_model(tmp_path)
+
+    assert seconds(load) < 5

@@ -23,7 +23,7 @@ from flextok.nn.blocks import Block, LayerNorm
 from flextok.nn.devices import to_device
 from flextok.nn.layout import column_major
 from flextok.nn.linear import Linear
-from flextok.schema import check_number
+from flextok.schema import Depth, Many, Share, Size, check_number
 from flextok.tokenizers.common import check_finite, check_indices, run_block
 
 MAX_TOP_K = 2**31 - 1
@@ -49,16 +49,16 @@ class GenerateConfig:
 class GPTConfig:
     """vocab_size and num_tokens come from the tokenizer where train.py builds the model."""
 
-    vocab_size: int = 64_000
-    num_tokens: int = 256
-    depth: int = 12
-    dim: int | None = None  # 64 * depth
-    num_heads: int | None = None  # depth
+    vocab_size: Many = 64_000
+    num_tokens: Size = 256
+    depth: Depth = 12
+    dim: Size | None = None  # 64 * depth
+    num_heads: Size | None = None  # depth
     conditioner: dict[str, Any] = field(
         default_factory=lambda: {"name": "class", "num_classes": 1000}
     )
-    cond_drop: float = 0.1  # how often training sees the null condition
-    dropout: float = 0.0  # on the input embeddings
+    cond_drop: Share = 0.1  # how often training sees the null condition
+    dropout: Share = 0.0  # on the input embeddings
     context_noise: float = 0.0  # share of input indices that training replaces by random ones
     checkpoint_blocks: bool = False  # recompute activations in the backward pass
     generate: GenerateConfig = field(default_factory=GenerateConfig)
@@ -71,6 +71,12 @@ class GPT(Pretrained, nn.Module):
     model_type = "gpt"
     config_class = GPTConfig
     local_paths = ("conditioner.encoder.model",)
+    stated = (
+        ("vocab_size", "embedding.weight", 0),
+        ("num_tokens", "positions", 0),
+        ("dim", "embedding.weight", 1),
+        ("depth", "blocks.", None),
+    )
 
     def __init__(self, config: GPTConfig):
         super().__init__()

@@ -19,7 +19,7 @@ from flextok.generators.text import ByteEncoder, PretrainedEncoder, Text, check_
 from flextok.generators.words import WordEncoder
 from flextok.nn.devices import span, to_device
 from flextok.nn.linear import Linear
-from flextok.schema import ConfigError, build
+from flextok.schema import ConfigError, Many, Size, build
 
 NULL_CLASS = -1  # as a label: no condition
 TEXT_ENCODERS = {"bytes": ByteEncoder, "words": WordEncoder, "pretrained": PretrainedEncoder}
@@ -65,7 +65,7 @@ class ClassConditioner(nn.Module):
 
     cross_attention = False
 
-    def __init__(self, dim: int, num_classes: int, learned_null: bool = False):
+    def __init__(self, dim: int, num_classes: Many, learned_null: bool = False):
         """learned_null: the null condition is one more embedding, the last, instead of zero."""
         super().__init__()
         if num_classes < 1:
@@ -114,7 +114,7 @@ class TextConditioner(nn.Module):
         self,
         dim: int,
         encoder: Mapping[str, Any] | str = "bytes",
-        hidden_dim: int | None = None,  # of the MLP, the encoder's width
+        hidden_dim: Size | None = None,  # of the MLP, the encoder's width
         project: bool = True,  # False: no MLP, embeddings have the model's width already
     ):
         super().__init__()

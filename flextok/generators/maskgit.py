@@ -7,7 +7,7 @@ The sequence is [condition, indices, features of the condition if it has any (te
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from flextok.generators.sampling import MAX_SCALE, check_temperature, pick
 from flextok.hub import Pretrained
 from flextok.nn.linear import Linear
 from flextok.nn.vit import ViTBlock
-from flextok.schema import check_number
+from flextok.schema import Bounds, Depth, Many, Share, Size, check_number
 from flextok.tokenizers.common import check_finite, check_indices
 
 Decay = Literal["constant", "linear", "power-cosine"]
@@ -51,20 +51,20 @@ class MaskGITSampling:
 class MaskGITConfig:
     """vocab_size and num_tokens come from the tokenizer where train.py builds the model."""
 
-    vocab_size: int = 4096
-    num_tokens: int = 32
+    vocab_size: Many = 4096
+    num_tokens: Size = 32
     backbone: Literal["bert", "uvit"] = "bert"
-    dim: int = 768
-    depth: int = 24  # blocks; odd for uvit, whose halves mirror each other around the middle one
-    num_heads: int = 16
-    mlp_ratio: float = 4.0
+    dim: Size = 768
+    depth: Depth = 24  # blocks; odd for uvit, whose halves mirror each other around the middle one
+    num_heads: Size = 16
+    mlp_ratio: Annotated[float, Bounds(0.01, 64)] = 4.0
     conditioner: dict[str, Any] = field(
         default_factory=lambda: {"name": "class", "num_classes": 1000, "learned_null": True}
     )
-    cond_drop: float = 0.1  # how often training sees the null condition
-    dropout: float = 0.1
-    label_smoothing: float = 0.1
-    unmasked_weight: float = 0.1  # of positions that are not masked, in the loss
+    cond_drop: Share = 0.1  # how often training sees the null condition
+    dropout: Share = 0.1
+    label_smoothing: Share = 0.1
+    unmasked_weight: Share = 0.1  # of positions that are not masked, in the loss
     generate: MaskGITSampling = field(default_factory=MaskGITSampling)
 
 
@@ -74,6 +74,11 @@ class MaskGIT(Pretrained, nn.Module):
     model_type = "maskgit"
     config_class = MaskGITConfig
     local_paths = ("conditioner.encoder.model",)
+    stated = (
+        ("vocab_size", "head.weight", 0),
+        ("dim", "embedding.weight", 1),
+        ("depth", "blocks.", None),
+    )
 
     def __init__(self, config: MaskGITConfig):
         super().__init__()

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from flextok.schema import Depth, Share, Size
 from flextok.storage import CheckpointError, from_hub, is_path, read_json
 
 log = logging.getLogger(__name__)
@@ -127,12 +128,12 @@ class ByteEncoder(TextEncoder):
 
     def __init__(
         self,
-        dim: int = 128,
-        depth: int = 2,
-        num_heads: int = 4,
-        hidden_dim: int | None = None,  # of the MLPs, 2 dim
-        max_length: int = 256,
-        dropout: float = 0.0,
+        dim: Size = 128,
+        depth: Depth = 2,
+        num_heads: Size = 4,
+        hidden_dim: Size | None = None,  # of the MLPs, 2 dim
+        max_length: Size = 256,
+        dropout: Share = 0.0,
     ):
         super().__init__()
         # ByT5's vocabulary: 256 bytes, 3 marks, 125 sentinels
@@ -194,8 +195,8 @@ class PretrainedEncoder(TextEncoder):
         self,
         model: str = "google/flan-t5-xl",
         revision: str | None = None,
-        dim: int | None = None,
-        max_length: int = 128,
+        dim: Size | None = None,
+        max_length: Size = 128,
     ):
         """model: a hub id or a folder. revision: of a hub id, its commit, branch or tag; of a
         folder, the hash of its files, which must then be this one. dim: width of the embeddings,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flextok.generators.text import Text, TextEncoder, check_prompts, t5_stack
+from flextok.schema import Depth, Many, Share, Size
 
 PIECES = 16  # of a word at most; longer ones are known by their beginning and as a whole
 WORD = re.compile(r"\w+|[^\w\s]")
@@ -22,13 +23,13 @@ class WordEncoder(TextEncoder):
 
     def __init__(
         self,
-        dim: int = 128,
-        depth: int = 2,
-        num_heads: int = 4,
-        hidden_dim: int | None = None,  # of the MLPs, 2 dim
-        max_length: int = 128,
-        buckets: int = 4096,
-        dropout: float = 0.0,
+        dim: Size = 128,
+        depth: Depth = 2,
+        num_heads: Size = 4,
+        hidden_dim: Size | None = None,  # of the MLPs, 2 dim
+        max_length: Size = 128,
+        buckets: Many = 4096,
+        dropout: Share = 0.0,
     ):
         super().__init__()
         if buckets < 1:

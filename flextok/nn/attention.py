@@ -42,7 +42,7 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, qk_norm: bool = False, context_dim: int = 0):
         super().__init__()
-        if dim % num_heads:
+        if num_heads < 1 or dim % num_heads:
             raise ValueError(f"dim={dim} must be a multiple of num_heads={num_heads}")
         self.num_heads, self.head_dim, self.qk_norm = num_heads, dim // num_heads, qk_norm
         # FlexTok writes its scale as 8 / head_dim; at its head_dim of 64 both are 1/8

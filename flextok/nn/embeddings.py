@@ -26,17 +26,19 @@ def sincos_2d(dim: int, height: int, width: int, temperature: float = 10_000.0) 
     rest the column; each half is [sin, cos] over dim/4 frequencies. It is made on the CPU
     and moved to the default device: MPS has no float64, and an arange on the meta device imports
     torch's compiler, which takes a second."""
-    assert dim % 4 == 0, f"2D sin-cos positions need a width divisible by 4, got {dim}"
+    if dim % 4:
+        raise ValueError(f"dim={dim} must be a multiple of 4 for 2D sin-cos positions")
     wide: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
     omega = 1.0 / temperature ** (torch.arange(dim // 4, **wide) / (dim // 4))
 
     def axis(length: int) -> Tensor:
         angles = torch.outer(torch.arange(length, **wide), omega)
-        return torch.cat([angles.sin(), angles.cos()], dim=1).T.float()  # (dim/2, length)
+        table = torch.cat([angles.sin(), angles.cos()], dim=1).T.float()  # (dim/2, length)
+        return table.to(torch.get_default_device())
 
     rows = axis(height)[:, :, None].expand(-1, -1, width)
     columns = axis(width)[:, None, :].expand(-1, height, -1)
-    return torch.cat([rows, columns])[None].to(torch.get_default_device())
+    return torch.cat([rows, columns])[None]
 
 
 class TimeEmbedding(nn.Module):

@@ -14,7 +14,7 @@ class BiasedAttention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True, dropout: float = 0.0):
         super().__init__()
-        if dim % num_heads:
+        if num_heads < 1 or dim % num_heads:
             raise ValueError(f"dim={dim} must be a multiple of num_heads={num_heads}")
         self.num_heads, self.dropout = num_heads, dropout
         self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)

@@ -34,6 +34,8 @@ class FSQ(nn.Module):
             raise ValueError(f"bound={bound!r} must be tanh or ifsq")
         if gain <= 0 or (bound == "ifsq" and gain != 1):
             raise ValueError(f"gain={gain} must be positive, and 1 with bound='ifsq'")
+        if len(levels) > 32 or math.prod(levels) > 2**31:
+            raise ValueError(f"levels={levels[:32]} must make at most 2^31 codes")
         self.levels, self.eps, self.gain = list(levels), eps, gain
         self.is_ifsq = bound == "ifsq"
         self.dim = len(levels)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from flextok.draws import draw
+from flextok.schema import Size
 
 
 class KL(nn.Module):
@@ -15,7 +16,7 @@ class KL(nn.Module):
 
     codebook_size = 0
 
-    def __init__(self, dim: int = 16, weight: float = 1e-6):
+    def __init__(self, dim: Size = 16, weight: float = 1e-6):
         super().__init__()
         self.dim, self.weight = dim, weight
 

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flextok.schema import Many, Size
+
 
 class VQ(nn.Module):
     """Nearest code of a learned codebook; gradients pass straight through.
@@ -17,8 +19,8 @@ class VQ(nn.Module):
 
     def __init__(
         self,
-        codebook_size: int = 4096,
-        dim: int = 12,
+        codebook_size: Many = 4096,
+        dim: Size = 12,
         l2_norm: bool = True,
         commitment: float = 0.25,
         codebook_weight: float = 1.0,

@@ -10,13 +10,14 @@ they are, and a teacher's checkpoint loads as the student.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
 from flextok.draws import draw, host_random
 from flextok.flow.path import flow_error, linear_times, shift_times, x0_of
+from flextok.schema import Bounds
 from flextok.tokenizers.common import check_images
 
 
@@ -24,8 +25,8 @@ from flextok.tokenizers.common import check_images
 class DistillConfig:
     """In a saved model it says: this decoder takes num_steps Euler steps and no guidance."""
 
-    num_steps: int = 4  # the student's
-    teacher_steps: int = 5  # the teacher's within each of them
+    num_steps: Annotated[int, Bounds(1, 10_000)] = 4  # the student's
+    teacher_steps: Annotated[int, Bounds(1, 10_000)] = 5  # the teacher's within each of them
 
     def __post_init__(self) -> None:
         for key in ("num_steps", "teacher_steps"):

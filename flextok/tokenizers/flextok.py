@@ -6,7 +6,7 @@ decoder that rebuilds a plausible picture from any prefix. Time: t=1 is noise (f
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +32,7 @@ from flextok.nn.blocks import SegmentModulation
 from flextok.nn.devices import to_device
 from flextok.nn.frozen import Frozen
 from flextok.quantizers import QUANTIZERS
-from flextok.schema import ConfigError, build, check_number
+from flextok.schema import Bounds, ConfigError, Depth, Share, Size, build, check_number
 from flextok.tokenizers.common import (
     Pictures,
     as_images,
@@ -81,21 +81,21 @@ class DecodeConfig:
 class FlexTokConfig:
     """Width is 64 x depth where no dim is given, as in the published sizes."""
 
-    image_size: int = 256
-    patch_size: int = 2  # in latents
-    num_registers: int = 256  # K, the longest token sequence
-    token_grid: list[int] | None = None  # 2D baseline: [rows, columns] of K tokens, no registers
-    head_dim: int = 64
-    encoder_depth: int = 12
-    encoder_dim: int | None = None
-    decoder_depth: int = 12
-    decoder_dim: int | None = None
+    image_size: Size = 256
+    patch_size: Size = 2  # in latents
+    num_registers: Size = 256  # K, the longest token sequence
+    token_grid: list[Size] | None = None  # 2D baseline: [rows, columns] of K tokens, no registers
+    head_dim: Size = 64
+    encoder_depth: Depth = 12
+    encoder_dim: Size | None = None
+    decoder_depth: Depth = 12
+    decoder_dim: Size | None = None
     vae: dict[str, Any] = field(default_factory=lambda: {"name": "kl"})
     quantizer: dict[str, Any] = field(
         default_factory=lambda: {"name": "fsq", "levels": [8, 8, 8, 5, 5, 5]}
     )
     # small grids want a small temperature (10 to 100): at 10000 neighbouring patches look alike
-    position_temperature: float = 10_000.0
+    position_temperature: Annotated[float, Bounds(1, 1e9)] = 10_000.0
     token_std: float = 0.02  # of the learned tokens at the start; 1 sets registers apart sooner
     # where registers begin: anywhere, or "spread", each at a place of its own in the picture, with
     # keys equal to queries: like looks for like (mimetic initialisation, arXiv 2305.09828)
@@ -104,12 +104,14 @@ class FlexTokConfig:
     drop_mode: Literal["mask", "truncate"] = "mask"  # mask token, or leave the sequence
     # how many lengths a training batch has when truncated: each runs apart, so fewer are larger
     batch_lengths: int = 8
-    null_prob: float = 0.2  # how often all codes become the null condition in training
+    null_prob: Share = 0.2  # how often all codes become the null condition in training
     time_sampler: dict[str, Any] = field(default_factory=lambda: {"name": "mode", "scale": 0.25})
     prediction: Quantity = "velocity"  # what the decoder's head puts out
     loss_space: Quantity = "velocity"  # x0 weighs the velocity's error by t^2
     cross_length: float | None = None  # also decode all tokens; weight of the alignment to them
-    max_timestep: float = 1.0  # of t in the time embedding; published models were made with 1000
+    max_timestep: Annotated[float, Bounds(0, open_low=True)] = (
+        1.0  # of t in the time embedding; published models were made with 1000
+    )
     repa: dict[str, Any] | None = None  # see losses.RepresentationAlignment; training only
     checkpoint_blocks: bool = False  # recompute activations in the backward pass
     decode: DecodeConfig = field(default_factory=DecodeConfig)
@@ -128,6 +130,13 @@ class FlexTok(Pretrained, nn.Module):
     config_class = FlexTokConfig
     training_only = ("repa.",)
     local_paths = ("vae.weights",)
+    stated = (
+        ("num_registers", "decoder.register_pos", 0),
+        ("encoder_dim", "encoder.patch_embed.weight", 0),
+        ("decoder_dim", "decoder.patch_embed.weight", 0),
+        ("encoder_depth", "encoder.blocks.", None),
+        ("decoder_depth", "decoder.blocks.", None),
+    )
     codes_weights = ("vae.vae.encoder.", "vae.vae.quant_conv.", "encoder.", "quantizer.")
 
     def __init__(self, config: FlexTokConfig):

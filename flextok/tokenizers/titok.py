@@ -9,7 +9,7 @@ One-D-Piece (2501.10064: any prefix decodes). The networks take and give [0, 1];
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ from flextok.nn.embeddings import sincos_2d
 from flextok.nn.frozen import Frozen, NeedsWeights
 from flextok.nn.linear import Linear
 from flextok.quantizers import KL, QUANTIZERS
-from flextok.schema import build
+from flextok.schema import Bounds, Depth, Size, build
 from flextok.tokenizers.common import (
     Pictures,
     as_images,
@@ -60,14 +60,14 @@ class TiTokConfig:
     pixels, by the decoder alone (second stage); "single" learns pixels from the start.
     """
 
-    image_size: int = 256
-    patch_size: int = 16
-    num_tokens: int = 128  # K
-    head_dim: int = 64
-    encoder_dim: int = 512
-    encoder_depth: int = 8
-    decoder_dim: int = 512
-    decoder_depth: int = 8
+    image_size: Size = 256
+    patch_size: Size = 16
+    num_tokens: Size = 128  # K
+    head_dim: Size = 64
+    encoder_dim: Size = 512
+    encoder_depth: Depth = 8
+    decoder_dim: Size = 512
+    decoder_depth: Depth = 8
     quantizer: dict[str, Any] = field(
         default_factory=lambda: {"name": "vq", "codebook_size": 4096, "dim": 12}
     )
@@ -78,8 +78,10 @@ class TiTokConfig:
     batch_lengths: int = 8  # how many lengths a training batch has: each is decoded apart
     # weights at the start: wide or spread ones let small models route sooner, see init_weights
     init: Literal["published", "wide", "spread"] = "published"
-    text_length: int = 0  # TA-TiTok: text features that the decoder sees (77 of CLIP), 0 = none
-    text_dim: int = 768
+    text_length: Annotated[int, Bounds(0, 65_536)] = (
+        0  # TA-TiTok: text features that the decoder sees (77 of CLIP), 0 = none
+    )
+    text_dim: Size = 768
     perceptual: dict[str, float] = field(default_factory=dict)  # weights by name; training only
     checkpoint_blocks: bool = False  # recompute activations in the backward pass
 
@@ -95,6 +97,13 @@ class TiTok(Pretrained, NeedsWeights):
     model_type = "titok"
     config_class = TiTokConfig
     codes_weights = ("encoder.", "quantizer.")
+    stated = (
+        ("num_tokens", "encoder.latent_tokens", 0),
+        ("encoder_dim", "encoder.patch_embed.weight", 0),
+        ("decoder_dim", "decoder.code_embed.weight", 0),
+        ("encoder_depth", "encoder.blocks.", None),
+        ("decoder_depth", "decoder.blocks.", None),
+    )
 
     def __init__(self, config: TiTokConfig):
         super().__init__()

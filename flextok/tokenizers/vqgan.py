@@ -19,7 +19,7 @@ from flextok.hub import Pretrained
 from flextok.losses.perceptual import PerceptualLoss
 from flextok.nn.devices import to_device
 from flextok.quantizers import QUANTIZERS
-from flextok.schema import build
+from flextok.schema import ConfigError, Depth, Size, build
 from flextok.tokenizers.common import (
     Pictures,
     as_images,
@@ -33,13 +33,13 @@ from flextok.tokenizers.common import (
 
 @dataclass
 class VQGANConfig:
-    image_size: int = 256
-    dim: int = 128  # channels at full resolution
-    multipliers: list[int] = field(default_factory=lambda: [1, 1, 2, 2, 4])  # one a resolution
-    num_blocks: int = 2  # residual blocks a resolution
+    image_size: Size = 256
+    dim: Size = 128  # channels at full resolution
+    multipliers: list[Size] = field(default_factory=lambda: [1, 1, 2, 2, 4])  # one a resolution
+    num_blocks: Depth = 2  # residual blocks a resolution
     # of every GroupNorm; with one channel a group each loses its mean over the picture, so narrow
     # models want fewer
-    norm_groups: int = 32
+    norm_groups: Size = 32
     quantizer: dict[str, Any] = field(
         default_factory=lambda: {
             "name": "vq",
@@ -49,6 +49,10 @@ class VQGANConfig:
         }
     )
     perceptual: dict[str, float] = field(default_factory=dict)  # weights by name; training only
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.multipliers) <= 12:
+            raise ConfigError(f"multipliers={self.multipliers} must be 1 to 12, one a resolution")
 
 
 class ResBlock(nn.Module):
@@ -139,6 +143,10 @@ class MaskGITVQGAN(Pretrained, nn.Module):
     config_class = VQGANConfig
     decodes_prefixes = False
     codes_weights = ("encoder.", "quantizer.")
+    stated = (
+        ("dim", "decoder.norm_out.weight", 0),
+        ("num_blocks", "decoder.up.0.", None),
+    )
 
     def __init__(self, config: VQGANConfig):
         super().__init__()
