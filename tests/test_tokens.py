@@ -450,6 +450,8 @@ def test_codes_and_labels_out_of_range_are_refused(picture_folder, tmp_path, tok
     rewritten(folder, indices=200)  # of 200
     with pytest.raises(ValueError, match=r"part-00000\.safetensors: indices span \[\d+, 200\]"):
         TokenDataset(folder).check_codes(tokenizer)
+    with pytest.raises(ValueError, match=r"part-00000\.safetensors: indices span"):
+        ready_tokens({"name": "tokens", "path": str(folder)}, tokenizer)
     for label in (2, -1, 1 << 40):  # of 2 classes
         rewritten(folder, indices=0, labels=label)
         with pytest.raises(ValueError, match=f"{label}, but|from {label} to .* 2 classes"):

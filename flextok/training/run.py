@@ -441,6 +441,7 @@ def ready_tokens(spec: dict[str, Any], tokenizer: Any) -> TokenDataset:
             f"({expected_codes(tokens.manifest)}, not codes {codes_id(tokenizer)}): name that one, "
             "or run flextok tokenize with this one"
         )
+    tokens.check_codes(tokenizer)
     return tokens
 
 
