@@ -1,19 +1,24 @@
 """Picture grids, coarse-to-fine strips, maps and curves, as PNG files."""
 
+import functools
 import io
+import re
 import textwrap
+import unicodedata
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, features
 from torch import Tensor
 
 from flextok.data.transforms import to_uint8
 from flextok.files import atomic_write
 
 MARGIN, GAP, HEADER = 6, 4, 18
-LABEL_WIDTH = 32  # characters
+LABEL_WIDTH, LONGEST_LABEL = 32, 200  # characters
+FONT_SIZE = 12
 
 
 def grid(
@@ -25,13 +30,13 @@ def grid(
     """rows: a (n, 3, H, W) tensor in [-1, 1] for each row, rows may differ in n. scale: enlarges
     each pixel. Returns an RGB picture with labels above the columns and left of the rows, where
     long ones are wrapped."""
-    font = ImageFont.load_default(size=12)
     height, width = (side * scale for side in rows[0].shape[-2:])
     left = MARGIN
-    if row_labels:
-        row_labels = [textwrap.fill(label, LABEL_WIDTH) for label in row_labels]
-        lines = (line for label in row_labels for line in label.splitlines())
-        left += int(max((font.getlength(line) for line in lines), default=0)) + 2 * GAP
+    beside = [lettering(label[:LONGEST_LABEL]) for label in row_labels or []]
+    if beside:
+        beside = [(textwrap.fill(text, LABEL_WIDTH), font) for text, font in beside]
+        lengths = [font.getlength(line) for text, font in beside for line in text.splitlines()]
+        left += int(max(lengths, default=0)) + 2 * GAP
     top = MARGIN + (HEADER if column_labels else 0)
     columns = max(len(row) for row in rows)
     size = (
@@ -42,17 +47,80 @@ def grid(
     pen = ImageDraw.Draw(canvas)
     for i, label in enumerate(column_labels or []):
         x = left + i * (width + GAP) + width // 2
-        pen.text((x, MARGIN + HEADER // 2 - 2), label, fill="black", font=font, anchor="mm")
+        text, font = lettering(label)
+        pen.text((x, MARGIN + HEADER // 2 - 2), text, fill="black", font=font, anchor="mm")
     for j, row in enumerate(rows):
         y = top + j * (height + GAP)
-        if row_labels:
-            place = (MARGIN, y + height // 2)
-            pen.multiline_text(place, row_labels[j], fill="black", font=font, anchor="lm")
+        if beside:
+            text, font = beside[j]
+            pen.multiline_text(
+                (MARGIN, y + height // 2), text, fill="black", font=font, anchor="lm"
+            )
         for i, pixels in enumerate(to_uint8(row)):
             picture = Image.fromarray(np.asarray(pixels))
             picture = picture.resize((width, height), Image.Resampling.NEAREST)
             canvas.paste(picture, (left + i * (width + GAP), y))
     return canvas
+
+
+def lettering(label: str) -> tuple[str, ImageFont.FreeTypeFont | ImageFont.ImageFont]:
+    """The label as it is drawn, and a font that has all of its characters: matplotlib's DejaVu
+    Sans, else one of the system's. Without one, what DejaVu lacks is spelled in Latin letters."""
+    if label.isascii():
+        return label, ImageFont.load_default(FONT_SIZE)
+    label = "".join(char for char in label if not is_invisible(char))
+    dejavu = str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf")
+    if not all(map(is_joined, label)):
+        return spell(label, characters(dejavu)), ImageFont.truetype(dejavu, FONT_SIZE)
+    for path in (dejavu, *system_fonts()):
+        if set(label) <= characters(path):
+            try:
+                return label, ImageFont.truetype(path, FONT_SIZE)
+            except OSError:  # bitmaps of one other size, as some emoji fonts are
+                continue
+    return spell(label, characters(dejavu)), ImageFont.truetype(dejavu, FONT_SIZE)
+
+
+def system_fonts() -> list[str]:
+    from matplotlib.font_manager import findSystemFonts
+
+    return sorted(findSystemFonts())
+
+
+@functools.lru_cache(maxsize=512)
+def characters(font: str) -> frozenset[str]:
+    """The characters that a font file has glyphs for."""
+    from matplotlib.ft2font import FT2Font
+
+    try:
+        return frozenset(map(chr, FT2Font(font).get_charmap()))
+    except (OSError, RuntimeError):
+        return frozenset()
+
+
+def is_invisible(char: str) -> bool:
+    """Joiners and variation selectors, which choose between glyphs."""
+    return unicodedata.category(char) == "Cf" or "VARIATION SELECTOR" in unicodedata.name(char, "")
+
+
+def is_joined(char: str) -> bool:
+    """False for letters written from right to left where Pillow cannot order and join them."""
+    return features.check("raqm") or unicodedata.bidirectional(char) not in ("R", "AL")
+
+
+def spell(label: str, drawable: frozenset[str]) -> str:
+    """Characters that cannot be drawn by their Unicode names: "ga" for a Hangul syllable or a kana,
+    "(unicorn face)" for a sign, "(U+732B)" for what has a number only."""
+
+    def spelled(char: str) -> str:
+        if char.isspace() or (char in drawable and is_joined(char)):
+            return char
+        name = unicodedata.name(char, "")
+        if letter := re.search(r"(?:LETTER|SYLLABLE|VOWEL SIGN|CHARACTER) (.+)", name):
+            return letter.group(1).lower().replace("small ", "").replace("capital ", "") + " "
+        return f"({name.lower()})" if name and "CJK" not in name else f"(U+{ord(char):04X})"
+
+    return "".join(map(spelled, label))
 
 
 def coarse_to_fine(
@@ -86,8 +154,6 @@ def variance_map(
 
     originals: (n, 3, H, W) in [-1, 1]; by_tokens: prefix length -> (n, 3, H, W); maps: prefix
     length -> (n, H, W), standard deviations."""
-    import matplotlib
-
     most = max(float(m.max()) for m in maps.values()) or 1.0
     colours = torch.from_numpy(matplotlib.colormaps["inferno"](np.linspace(0, 1, 256))[:, :3])
     rows = []

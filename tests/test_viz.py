@@ -27,3 +27,51 @@ def test_coarse_to_fine_puts_the_original_last():
 @pytest.mark.parametrize("name", ["a/b/c.png"])
 def test_saving_makes_the_folders(tmp_path, name):
     assert viz.save(viz.grid([torch.zeros(1, 3, 4, 4)]), tmp_path / name).exists()
+
+
+SCRIPTS = [
+    "кошка",
+    "Ελλάς",
+    "قطة حمراء",
+    "猫と犬",
+    "고양이",
+    "แมว",
+    "बिल्ली",
+    "🦄 and ❤️",
+    "👩‍🚀",
+    "naïve",
+]
+
+
+def has_glyphs(text, font):
+    """Whether no character is drawn as the glyph for missing ones, a box."""
+    missing = bytes(font.getmask("\U0010fffe"))
+    return all(char.isspace() or bytes(font.getmask(char)) != missing for char in text)
+
+
+@pytest.mark.parametrize("label", SCRIPTS)
+@pytest.mark.parametrize("joins", [True, False])
+def test_no_label_is_drawn_as_boxes(label, joins, monkeypatch):
+    """Whatever fonts the machine has: without any, and where Pillow cannot join Arabic letters."""
+    assert viz.lettering("a red heart")[0] == "a red heart"
+    text, font = viz.lettering(label)
+    assert has_glyphs(text, font)
+    monkeypatch.setattr(viz, "system_fonts", lambda: [])
+    monkeypatch.setattr(viz.features, "check", lambda name: joins)
+    text, font = viz.lettering(label)
+    assert has_glyphs(text, font)
+    assert text.strip()
+    canvas = viz.grid([torch.zeros(1, 3, 16, 16)], row_labels=[label], column_labels=[label])
+    assert canvas.width > 16 + 2 * viz.MARGIN
+
+
+def test_labels_keep_what_can_be_drawn_and_spell_the_rest(monkeypatch):
+    monkeypatch.setattr(viz, "system_fonts", lambda: [])
+    assert viz.lettering("кошка")[0] == "кошка"
+    assert viz.lettering("قطة")[0] == "قطة"
+    assert viz.lettering("고양이")[0].split() == ["go", "yang", "i"]
+    assert viz.lettering("ネコ")[0].split() == ["ne", "ko"]
+    assert viz.lettering("a 🦄")[0] == "a (unicorn face)"
+    assert viz.lettering("猫")[0] == "(U+732B)"
+    monkeypatch.setattr(viz.features, "check", lambda name: False)  # letters would stand reversed
+    assert viz.lettering("قط")[0].split() == ["qaf", "tah"]
