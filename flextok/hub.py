@@ -199,12 +199,13 @@ class Pretrained(nn.Module):
         }
         text = json.dumps(header, indent=2)
         atomic_write(folder / WEIGHTS, lambda path: save_file(tensors, path))
-        atomic_write(folder / CONFIG, lambda path: path.write_text(text + "\n", encoding="utf-8"))
         card = folder / CARD
         if not card.is_file() or MARK in card.read_text(encoding="utf-8", errors="replace"):
             # a card is for others, wherever the folder lies now
             page = model_card(self, self.written_config(None), self.written_metadata(None))
             atomic_write(card, lambda path: path.write_text(page, encoding="utf-8"))
+        # last: with it the folder is complete
+        atomic_write(folder / CONFIG, lambda path: path.write_text(text + "\n", encoding="utf-8"))
         return folder
 
     def written_config(self, folder: Path | None) -> dict[str, Any]:

@@ -3,6 +3,7 @@ for the imports each time: a fork server has done them."""
 
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 from collections.abc import Callable
@@ -59,6 +60,39 @@ def start_ranks(count: int, arguments, log: Path, before: Callable | None = None
         )
         for rank in range(count)
     ]
+
+
+CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.symlink", "os.truncate")
+
+
+def die_before(change: int, folder: Path) -> None:
+    """Kill this process before its change number `change`, from 1 on, of the files in `folder`. 0:
+    write how many there were to <folder>.changes."""
+    count = 0
+
+    def hook(event: str, arguments: tuple) -> None:
+        nonlocal count
+        if event == "open":
+            _, mode, flags = arguments
+            if (
+                not any(c in mode for c in "wax+")
+                if mode
+                else not flags & (os.O_WRONLY | os.O_RDWR)
+            ):
+                return
+        elif event not in CHANGES:
+            return
+        if not str(arguments[0]).startswith(f"{folder}/"):
+            return
+        count += 1
+        if count == change:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if not change:
+            descriptor = os.open(f"{folder}.changes", os.O_WRONLY | os.O_CREAT)
+            os.write(descriptor, str(count).encode())
+            os.close(descriptor)
+
+    sys.addaudithook(hook)
 
 
 def finish(*processes, timeout: float = 180) -> list[int | None]:

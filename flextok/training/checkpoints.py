@@ -19,6 +19,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
 from flextok.data.loading import SIGNALS
@@ -27,6 +29,7 @@ from flextok.files import atomic_write, read_mapping, writing
 from flextok.hub import CheckpointError
 
 BEST = "best.json"
+VALIDATED = "validated.json"
 SUMS = ".sum"  # of a checkpoint that is a file: its checksum and size, in a file beside it
 CHECKSUMS = "checksums-*.json"  # of a checkpoint that is a folder, one a process
 AVERAGE = "average."  # of a LightningModule's state: made when training begins
@@ -85,21 +88,31 @@ class Checkpoints(Checkpoint):
     best so far, and when a signal asks to stop. Keeps the newest `keep_last` and the best;
     last.ckpt is a link to the newest, for people."""
 
-    def __init__(self, folder: Path, every: int, keep_last: int = 2):
+    def __init__(self, folder: Path, every: int, keep_last: int = 2, validate_every: int = 1):
         if every < 1 or keep_last < 1:
             raise ValueError(f"checkpoint_every={every} and keep_last={keep_last} must be positive")
         self.folder, self.every, self.keep_last = folder, every, keep_last
+        self.validate_every = validate_every
         self.step = 0  # the last one seen
         self.saved: int | None = None
         self.received: int | None = None  # the signal
         self.previous: dict[int, Any] = {}  # signal handlers
         self.best: dict[str, Any] | None = None  # step and loss
+        self.last_loss: float | None = None
+        self.validated = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.step = trainer.global_step
         self.best = self.read_best(trainer.global_step)
+        self.validated = read_validated(self.folder)
         self.saved = self.step or None
         self.previous = catch(self.receive)
+        # the checkpoint of a step is there before its validation is
+        due = self.step % self.validate_every == 0 or self.step == trainer.max_steps
+        missing = trainer.strategy.broadcast(due and self.validated < self.step)
+        if missing and trainer.enable_validation:
+            log.info("repeating the validation of step %d, which was interrupted", self.step)
+            validate(trainer)
 
     def receive(self, signum: int, frame: Any) -> None:
         if self.received is None:
@@ -123,15 +136,27 @@ class Checkpoints(Checkpoint):
             raise Interrupted(self.received or signal.SIGTERM, step)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        loss = trainer.callback_metrics.get("val/loss")
-        if trainer.sanity_checking or loss is None or not loss.isfinite():
+        if trainer.sanity_checking:
             return
-        if self.best is None or loss < self.best["loss"]:
-            self.best = {"step": trainer.global_step, "loss": float(loss)}
-            self.save(trainer)
-            if trainer.is_global_zero:
-                text = json.dumps(self.best) + "\n"
-                atomic_write(self.folder / BEST, lambda path: path.write_text(text))
+        loss, step = trainer.callback_metrics.get("val/loss"), trainer.global_step
+        if loss is not None and loss.isfinite():
+            self.last_loss = float(loss)
+            if self.best is None or self.last_loss < self.best["loss"]:
+                self.best = {"step": step, "loss": self.last_loss}
+                self.save(trainer)
+                self.record(trainer, BEST, self.best)
+        for logger in trainer.loggers:
+            logger.save()
+        # from here on nothing of this validation can be lost, and it is not repeated
+        self.validated = step
+        self.record(trainer, VALIDATED, {"step": step})
+
+    def record(self, trainer: L.Trainer, name: str, facts: dict[str, Any]) -> None:
+        if trainer.is_global_zero:
+            text = json.dumps(facts) + "\n"
+            with writing(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+            atomic_write(self.folder / name, lambda path: path.write_text(text))
 
     def save(self, trainer: L.Trainer) -> None:
         step = trainer.global_step
@@ -183,6 +208,66 @@ class Checkpoints(Checkpoint):
         for signum, handler in self.previous.items():
             signal.signal(signum, handler)
         self.previous = {}
+
+
+def read_validated(folder: Path) -> int:
+    """The step of the last validation of which everything is recorded, 0 if none is."""
+    try:
+        return int(read_mapping(folder / VALIDATED, step=int)["step"])
+    except ValueError:  # repeating it costs nothing but time
+        return 0
+
+
+class Rows(CSVLogger):
+    """Logs to a CSV file that is replaced as a whole: Lightning empties it first to add a column,
+    and a kill then would lose all rows."""
+
+    @rank_zero_only
+    def save(self) -> None:
+        writer = self.experiment
+        if not writer.metrics:
+            return
+        path = Path(writer.metrics_file_path)
+
+        def write(place: Path) -> None:
+            if path.exists():
+                shutil.copyfile(path, place)
+            else:
+                place.unlink()  # it looks for a file
+            writer.metrics_file_path = str(place)
+            try:
+                super(Rows, self).save()
+            finally:
+                writer.metrics_file_path = str(path)
+
+        atomic_write(path, write)
+
+
+class Validations(L.Callback):
+    """Adds a validation at the end of a run where none is due then. Listed first, so that at the
+    end the others still work. max_steps: of the run; see train_alone for why it is set here."""
+
+    def __init__(self, checkpoints: Checkpoints, max_steps: int):
+        self.checkpoints, self.max_steps = checkpoints, max_steps
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        trainer.fit_loop.epoch_loop.max_steps = self.max_steps
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.enable_validation and self.checkpoints.validated < trainer.global_step:
+            validate(trainer)
+
+
+def validate(trainer: L.Trainer) -> None:
+    """Validate between two steps, as Lightning itself does after one."""
+    connector = trainer._logger_connector
+    first = connector._first_loop_iter
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    trainer.validating = True
+    loop.restarting = False  # from the first batch on
+    loop.run()
+    trainer.training = True
+    connector._first_loop_iter = first
 
 
 def catch(handler: Callable[[int, Any], None]) -> dict[int, Any]:

@@ -14,7 +14,7 @@ import lightning as L
 import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.callbacks import LearningRateMonitor
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -71,10 +71,13 @@ from flextok.training.callbacks import (
 )
 from flextok.training.checkpoints import (
     Checkpoints,
+    Rows,
+    Validations,
     WholeFiles,
     check_fits,
     find_checkpoint,
     load_checkpoint,
+    read_validated,
     set_aside,
 )
 from flextok.training.finite import SkipNonFinite
@@ -104,14 +107,16 @@ def train_alone(config: ExperimentConfig, folder: Path, leads: bool) -> Path:
     """leads: whether this process, the first of the run's, writes what belongs to the run."""
     L.seed_everything(config.seed, verbose=False)
     checkpoints = folder / "checkpoints"
-    last, step, changes = None, 0, {}
+    last, step, changes, done, recorded = None, 0, {}, False, False
     if config.resume:
         last = find_checkpoint(checkpoints)
     config = fill_auto(config, None if last is None else folder / "config.yaml")
     if last is not None:
         step = load_checkpoint(last)["global_step"]
         changes = check_changes(folder / "config.yaml", config, step)
-        if step >= config.trainer.max_steps and is_exported(folder, step):
+        done = step >= config.trainer.max_steps
+        recorded = config.data.validation is None or read_validated(checkpoints) >= step
+        if done and recorded and is_exported(folder, step):
             log.info("nothing to do: %s is trained to its end, step %d", folder, step)
             return folder
     if config.task == "tokenizer":
@@ -127,6 +132,7 @@ def train_alone(config: ExperimentConfig, folder: Path, leads: bool) -> Path:
         except CheckpointError:
             last = find_checkpoint(checkpoints, module)
             step = 0 if last is None else load_checkpoint(last)["global_step"]
+            done = step >= config.trainer.max_steps
         log.info("continuing from %s, step %d", last, step)
         if changes:
             log.info("with other settings from here on: %s", told(changes))
@@ -135,7 +141,7 @@ def train_alone(config: ExperimentConfig, folder: Path, leads: bool) -> Path:
             set_aside(checkpoints)
         atomic_write(folder / "config.yaml", lambda p: save_experiment(config, p))
         record_start(folder, config, step)
-    if last is not None and step >= config.trainer.max_steps:
+    if last is not None and done and recorded:
         if leads:
             state = read_sharded(last) if last.is_dir() else load_checkpoint(last)["state_dict"]
             module.model.load_state_dict(averaged(state))
@@ -147,6 +153,8 @@ def train_alone(config: ExperimentConfig, folder: Path, leads: bool) -> Path:
         trainer = make_trainer(config, folder, module.model, draw, evaluate)
     except (MisconfigurationException, ImportError) as error:  # no such device, or its library
         raise ConfigError(f"trainer.accelerator={config.trainer.accelerator}: {error}") from error
+    if done:  # all but the last validation: Lightning would not even start, so Validations sets it
+        trainer.fit_loop.epoch_loop.max_steps = step + 1
     with told_in_one_line():
         trainer.fit(module, data, ckpt_path=None if last is None else str(last), weights_only=True)
     # fit leaves the averaged weights in place
@@ -491,8 +499,9 @@ def make_trainer(
     callbacks.append(Export(folder))
     if config.optim.ema_decay > 0:
         callbacks.append(Averaging())
-    checkpoints = folder / "checkpoints"
-    callbacks.append(Checkpoints(checkpoints, options.checkpoint_every, options.keep_last))
+    every = (options.checkpoint_every, options.keep_last, options.validate_every)
+    checkpoints = Checkpoints(folder / "checkpoints", *every)
+    callbacks = [Validations(checkpoints, options.max_steps), *callbacks, checkpoints]
     if options.strategy == "fsdp2" and config.optim.name == "muon":
         raise ConfigError("optim.name=muon needs whole matrices: take trainer.strategy=ddp")
     plugins: list[Any] = [] if options.strategy == "fsdp2" else [WholeFiles()]
@@ -516,7 +525,7 @@ def make_trainer(
         num_sanity_val_steps=0,
         callbacks=callbacks,
         logger=[
-            CSVLogger(folder / "logs", name="csv"),  # a resumed run adds a version_<n>
+            Rows(folder / "logs", name="csv"),  # a resumed run adds a version_<n>
             TensorBoardLogger(folder / "logs", name="tensorboard", version=""),
         ],
         use_distributed_sampler=False,  # the stream and the validation set shard themselves
