@@ -456,3 +456,26 @@ def test_without_locks_there_is_a_warning(tmp_path, monkeypatch, caplog):
     with caplog.at_level(logging.WARNING), only_one(tmp_path):
         pass
     assert "no locks here" in caplog.text
+
+
+# What a run says.
+
+
+def test_a_run_says_what_it_trains_and_what_came_of_it(make, place, caplog):
+    """max_steps below validate_every once meant no validation and no pictures, without a word."""
+    caplog.set_level("INFO")
+    changes = ("data.validation", {"name": "folder", "root": str(place / "a")})
+    folder = train(make(*changes, max_steps=3, num_pictures=1))
+    whole = sum(p.numel() for p in load_model(folder).parameters())
+    text = caplog.text
+    assert f"tokenizer flextok: {whole:,} parameters" in text
+    assert "data: 6 pictures of 2 classes (cats, dogs), 6 for validation" in text
+    assert (
+        "device: cpu, 1 in all, precision 32-true; 3 steps of 4 pictures each, 2.0 epochs" in text
+    )
+    best = json.loads((folder / "checkpoints" / "best.json").read_text())
+    assert best["step"] == 3
+    loss = f"{best['loss']:.4g}"
+    assert f"step 3: val/loss {loss}, the best {loss} at step 3" in text
+    assert f"model: {folder}; next: flextok reconstruct PICTURE --model {folder}" in text
+    assert [p.name for p in (folder / "pictures").iterdir()] == ["step-0000003.png"]

@@ -75,6 +75,24 @@ def test_corrupt_pictures_are_skipped_and_counted(picture_folder, caplog):
     assert evaluation.skips.count.value == 2
 
 
+def test_a_damaged_picture_is_named_once(picture_folder, caplog):
+    """It once was at every epoch, by every worker, and counted each time."""
+    (picture_folder / "cats" / "1.png").write_bytes(b"not a picture")
+    (picture_folder / "dogs" / "2.png").write_bytes(b"")
+    pictures = ImageFolder(picture_folder)
+    s = Stream(pictures, prepare_image(ImageTransform(16)))
+    with caplog.at_level(logging.WARNING):
+        for epoch in range(3):
+            for position in range(6):
+                s[6 * epoch + position]
+        loader = DataLoader(EvaluationSet(pictures, s.prepare), num_workers=2, collate_fn=collate)
+        for _ in range(2):
+            assert sum(1 for batch in loader if batch) == 4
+    assert sum("1.png" in message for message in caplog.messages) == 1
+    assert sum("2.png" in message for message in caplog.messages) == 1
+    assert s.skips.count.value == 2
+
+
 def test_counts_add_up_over_workers(picture_folder):
     (picture_folder / "cats" / "1.png").write_bytes(b"not a picture")
     (picture_folder / "dogs" / "2.png").write_bytes(b"")

@@ -5,10 +5,12 @@ augmentation draws are derived, never carried along. So an interrupted run conti
 the batches that it would have seen, and any number of workers gives the same ones.
 """
 
+import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from multiprocessing import Value
+from multiprocessing import RawArray, Value
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -23,17 +25,38 @@ Item = Mapping[str, Any]
 
 
 class SkipCounter:
-    """Counts unreadable samples over all worker processes and says so, naming each."""
+    """Counts unreadable samples over all worker processes and epochs and says so, naming each
+    once."""
+
+    size = 4096  # how many are known again
 
     def __init__(self) -> None:
         self.count = Value("q", 0)
+        self.told = RawArray("q", self.size + 1)  # how many, and a hash of each message
 
     def skip(self, error: Exception, samples: int = 1) -> None:
+        digest = hashlib.blake2b(f"{samples} {error}".encode("utf-8", "replace"), digest_size=7)
+        key = int.from_bytes(digest.digest(), "big")
         with self.count.get_lock():
+            known = self.told[0]
+            if key in self.told[1 : known + 1]:
+                return
+            if known < self.size:
+                self.told[0], self.told[known + 1] = known + 1, key
             self.count.value += samples
             count = self.count.value
         what = "an unreadable sample" if samples == 1 else f"{samples} unreadable samples"
         log.warning("skipped %s (%d so far): %s", what, count, error)
+
+
+_counters: WeakKeyDictionary[Dataset, SkipCounter] = WeakKeyDictionary()
+
+
+def counter_of(dataset: Any) -> SkipCounter:
+    """The counter of a data set, one for all that read from it."""
+    if not isinstance(dataset, Dataset):
+        return SkipCounter()
+    return _counters.setdefault(dataset, SkipCounter())
 
 
 class Stream(Dataset):
@@ -50,7 +73,7 @@ class Stream(Dataset):
         if len(dataset) == 0:
             raise ValueError("the dataset is empty: nothing to train on")
         self.dataset, self.prepare, self.seed, self.shuffle = dataset, prepare, seed, shuffle
-        self.skips = SkipCounter()
+        self.skips = counter_of(dataset)
         self._order: tuple[int, Tensor] | None = None
 
     def index_at(self, position: int) -> int:
@@ -79,7 +102,7 @@ class EvaluationSet(Dataset):
 
     def __init__(self, dataset: Any, prepare: Callable[[Item, torch.Generator | None], Item]):
         self.dataset, self.prepare = dataset, prepare
-        self.skips = SkipCounter()
+        self.skips = counter_of(dataset)
 
     def __len__(self) -> int:
         return len(self.dataset)

@@ -28,7 +28,7 @@ from flextok.data.labels import label_table, renumbering
 from flextok.data.loading import make_loader, told_in_one_line
 from flextok.data.pictures import UNLABELLED, CorruptPicture
 from flextok.data.processes import Process, this_process
-from flextok.data.stream import Item, SkipCounter, collate
+from flextok.data.stream import Item, collate, counter_of
 from flextok.data.text import TextCache, checksum, pack, unpack
 from flextok.data.transforms import ImageTransform
 from flextok.draws import derived_generator
@@ -63,7 +63,7 @@ class _Variants(Dataset):
     def __init__(self, dataset: Any, transform: ImageTransform, variants: int, seed: int):
         self.dataset, self.transform = dataset, transform
         self.variants, self.seed = variants, seed
-        self.skips = SkipCounter()
+        self.skips = counter_of(dataset)
 
     def __len__(self) -> int:
         return len(self.dataset) * self.variants

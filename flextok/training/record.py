@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import flextok
+from flextok.card import count_parameters
 from flextok.config import ExperimentConfig
 from flextok.data.processes import this_process
 from flextok.files import atomic_write
@@ -47,6 +48,46 @@ def record_start(folder: Path, config: ExperimentConfig, step: int) -> None:
     atomic_write(path, lambda p: p.write_text(text, encoding="utf-8"))
     if diff:
         atomic_write(path.with_suffix(".diff"), lambda p: p.write_text(diff, encoding="utf-8"))
+
+
+def told_at_start(config: ExperimentConfig, model: Any, data: Any, trainer: Any) -> str:
+    """What is trained, on what and where, in three lines. data: the run's DataModule."""
+    whole = count_parameters(model)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    classes = list(model.metadata.get("class_names", []))
+    some = ", ".join(map(str, classes[:5])) + (", ..." if len(classes) > 5 else "")
+    count, checked = (
+        len(data.stream.dataset),
+        0 if data.evaluation is None else len(data.evaluation),
+    )
+    options, step = config.trainer, config.data.batch_size * config.trainer.accumulate
+    step *= trainer.world_size
+    unit = "pictures" if config.task == "tokenizer" else "sequences"
+    kind = "class" if len(classes) == 1 else "classes"
+    return (
+        f"{config.task} {model.model_type}: {whole:,} parameters, {trained:,} of them trained\n"
+        f"data: {count:,} {unit} of {len(classes)} {kind} ({some}), {checked:,} for validation\n"
+        f"device: {trainer.strategy.root_device}, {trainer.world_size} in all, "
+        f"precision {trainer.precision}; {options.max_steps:,} steps of {step:,} {unit} each, "
+        f"{options.max_steps * step / count:,.1f} epochs"
+    )
+
+
+def told_at_end(config: ExperimentConfig, folder: Path, step: int, checkpoints: Any) -> str:
+    """How far the run came, its scores and what to do next. checkpoints: the run's callback."""
+    if checkpoints.last_loss is None:
+        score = "not validated: no data.validation"
+    else:
+        best = checkpoints.best or {"loss": checkpoints.last_loss, "step": step}
+        score = (
+            f"val/loss {checkpoints.last_loss:.4g}, the best {best['loss']:.4g} at step "
+            f"{best['step']} (its checkpoint is in {folder / 'checkpoints'})"
+        )
+    following = f"flextok sample {folder}"
+    if config.task == "tokenizer":
+        following = f"flextok reconstruct PICTURE --model {folder}, or a generator with tokenizer="
+        following += str(folder)
+    return f"step {step}: {score}\nmodel: {folder}; next: {following}"
 
 
 def versions() -> dict[str, str | None]:

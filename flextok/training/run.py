@@ -82,7 +82,7 @@ from flextok.training.checkpoints import (
 )
 from flextok.training.finite import SkipNonFinite
 from flextok.training.modules import GeneratorModule, TokenizerModule, TrainingModule
-from flextok.training.record import record_start
+from flextok.training.record import record_start, told_at_end, told_at_start
 from flextok.training.resume import check_changes, told
 from flextok.training.sharding import ShardedStrategy, compile_blocks, read_sharded
 
@@ -155,10 +155,15 @@ def train_alone(config: ExperimentConfig, folder: Path, leads: bool) -> Path:
         raise ConfigError(f"trainer.accelerator={config.trainer.accelerator}: {error}") from error
     if done:  # all but the last validation: Lightning would not even start, so Validations sets it
         trainer.fit_loop.epoch_loop.max_steps = step + 1
+    if leads:
+        log.info("%s", told_at_start(config, module.model, data, trainer))
     with told_in_one_line():
         trainer.fit(module, data, ckpt_path=None if last is None else str(last), weights_only=True)
     # fit leaves the averaged weights in place
     export(module.model, folder, trainer.global_step, trainer.is_global_zero)
+    if leads:
+        (callback,) = (c for c in trainer.callbacks if isinstance(c, Checkpoints))
+        log.info("%s", told_at_end(config, folder, trainer.global_step, callback))
     return folder
 
 

@@ -1,6 +1,7 @@
 """A run of a study: a model trained, then measured by prefix length. What is done is kept."""
 
 import json
+import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,12 @@ from flextok.card import count_parameters
 from flextok.config import ExperimentConfig, load_experiment
 from flextok.evaluation.evaluate import evaluate_generator, evaluate_tokenizer
 from flextok.evaluation.job import Cell, Options
-from flextok.files import atomic_write
+from flextok.files import atomic_write, read_mapping
 from flextok.pipeline import load_model
 from flextok.schema import ConfigError, to_mapping
 from flextok.training.run import cache_device, fill_auto, load_tokenizer, make_dataset, train
+
+log = logging.getLogger(__name__)
 
 
 def train_and_measure(
@@ -34,8 +37,8 @@ def train_and_measure(
         raise ConfigError(f"{folder} holds a run with other settings: choose another output_dir")
     asked = {"config": to_mapping(config), "lengths": lengths, "networks": networks}
     if (folder / "result.json").exists():
-        found = json.loads((folder / "result.json").read_text("utf-8"))
-        if {key: found[key] for key in asked} == asked:
+        found = read_result(folder / "result.json")
+        if {key: found.get(key) for key in asked} == asked:
             return found
     cost = train_timed(config, folder)
     by_length = [Cell(k) for k in lengths]
@@ -63,11 +66,22 @@ def train_timed(config: ExperimentConfig, folder: Path) -> float | None:
     """Train to the end. Returns the CPU seconds a step, of the session that ended it."""
     path, started = folder / "cost.json", time.process_time()
     train(config)
-    begun_at = json.loads(max((folder / "starts").glob("*.json")).read_text("utf-8"))["step"]
+    begun_at = read_mapping(max((folder / "starts").glob("*.json")), step=int)["step"]
     if steps := config.trainer.max_steps - begun_at:
         seconds = (time.process_time() - started) / steps
         write_json({"cpu_seconds_per_step": seconds}, path)
-    return json.loads(path.read_text())["cpu_seconds_per_step"] if path.exists() else None
+    return read_result(path).get("cpu_seconds_per_step")
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """What an earlier session wrote; {} where there is nothing, or it is damaged and told."""
+    if not path.exists():
+        return {}
+    try:
+        return read_mapping(path)
+    except ValueError as error:
+        log.warning("%s: made again", error)
+        return {}
 
 
 def write_json(value: Any, path: Path) -> None:
