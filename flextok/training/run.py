@@ -162,7 +162,7 @@ def train_alone(config: ExperimentConfig, folder: Path, leads: bool) -> Path:
     # fit leaves the averaged weights in place
     export(module.model, folder, trainer.global_step, trainer.is_global_zero)
     if leads:
-        (callback,) = (c for c in trainer.callbacks if isinstance(c, Checkpoints))
+        (callback,) = trainer.checkpoint_callbacks
         log.info("%s", told_at_end(config, folder, trainer.global_step, callback))
     return folder
 
@@ -504,8 +504,9 @@ def make_trainer(
     callbacks.append(Export(folder))
     if config.optim.ema_decay > 0:
         callbacks.append(Averaging())
-    every = (options.checkpoint_every, options.keep_last, options.validate_every)
-    checkpoints = Checkpoints(folder / "checkpoints", *every)
+    checkpoints = Checkpoints(
+        folder / "checkpoints", options.checkpoint_every, options.keep_last, options.validate_every
+    )
     callbacks = [Validations(checkpoints, options.max_steps), *callbacks, checkpoints]
     if options.strategy == "fsdp2" and config.optim.name == "muon":
         raise ConfigError("optim.name=muon needs whole matrices: take trainer.strategy=ddp")
