@@ -31,7 +31,8 @@ LENGTHS = [1, 4, 16, 64, 256]
 
 def recipe_config(base: str, name: str, overrides: list[str]) -> ExperimentConfig:
     changes = yaml.safe_load((FOLDERS[base] / f"{name}.yaml").read_text("utf-8"))
-    changed = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
+    texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in changes.items()}
+    changed = [f"{key}={text}" for key, text in texts.items()]
     return load_experiment(HERE / f"{base}.yaml", [*changed, *overrides])
 
 

@@ -65,9 +65,12 @@ def train_and_measure(
 def train_timed(config: ExperimentConfig, folder: Path) -> float | None:
     """Train to the end. Returns the CPU seconds a step, of the session that ended it."""
     path, started = folder / "cost.json", time.process_time()
+    before = set((folder / "starts").glob("*.json"))
     train(config)
-    begun_at = read_mapping(max((folder / "starts").glob("*.json")), step=int)["step"]
-    if steps := config.trainer.max_steps - begun_at:
+    begun = set((folder / "starts").glob("*.json")) - before  # none where nothing was to do
+    last = config.trainer.max_steps
+    begun_at = read_mapping(max(begun), step=int)["step"] if begun else last
+    if steps := last - begun_at:
         seconds = (time.process_time() - started) / steps
         write_json({"cpu_seconds_per_step": seconds}, path)
     return read_result(path).get("cpu_seconds_per_step")
