@@ -7,7 +7,6 @@ import textwrap
 import unicodedata
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, features
@@ -68,6 +67,8 @@ def lettering(label: str) -> tuple[str, ImageFont.FreeTypeFont | ImageFont.Image
     Sans, else one of the system's. Without one, what DejaVu lacks is spelled in Latin letters."""
     if label.isascii():
         return label, ImageFont.load_default(FONT_SIZE)
+    import matplotlib
+
     label = "".join(char for char in label if not is_invisible(char))
     dejavu = str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf")
     if not all(map(is_joined, label)):
@@ -154,6 +155,8 @@ def variance_map(
 
     originals: (n, 3, H, W) in [-1, 1]; by_tokens: prefix length -> (n, 3, H, W); maps: prefix
     length -> (n, H, W), standard deviations."""
+    import matplotlib
+
     most = max(float(m.max()) for m in maps.values()) or 1.0
     colours = torch.from_numpy(matplotlib.colormaps["inferno"](np.linspace(0, 1, 256))[:, :3])
     rows = []

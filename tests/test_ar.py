@@ -110,7 +110,7 @@ def test_a_generator_for_each_row_makes_it_independent_of_its_batch():
 def test_a_model_whose_weights_are_not_finite_is_refused(value, temperature):
     model = tiny_gpt()
     model.head.weight.data[3] = value
-    with pytest.raises(ValueError, match="logits are not finite"):
+    with pytest.raises(ValueError, match="logits hold values that are not finite"):
         model.generate(LABELS, temperature=temperature, generator=seeded())
 
 

@@ -23,6 +23,7 @@ from flextok.evaluation.metrics import psnr, to_8_bit
 from flextok.evaluation.records import PART
 from flextok.evaluation.reference import Reference, save_reference
 from flextok.generators import MaskGIT, MaskGITConfig
+from flextok.schema import NotFinite
 
 NUMBER = PART + 7  # two parts, the second an odd one
 CELLS = [Cell(2, 2), Cell(8, 2, 1.5)]
@@ -544,3 +545,19 @@ def test_a_pickled_reference_is_refused(tmp_path):
     np.savez(path, mu=np.array([object()]), sigma=np.eye(1))
     with pytest.raises(ValueError, match="allow_pickle"):
         Reference(path, Projection("inception"), 16)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), -2.0])
+def test_a_way_to_decode_out_of_range_is_refused_before_the_networks_load(scale, monkeypatch):
+    monkeypatch.setattr("flextok.evaluation.evaluate.load_networks", None)
+    with pytest.raises(ValueError, match=rf"guidance_scale={scale!r} must be"):
+        evaluate_tokenizer(tokenizer(), emoji(), [Cell(8, 1, scale)], options())
+
+
+@pytest.mark.parametrize("part", ["encoder.registers", "decoder.mask_token"])
+def test_a_model_that_is_not_finite_gets_no_score(part, tmp_path):
+    broken = tokenizer()
+    broken.get_parameter(part).data.view(-1)[0] = torch.nan
+    with pytest.raises(NotFinite, match="are not finite"):
+        evaluate_tokenizer(broken, emoji(), [Cell(1, 1)], options(), tmp_path)
+    assert not list(tmp_path.rglob("report.json"))

@@ -258,7 +258,7 @@ def test_a_row_does_not_depend_on_its_batch():
 def test_a_model_whose_weights_are_not_finite_is_refused():
     model = build()
     model.head.bias.data[0] = torch.nan
-    with pytest.raises(ValueError, match="logits are not finite"):
+    with pytest.raises(ValueError, match="logits hold values that are not finite"):
         model.generate(torch.tensor([1]))
 
 

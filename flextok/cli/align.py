@@ -40,6 +40,7 @@ def run_align(options: argparse.Namespace) -> dict[str, Any]:
     from flextok.data.emoji import EmojiScenes
     from flextok.evaluation.alignment import alignment, format_report
     from flextok.evaluation.scene_probe import Probe, train_probe
+    from flextok.pipeline import decoding_options as checked
     from flextok.pipeline import is_generator, load_model, load_tokenizer_of
     from flextok.schema import build
 
@@ -52,6 +53,8 @@ def run_align(options: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"{options.model} is a {generator.model_type} model, not a generator")
     device = next(generator.parameters()).device
     tokenizer = load_tokenizer_of(generator, options.model, options.tokenizer, device)
+    lengths = token_lengths(options.num_tokens, tokenizer, generator.num_tokens)
+    decoding = checked(tokenizer, decoding_options(options))  # before the classifier is trained
     if options.probe and Path(options.probe).is_file():
         probe = Probe.load(options.probe).to(device)
     else:
@@ -65,10 +68,10 @@ def run_align(options: argparse.Namespace) -> dict[str, Any]:
         tokenizer,
         probe,
         scenes,
-        token_lengths(options.num_tokens, tokenizer, generator.num_tokens),
+        lengths,
         options.limit or 256,
         options.seed,
-        decoding=decoding_options(options),
+        decoding=decoding,
     )
     print(format_report(report))
     return {"model": options.model, "data": spec, **asdict(report)}

@@ -18,6 +18,7 @@ from flextok.evaluation.passes import (
     Captions,
     Labels,
     Numbered,
+    asked_of,
     collect,
     generation,
     real_pictures,
@@ -122,6 +123,7 @@ def make_job(
     for cell in cells:
         if not 1 <= cell.num_tokens <= model.num_tokens:
             raise ValueError(f"num_tokens={cell.num_tokens} must be in [1, {model.num_tokens}]")
+        asked_of(tokenizer, cell, options)  # raises before the networks load
     if options.batch_size < 1:
         raise ValueError(f"batch_size={options.batch_size} must be at least 1")
     if options.num_samples is not None and options.num_samples < 2:

@@ -209,19 +209,28 @@ def encode(tokenizer: Any, images: Tensor) -> Tensor:
     return tokenizer.encode(images)
 
 
+def asked_of(tokenizer: Any, cell: Cell, options: Options) -> dict[str, Any]:
+    """The options of decode() that the evaluation states. Raises ValueError for one that the
+    tokenizer does not take, or not with this value."""
+    asked = {**cell._asdict(), **options.solving()}
+    asked = {k: v for k, v in asked.items() if v is not None and k != "num_tokens"}
+    if asked and getattr(tokenizer, "noise_shape", None) is None:
+        raise ValueError(
+            f"{', '.join(asked)}: a {tokenizer.model_type} decodes in one step, without guidance"
+        )
+    if asked:
+        tokenizer.decode_options(asked)
+    return asked
+
+
 def decode(
     tokenizer: Any, indices: Tensor, cell: Cell, options: Options, noise: Tensor | None
 ) -> Tensor:
     """Pictures (B, 3, H, W) in [-1, 1] from the first cell.num_tokens of encode()'s result."""
     kept = indices[:, : cell.num_tokens]
-    asked = {**cell._asdict(), **options.solving()}
-    asked = {k: v for k, v in asked.items() if v is not None and k != "num_tokens"}
+    asked = asked_of(tokenizer, cell, options)
     if noise is not None:
         return tokenizer.decode(kept, noise=noise, **asked)
-    if asked:
-        raise ValueError(
-            f"{', '.join(asked)}: a {tokenizer.model_type} decodes in one step, without guidance"
-        )
     if indices.is_floating_point():
         return as_images(tokenizer.decode_codes(kept))
     return tokenizer.decode(kept)

@@ -149,7 +149,8 @@ def check_finite(values: Tensor, what: str) -> Tensor:
     """The values. Raises NotFinite if one is NaN or infinite."""
     if (~values.isfinite()).any():
         raise NotFinite(
-            f"{what} are not finite: the model's weights are damaged, or its training diverged"
+            f"{what} hold values that are not finite: the model's weights are damaged, or its "
+            "training diverged"
         )
     return values
 
