@@ -1,5 +1,6 @@
 """A run that is started again: what may change, what may not, and what lies in its folder."""
 
+import functools
 import json
 import logging
 import shutil
@@ -479,3 +480,23 @@ def test_a_run_says_what_it_trains_and_what_came_of_it(make, place, caplog):
     assert f"step 3: val/loss {loss}, the best {loss} at step 3" in text
     assert f"model: {folder}; next: flextok reconstruct PICTURE --model {folder}" in text
     assert [p.name for p in (folder / "pictures").iterdir()] == ["step-0000003.png"]
+
+
+def limit_files(size: int) -> None:
+    """Let this process write no larger file: as a full disk, but without one."""
+    resource = pytest.importorskip("resource")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def test_a_checkpoint_that_finds_no_room_ends_the_run_in_one_line(make, tmp_path):
+    path, log = tmp_path / "config.yaml", tmp_path / "log"
+    save_experiment(make(), path)
+    assert finish(start(["train", path], log, functools.partial(limit_files, 100_000))) == [1]
+    text = log.read_text()
+    assert "Traceback" not in text
+    line = text[text.index("flextok: could not write") :]
+    assert line.count("\n") == 1
+    assert "step-0000002.ckpt: File too large (" in line
+    assert "start the same command again: it continues" in line
+    assert finish(start(["train", path], log)) == [0]
+    assert load_model(make().output_dir).metadata["step"] == 4

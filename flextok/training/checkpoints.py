@@ -56,7 +56,10 @@ class WholeFiles(TorchCheckpointIO):
         def write(place: Path) -> None:
             with open(place, "wb") as file:
                 summed = Summed(file)
-                torch.save(checkpoint, summed)  # type: ignore[arg-type]
+                try:
+                    torch.save(checkpoint, summed)  # type: ignore[arg-type]
+                except RuntimeError as error:  # torch's words about a disk that was full
+                    raise summed.error or error from None
             # there before the checkpoint is, so that no checkpoint is ever without
             text = json.dumps({"crc32": summed.crc32, "size": summed.size}) + "\n"
             atomic_write(sums_of(path), lambda p: p.write_text(text))
@@ -73,11 +76,16 @@ class Summed:
 
     def __init__(self, file: IO[bytes]):
         self.file, self.crc32, self.size = file, 0, 0
+        self.error: OSError | None = None
 
     def write(self, data: bytes) -> int:
         self.crc32 = zlib.crc32(data, self.crc32)
         self.size += len(data)
-        return self.file.write(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
 
     def flush(self) -> None:
         self.file.flush()
