@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,8 +32,9 @@ from flextok.generators import GENERATORS
 from flextok.hub import fingerprint
 from flextok.losses import perceptual
 from flextok.pipeline import generate_images, load_model, load_tokenizer_of
-from flextok.schema import ConfigError
+from flextok.schema import ConfigError, NotFinite
 from flextok.tokenizers import TOKENIZERS, MaskGITVQGAN, VQGANConfig
+from flextok.training.callbacks import Pictures
 from flextok.training.optim import make_optimizer, parameter_groups, warmup_cosine
 from flextok.training.run import build_model, train
 from flextok.training.sharding import compile_blocks
@@ -568,3 +570,15 @@ def test_recomputing_or_compiling_the_blocks_changes_no_gradient():
     assert torch.equal(plain, gradients(tiny_gpt(checkpoint_blocks=True)))
     assert torch.allclose(plain, gradients(compiled), atol=1e-6)
     assert compiled.state_dict().keys() == tiny_gpt().state_dict().keys()
+
+
+def test_pictures_that_cannot_be_drawn_end_no_run(tmp_path, caplog):
+    """A model may be not finite for a while: the guard of the steps decides when a run ends."""
+
+    def draw(model):
+        raise NotFinite("the decoded images hold values that are not finite")
+
+    trainer = SimpleNamespace(sanity_checking=False, is_global_zero=True, global_step=7, loggers=[])
+    Pictures(tmp_path, draw).on_validation_epoch_end(trainer, SimpleNamespace(model=None))
+    assert "step 7: no pictures drawn" in caplog.text
+    assert not list(tmp_path.iterdir())
