@@ -14,7 +14,7 @@ NUM_SCENES ?= 16000
 steps = $(if $(1),trainer.max_steps=$(1))
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: setup test quickstart quickstart-text quickstart-titok compare lint types notebooks docs package pictures figures
+.PHONY: setup test quickstart quickstart-text quickstart-titok compare gpu lint types notebooks docs package pictures figures
 
 setup: $(VENV)/.installed
 
@@ -110,6 +110,10 @@ quickstart-titok: setup
 	    tokenizer=$(TITOK)/stage2 $(call steps,$(GENERATOR_STEPS))
 	$(BIN)/python sample.py $(TITOK)/generator --num-samples 6 --output $(TITOK)/generated.png
 	@echo "pictures: $(TITOK)/reconstructed.png and $(TITOK)/generated.png"
+
+# for a machine with a GPU; without one, a dry run on fake CUDA tensors
+gpu: setup
+	$(BIN)/python benchmarks/gpu.py
 
 # FlexTok, TiTok, TiTok with tail drop and a 2D grid on one budget
 compare: setup

@@ -37,7 +37,8 @@ class LPIPS(nn.Module):
         self.features = vgg16(weights="IMAGENET1K_V1" if pretrained else None).features
         heads = torch.load(lpips_heads(), map_location="cpu", weights_only=True)
         for i in range(len(self.layers)):
-            self.register_buffer(f"head{i}", heads[f"lin{i}.model.1.weight"])
+            head = heads[f"lin{i}.model.1.weight"].to(torch.get_default_device())
+            self.register_buffer(f"head{i}", head)
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1))
 

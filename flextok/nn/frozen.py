@@ -33,6 +33,8 @@ class Frozen:
 
     def to(self, device: torch.device) -> Any:
         """The network itself, moved to `device`."""
+        if all(parameter.device == device for parameter in self.network.parameters()):
+            return self.network
         return self.network.to(device)
 
     def __deepcopy__(self, memo: object) -> "Frozen":

@@ -310,7 +310,9 @@ class TiTok(Pretrained, NeedsWeights):
             reconstruction = self.reconstruct(images, generator, text, shared)
             return self.reconstruction_losses(images, reconstruction)
         if proxy_indices is None:
-            proxy_indices = self.proxy.encode(images)
+            proxy = self.proxy
+            with torch.no_grad():  # its encode(), but for checks that would wait for a GPU
+                proxy_indices = proxy.quantizer(proxy._latents(images))[1]
         codes, aux = self._training_codes(images, generator)
         shared = generator if shared is None else shared
         logits = self._decode_lengths(self.decoder, codes, text, generator, shared)  # (B, N, V)

@@ -200,15 +200,18 @@ def measure(config: ExperimentConfig) -> Step:
     return Step(flops, saved, trained, total - trained, beside, max(parts, default=0), rest)
 
 
-def build(config: ExperimentConfig) -> TrainingModule:
-    """What trains the model of `config`, on the meta device, without any trained weights. A
+META = torch.device("meta")
+
+
+def build(config: ExperimentConfig, device: torch.device = META) -> TrainingModule:
+    """What trains the model of `config`, on a device, without any trained weights. A
     generator's sizes come from its tokenizer where that is at hand, else from the config and the
     published tokenizer (64,000 codes, 256 tokens)."""
     spec = dict(config.model)
     if config.task == "tokenizer" and isinstance(spec.get("vae"), dict):
         auto = {"shift": 0.0, "scale": 1.0}  # measured when it trains
         spec["vae"] = {k: auto.get(k) if v == "auto" else v for k, v in spec["vae"].items()}
-    with torch.device("meta"):
+    with device:
         if config.task == "tokenizer":
             model = build_model(TOKENIZERS, spec)
             add_frozen(model)
@@ -252,8 +255,6 @@ def add_frozen(model: Any) -> None:
         model.prepare_training(teacher=type(model)(replace(model.config, distill=None)))
     if getattr(model.config, "stage", None) == "proxy":
         model.attach_proxy(MaskGITVQGAN(replace(model.config.proxy, image_size=model.image_size)))
-        proxy = model.proxy  # its encode(), but for the check of the pictures' range
-        proxy.encode = torch.no_grad()(lambda images: proxy.quantizer(proxy._latents(images))[1])
     losses = getattr(model, "perceptual", None)
     for name in [] if losses is None else losses.weights:
         network: Any = PERCEPTUAL[name]
@@ -262,7 +263,8 @@ def add_frozen(model: Any) -> None:
         else:
             with torch.device("cpu"):  # it comes with its weights
                 built = network()
-        model.perceptual.networks[name] = Frozen(built.to("meta"))
+        model.perceptual.networks[name] = Frozen(built)
+        model.perceptual.networks[name].to(model.device)
 
 
 def perceptual_losses(model: nn.Module) -> list[Frozen]:
@@ -288,8 +290,8 @@ def count_sample(module: TrainingModule, config: ExperimentConfig) -> tuple[floa
 
 
 def make_batch(model: Any, count: int) -> dict[str, Any]:
-    """What training would be given, on the meta device; texts of the greatest length."""
-    with torch.device("meta"):
+    """What training would be given, on the model's device; texts of the greatest length."""
+    with model.device:
         if model.model_type in TOKENIZERS:
             dtype = next(model.parameters()).dtype
             return {"image": torch.empty(count, 3, *2 * [model.image_size], dtype=dtype)}
