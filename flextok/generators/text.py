@@ -8,6 +8,7 @@ graph and good for caching; `forward` turns padded rows into embeddings, and may
 
 import hashlib
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -212,7 +213,9 @@ class PretrainedEncoder(TextEncoder):
     def identity(self) -> dict[str, Any]:
         folder = encoder_folder(self.model, self.revision, config_only=True)
         revision = resolved_revision(folder)
-        return {"encoder": self.model, "revision": revision, "max_length": self.max_length}
+        # a folder is the same one however its path is written
+        name = os.path.realpath(self.model) if os.path.isdir(self.model) else self.model
+        return {"encoder": name, "revision": revision, "max_length": self.max_length}
 
     @torch.no_grad()
     def rows(self, prompts: Sequence[str], device: torch.device | str = "cpu") -> list[Tensor]:
