@@ -422,7 +422,7 @@ def test_a_tokenizer_that_gives_nan_makes_no_cache(picture_folder, tmp_path):
             broken = tiny_tokenizer(quantizer=quantizer)
             with torch.no_grad():
                 next(broken.encoder.parameters()).view(-1)[0] = damage
-            with pytest.raises(ValueError, match="outputs .* not finite"):
+            with pytest.raises(ValueError, match=r"outputs .* not finite"):
                 cache(tmp_path / "tokens", broken, picture_folder)
             assert not list((tmp_path / "tokens").glob("part-*"))
             assert not is_finished(tmp_path / "tokens")
