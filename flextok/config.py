@@ -170,6 +170,12 @@ def load_experiment(path: str | Path, overrides: list[str] | None = None) -> Exp
         )
     if len(config.optim.betas) != 2:
         raise ConfigError(f"optim.betas={config.optim.betas} must be two numbers, e.g. [0.9, 0.95]")
+    if [] in (config.data.train, config.data.validation):
+        raise ConfigError("data.train and data.validation must not be empty lists")
+    if not re.fullmatch(r"auto|\d+(,\d+)*", str(config.trainer.devices)):
+        raise ConfigError(
+            f"trainer.devices={config.trainer.devices!r} must be auto, a number or numbers: 0,1"
+        )
     if config.evaluation is not None and config.data.validation is None:
         raise ConfigError("evaluation needs data.validation: the pictures to evaluate on")
     whole = {

@@ -154,3 +154,20 @@ def test_json_is_a_files_name_or_the_last_option(model, picture_folder, capsys):
         main(["reconstruct", "--json", str(picture_folder / "cats"), "--model", model])
     assert exit.value.code == 2
     assert "put --json last" in capsys.readouterr().err
+
+
+def test_a_name_that_is_no_text_is_printed_escaped(releases, picture_folder, tmp_path, capsys):
+    """A byte that is no UTF-8 stops no folder, and no name steers the terminal."""
+    folder, out = tmp_path / "odd", tmp_path / "out"
+    folder.mkdir()
+    picture = (picture_folder / "cats" / "0.png").read_bytes()
+    for name in (b"caf\xe9.png", b"\x1b[2J.png", b"zebra.png"):
+        with open(os.fsencode(folder) + b"/" + name, "wb") as file:
+            file.write(picture)
+    assert main(["reconstruct", str(folder), "--output", str(out)]) == 0
+    assert sorted(os.listdir(os.fsencode(out)))[1] == b"caf\xe9-256.png"
+    assert len(os.listdir(out)) == 3
+    printed = capsys.readouterr().out
+    assert r"caf\udce9-256.png" in printed
+    assert r"\x1b[2J-256.png" in printed
+    assert "\x1b" not in printed

@@ -193,6 +193,22 @@ def test_other_values_are_read_by_their_type(experiment):
     assert load_experiment(path, ["trainer.devices=auto"]).trainer.devices == "auto"
 
 
+@pytest.mark.parametrize(
+    "override",
+    ["data.train=[]", "data.validation=[]", "trainer.devices=many", "trainer.devices=-1"],
+)
+def test_values_that_no_run_can_use(experiment, override):
+    assert override.partition("=")[0] in (mistake(load_experiment, experiment(), [override]) or "")
+
+
+@pytest.mark.parametrize("repa", [{"model": "nothing"}, {"modl": "a"}, {"weight": "big"}])
+def test_mistakes_in_the_alignment(repa):
+    model = build_model(TOKENIZERS, {"name": "flextok", **TINY, "repa": repa})
+    message = mistake(model.prepare_training) or ""
+    assert next(iter(repa)) in message
+    assert str(next(iter(repa.values()))) in message or "unknown key" in message
+
+
 def test_a_long_override_is_no_file(experiment, capsys):
     assert main(["train", experiment(), f"trainer.strategie={'x' * 300}"]) == 1
     assert "unknown key 'strategie'" in capsys.readouterr().err

@@ -17,6 +17,7 @@ from flextok.cli.common import (
     decoding_options,
     pick_device,
 )
+from flextok.printing import printable
 
 FOLDER = "outputs/reconstructed"
 log = logging.getLogger(__name__)
@@ -86,7 +87,7 @@ def run_reconstruct(options: argparse.Namespace) -> list[dict[str, Any]]:
             quality = min(MAX_PSNR, psnr(made.cpu(), images).item())
             results.append({"picture": source, "output": place, "num_tokens": k, "psnr": quality})
             if output != "-":
-                print(f"wrote {place}  ({k} tokens, {quality:.2f} dB)")
+                print(f"wrote {printable(place)}  ({k} tokens, {quality:.2f} dB)")
     if unreadable:
         raise ValueError(f"{unreadable} of {len(sources)} pictures could not be read, see above")
     return results

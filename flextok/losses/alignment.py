@@ -23,6 +23,8 @@ class ViTFeatures(nn.Module):
         super().__init__()
         import timm  # slow to import, and only this loss needs it
 
+        if ":" not in model and not timm.is_model(model):  # hf-hub:owner/name is a place
+            raise ValueError(f"repa.model={model!r} is no model of timm: see timm.list_models()")
         network: Any = timm.create_model(
             model, pretrained=pretrained, num_classes=0, dynamic_img_size=True
         )

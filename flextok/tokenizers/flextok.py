@@ -214,7 +214,8 @@ class FlexTok(Pretrained, nn.Module):
             self._begin_as(weights)
         if self.config.repa and self.repa is None:
             dim = self.decoder.head.in_features
-            self.repa = RepresentationAlignment(dim, **self.config.repa)
+            spec = {**self.config.repa, "name": "repa", "dim": dim}
+            self.repa = build({"repa": RepresentationAlignment}, spec, "alignment")
 
     def _begin_as(self, trained: Any) -> None:
         if not isinstance(trained, FlexTok):

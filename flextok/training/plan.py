@@ -22,13 +22,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flextok.config import ExperimentConfig
 from flextok.generators import GENERATORS
-from flextok.generators.conditioning import TextConditioner
+from flextok.generators.conditioning import CONDITIONERS, TextConditioner
 from flextok.generators.text import Text
 from flextok.losses.alignment import RepresentationAlignment
 from flextok.losses.perceptual import PERCEPTUAL, PerceptualLoss
 from flextok.nn.frozen import Frozen, NeedsWeights
 from flextok.pipeline import load_model
-from flextok.schema import ConfigError
+from flextok.schema import ConfigError, named_spec
 from flextok.tokenizers import TOKENIZERS, MaskGITVQGAN
 from flextok.tokenizers.nested_dropout import NESTED_DROPOUT
 from flextok.training.modules import GeneratorModule, TrainingModule
@@ -225,7 +225,9 @@ def build(config: ExperimentConfig, device: torch.device = META) -> TrainingModu
                 derived = {"vocab_size": tokenizer.vocab_size, "num_tokens": tokenizer.num_tokens}
             except ValueError:
                 pass
-            conditioner = {"name": "class", **spec.get("conditioner", {})}
+            conditioner = named_spec(
+                spec.get("conditioner", "class"), "conditioner", list(CONDITIONERS)
+            )
             if conditioner["name"] == "class":
                 conditioner = {"num_classes": 1000, **conditioner}
             model = build_model(GENERATORS, {**derived, **spec, "conditioner": conditioner})
