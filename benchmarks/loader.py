@@ -102,7 +102,7 @@ def main() -> None:
         "config": Path(options.config).stem,
         "overrides": options.overrides,
         "batch_size": data.batch_size,
-        "device": torch.cuda.get_device_name() if device != "cpu" else platform.machine(),
+        "device": torch.cuda.get_device_name() if "cuda" in device else platform.machine(),
         "cpus": os.cpu_count(),
         "clock": "cpu" if options.cpu_seconds else "wall",
         "torch": torch.__version__,
