@@ -12,6 +12,8 @@ end with what one run without a kill leaves.
 {out} stands for the output folder. All processes of the command die at once (kill -9). After each
 kill every checkpoint in the folder must be intact. Prints a JSON report; exit code 1 if a start
 failed or the results differ.
+
+Before each single change of a file, not at random: FLEXTOK_CRASHES=all pytest tests/test_crashes.py
 """
 
 import argparse
