@@ -2,6 +2,8 @@
 
 import re
 import signal
+import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -34,12 +36,19 @@ def told_in_one_line() -> Iterator[None]:
     """Raises WorkerDied where torch says that a worker was killed, and a worker's ValueError
     without the worker's traceback."""
     try:
-        yield
+        try:
+            yield
+        except (ConnectionError, EOFError) as error:
+            frames = traceback.extract_tb(error.__traceback__)
+            if not any("multiprocessing" in frame.filename for frame in frames):
+                raise
+            time.sleep(1)  # torch's own news of the death comes by a signal, as RuntimeError
+            raise RuntimeError("DataLoader worker (pid unknown) died as it sent a batch") from None
     except RuntimeError as error:
-        if not (found := re.match(r"DataLoader worker \(pid\(?s?\)? .*", str(error))):
+        if not (found := re.match(r"DataLoader worker \(pid.*", str(error))):
             raise
         raise WorkerDied(
-            f"{found[0].rstrip('.')}. Often the machine is out of memory: take fewer workers or "
+            f"{found[0].rstrip('. ')}. Often the machine is out of memory: take fewer workers or "
             "smaller batches, and run the same command again to continue"
         ) from None
     except ValueError as error:
