@@ -164,7 +164,7 @@ class Signals(int):
         return known[name]
 import torch.distributed.checkpoint, lightning.pytorch, timm, diffusers, transformers
 signal.Signals = Signals
-for name in ("fcntl", "resource", "pwd", "grp", "termios"):
+for name in ("resource", "pwd", "grp", "termios"):
     sys.modules[name] = None
 for name in ("fork", "getuid"):
     delattr(os, name)
