@@ -1,0 +1,85 @@
+"""Images that are not finite reach the guard, which skips the step and counts it; the progress bar
+of a continued run."""
+
+import csv
+
+import pytest
+import torch
+import yaml
+from conftest import SIX_STEPS, TINY, TITOK, VQGAN, draw_pictures
+
+from flextok.config import load_experiment
+from flextok.data.transforms import ImageTransform
+from flextok.pipeline import load_model
+from flextok.quantizers.vq import VQ, count_codes
+from flextok.training.callbacks import Progress
+from flextok.training.run import train
+
+MODELS = {
+    "flextok": {"model": {"name": "flextok", **TINY}},
+    "titok": {"model": {"name": "titok", **TITOK, "stage": "single"}},
+    "vqgan": {"model": {"name": "maskgit_vqgan", **VQGAN}},
+}
+MODELS["titok"]["adversarial"] = {"start": 0, "dim": 32, "num_stages": 1}
+
+
+def config(folder, **parts):
+    draw_pictures(folder / "pictures", [f"{i}.png" for i in range(4)])
+    data = {"name": "folder", "root": str(folder / "pictures")}
+    spec = {
+        "task": "tokenizer",
+        "output_dir": str(folder / "run"),
+        "data": {"train": data, "batch_size": 4},
+        "optim": {"lr": 1e-3, "warmup_steps": 2},
+        "trainer": {**SIX_STEPS, "max_steps": 3, "num_pictures": 1},
+        **parts,
+    }
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(spec))
+    return path
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_step_of_images_that_are_not_finite_is_skipped_and_counted(tmp_path, monkeypatch, name):
+    path = config(tmp_path, **MODELS[name])
+    plain, calls = ImageTransform.__call__, iter(range(10_000))
+
+    def transform(self, image, generator=None):
+        return plain(self, image, generator) * (torch.nan if next(calls) in range(4, 8) else 1)
+
+    monkeypatch.setattr(ImageTransform, "__call__", transform)
+    folder = train(load_experiment(path))
+    (log,) = folder.glob("logs/csv/version_0/metrics.csv")
+    skipped = [row["train/skipped_steps"] for row in csv.DictReader(log.open())]
+    assert [float(n) for n in skipped if n] == [0, 1, 1]
+    state = torch.load(folder / "checkpoints" / "last.ckpt")["state_dict"]
+    assert all(value.isfinite().all() for value in state.values())
+    assert all(value.isfinite().all() for value in load_model(folder).state_dict().values())
+
+
+def test_codes_of_what_is_not_finite_are_neither_counted_nor_revived():
+    assert count_codes(torch.tensor([[0, 2, -1], [2, -1, 1]]), 4).tolist() == [1, 1, 2, 0]
+    quantizer = VQ(8, 3)
+    z = torch.randn(1, 5, 3, generator=torch.Generator().manual_seed(0))
+    z[0, 2] = torch.nan
+    assert quantizer.revive(z, torch.zeros(8, dtype=torch.long)) == 8
+    assert quantizer.codebook.isfinite().all()
+    assert quantizer.revive(z * torch.nan, torch.zeros(8, dtype=torch.long)) == 0
+
+
+def test_the_bar_of_a_continued_run_has_the_total_and_begins_where_it_continues(
+    tmp_path, monkeypatch
+):
+    bars = []
+    end = Progress.on_train_end
+
+    def on_train_end(self, *arguments):
+        bar = self.train_progress_bar
+        bars.append((bar.initial, bar.n, bar.total))
+        end(self, *arguments)
+
+    monkeypatch.setattr(Progress, "on_train_end", on_train_end)
+    path = config(tmp_path, **MODELS["flextok"])
+    train(load_experiment(path, ["trainer.max_steps=4", "trainer.checkpoint_every=2"]))
+    train(load_experiment(path, ["trainer.max_steps=6"]))
+    assert bars == [(0, 4, 4), (4, 6, 6)]
