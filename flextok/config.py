@@ -135,6 +135,35 @@ class ExperimentConfig:
     seed: Annotated[int, Bounds(0, 2**32 - 1)] = 0
     resume: bool = True  # continue from the newest intact one of <output_dir>/checkpoints, if any
 
+    def __post_init__(self) -> None:
+        """Raises ConfigError for settings that do not go together."""
+        if self.task == "generator" and not self.tokenizer:
+            raise ConfigError(
+                "task generator needs tokenizer=<folder or hub id of a trained tokenizer>"
+            )
+        if len(self.optim.betas) != 2:
+            raise ConfigError(
+                f"optim.betas={self.optim.betas} must be two numbers, e.g. [0.9, 0.95]"
+            )
+        if [] in (self.data.train, self.data.validation):
+            raise ConfigError("data.train and data.validation must not be empty lists")
+        if not re.fullmatch(r"auto|\d+(,\d+)*", str(self.trainer.devices)):
+            raise ConfigError(
+                f"trainer.devices={self.trainer.devices!r} must be auto, a number or numbers: 0,1"
+            )
+        if self.evaluation is not None and self.data.validation is None:
+            raise ConfigError("evaluation needs data.validation: the pictures to evaluate on")
+        whole = {
+            "adversarial": self.adversarial,
+            "evaluation": self.evaluation,
+            "trainer.revive_every": self.trainer.revive_every,
+        }
+        if self.trainer.strategy == "fsdp2" and any(whole.values()):
+            asked = ", ".join(name for name, value in whole.items() if value)
+            raise ConfigError(
+                f"trainer.strategy=fsdp2 shards the model, {asked} needs it whole: ddp?"
+            )
+
 
 def load_experiment(path: str | Path, overrides: list[str] | None = None) -> ExperimentConfig:
     """Read a YAML file, apply key=value overrides, check everything. Dots in a key descend; a value
@@ -163,30 +192,7 @@ def load_experiment(path: str | Path, overrides: list[str] | None = None) -> Exp
         raise ConfigError(f"{path}: {error}") from None
     if isinstance(data := values.get("data"), dict):
         data |= {key: folder_spec(key, data[key]) for key in ("train", "validation") if key in data}
-    config = from_mapping(ExperimentConfig, values)
-    if config.task == "generator" and not config.tokenizer:
-        raise ConfigError(
-            "task generator needs tokenizer=<folder or hub id of a trained tokenizer>"
-        )
-    if len(config.optim.betas) != 2:
-        raise ConfigError(f"optim.betas={config.optim.betas} must be two numbers, e.g. [0.9, 0.95]")
-    if [] in (config.data.train, config.data.validation):
-        raise ConfigError("data.train and data.validation must not be empty lists")
-    if not re.fullmatch(r"auto|\d+(,\d+)*", str(config.trainer.devices)):
-        raise ConfigError(
-            f"trainer.devices={config.trainer.devices!r} must be auto, a number or numbers: 0,1"
-        )
-    if config.evaluation is not None and config.data.validation is None:
-        raise ConfigError("evaluation needs data.validation: the pictures to evaluate on")
-    whole = {
-        "adversarial": config.adversarial,
-        "evaluation": config.evaluation,
-        "trainer.revive_every": config.trainer.revive_every,
-    }
-    if config.trainer.strategy == "fsdp2" and any(whole.values()):
-        asked = ", ".join(name for name, value in whole.items() if value)
-        raise ConfigError(f"trainer.strategy=fsdp2 shards the model, {asked} needs it whole: ddp?")
-    return config
+    return from_mapping(ExperimentConfig, values)
 
 
 def folder_spec(key: str, value: Any) -> Any:

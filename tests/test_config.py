@@ -6,7 +6,13 @@ from dataclasses import is_dataclass, replace
 
 import pytest
 
-from flextok.config import DataConfig, ExperimentConfig, OptimConfig, TrainerConfig
+from flextok.config import (
+    DataConfig,
+    EvaluationConfig,
+    ExperimentConfig,
+    OptimConfig,
+    TrainerConfig,
+)
 from flextok.schema import ConfigError, from_mapping
 from flextok.training.run import train
 
@@ -14,7 +20,7 @@ MINIMAL = {
     "task": "tokenizer",
     "output_dir": "nowhere",
     "model": {"name": "flextok"},
-    "data": {"train": {"name": "emoji"}},
+    "data": {"train": {"name": "emoji"}, "validation": {"name": "emoji"}},
     "trainer": {"max_steps": 1},
     "adversarial": {},
     "evaluation": {},
@@ -102,6 +108,8 @@ def test_the_ends_of_the_ranges_are_legal():
 def test_a_config_made_in_python_is_checked_too(tmp_path):
     data = DataConfig({"name": "emoji"})
     config = ExperimentConfig("tokenizer", str(tmp_path / "x"), {}, data, TrainerConfig(1))
+    with pytest.raises(ConfigError, match=r"evaluation needs data\.validation"):
+        replace(config, evaluation=EvaluationConfig())
     for part in (replace(config, optim=OptimConfig(lr=math.nan)),
                  replace(config, trainer=TrainerConfig(max_steps=-1))):  # fmt: skip
         with pytest.raises(ConfigError, match=r"optim.lr=nan|trainer.max_steps=-1"):

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_gpt, tiny_tokenizer
+from conftest import TITOK, tiny_gpt, tiny_tokenizer
 
 from flextok.data.datasets import ImageFolder, take
 from flextok.data.emoji import Emoji
@@ -24,6 +24,7 @@ from flextok.evaluation.records import PART
 from flextok.evaluation.reference import Reference, save_reference
 from flextok.generators import MaskGIT, MaskGITConfig
 from flextok.schema import NotFinite
+from flextok.tokenizers import TiTok, TiTokConfig
 
 NUMBER = PART + 7  # two parts, the second an odd one
 CELLS = [Cell(2, 2), Cell(8, 2, 1.5)]
@@ -409,6 +410,13 @@ def test_mistakes_are_told_before_the_work(change, message):
     model.encode = None  # the work would fail otherwise
     with pytest.raises(ValueError, match=message):
         evaluate_tokenizer(model, emoji(number), cells, options(**change))
+
+
+def test_prefixes_of_a_tokenizer_that_decodes_none_are_refused_before_networks_load(monkeypatch):
+    monkeypatch.setattr("flextok.evaluation.evaluate.load_networks", None)
+    model = TiTok(TiTokConfig(**TITOK))
+    with pytest.raises(ValueError, match=r"num_tokens=2 must be 6: .* all of its tokens only"):
+        evaluate_tokenizer(model, emoji(5), [Cell(6), Cell(2)], options())
 
 
 def test_a_model_that_diverged_is_refused():

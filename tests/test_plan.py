@@ -1,6 +1,7 @@
 """The calculator's figures against formulas and against steps that are really taken."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -226,3 +227,12 @@ def test_changes_of_the_config_stand_before_and_after_the_options(capsys, argume
     assert main(["plan", *options[:2], "configs/quickstart_tokenizer.yaml", options[2]]) == 0
     with pytest.raises(SystemExit):
         main(["plan", "configs/quickstart_tokenizer.yaml", *options, "--gpux", "2"])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"price": -1.0}, {"price": math.nan}, {"picture_kb": -2.0}, {"picture_kb": math.inf}],
+)
+def test_assumptions_that_no_run_can_have_are_refused(wrong):
+    with pytest.raises(ConfigError, match=f"{next(iter(wrong))}=.* must be a number from 0"):
+        Assumptions(**wrong)

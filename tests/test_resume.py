@@ -235,6 +235,29 @@ def test_a_mistake_sets_no_checkpoints_aside(make):
     assert snapshot(folder) == before
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("trainer.strategy", "dpp", "dpp"),
+        ("trainer.accelerator", "CPU", "CPU"),
+        ("trainer.devices", "0,1", "devices=0,1 numbers GPUs"),
+        ("trainer.revive_every", 5, "revive_every=5"),
+        ("optim.lr_scale", {"encodr": 0.1}, "'encodr'.*Did you mean 'encoder'"),
+        ("evaluation", {"networks": [], "num_tokens": [2, 99]}, r"num_tokens=99 must be in \[1, "),
+    ],
+)
+def test_a_mistake_that_a_run_meets_late_is_told_before_anything_is_written(
+    make, key, value, message
+):
+    """Neither is the config of a run replaced, nor does a new one take its steps first."""
+    validation = make().data.train
+    folder = train(make("data.validation", validation))
+    before = snapshot(folder)
+    with pytest.raises(ValueError, match=message):
+        train(make("data.validation", validation, "trainer.max_steps", 8, key, value))
+    assert snapshot(folder) == before
+
+
 def test_a_damaged_config_beside_checkpoints_is_refused(make, stop_after):
     stop_after(3, make())
     path = Path(make().output_dir) / "config.yaml"

@@ -119,11 +119,7 @@ def make_job(
     options: Options,
     names: dict[str, str] | None,
 ) -> Job:
-    model = tokenizer if generator is None else generator
-    for cell in cells:
-        if not 1 <= cell.num_tokens <= model.num_tokens:
-            raise ValueError(f"num_tokens={cell.num_tokens} must be in [1, {model.num_tokens}]")
-        asked_of(tokenizer, cell, options)  # raises before the networks load
+    check_cells(cells, tokenizer, generator, options)
     if options.batch_size < 1:
         raise ValueError(f"batch_size={options.batch_size} must be at least 1")
     if options.num_samples is not None and options.num_samples < 2:
@@ -137,6 +133,20 @@ def make_job(
     if options.save_reference and len(networks.features) != 1:
         raise ValueError("a reference file holds one network's features: choose one of --networks")
     return Job(tokenizer, generator, networks, cells, options, names or {})
+
+
+def check_cells(cells: list[Cell], tokenizer: Any, generator: Any | None, options: Options) -> None:
+    """Raises ValueError for a way to decode that the models do not have."""
+    total = (tokenizer if generator is None else generator).num_tokens
+    for cell in cells:
+        if not 1 <= cell.num_tokens <= total:
+            raise ValueError(f"num_tokens={cell.num_tokens} must be in [1, {total}]")
+        if cell.num_tokens < tokenizer.num_tokens and not tokenizer.decodes_prefixes:
+            raise ValueError(
+                f"num_tokens={cell.num_tokens} must be {tokenizer.num_tokens}: this tokenizer "
+                "decodes all of its tokens only"
+            )
+        asked_of(tokenizer, cell, options)
 
 
 def check_number(job: Job, number: int) -> None:

@@ -28,7 +28,7 @@ from flextok.losses.alignment import RepresentationAlignment
 from flextok.losses.perceptual import PERCEPTUAL, PerceptualLoss
 from flextok.nn.frozen import Frozen, NeedsWeights
 from flextok.pipeline import load_model
-from flextok.schema import ConfigError, named_spec
+from flextok.schema import ConfigError, check_number, named_spec
 from flextok.tokenizers import TOKENIZERS, MaskGITVQGAN
 from flextok.tokenizers.nested_dropout import NESTED_DROPOUT
 from flextok.training.modules import GeneratorModule, TrainingModule
@@ -84,6 +84,8 @@ class Assumptions:
             raise ConfigError(f"utilisation={self.utilisation} must be in (0, 1]")
         if self.price is None:
             self.price = GPUS[self.gpu].price
+        check_number("price", self.price or 0, 0, 1e6, hint=" dollars an hour")
+        check_number("picture_kb", self.picture_kb, 0, 1e9)
 
 
 @dataclass

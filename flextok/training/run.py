@@ -36,7 +36,7 @@ from flextok.data.tokens import (
 )
 from flextok.data.transforms import ImageTransform
 from flextok.data.web import WebDatasetStream
-from flextok.evaluation.evaluate import evaluate_generator, evaluate_tokenizer
+from flextok.evaluation.evaluate import check_cells, evaluate_generator, evaluate_tokenizer
 from flextok.evaluation.features import load_networks
 from flextok.evaluation.job import Cell, Options
 from flextok.files import atomic_write, only_one, read_mapping, writing
@@ -121,11 +121,11 @@ def train_alone(config: ExperimentConfig, folder: Path, leads: bool) -> Path:
             return folder
     if config.task == "tokenizer":
         module, data, draw = tokenizer_run(config)
-        evaluate = evaluation(config, None)
+        evaluate = evaluation(config, module.model, None)
     else:
         tokenizer = load_tokenizer(config)
         module, data, draw = generator_run(config, folder, tokenizer)
-        evaluate = evaluation(config, tokenizer)
+        evaluate = evaluation(config, tokenizer, module.model)
     if last is not None:
         try:
             check_fits(last, load_checkpoint(last), module)
@@ -136,6 +136,11 @@ def train_alone(config: ExperimentConfig, folder: Path, leads: bool) -> Path:
         log.info("continuing from %s, step %d", last, step)
         if changes:
             log.info("with other settings from here on: %s", told(changes))
+    try:  # what these refuse is told before anything is written
+        module.make_optimizer()
+        trainer = make_trainer(config, folder, module.model, draw, evaluate)
+    except (MisconfigurationException, ImportError) as error:  # no such device, or its library
+        raise ConfigError(f"trainer.accelerator={config.trainer.accelerator}: {error}") from error
     if leads:
         if not config.resume:
             set_aside(checkpoints)
@@ -149,10 +154,6 @@ def train_alone(config: ExperimentConfig, folder: Path, leads: bool) -> Path:
         return folder
     if config.trainer.compile:
         compile_blocks(module.model)
-    try:
-        trainer = make_trainer(config, folder, module.model, draw, evaluate)
-    except (MisconfigurationException, ImportError) as error:  # no such device, or its library
-        raise ConfigError(f"trainer.accelerator={config.trainer.accelerator}: {error}") from error
     if done:  # all but the last validation: Lightning would not even start, so Validations sets it
         trainer.fit_loop.epoch_loop.max_steps = step + 1
     if leads:
@@ -395,7 +396,7 @@ def add_text(
     conditioner.null_row = tokens.text[""]
 
 
-def evaluation(config: ExperimentConfig, tokenizer: Any) -> Any:
+def evaluation(config: ExperimentConfig, tokenizer: Any, generator: Any | None) -> Any:
     """What the Evaluation callback runs: (model, folder) -> report. None where none is asked."""
     asked = config.evaluation
     if asked is None:
@@ -403,12 +404,14 @@ def evaluation(config: ExperimentConfig, tokenizer: Any) -> Any:
     assert config.data.validation is not None
     pictures = take(make_dataset(config.data.validation), asked.limit)
     options = Options(networks=tuple(asked.networks), batch_size=asked.batch_size, seed=config.seed)
+    trained = tokenizer if generator is None else generator
+    cells = [Cell(k) for k in asked.num_tokens or [trained.num_tokens]]
+    check_cells(cells, tokenizer, generator, options)
     load_networks(options.networks)  # missing weights are told before training
     names = {"model": config.output_dir, "data": json.dumps(config.data.validation)}
 
     def evaluate(model: Any, folder: Path) -> dict[str, Any]:
-        cells = [Cell(k) for k in asked.num_tokens or [model.num_tokens]]
-        if tokenizer is None:
+        if generator is None:
             return evaluate_tokenizer(model, pictures, cells, options, folder, names)
         tokenizer.to(next(model.parameters()).device)
         return evaluate_generator(model, tokenizer, pictures, cells, options, folder, names)
@@ -554,6 +557,10 @@ def check_devices(options: TrainerConfig) -> None:
         raise ConfigError(
             f"trainer.devices={asked} must be at most {cores} on this CPU, the number of its "
             "cores: each device is a process"
+        )
+    if device == "cpu" and "," in str(options.devices):
+        raise ConfigError(
+            f"trainer.devices={options.devices} numbers GPUs: for a CPU say how many processes"
         )
     if options.precision == "16-mixed" and (device == "cpu" or options.strategy == "fsdp2"):
         where = "on a CPU" if device == "cpu" else "with trainer.strategy=fsdp2"
