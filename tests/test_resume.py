@@ -1,5 +1,6 @@
 """A run that is started again: what may change, what may not, and what lies in its folder."""
 
+import csv
 import functools
 import json
 import logging
@@ -13,6 +14,7 @@ import pytest
 import torch
 from conftest import SIX_STEPS, TINY, draw_pictures, tiny_tokenizer
 from processes import CONTEXT, finish, start
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from flextok import files
 from flextok.config import ExperimentConfig, save_experiment
@@ -197,6 +199,34 @@ def test_changed_settings_apply_from_the_next_step_on(make, stop_after, caplog, 
     }
     # and what the optimizer had learned
     assert all(learned == 3 for *_, learned in continued[2].values())
+
+
+def test_a_saved_steps_row_is_logged_before_and_once(make, tmp_path, monkeypatch):
+    """A run that ended at a checkpoint lost its step's row: Lightning logs it after the hook that
+    saves."""
+    save = Checkpoints.save
+
+    def save_and_die(self, trainer):
+        save(self, trainer)
+        if trainer.global_step == 2:
+            raise Stop
+
+    config = make(max_steps=4, checkpoint_every=1, log_every=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", save_and_die)
+        with pytest.raises(Stop):
+            train(config)
+    train(config)
+    logs = tmp_path / "run" / "logs"
+    rows = [
+        row["step"]
+        for path in sorted(logs.glob("csv/version_*/metrics.csv"))
+        for row in csv.DictReader(path.open())
+        if row.get("train/loss")
+    ]
+    assert rows == ["0", "1", "2", "3"]
+    events = EventAccumulator(str(logs / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [0, 1, 2, 3]
 
 
 def test_regrouping_keeps_each_parameters_state_with_it():

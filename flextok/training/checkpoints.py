@@ -19,7 +19,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
@@ -139,6 +139,8 @@ class Checkpoints(Checkpoint):
         self.step = step
         stop = trainer.strategy.reduce_boolean_decision(self.received is not None, all=False)
         if stop or step % self.every == 0 or step == trainer.max_steps:
+            connector = trainer._logger_connector
+            connector.update_train_step_metrics()  # Lightning logs the step's row after this hook
             self.save(trainer)
         if stop:
             raise Interrupted(self.received or signal.SIGTERM, step)
@@ -226,7 +228,23 @@ def read_validated(folder: Path) -> int:
         return 0
 
 
-class Rows(CSVLogger):
+class Once(Logger):
+    """Takes what is the same as the call before only once: Checkpoints has a step's row logged
+    before it saves, and Lightning logs it again."""
+
+    last: tuple[dict[str, float], int | None] | None = None
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        if self.last != (now := ({**metrics}, step)):
+            self.last = now
+            super().log_metrics(metrics, step)
+
+
+class Events(Once, TensorBoardLogger):
+    """Logs to TensorBoard."""
+
+
+class Rows(Once, CSVLogger):
     """Logs to a CSV file that is replaced as a whole: Lightning empties it first to add a column,
     and a kill then would lose all rows."""
 

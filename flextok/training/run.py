@@ -14,7 +14,6 @@ import lightning as L
 import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.callbacks import LearningRateMonitor
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -71,6 +70,7 @@ from flextok.training.callbacks import (
 )
 from flextok.training.checkpoints import (
     Checkpoints,
+    Events,
     Rows,
     Validations,
     WholeFiles,
@@ -535,7 +535,7 @@ def make_trainer(
         callbacks=callbacks,
         logger=[
             Rows(folder / "logs", name="csv"),  # a resumed run adds a version_<n>
-            TensorBoardLogger(folder / "logs", name="tensorboard", version=""),
+            Events(folder / "logs", name="tensorboard", version=""),
         ],
         use_distributed_sampler=False,  # the stream and the validation set shard themselves
         enable_model_summary=False,
