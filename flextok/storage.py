@@ -9,7 +9,7 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ RELEASES = Path(__file__).parent / "releases"  # models that come with the packa
 OLD_WEIGHTS = "pytorch_model.bin"  # what hub repositories held before safetensors
 PICKLES = (".bin", ".pt", ".pth")
 SUFFIXES = (".safetensors", *PICKLES)
+LARGEST_SUMMED = 4_000_000_000  # bytes: a second or two
 LARGEST_JSON, MOST_LEVELS = 100_000_000, 50  # bytes, and mappings in mappings, of a JSON document
 
 
@@ -223,26 +224,40 @@ def check_length(path: Path) -> None:
 
 def check_zip(path: Path) -> None:
     """Raise CheckpointError for a zip file that torch.save did not write: its tensors are mapped
-    as they lie in the file, so a compressed one would be read as noise."""
+    as they lie in the file, so a compressed one would be read as noise. So would a damaged one:
+    up to LARGEST_SUMMED bytes it is read against its checksums."""
+    size = path.stat().st_size
     try:
         with zipfile.ZipFile(path) as file:
             entries = file.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+            seen: set[str] = set()
+            for entry in entries:
+                check_entry(path, entry, seen)
+                seen.add(entry.filename)
+            claimed = sum(entry.file_size for entry in entries)
+            if claimed > size:  # parts that lie over each other would be read many times
+                raise ValueError(f"its parts have {claimed:,} bytes, the file {size:,}")
+            summed = any(entry.CRC for entry in entries)  # torch can be told to leave them out
+            if summed and size <= LARGEST_SUMMED and (damaged := file.testzip()) is not None:
+                raise ValueError(f"its part {damaged!r} fails its checksum")
+    except CheckpointError:
+        raise
+    except (zipfile.BadZipFile, OSError, ValueError, EOFError, NotImplementedError) as error:
         raise CheckpointError(
             f"{path} is truncated or damaged ({error}); copy or download it again"
         ) from None
-    seen: set[str] = set()
-    for entry in entries:
-        packed = entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size
-        if packed or entry.flag_bits & 1 or entry.filename in seen:
-            fault = (
-                "is compressed or encrypted" if packed or entry.flag_bits & 1 else "is there twice"
-            )
-            raise CheckpointError(
-                f"{path} is refused: its entry {entry.filename!r} {fault}, as when a file is "
-                "unpacked and packed again. Get the original, or write it again with torch.save"
-            )
-        seen.add(entry.filename)
+
+
+def check_entry(path: Path, entry: zipfile.ZipInfo, seen: Container[str]) -> None:
+    """Refuse an entry of check_zip's that is not stored as it is, or there already."""
+    packed = entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size
+    packed = packed or bool(entry.flag_bits & 1)
+    if packed or entry.filename in seen:
+        raise CheckpointError(
+            f"{path} is refused: its entry {entry.filename!r} "
+            f"{'is compressed or encrypted' if packed else 'is there twice'}, as when a file is "
+            "unpacked and packed again. Get the original, or write it again with torch.save"
+        )
 
 
 def fault_of(tensor: Tensor) -> str | None:

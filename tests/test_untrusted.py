@@ -213,6 +213,32 @@ def test_a_pickle_s_tensors_are_numbers_that_lie_in_it(tmp_path, make, kind):
         load_model(tmp_path / "model.bin")
 
 
+@pytest.mark.parametrize("part", ["data/0", "data/2", "data.pkl"])
+def test_a_flipped_bit_in_a_pickle_is_found(tmp_path, part):
+    """Three of four flipped bits once loaded as another number."""
+    path = tmp_path / "model.bin"
+    torch.save({f"t{i}": torch.randn(5, 4) for i in range(3)}, path)
+    with zipfile.ZipFile(path) as file:
+        name = next(n for n in file.namelist() if n.endswith(part))
+        content = file.read(name)
+    raw = bytearray(path.read_bytes())
+    place = raw.index(content) + len(content) // 2
+    raw[place] ^= 4
+    path.write_bytes(raw)
+    with pytest.raises(CheckpointError, match=f"its part '.*{part}' fails its checksum"):
+        read_tensors(path)
+
+
+def test_a_pickle_written_without_checksums_loads(tmp_path):
+    state = {"a": torch.randn(5, 4)}
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(state, tmp_path / "model.bin")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert torch.equal(read_tensors(tmp_path / "model.bin")[0]["a"], state["a"])
+
+
 def pack_again(source, target, method, change=lambda entry: None):
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
         for name in sorted(old.namelist()):

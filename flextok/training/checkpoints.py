@@ -19,7 +19,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
@@ -228,16 +228,16 @@ def read_validated(folder: Path) -> int:
         return 0
 
 
-class Once(Logger):
-    """Takes what is the same as the call before only once: Checkpoints has a step's row logged
-    before it saves, and Lightning logs it again."""
+class Once:
+    """Of loggers: what is the same as the call before counts once. Checkpoints has a step's row
+    logged before it saves, and Lightning logs it again."""
 
-    last: tuple[dict[str, float], int | None] | None = None
+    last: tuple[str, int | None] = "", None
 
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        if self.last != (now := ({**metrics}, step)):
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        if self.last != (now := (str(metrics), step)):  # as text: NaN is the same as NaN
             self.last = now
-            super().log_metrics(metrics, step)
+            super().log_metrics(metrics, step)  # type: ignore[misc]
 
 
 class Events(Once, TensorBoardLogger):
