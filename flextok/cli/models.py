@@ -32,7 +32,7 @@ def add_commands(commands: Any) -> None:
         "models",
         run_models,
         "the models that come with the package",
-        "Their names serve wherever a command takes a model.",
+        "Lists tokenizers and generators. Their names serve wherever a command takes a model.",
         "flextok models\nflextok info emoji-class",
     )
     add_json(models)

@@ -24,8 +24,8 @@ def unpatchify(x: Tensor, patch_size: int, height: int) -> Tensor:
 def sincos_2d(dim: int, height: int, width: int, temperature: float = 10_000.0) -> Tensor:
     """Fixed 2D positions, (1, dim, height, width): the first dim/2 channels encode the row, the
     rest the column; each half is [sin, cos] over dim/4 frequencies. It is made on the CPU
-    and moved to the default device: MPS has no float64, and an arange on the meta device imports
-    torch's compiler, which takes a second."""
+    and moved to the default device: MPS has no float64, and an arange or a cat on the meta device
+    imports torch's compiler, which takes a second."""
     if dim % 4:
         raise ValueError(f"dim={dim} must be a multiple of 4 for 2D sin-cos positions")
     wide: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
@@ -36,9 +36,10 @@ def sincos_2d(dim: int, height: int, width: int, temperature: float = 10_000.0) 
         table = torch.cat([angles.sin(), angles.cos()], dim=1).T.float()  # (dim/2, length)
         return table.to(torch.get_default_device())
 
-    rows = axis(height)[:, :, None].expand(-1, -1, width)
-    columns = axis(width)[:, None, :].expand(-1, height, -1)
-    return torch.cat([rows, columns])[None]
+    table = torch.empty(1, dim, height, width)
+    table[0, : dim // 2] = axis(height)[:, :, None]
+    table[0, dim // 2 :] = axis(width)[:, None, :]
+    return table
 
 
 class TimeEmbedding(nn.Module):

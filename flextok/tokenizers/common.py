@@ -23,9 +23,10 @@ Pictures = Tensor | Image.Image | Sequence[Image.Image]
 _warned: WeakSet[nn.Module] = WeakSet()  # tokenizers that were given images in [0, 1]
 
 
-def images_to_encode(tokenizer: Any, images: Pictures) -> Tensor:
+def images_to_encode(tokenizer: Any, images: Pictures, level: int = 4) -> Tensor:
     """(B, 3, H, W) float in [-1, 1] on the tokenizer's device: tensors checked, PIL pictures
-    resized and cropped. Warns once of a tensor that is likely to be in [0, 1]."""
+    resized and cropped. Warns once of a tensor that is likely to be in [0, 1]; level: how many
+    frames above is the code that asked to encode (encode and torch.no_grad lie between)."""
     if not isinstance(images, Tensor):
         return to_device(picture_batch(images, tokenizer.image_size), tokenizer.device)
     check_images(images, tokenizer.image_size)
@@ -40,7 +41,7 @@ def images_to_encode(tokenizer: Any, images: Pictures) -> Tensor:
         warnings.warn(
             f"images span [{low:.4g}, {high:.4g}], all bright: if they are in [0, 1], scale them "
             "to [-1, 1] with 2 * x - 1",
-            stacklevel=4,  # encode, torch.no_grad, who calls it
+            stacklevel=level,
         )
     return to_device(images, tokenizer.device)
 

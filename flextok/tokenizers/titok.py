@@ -394,7 +394,7 @@ class TiTok(Pretrained, NeedsWeights):
 
     def _quantize_checked(self, images: Pictures) -> tuple[Tensor, Tensor, Tensor]:
         """Of images that are checked, without draws. Raises NotFinite."""
-        z = self._features(images_to_encode(self, images))
+        z = self._features(images_to_encode(self, images, level=5))
         return self.quantizer(check_finite(z, "the encoder's outputs"))
 
     @torch.no_grad()
