@@ -9,6 +9,7 @@ import difflib
 import functools
 import inspect
 import math
+import numbers
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -65,7 +66,7 @@ def check_number(
     where: str, value: Any, low: float, high: float, whole: bool = False, hint: str = ""
 ) -> None:
     """Raises ConfigError unless the value is a number, a whole one if asked, in [low, high]."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)  # NumPy's, too
     if not is_number or not low <= value <= high or (whole and value != int(value)):
         kind = "a whole number" if whole else "a number"
         found = f"{where}{' ' if where.startswith('--') else '='}{value!r}"

@@ -67,3 +67,26 @@ def test_the_classes_are_listed():
     for name in flextok.__all__:
         assert getattr(flextok, name) is not None
     assert names == dir(sys.modules["flextok"])
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_an_empty_batch_is_refused_by_its_shape(name):
+    tokenizer = TOKENIZERS[name]()
+    size = tokenizer.image_size
+    with pytest.raises(ValueError, match=rf"empty batch, of shape \(0, 3, {size}, {size}\)"):
+        tokenizer.encode(torch.empty(0, 3, size, size))
+    with pytest.raises(ValueError, match="empty batch, of shape"):
+        tokenizer.decode(torch.empty(0, tokenizer.num_tokens, dtype=torch.long))
+
+
+def test_options_may_be_numbers_of_numpy(generator):
+    """As a loop over numpy.arange gives them."""
+    tokenizer = tiny_tokenizer()
+    indices = torch.randint(0, 200, (2, 8), generator=generator)
+    noise = torch.randn(2, *tokenizer.noise_shape, generator=generator)
+    plain = tokenizer.decode(indices, num_steps=3, guidance_scale=1.5, time_shift=2, noise=noise)
+    asked = {"num_steps": np.int64(3), "guidance_scale": np.float32(1.5), "time_shift": np.int8(2)}
+    assert torch.equal(tokenizer.decode(indices, **asked, noise=noise), plain)
+    for wrong in ({"num_steps": np.float32(2.5)}, {"guidance_scale": np.float32("nan")}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))}=.* must be a"):
+            tokenizer.decode(indices, **wrong, noise=noise)

@@ -14,7 +14,10 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
 
 
 def span(x: Tensor) -> list[float]:
-    """The smallest and the largest value of x, read from its device at once."""
+    """The smallest and the largest value of x, read from its device at once. Raises ValueError
+    where there is none."""
+    if not x.numel():
+        raise ValueError(f"an empty batch, of shape {tuple(x.shape)}: give at least one row")
     return torch.stack(x.aminmax()).cpu().tolist()
 
 
