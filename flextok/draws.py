@@ -18,8 +18,10 @@ from flextok.nn.devices import to_device, widest
 
 Rng = torch.Generator | Sequence[torch.Generator] | None  # one for a batch, or one for each row
 
-# purposes of a picture's draws; training's are 1 to 4
-NOISE, CODES, SPREAD, POSTERIOR = 5, 6, 7, 8
+# what draws are for, the second number of a key: no two purposes share one
+ORDER, AUGMENT, STEP, VALIDATION = 1, 2, 3, 4  # of training
+NOISE, CODES, SPREAD, POSTERIOR = 5, 6, 7, 8  # of a picture
+REVIVE, PROBE, BLOCK = 9, 10, 11  # of a codebook, a scene probe, a block of a stream
 
 
 def derived_generator(*key: int) -> torch.Generator:

@@ -22,7 +22,7 @@ from flextok.data.pictures import CorruptPicture
 from flextok.data.shards import Raw
 from flextok.data.stream import Item, Stream
 from flextok.data.web import Cursor, WebDatasetStream
-from flextok.draws import derived_generator
+from flextok.draws import AUGMENT, BLOCK, ORDER, derived_generator
 
 Block = list[Raw | CorruptPicture]
 
@@ -91,7 +91,7 @@ class ShardStream(Stream):
                 raw = block[(first + attempt) % len(block)]
                 if isinstance(raw, CorruptPicture):
                     continue  # counted when the block was read
-                generator = derived_generator(self.seed, 2, position)
+                generator = derived_generator(self.seed, AUGMENT, position)
                 try:
                     return self.prepare(self.dataset.item(raw), generator)
                 except CorruptPicture as error:
@@ -105,7 +105,7 @@ class ShardStream(Stream):
         if held is None or held[0] != (epoch, number) or held[1] < later:
             taken = (number + later) % self.num_blocks
             block = self.read_block(lane, epoch, taken)
-            draws = derived_generator(self.seed, 6, epoch, lane, taken)
+            draws = derived_generator(self.seed, BLOCK, epoch, lane, taken)
             shuffled = [block[i] for i in torch.randperm(len(block), generator=draws).tolist()]
             held = self.blocks[lane] = ((epoch, number), later, shuffled)
         return held[2]
@@ -133,7 +133,7 @@ class ShardStream(Stream):
     def shard_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The epoch's permutation of the shards, and where each ends in the row of samples."""
         if self._shards is None or self._shards[0] != epoch:
-            draws = derived_generator(self.seed, 1, epoch)
+            draws = derived_generator(self.seed, ORDER, epoch)
             order = torch.randperm(len(self.dataset.counts), generator=draws).numpy()
             self._shards = (epoch, order, np.cumsum(np.asarray(self.dataset.counts)[order]))
         return self._shards[1:]

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler, default_collate
 
 from flextok.data.pictures import CorruptPicture
-from flextok.draws import derived_generator
+from flextok.draws import AUGMENT, ORDER, derived_generator
 from flextok.generators.text import Text
 
 log = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ class Stream(Dataset):
         if not self.shuffle:
             return offset
         if self._order is None or self._order[0] != epoch:
-            generator = derived_generator(self.seed, 1, epoch)
+            generator = derived_generator(self.seed, ORDER, epoch)
             self._order = (epoch, torch.randperm(len(self.dataset), generator=generator))
         return int(self._order[1][offset])
 
@@ -89,7 +89,7 @@ class Stream(Dataset):
         size = len(self.dataset)
         first = self.index_at(position)
         for attempt in range(size):
-            generator = derived_generator(self.seed, 2, position)
+            generator = derived_generator(self.seed, AUGMENT, position)
             try:
                 return self.prepare(self.dataset[(first + attempt) % size], generator)
             except CorruptPicture as error:

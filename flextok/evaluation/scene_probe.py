@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from flextok.data.emoji import COLORS, LAYOUTS, EmojiScenes
 from flextok.data.transforms import ImageTransform
-from flextok.draws import derived_generator
+from flextok.draws import PROBE, derived_generator
 from flextok.files import atomic_write
 
 UNKNOWN = -1  # a fact that a scene does not have, such as its second object's kind
@@ -134,7 +134,7 @@ def train_probe(
     optimizer = torch.optim.AdamW(probe.parameters(), lr=2e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     for step in tqdm(range(steps), desc="training the probe", unit="step"):
-        draws = derived_generator(seed, 5, step)
+        draws = derived_generator(seed, PROBE, step)
         index = torch.randint(len(images), (batch_size,), generator=draws)
         loss = probe.loss(degrade(images[index], draws).to(device), facts[index].to(device))
         optimizer.zero_grad()

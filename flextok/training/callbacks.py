@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from torch import Tensor
 
 from flextok import viz
-from flextok.draws import derived_generator
+from flextok.draws import REVIVE, derived_generator
 from flextok.generators.text import Text
 from flextok.pipeline import decodable_lengths, generate_images, reconstruct_prefixes
 from flextok.quantizers.vq import codebook_usage, count_codes
@@ -85,7 +85,7 @@ class CodebookUsage(L.Callback):
         counts = trainer.strategy.reduce(self.counts, reduce_op="sum")
         self.log_usage(pl_module, "train", counts)
         if self.revive:
-            draws = derived_generator(self.seed, 5, self.step)
+            draws = derived_generator(self.seed, REVIVE, self.step)
             z = trainer.strategy.broadcast(self.z)  # every process moves the codes alike
             revived = pl_module.model.quantizer.revive(z, counts, generator=draws)
             pl_module.log("train/codes_revived", float(revived))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from flextok.config import OptimConfig
-from flextok.draws import derived_generator
+from flextok.draws import STEP, VALIDATION, derived_generator
 from flextok.training.average import Average
 from flextok.training.optim import make_optimizer, regroup, warmup_cosine
 from flextok.training.sharding import is_sharded, shard
@@ -52,20 +52,20 @@ class TrainingModule(L.LightningModule):
 
     def shared_draws(self) -> torch.Generator:
         """The generator of what all pieces of a training step draw alike."""
-        return derived_generator(self.seed, 3, self.global_step)
+        return derived_generator(self.seed, STEP, self.global_step)
 
     def draws(self, batch_index: int) -> torch.Generator:
         """The generator of a training step. Seeds the global one too, for dropout layers."""
         micro = batch_index % self.trainer.accumulate_grad_batches
         piece = micro * self.trainer.world_size + self.global_rank
-        draws = derived_generator(self.seed, 3, self.global_step, piece, 0)
+        draws = derived_generator(self.seed, STEP, self.global_step, piece, 0)
         torch.manual_seed(draws.initial_seed())
         return draws
 
     def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
         # the same draws at every validation, so that the curve shows the model and not the noise
-        draws = derived_generator(self.seed, 4, batch_index, self.global_rank)
-        losses = self.losses(batch, draws, derived_generator(self.seed, 4, batch_index))
+        draws = derived_generator(self.seed, VALIDATION, batch_index, self.global_rank)
+        losses = self.losses(batch, draws, derived_generator(self.seed, VALIDATION, batch_index))
         # Lightning averages the processes' counts in whole numbers: let these divide without rest
         self.log_losses("val", losses, batch["count"] * self.trainer.world_size)
 
