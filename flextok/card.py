@@ -95,7 +95,7 @@ def model_card(model: Any, config: Mapping[str, Any], metadata: Mapping[str, Any
     return "\n".join(
         [
             *("---", *front, "---", MARK, ""),
-            *(f"# {name}", "", one_line(model), ""),
+            *(f"# {name}", "", headline(model), ""),
             *("```python", f"from flextok import {name}", ""),
             *(f'model = {name}.from_pretrained("this folder or hub id")', "```", ""),
             *("## Numbers", "", "| | |", "|---|---|", *rows, ""),
@@ -109,7 +109,8 @@ def model_class(model: Any) -> type:
     return next(cls for cls in type(model).__mro__ if "model_type" in vars(cls))
 
 
-def one_line(model: Any) -> str:
+def headline(model: Any) -> str:
+    """The first line of a model's class's docstring."""
     return (model_class(model).__doc__ or "").strip().splitlines()[0]
 
 

@@ -18,7 +18,7 @@ from flextok.generators import GENERATORS
 from flextok.generators.conditioning import CONDITIONERS, TEXT_ENCODERS
 from flextok.hub import Pretrained
 from flextok.quantizers import QUANTIZERS
-from flextok.schema import Bounds, ConfigError, from_mapping, options_of
+from flextok.schema import Bounds, ConfigError, Share, from_mapping, options_of
 from flextok.tokenizers import TOKENIZERS
 from flextok.vae import VAES
 
@@ -36,7 +36,6 @@ Count = Annotated[int, Bounds(1)]
 CountOrZero = Annotated[int, Bounds(0)]
 Weight = Annotated[float, Bounds(0)]
 Rate = Annotated[float, Bounds(0, 10, open_low=True)]  # of learning
-Share = Annotated[float, Bounds(0, 1)]
 Decay = Annotated[float, Bounds(0, 1, open_high=True)]  # of a moving average
 
 

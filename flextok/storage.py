@@ -3,6 +3,7 @@
 Nothing read here is code: safetensors hold none, and pickles load with weights_only=True.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -186,6 +187,15 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise CheckpointError(
             f"{path} is truncated or damaged ({error}); copy, download or export the model again"
         ) from None
+
+
+def checksum(tensors: Mapping[str, Tensor]) -> str:
+    """The SHA-256 of tensors by name, with their types and shapes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def check_length(path: Path) -> None:

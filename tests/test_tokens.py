@@ -17,7 +17,7 @@ from flextok.cli import main
 from flextok.data import tokens
 from flextok.data.datasets import ImageFolder, take
 from flextok.data.processes import Process, this_process
-from flextok.data.text import checksum, pack, unpack
+from flextok.data.text import pack, unpack
 from flextok.data.tokens import (
     TokenDataset,
     build_token_cache,
@@ -29,6 +29,7 @@ from flextok.data.tokens import (
 from flextok.data.transforms import ImageTransform
 from flextok.data.web import WebDatasetImages
 from flextok.hub import fingerprint
+from flextok.storage import checksum
 from flextok.tokenizers.common import codes_id
 from flextok.training.run import make_dataset, ready_tokens
 

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from flextok.data.processes import Process, this_process
 from flextok.files import atomic_write, read_mapping
 from flextok.generators.text import TextEncoder
+from flextok.storage import checksum
 
 MANIFEST = "manifest.json"
 
@@ -135,14 +136,6 @@ def read_part(path: Path) -> dict[str, Tensor]:
     if missing := {"rows", "row_ends", "captions", "caption_ends"} - tensors.keys():
         raise ValueError(f"{path} is no part of a caption cache: it lacks {min(missing)}")
     return tensors
-
-
-def checksum(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
-        digest.update(tensor.contiguous().numpy().data)
-    return digest.hexdigest()
 
 
 def compact(rows: Tensor) -> Tensor:

@@ -29,11 +29,12 @@ from flextok.data.loading import make_loader, told_in_one_line
 from flextok.data.pictures import UNLABELLED, CorruptPicture
 from flextok.data.processes import Process, this_process
 from flextok.data.stream import Item, collate, counter_of
-from flextok.data.text import TextCache, checksum, pack, unpack
+from flextok.data.text import TextCache, pack, unpack
 from flextok.data.transforms import ImageTransform
 from flextok.draws import derived_generator
 from flextok.files import atomic_write, clear_leftovers, read_mapping
 from flextok.schema import from_mapping
+from flextok.storage import checksum
 from flextok.tokenizers.common import (
     check_indices,
     codes_id,

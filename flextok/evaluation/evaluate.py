@@ -49,7 +49,7 @@ def evaluate_tokenizer(
     job = make_job(tokenizer, None, cells, options, names)
     references = load_references(options.reference, job.networks, tokenizer.image_size)
     source = Numbered(dataset, tokenizer.image_size)
-    check_number(job, len(source))
+    check_enough(job, len(source))
     with folder_of(output) as folder:
         records = open_records(folder / "flextok-records", job, "reconstruction", source)
         seconds = collect(records, source, reconstruction(job), job, "reconstructing")
@@ -83,7 +83,7 @@ def evaluate_generator(
         )
     references = load_references(stored, job.networks, tokenizer.image_size)
     number = options.num_samples or (0 if stored is not None else len(data))
-    check_number(job, number if stored is not None else min(number, len(data)))
+    check_enough(job, number if stored is not None else min(number, len(data)))
     captions = Captions(data, number) if by_caption else None
     with folder_of(output) as folder:
         real = None
@@ -149,7 +149,7 @@ def check_cells(cells: list[Cell], tokenizer: Any, generator: Any | None, option
         asked_of(tokenizer, cell, options)
 
 
-def check_number(job: Job, number: int) -> None:
+def check_enough(job: Job, number: int) -> None:
     """Raises ValueError for too few images to compare as sets."""
     if job.networks.features and number <= NEIGHBOURS:
         raise ValueError(

@@ -6,12 +6,10 @@ every picture counts once whatever the number of processes, and the scores, comp
 in the pictures' order, cannot depend on batches.
 """
 
-import hashlib
 import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from torch import Tensor
 
 from flextok.evaluation import processes
 from flextok.files import atomic_write
+from flextok.storage import checksum
 
 PART = 64  # pictures: the unit of work that an interruption may lose, and that processes share
 MANIFEST = "identity.json"
@@ -131,14 +130,6 @@ def read_manifest(path: Path) -> str | None:
     except (OSError, ValueError, RecursionError):
         return None
     return text if isinstance(facts, dict) and MARK in facts else None
-
-
-def checksum(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 class Column:

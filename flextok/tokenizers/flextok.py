@@ -69,8 +69,6 @@ class DecodeConfig:
         if not callable(self.guidance_scale):  # decode() takes a function of t, too
             check_number("guidance_scale", self.guidance_scale, 0, MAX_SCALE, hint=" (1 = none)")
         check_number("time_shift", self.time_shift, 0.001, 1000, hint=" (1 = equal steps)")
-        build(SOLVERS, self.solver, "solver")
-        build(GUIDANCE, self.guidance, "guidance")
         if self.guidance_interval is not None:
             if len(self.guidance_interval) != 2:
                 raise ValueError(f"guidance_interval={self.guidance_interval} must be [low, high]")
