@@ -130,6 +130,18 @@ def test_a_finished_run_started_again_is_left_as_it_is(make, place, caplog):
     assert load_model(folder).metadata["class_names"] == ["cats", "dogs"]
 
 
+def test_data_named_by_another_path_are_the_same(make, place, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    train(make())
+    before = snapshot(tmp_path / "run")
+    (tmp_path / "link").symlink_to(place / "a")
+    for root in (f"{place / 'a'}/", str(place / "b" / ".." / "a"), str(tmp_path / "link")):
+        caplog.clear()
+        train(make("data.train", {"name": "folder", "root": root}))
+        assert "nothing to do" in caplog.text
+        assert snapshot(tmp_path / "run") == before
+
+
 @pytest.mark.parametrize(
     ("key", "value", "named"),
     [

@@ -383,6 +383,15 @@ def test_a_cache_made_by_another_encoder_is_refused(t5_folder, tmp_path):
         build_text_cache(tmp_path / "cache", PretrainedEncoder(str(t5_folder), max_length=64), [])
     with pytest.raises(ValueError, match="captions="):
         build_text_cache(tmp_path / "cache", encoder, ["something else"])
+    manifest = tmp_path / "cache" / "manifest.json"  # of an older version: without its captions
+    found = json.loads(manifest.read_text())
+    for captions in (PROMPTS, ["something else"]):
+        manifest.write_text(json.dumps({k: v for k, v in found.items() if k != "captions"}))
+        if captions == PROMPTS:
+            assert len(build_text_cache(tmp_path / "cache", encoder, captions)) >= len(PROMPTS)
+            continue
+        with pytest.raises(ValueError, match="they lack 'something else': delete that folder"):
+            build_text_cache(tmp_path / "cache", encoder, captions)
     moved = tmp_path / "moved"  # the same name, other weights
     shutil.copytree(t5_folder, moved)
     build_text_cache(tmp_path / "second", PretrainedEncoder(str(moved)), PROMPTS)

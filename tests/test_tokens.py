@@ -376,6 +376,24 @@ def test_changed_pictures_and_captions_are_noticed(picture_folder, tmp_path, tok
         cache(folder, tokenizer, pictures)
 
 
+def test_a_finished_cache_that_names_no_files_goes_on(picture_folder, tmp_path, tokenizer, caplog):
+    """One of an older version: its run could not be continued."""
+    folder = tmp_path / "tokens"
+    assert cache(folder, tokenizer, picture_folder)
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["data_files"]
+    path.write_text(json.dumps(manifest))
+    before = files(folder)
+    assert cache(folder, tokenizer, picture_folder)
+    assert files(folder) == before
+    assert "delete it if they have changed" in caplog.text
+    del manifest["parts"]  # unfinished: the rest would be made of who knows what
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"\(data_files differ\)"):
+        cache(folder, tokenizer, picture_folder)
+
+
 def test_every_data_set_tells_its_files(tmp_path):
     draw_pictures(tmp_path, ["a/0.png", "b/0.png"])
     for name, image in (("x", "a/0.png"), ("y", "b/0.png")):

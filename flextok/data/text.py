@@ -83,7 +83,7 @@ def build_text_cache(
     manifest = {**encoder.identity(), "captions": digest, "part_size": part_size}
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / MANIFEST).exists():
-        check_manifest(folder, manifest)
+        check_manifest(folder, manifest, optional="captions")
     text = json.dumps(manifest, indent=2)
     atomic_write(folder / MANIFEST, lambda p: p.write_text(text, encoding="utf-8"))
     parts = {
@@ -102,10 +102,17 @@ def build_text_cache(
             atomic_write(path, lambda p, t=tensors, m=metadata: save_file(t, p, m))  # type: ignore[misc]
     while not all(path.exists() for path in parts):
         time.sleep(1)
-    return TextCache(folder, encoder)
+    cache = TextCache(folder, encoder)
+    if missing := [caption for caption in different if caption not in cache.places]:
+        raise ValueError(
+            f"the captions in {folder} are others, they lack {missing[0]!r}: delete that folder, "
+            "or name another data.token_cache"
+        )
+    return cache
 
 
-def check_manifest(folder: Path, expected: dict[str, Any]) -> None:
+def check_manifest(folder: Path, expected: dict[str, Any], optional: str = "") -> None:
+    """optional: a key that older versions did not write."""
     path = folder / MANIFEST
     if not path.exists():
         raise ValueError(f"{folder} is no cache of captions: {path.name} is missing")
@@ -114,7 +121,7 @@ def check_manifest(folder: Path, expected: dict[str, Any]) -> None:
     except ValueError as error:
         raise ValueError(f"{error}: remove {folder} and run the same training again") from None
     for key, value in expected.items():
-        if found.get(key) != value:
+        if found.get(key) != value and (key != optional or key in found):
             raise ValueError(
                 f"the captions in {folder} were read with {key}={found.get(key)!r}, now it is "
                 f"{value!r}: delete that folder, or name another data.token_cache"

@@ -144,6 +144,13 @@ def build_token_cache(
         found = read_manifest(folder)
         if "codes_id" not in found and same_codes(found, tokenizer):  # an older cache
             found["codes_id"] = manifest["codes_id"]
+        if "data_files" not in found and is_finished(folder):
+            log.warning(
+                "the token cache %s is of an older version, which did not note the files that it "
+                "was made from: delete it if they have changed since",
+                folder,
+            )
+            found["data_files"] = manifest["data_files"]
         if different := sorted(k for k in manifest if found.get(k) != manifest[k]):
             raise ValueError(
                 f"the token cache {folder} was made from something else ({', '.join(different)} "

@@ -1,6 +1,7 @@
 """What may change when a run continues: each difference to its config.yaml is applied and told, or
 refused by name before anything is written."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,13 @@ def differences(there: Any, now: Any, key: str = "") -> Differences:
         for name in {**there, **now}:
             found |= differences(there.get(name), now.get(name), f"{key}.{name}".lstrip("."))
         return found
-    return {} if there == now else {key: (there, now)}
+    return {} if there == now or same_file(there, now) else {key: (there, now)}
+
+
+def same_file(there: Any, now: Any) -> bool:
+    """Whether two texts name one file or folder, such as a relative and an absolute path."""
+    both = isinstance(there, str) and isinstance(now, str)
+    return both and os.path.exists(there) and os.path.exists(now) and os.path.samefile(there, now)
 
 
 def within(key: str, parts: tuple[str, ...]) -> bool:
