@@ -503,7 +503,7 @@ class FlexTok(Pretrained, nn.Module):
         defaults = self.config.decode
         registers, mask = self.decoder.embed_codes(codes, keep)
         everyone = torch.ones_like(keep, dtype=torch.bool)
-        null_registers, null_mask = self.decoder.embed_codes(codes[:, :1], keep * 0 + 1, everyone)
+        null_registers, null_mask = self.decoder.embed_codes(codes[:, :1], torch.ones_like(keep), everyone)
         calls = 0
 
         def conditional(x: Tensor, t: Tensor) -> Tensor:
