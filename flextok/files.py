@@ -57,6 +57,11 @@ def atomic_write(path: Path, write: Callable[[Path], Any]) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file as atomic_write does, in UTF-8."""
+    atomic_write(path, lambda place: place.write_text(text, encoding="utf-8"))
+
+
 def read_mapping(path: Path, **types: type) -> dict[str, Any]:
     """The mapping in a JSON file that this program wrote. Raises ValueError when it is damaged, or
     lacks one of the keys in `types`, or has it of another type."""

@@ -22,7 +22,7 @@ import flextok
 from flextok.card import MARK, model_card
 from flextok.convert import convert_published
 from flextok.convert.rules import count
-from flextok.files import atomic_write
+from flextok.files import atomic_write, write_text
 from flextok.schema import ConfigError, from_mapping, to_mapping
 from flextok.storage import (
     CONFIG,
@@ -203,9 +203,9 @@ class Pretrained(nn.Module):
         if not card.is_file() or MARK in card.read_text(encoding="utf-8", errors="replace"):
             # a card is for others, wherever the folder lies now
             page = model_card(self, self.written_config(None), self.written_metadata(None))
-            atomic_write(card, lambda path: path.write_text(page, encoding="utf-8"))
+            write_text(card, page)
         # last: with it the folder is complete
-        atomic_write(folder / CONFIG, lambda path: path.write_text(text + "\n", encoding="utf-8"))
+        write_text(folder / CONFIG, text + "\n")
         return folder
 
     def written_config(self, folder: Path | None) -> dict[str, Any]:

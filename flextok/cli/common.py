@@ -93,14 +93,14 @@ def json_file(name: str) -> str:
 
 
 def write_json(path: str, content: Any) -> None:
-    from flextok.files import atomic_write
+    from flextok.files import write_text
 
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     if path == "-":
         sys.stdout.write(text)
         return
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(Path(path), lambda p: p.write_text(text, encoding="utf-8"))
+    write_text(Path(path), text)
 
 
 def add_decoding(parser: argparse.ArgumentParser) -> None:

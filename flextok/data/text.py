@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flextok.data.processes import Process, this_process
-from flextok.files import atomic_write, read_mapping
+from flextok.files import atomic_write, read_mapping, write_text
 from flextok.generators.text import TextEncoder
 from flextok.storage import checksum
 
@@ -85,7 +85,7 @@ def build_text_cache(
     if (folder / MANIFEST).exists():
         check_manifest(folder, manifest, optional="captions")
     text = json.dumps(manifest, indent=2)
-    atomic_write(folder / MANIFEST, lambda p: p.write_text(text, encoding="utf-8"))
+    write_text(folder / MANIFEST, text)
     parts = {
         folder / f"part-{number:05d}.safetensors": different[first : first + part_size]
         for number, first in enumerate(range(0, len(different), part_size))

@@ -32,7 +32,7 @@ from flextok.data.stream import Item, collate, counter_of
 from flextok.data.text import TextCache, pack, unpack
 from flextok.data.transforms import ImageTransform
 from flextok.draws import derived_generator
-from flextok.files import atomic_write, clear_leftovers, read_mapping
+from flextok.files import atomic_write, clear_leftovers, read_mapping, write_text
 from flextok.schema import from_mapping
 from flextok.storage import checksum
 from flextok.tokenizers.common import (
@@ -262,7 +262,7 @@ def wait_until_finished(folder: Path, poll: float = 1.0) -> None:
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     text = json.dumps(manifest, indent=2) + "\n"
-    atomic_write(folder / MANIFEST, lambda path: path.write_text(text, encoding="utf-8"))
+    write_text(folder / MANIFEST, text)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

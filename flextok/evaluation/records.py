@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flextok.evaluation import processes
-from flextok.files import atomic_write
+from flextok.files import atomic_write, write_text
 from flextok.storage import checksum
 
 PART = 64  # pictures: the unit of work that an interruption may lose, and that processes share
@@ -69,7 +69,7 @@ class Records:
         elif any(self.folder.iterdir()):
             log.info("%s holds another evaluation: starting over", self.folder)
             self._remove()
-        atomic_write(manifest, lambda p: p.write_text(identity, encoding="utf-8"))
+        write_text(manifest, identity)
 
     def _damage(self, path: Path) -> str | None:
         """What is wrong with a part, None if it is whole."""

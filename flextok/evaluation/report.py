@@ -25,7 +25,7 @@ from flextok.evaluation.scores import (
     proper_names,
     set_scores,
 )
-from flextok.files import atomic_write
+from flextok.files import write_text
 from flextok.hub import fingerprint
 from flextok.schema import NotFinite
 
@@ -196,7 +196,7 @@ def write_report(report: dict[str, Any], place: Path) -> Path:
         raise ValueError(f"a score is not finite: {report.get('results')}") from None
     path = place if place.suffix == ".json" else place / REPORT
     path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, lambda p: p.write_text(text + "\n", encoding="utf-8"))
+    write_text(path, text + "\n")
     return path
 
 

@@ -502,8 +502,8 @@ class FlexTok(Pretrained, nn.Module):
         keep: (B,) long on the CPU. All else as in decode. Returns latents at times[-1]."""
         defaults = self.config.decode
         registers, mask = self.decoder.embed_codes(codes, keep)
-        everyone = torch.ones_like(keep, dtype=torch.bool)
-        null_registers, null_mask = self.decoder.embed_codes(codes[:, :1], torch.ones_like(keep), everyone)
+        one, everyone = torch.ones_like(keep), torch.ones_like(keep, dtype=torch.bool)
+        null_registers, null_mask = self.decoder.embed_codes(codes[:, :1], one, everyone)
         calls = 0
 
         def conditional(x: Tensor, t: Tensor) -> Tensor:

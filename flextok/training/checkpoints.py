@@ -25,7 +25,7 @@ from torch import nn
 
 from flextok.data.loading import SIGNALS
 from flextok.data.processes import this_process
-from flextok.files import atomic_write, read_mapping, writing
+from flextok.files import atomic_write, read_mapping, write_text, writing
 from flextok.hub import CheckpointError
 
 BEST = "best.json"
@@ -62,7 +62,7 @@ class WholeFiles(TorchCheckpointIO):
                     raise summed.error or error from None
             # there before the checkpoint is, so that no checkpoint is ever without
             text = json.dumps({"crc32": summed.crc32, "size": summed.size}) + "\n"
-            atomic_write(sums_of(path), lambda p: p.write_text(text))
+            write_text(sums_of(path), text)
 
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -166,7 +166,7 @@ class Checkpoints(Checkpoint):
             text = json.dumps(facts) + "\n"
             with writing(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
-            atomic_write(self.folder / name, lambda path: path.write_text(text))
+            write_text(self.folder / name, text)
 
     def save(self, trainer: L.Trainer) -> None:
         step = trainer.global_step

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from flextok.files import atomic_write
+from flextok.files import write_text
 
 
 class NonFiniteLoss(ValueError):
@@ -67,7 +67,7 @@ class SkipNonFinite(L.Callback):
         path = self.folder / f"nonfinite-step-{step:07d}-rank-{trainer.global_rank}.json"
         # NaN is no JSON: as words
         text = json.dumps(json.loads(json.dumps(report), parse_constant=str), indent=2) + "\n"
-        atomic_write(path, lambda p: p.write_text(text))
+        write_text(path, text)
         raise NonFiniteLoss(
             f"the loss or its gradient was not finite in {self.in_a_row} steps in a row, up to "
             f"step {step}; the weights were left as before. Report: {path}. Lower optim.lr or "

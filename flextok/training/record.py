@@ -16,7 +16,7 @@ import flextok
 from flextok.card import count_parameters
 from flextok.config import ExperimentConfig
 from flextok.data.processes import this_process
-from flextok.files import atomic_write
+from flextok.files import write_text
 from flextok.schema import to_mapping
 
 PACKAGES = ("flextok", "torch", "lightning", "numpy", "pillow", "timm", "diffusers", "webdataset")
@@ -45,9 +45,9 @@ def record_start(folder: Path, config: ExperimentConfig, step: int) -> None:
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
     }
     text = json.dumps(facts, indent=2, default=str) + "\n"
-    atomic_write(path, lambda p: p.write_text(text, encoding="utf-8"))
+    write_text(path, text)
     if diff:
-        atomic_write(path.with_suffix(".diff"), lambda p: p.write_text(diff, encoding="utf-8"))
+        write_text(path.with_suffix(".diff"), diff)
 
 
 def told_at_start(config: ExperimentConfig, model: Any, data: Any, trainer: Any) -> str:

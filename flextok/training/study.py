@@ -10,7 +10,7 @@ from flextok.card import count_parameters
 from flextok.config import ExperimentConfig, load_experiment
 from flextok.evaluation.evaluate import evaluate_generator, evaluate_tokenizer
 from flextok.evaluation.job import Cell, Options
-from flextok.files import atomic_write, read_mapping
+from flextok.files import read_mapping, write_text
 from flextok.pipeline import load_model
 from flextok.schema import ConfigError, to_mapping
 from flextok.training.run import cache_device, fill_auto, load_tokenizer, make_dataset, train
@@ -88,4 +88,4 @@ def read_result(path: Path) -> dict[str, Any]:
 
 
 def write_json(value: Any, path: Path) -> None:
-    atomic_write(path, lambda p: p.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8"))
+    write_text(path, json.dumps(value, indent=2) + "\n")
