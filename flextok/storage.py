@@ -38,6 +38,8 @@ def resolve(path: str | Path, revision: str | None = None) -> Path:
     place, name = Path(path), str(path)
     if os.path.isdir(place) or os.path.isfile(place):  # a name too long for a file is neither
         return place
+    if os.path.exists(place):  # no name of a hub's, which a pipe would have been asked for
+        check_file(place)
     if name in released():
         return RELEASES / name
     parts = name.split("/")

@@ -6,6 +6,7 @@ import pickle
 import struct
 import time
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -329,6 +330,17 @@ def test_no_pipe_is_waited_for(tmp_path, name, kind, capsys):
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert str(tmp_path) in error
+
+
+@pytest.mark.parametrize("name", ["pipe.bin", "a/pipe.bin", "a/b/pipe.safetensors", "a/pipe"])
+def test_a_pipe_is_no_hub_id(tmp_path, monkeypatch, name):
+    """A relative path with slashes was asked of the hub."""
+    monkeypatch.chdir(tmp_path)
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    os.mkfifo(name)
+    monkeypatch.setattr("flextok.storage.from_hub", lambda *asked: pytest.fail("asked the hub"))
+    with pytest.raises(CheckpointError, match=f"{name} is no regular file"):
+        load_model(name)
 
 
 @pytest.mark.parametrize(
