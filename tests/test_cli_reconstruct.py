@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,19 @@ def test_one_picture_is_the_models_own_reconstruction(model, picture_folder, tmp
     noise = row_generators(5, NOISE, [0])
     expected = tokenizer.decode(indices[:, :3], num_steps=1, generator=noise)
     assert Image.open(output).tobytes() == to_uint8(expected[0]).tobytes()
+
+
+@pytest.mark.filterwarnings("error")
+def test_bright_pictures_raise_no_doubt_about_their_range(model, tmp_path, monkeypatch):
+    """They were taken for tensors in [0, 1], which encode warns of."""
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (20, 16), (230, 240, 250)).save("bright.png")
+    assert reconstruct(model, "bright.png", "--output", "made.png") == 0
+    assert main(["sample", model, "--images", "bright.png", *FEW, "--output", "grid.png"]) == 0
+    with warnings.catch_warnings():
+        warnings.resetwarnings()
+        with pytest.warns(UserWarning, match="2 \\* x - 1"):  # a tensor's range is not known
+            tiny_tokenizer().encode(ImageTransform(16)("bright.png")[None])
 
 
 def test_a_model_that_is_not_finite_is_named_and_writes_nothing(picture_folder, tmp_path, capsys):

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from types import FrameType
 
@@ -77,12 +78,12 @@ def run(options: argparse.Namespace) -> None:
     """Run the command; with --json write what it returns. JSON on standard output stands there
     alone: what people read goes to standard error."""
     asked = getattr(options, "json", None)
-    if asked is None:
-        options.run(options)
-        return
-    with contextlib.redirect_stdout(sys.stderr if asked == "-" else sys.stdout):
-        report = options.run(options)
-    if report is not None:  # None: another process writes it
+    with warnings.catch_warnings():
+        # a command reads its images in [-1, 1], so a guess that bright ones are not would be wrong
+        warnings.filterwarnings("ignore", message="images span .* all bright")
+        with contextlib.redirect_stdout(sys.stderr if asked == "-" else sys.stdout):
+            report = options.run(options)
+    if asked is not None and report is not None:  # None: another process writes it
         write_json(asked, report)
 
 
