@@ -1,6 +1,8 @@
 """`flextok sample`: which pictures are asked for, checked before the work, done batch by batch."""
 
 import functools
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -169,3 +171,24 @@ def test_a_folder_alone_is_a_data_set(picture_folder, tmp_path):
     assert config.data.train == {"name": "folder", "root": str(picture_folder)}
     with pytest.raises(ConfigError, match=r"validation='/nowhere/at all' is no folder"):
         load_experiment(path, ["data.validation=/nowhere/at all"])
+
+
+def test_what_was_sampled_is_json_too(tmp_path, monkeypatch, capsys):
+    """sample was the one command that finds something out and did not write it."""
+    monkeypatch.chdir(tmp_path)
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained("tokenizer")
+    gpt = tiny_gpt()
+    remember_tokenizer(gpt, Path("gpt"), tokenizer, "tokenizer")
+    gpt.save_pretrained("gpt")
+    facts = Path("facts.json")
+    arguments = ["--classes", "3", "1", "--num-tokens", "1", "8", "--seed", "5"]
+    assert main(["sample", "gpt", *arguments, "--json", "facts.json"]) == 0
+    found = json.loads(facts.read_text())
+    assert (found["num_tokens"], found["seed"], len(found["conditions"])) == ([1, 8], 5, 2)
+    assert Path(found["output"]).is_file()
+    assert main(["sample", "tokenizer", "--json", "facts.json"]) == 1
+    assert "does not say which images it belongs to" in capsys.readouterr().err
+    data = ["--data", "emoji:validation", "--limit", "3", "--num-tokens", "1"]
+    assert main(["sample", "tokenizer", *data, "--json", "facts.json"]) == 0
+    assert json.loads(facts.read_text())["count"] == 3

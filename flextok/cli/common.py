@@ -17,7 +17,6 @@ TOKENIZER, BY_CLASS, BY_PROMPT = "emoji", "emoji-class", "emoji-text"
 # options of several commands, with the least and the most that makes sense
 COUNTS = [("seed", 0, 2**63 - 1), ("num_workers", 0, 1000), ("batch_size", 1, 1_000_000)]
 COUNTS += [("limit", 1, 2**63 - 1), ("probe_steps", 1, 1_000_000)]
-HELD_OUT = "emoji:validation"  # pictures that they were not trained on
 
 
 class AnyOrder(argparse.ArgumentParser):

@@ -9,10 +9,11 @@ from typing import Any
 from flextok.cli.common import (
     BY_CLASS,
     BY_PROMPT,
-    HELD_OUT,
     TOKENIZER,
     add_command,
     add_decoding,
+    add_json,
+    data_of,
     decoding_options,
     open_data,
     pick_device,
@@ -73,9 +74,10 @@ def add_commands(commands: Any) -> None:
     sample.add_argument("--generator-steps", type=int, help="MaskGIT's sampling steps")
     sample.add_argument("--output", default="outputs/sample.png", help="the PNG to write")
     add_decoding(sample)
+    add_json(sample)
 
 
-def run_sample(options: argparse.Namespace) -> None:
+def run_sample(options: argparse.Namespace) -> dict[str, Any]:
     from flextok.pipeline import is_generator, load_model
 
     check_output(Path(options.output))
@@ -84,14 +86,14 @@ def run_sample(options: argparse.Namespace) -> None:
         by_class = options.classes is not None
         options.model = BY_PROMPT if by_prompt else BY_CLASS if by_class else TOKENIZER
     model = load_model(options.model, pick_device(options.device))
-    if is_generator(model):
-        generate(model, options)
-    else:
-        reconstruct(model, options)
+    make = generate if is_generator(model) else reconstruct
+    found = make(model, options)
+    return {"model": options.model, "seed": options.seed, "output": options.output, **found}
 
 
-def generate(model: Any, options: argparse.Namespace) -> None:
-    """Pictures by class, by prompt or of nothing; those of prompts are files, too."""
+def generate(model: Any, options: argparse.Namespace) -> dict[str, Any]:
+    """Pictures by class, by prompt or of nothing; those of prompts are files, too. Returns what
+    --json says of them."""
     import torch
     from tqdm import tqdm
 
@@ -116,7 +118,7 @@ def generate(model: Any, options: argparse.Namespace) -> None:
         "guidance_scale": options.cond_guidance,
         "num_steps": options.generator_steps,
     }
-    output, kept, done = Path(options.output), [], 0
+    output, kept, done, files = Path(options.output), [], 0, []
     with tqdm(total=len(names), unit="picture", disable=None) as bar:
         for batch in generate_batches(
             *(model, tokenizer, cond, lengths, options.seed, sampling, decoding_options(options)),
@@ -128,7 +130,8 @@ def generate(model: Any, options: argparse.Namespace) -> None:
                 kept.append({k: images[: room - done] for k, images in pictures.items()})
             for number, picture in enumerate(last if by_text else (), done + 1):
                 place = output.with_name(f"{output.stem}-{number}.png")
-                bar.write(f"wrote {viz.save(to_image(picture), place)}", file=sys.stdout)
+                files.append(str(viz.save(to_image(picture), place)))
+                bar.write(f"wrote {files[-1]}", file=sys.stdout)
             done += len(last)
             bar.update(len(last))
     grid = {k: torch.cat([batch[k] for batch in kept]) for k in lengths}
@@ -138,11 +141,12 @@ def generate(model: Any, options: argparse.Namespace) -> None:
     else:
         picture = viz.samples(grid[lengths[0]], shown, options.num_samples)
     print(f"wrote {viz.save(picture, output)}" + beyond(len(shown), len(names)))
+    return {"num_tokens": lengths, "conditions": names, "files": files}
 
 
-def reconstruct(model: Any, options: argparse.Namespace) -> None:
-    """--images, --data or held-out emoji, batch by batch; unreadable ones are skipped, and an error
-    at the end if they were named."""
+def reconstruct(model: Any, options: argparse.Namespace) -> dict[str, Any]:
+    """--images, --data or what the model was validated on, batch by batch; unreadable ones are
+    skipped, and an error at the end if they were named. Returns what --json says of them."""
     import torch
     from torch.utils.data import DataLoader
     from tqdm import tqdm
@@ -164,7 +168,10 @@ def reconstruct(model: Any, options: argparse.Namespace) -> None:
     decoding = decoding_options(options)
     if model.vocab_size:
         checked(model, decoding)
-    source = PictureFiles(options.images) if options.images else open_data(options.data or HELD_OUT)
+    if options.images:
+        source: Any = PictureFiles(options.images)
+    else:
+        source = data_of(options.data, options.model)
     limit = 8 if options.limit is None and not options.images else options.limit
     dataset = Numbered(take(source, limit), model.image_size)
     room = max(1, MOST_PIXELS // ((len(lengths) + 1) * max(128, model.image_size) ** 2))
@@ -188,6 +195,7 @@ def reconstruct(model: Any, options: argparse.Namespace) -> None:
     print(f"wrote {viz.save(viz.coarse_to_fine(torch.cat(originals), grid), options.output)}")
     if options.images and (lost := len(dataset) - sum(map(len, originals))):
         raise ValueError(f"{lost} of {len(dataset)} pictures could not be read, see above")
+    return {"num_tokens": lengths, "count": sum(map(len, originals))}
 
 
 def beyond(shown: int, total: int) -> str:
