@@ -1,5 +1,6 @@
 """A run that is started again: what may change, what may not, and what lies in its folder."""
 
+import copy
 import csv
 import functools
 import json
@@ -45,10 +46,11 @@ def make(place, tmp_path):
     """make("optim.lr", 0.1, ...): the tiny run's config with these changes."""
 
     def config(*changes, **trainer) -> ExperimentConfig:
+        decode = {"num_steps": 1, "guidance_scale": 1.0}
         values = {
             "task": "tokenizer",
             "output_dir": str(tmp_path / "run"),
-            "model": {"name": "flextok", **TINY, "decode": {"num_steps": 1, "guidance_scale": 1.0}},
+            "model": {"name": "flextok", **copy.deepcopy(TINY), "decode": decode},
             "data": {"train": {"name": "folder", "root": str(place / "a")}, "batch_size": 4},
             "optim": {"lr": 1e-3, "warmup_steps": 2, "ema_decay": 0.9},
             "trainer": {**SIX_STEPS, "max_steps": 4, "validate_every": 100, **trainer},
