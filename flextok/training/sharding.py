@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
@@ -128,6 +129,8 @@ def gather(state: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
         full = value.full_tensor() if isinstance(value, DTensor) else value
         if keep:
             whole[name] = full.detach().cpu()
+    if dist.is_initialized():
+        dist.barrier()  # a process that ended here could cut the others' last transfer
     return whole
 
 
