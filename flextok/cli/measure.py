@@ -137,13 +137,12 @@ def add_measuring(parser: argparse.ArgumentParser, folder: str) -> None:
     parser.add_argument("--device", default=None, help="cpu, cuda, ...; a GPU where there is one")
 
 
-def prepare_output(options: argparse.Namespace) -> str:
-    """The folder to write, found fit before the work."""
+def prepare_output(options: argparse.Namespace) -> None:
+    """Set options.output, the folder to write, and find it fit before the work."""
     from flextok.evaluation.report import check_output
 
     options.output = output_of(options.output, options.folder, options.model)
     check_output(Path(options.output))
-    return str(options.output)
 
 
 def run_evaluate(options: argparse.Namespace) -> dict[str, Any] | None:
