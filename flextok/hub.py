@@ -1,17 +1,16 @@
-"""Save and load models: our folder of model.safetensors, config.json and a model card, or weights
-as others published them. Nothing in a file is code."""
+"""Save and load models: a folder of model.safetensors, config.json and a model card, or weights as
+others published them."""
 
 import copy
 import hashlib
 import json
-import logging
 import os
 import re
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -20,35 +19,21 @@ from torch.overrides import TorchFunctionMode
 
 import flextok
 from flextok.card import MARK, model_card
-from flextok.convert import convert_published
 from flextok.convert.rules import count
 from flextok.files import atomic_write, write_text
-from flextok.schema import ConfigError, from_mapping, to_mapping
-from flextok.storage import (
+from flextok.places import (
     CONFIG,
     WEIGHTS,
-    CheckpointError,
-    find_weights,
+    StoredModel,
     is_path,
-    read_json,
-    read_tensors,
-    resolve,
+    read_model,
     written_reference,
 )
+from flextok.schema import ConfigError, from_mapping, to_mapping
+from flextok.storage import CheckpointError
 
 CARD = "README.md"
 M = TypeVar("M", bound="Pretrained")
-log = logging.getLogger(__name__)
-
-
-class StoredModel(NamedTuple):
-    """What a model's files hold, whatever their layout was; the tensors are not copied yet."""
-
-    model_type: str
-    config: dict[str, Any]
-    metadata: dict[str, Any]
-    state: dict[str, Tensor]
-    source: str  # names the file in errors
 
 
 class Pretrained(nn.Module):
@@ -124,11 +109,10 @@ class Pretrained(nn.Module):
             raise CheckpointError(
                 f"{stored.source}: no model can be built from its config ({kind}: {error})"
             ) from error
-        state = stored.state
-        model.check_state(state, stored.source)  # before anything is copied
-        for key, value in state.items():  # one by one: a cast never holds two copies of all
-            state[key] = value.to(device, dtype if value.is_floating_point() else None)
-        model.load_weights(state, stored.source)
+        model.check_state(stored.state, stored.source)  # before anything is copied
+        for key, value in stored.state.items():  # one by one: a cast never holds two copies of all
+            stored.state[key] = value.to(device, dtype if value.is_floating_point() else None)
+        model.load_weights(stored.state, stored.source)
         model.metadata.update(stored.metadata)
         model.home = home
         return model.eval()
@@ -155,15 +139,14 @@ class Pretrained(nn.Module):
 
     def check_state(self, state: Mapping[str, Tensor], source: str) -> None:
         """Raise CheckpointError unless a state dict has exactly this model's tensors."""
-        ours = self.state_dict()
-        problems = [
-            *(f"{key!r} is missing" for key in ours if key not in state),
-            *(f"{key!r} is left over" for key in state if key not in ours),
-            *(
-                f"{key!r} is {describe(value)}, expected {describe(ours[key])}"
-                for key, value in state.items()
-                if key in ours and describe(value) != describe(ours[key])
-            ),
+        ours = {key: describe(value) for key, value in self.state_dict().items()}
+        found = {key: describe(value) for key, value in state.items()}
+        problems = [f"{key!r} is missing" for key in ours if key not in found]
+        problems += [f"{key!r} is left over" for key in found if key not in ours]
+        problems += [
+            f"{key!r} is {kind}, expected {ours[key]}"
+            for key, kind in found.items()
+            if ours.get(key, kind) != kind
         ]
         if problems:
             more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
@@ -172,19 +155,16 @@ class Pretrained(nn.Module):
             )
 
     def save_pretrained(
-        self, folder: str | Path, state: Mapping[str, Tensor] | None = None
+        self,
+        folder: str | Path,
+        state: Mapping[str, Tensor] | None = None,
+        public: bool = False,
     ) -> Path:
         """Write model.safetensors, config.json and a model card README.md, each whole or not at
         all; a README.md of your own stays. What the model refers to is named relative to the
-        folder. state: the weights, where not the model's own (those of a sharded model, gathered).
-        Returns the folder."""
-        return self.write(Path(folder), state)
-
-    def write(
-        self, folder: Path, state: Mapping[str, Tensor] | None = None, public: bool = False
-    ) -> Path:
-        """As save_pretrained; public: for other machines, where no path of this one leads
-        anywhere."""
+        folder; public: by no path at all, for other machines. state: the weights, where not the
+        model's own (those of a sharded model, gathered). Returns the folder."""
+        folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {
             key: value.detach().contiguous().cpu()
@@ -197,7 +177,7 @@ class Pretrained(nn.Module):
             "config": self.written_config(None if public else folder),
             "metadata": self.written_metadata(None if public else folder),
         }
-        text = json.dumps(header, indent=2)
+        text = json.dumps(header, indent=2)  # before anything is written
         atomic_write(folder / WEIGHTS, lambda path: save_file(tensors, path))
         card = folder / CARD
         if not card.is_file() or MARK in card.read_text(encoding="utf-8", errors="replace"):
@@ -223,15 +203,11 @@ class Pretrained(nn.Module):
 
     def written_metadata(self, folder: Path | None) -> dict[str, Any]:
         """The metadata as saved in `folder`, None = for other machines: without absolute paths."""
-        metadata = dict(self.metadata)
-        for key, value in self.metadata.items():
-            if key == "tokenizer":
-                metadata[key] = written_reference(str(value), self.home or Path.cwd(), folder)
-            elif key != "class_names":
-                metadata[key] = without_paths(value)
-        if metadata.get("tokenizer", "") is None:
-            del metadata["tokenizer"]
-        return metadata
+        names = {"class_names": self.metadata.get("class_names")}  # may look like paths
+        if (tokenizer := self.metadata.get("tokenizer")) is not None:
+            names["tokenizer"] = written_reference(tokenizer, self.home or Path.cwd(), folder)
+        written = without_paths(self.metadata) | names
+        return {key: written[key] for key in self.metadata if written[key] is not None}
 
     def push_to_hub(
         self,
@@ -248,59 +224,9 @@ class Pretrained(nn.Module):
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as folder:
-            self.write(Path(folder), public=True)
+            self.save_pretrained(folder, public=True)
             commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message)
         return str(commit)
-
-
-def read_model(path: str | Path, revision: str | None = None) -> StoredModel:
-    """What lies at a path or hub id, in our layout or a published one, as a model of ours. The
-    tensors are memory-mapped where the format allows it. Raises CheckpointError."""
-    place = resolve(path, revision)
-    # beside a file of another name, config.json may be another model's
-    folder = place if place.is_dir() else place.parent if place.name == WEIGHTS else None
-    document: dict[str, Any] = {}
-    if folder is not None and (folder / CONFIG).is_file():
-        document = read_json(folder / CONFIG)
-    weights = find_weights(place) if place.is_dir() else place
-    state, metadata = read_tensors(weights)
-    if isinstance(document.get("model_type"), str) and isinstance(document.get("config"), dict):
-        try:
-            facts = check_metadata(document.get("metadata", {}))
-        except ConfigError as error:
-            raise CheckpointError(f"{folder}/{CONFIG}: {error}") from None
-        return StoredModel(document["model_type"], document["config"], facts, state, str(weights))
-    try:
-        published = convert_published(state, [document, *parse_metadata(metadata)])
-    except ValueError as error:
-        where = f"{folder} has no {CONFIG} of ours; " if folder and not document else ""
-        raise CheckpointError(f"{where}{weights}: {error}") from None
-    for point in published.provenance.get("assumed", []):
-        log.info("%s does not say everything: %s", path, point)
-    is_local = Path(path).exists()
-    provenance = {"source": place.name if is_local else str(path), **published.provenance}
-    facts = {"provenance": provenance}
-    return StoredModel(published.model_type, published.config, facts, published.state, str(weights))
-
-
-@dataclass
-class KnownMetadata:
-    """The facts beside a model's weights that the package reads; others are free."""
-
-    tokenizer: str | None = None
-    codes_id: str | None = None
-    tokenizer_fingerprint: str | None = None
-    class_names: list[str] = field(default_factory=list)
-    provenance: dict[str, Any] = field(default_factory=dict)
-
-
-def check_metadata(facts: Any) -> dict[str, Any]:
-    """The metadata of a stored model. Raises ConfigError for a fact of another type."""
-    if not isinstance(facts, Mapping):
-        raise ConfigError(f"metadata must be a mapping of keys, got {facts!r}.")
-    known = {f.name for f in fields(KnownMetadata)}
-    from_mapping(KnownMetadata, {k: v for k, v in facts.items() if k in known}, "metadata")
-    return dict(facts)
 
 
 class SkipNormal(TorchFunctionMode):
@@ -314,18 +240,6 @@ class SkipNormal(TorchFunctionMode):
         if func in (Tensor.normal_, nn.init.normal_):
             return args[0] if args else kwargs["tensor"]
         return func(*args, **kwargs)
-
-
-def parse_metadata(metadata: Mapping[str, str]) -> list[dict[str, Any]]:
-    """A safetensors file's metadata as JSON documents: all values that parse, under their names,
-    and each mapping among them."""
-    parsed: dict[str, Any] = {}
-    for key, text in metadata.items():
-        try:
-            parsed[key] = json.loads(text)
-        except (json.JSONDecodeError, RecursionError):
-            continue  # free text such as "pt"
-    return [parsed, *(value for value in parsed.values() if isinstance(value, dict))]
 
 
 def override(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

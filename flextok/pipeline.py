@@ -14,9 +14,10 @@ from torch import Tensor
 
 from flextok.draws import CODES, NOISE, row_generators
 from flextok.generators import GENERATORS
-from flextok.hub import CheckpointError, Pretrained, read_model, resolve
+from flextok.hub import Pretrained
+from flextok.places import find_reference, read_model, resolve
 from flextok.schema import check_number, unknown_key
-from flextok.storage import find_reference
+from flextok.storage import CheckpointError
 from flextok.tokenizers import TOKENIZERS
 from flextok.tokenizers.common import as_images, codes_id, encode_rows, same_codes
 

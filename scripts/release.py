@@ -15,7 +15,7 @@ from flextok.data.datasets import take
 from flextok.data.emoji import Emoji
 from flextok.data.transforms import ImageTransform
 from flextok.pipeline import is_generator, load_model, load_tokenizer_of, remember_tokenizer
-from flextok.storage import RELEASES
+from flextok.places import RELEASES
 
 LIMIT = 40e6  # bytes of all models together
 

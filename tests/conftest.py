@@ -169,7 +169,7 @@ def bomb(side: int, text: bytes = b"") -> bytes:
 def releases(tmp_path, monkeypatch) -> Path:
     """The package with tiny models in place of its own."""
     folder = tiny_releases(tmp_path / "releases")
-    monkeypatch.setattr("flextok.storage.RELEASES", folder)
+    monkeypatch.setattr("flextok.places.RELEASES", folder)
     return folder
 
 

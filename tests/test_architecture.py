@@ -8,7 +8,18 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "flextok"
 FLOORS = [
     {
-        *("schema", "files", "images", "printing", "card", "storage", "convert", "hub", "draws"),
+        *(
+            "schema",
+            "files",
+            "images",
+            "printing",
+            "card",
+            "storage",
+            "places",
+            "convert",
+            "hub",
+            "draws",
+        ),
         *("nn", "quantizers", "flow", "vae", "losses"),
     },
     {"tokenizers", "generators"},

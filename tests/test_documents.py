@@ -172,7 +172,7 @@ def desk(tmp_path_factory):
         picture.save(folder / file)
     (folder / "prompts.txt").write_text("a red heart\na key\n")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flextok.storage.RELEASES", folder / "releases")
+        patch.setattr("flextok.places.RELEASES", folder / "releases")
         yield folder
 
 

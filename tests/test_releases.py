@@ -13,7 +13,8 @@ from flextok.data.emoji import Emoji
 from flextok.data.transforms import ImageTransform
 from flextok.evaluation.metrics import psnr
 from flextok.pipeline import generate_images, load_model, load_tokenizer_of, reconstruct_prefixes
-from flextok.storage import RELEASES, read_tensors, released
+from flextok.places import RELEASES, released
+from flextok.storage import read_tensors
 from flextok.tokenizers.common import codes_id
 
 ROOT = Path(__file__).parent.parent

@@ -291,12 +291,12 @@ def header_of(shape, size):
 @pytest.mark.parametrize(
     ("begins", "length", "message"),
     [
-        (b"", 1 << 40, r"a header of 0|its header"),
+        (b"", 1 << 40, "truncated or damaged"),
         (b"\xff" * 8, 1 << 40, "truncated or damaged"),
-        (header_of([4], 16), 1 << 40, r"1,099,511,627,776 bytes, its header says"),
+        (header_of([4], 16), 1 << 40, "file not fully covered"),
         (header_of([4], 16), 20, "truncated or damaged"),
-        (struct.pack("<Q", 4) + b"[[[[", 12, "its header cannot be read"),
-        (struct.pack("<Q", 9) + b'{"a": {}}', 17, "its header cannot be read"),
+        (struct.pack("<Q", 4) + b"[[[[", 12, "invalid JSON in header"),
+        (struct.pack("<Q", 9) + b'{"a": {}}', 17, "missing field"),
     ],
 )
 def test_weights_that_are_not_what_they_claim(tmp_path, begins, length, message):
@@ -338,7 +338,7 @@ def test_a_pipe_is_no_hub_id(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     Path(name).parent.mkdir(parents=True, exist_ok=True)
     os.mkfifo(name)
-    monkeypatch.setattr("flextok.storage.from_hub", lambda *asked: pytest.fail("asked the hub"))
+    monkeypatch.setattr("flextok.places.from_hub", lambda *asked: pytest.fail("asked the hub"))
     with pytest.raises(CheckpointError, match=f"{name} is no regular file"):
         load_model(name)
 

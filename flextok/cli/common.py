@@ -160,7 +160,7 @@ def data_of(asked: str | None, model: str, part: str = "validation") -> Any:
     trained) on, as its folder's config.yaml has it, and the emoji for the package's own models.
     Raises ValueError for any other model."""
     from flextok.config import load_experiment
-    from flextok.storage import released
+    from flextok.places import released
     from flextok.training.run import make_dataset
 
     if asked is not None:

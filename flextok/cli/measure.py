@@ -217,7 +217,7 @@ def run_sweep(options: argparse.Namespace) -> dict[str, Any]:
 def run_adaptive(options: argparse.Namespace) -> dict[str, Any]:
     from flextok.data.datasets import take
     from flextok.evaluation.adaptive import Target, relate
-    from flextok.storage import released
+    from flextok.places import released
 
     target = Target.parse(options.target)
     prepare_output(options)

@@ -60,7 +60,7 @@ def add_commands(commands: Any) -> None:
 
 def run_models(options: argparse.Namespace) -> list[dict[str, Any]]:
     from flextok.pipeline import is_generator, load_model
-    from flextok.storage import released
+    from flextok.places import released
 
     found = []
     for name in released():

@@ -21,8 +21,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from flextok.places import hub_folder, is_path
 from flextok.schema import Depth, Share, Size
-from flextok.storage import CheckpointError, from_hub, is_path, read_json
+from flextok.storage import CheckpointError, read_json
 
 log = logging.getLogger(__name__)
 _WEIGHTS, _OLD_WEIGHTS = "*.safetensors", "*.bin"
@@ -303,20 +304,13 @@ def encoder_folder(model: str, revision: str | None = None, config_only: bool = 
         return place
     if is_path(model):
         raise CheckpointError(f"text encoder: there is no folder {model!r}: name one, or a hub id")
-    from huggingface_hub import snapshot_download
-
-    def snapshot(*patterns: str) -> Path:
-        folder = from_hub(
-            model,
-            lambda: snapshot_download(model, revision=revision, allow_patterns=list(patterns)),
-        )
-        return Path(folder)
-
     try:
         if config_only:
-            return snapshot("config.json")
-        folder = snapshot(*_FILES, _WEIGHTS)
-        return folder if list(folder.glob(_WEIGHTS)) else snapshot(*_FILES, _OLD_WEIGHTS)
+            return hub_folder(model, revision, "config.json")
+        folder = hub_folder(model, revision, *_FILES, _WEIGHTS)
+        if list(folder.glob(_WEIGHTS)):
+            return folder
+        return hub_folder(model, revision, *_FILES, _OLD_WEIGHTS)
     except CheckpointError as error:
         raise CheckpointError(
             f"text encoder: {error}. Without any download works "

@@ -44,6 +44,7 @@ from flextok.generators.conditioning import CONDITIONERS, TextConditioner
 from flextok.generators.text import Text, load_encoder
 from flextok.hub import fingerprint
 from flextok.pipeline import expected_codes, load_model, remember_tokenizer
+from flextok.places import CONFIG, WEIGHTS
 from flextok.schema import (
     ConfigError,
     build,
@@ -53,7 +54,7 @@ from flextok.schema import (
     to_mapping,
     unknown_key,
 )
-from flextok.storage import CONFIG, WEIGHTS, CheckpointError
+from flextok.storage import CheckpointError
 from flextok.tokenizers import TOKENIZERS, FlexTokConfig
 from flextok.tokenizers.common import codes_id, same_codes
 from flextok.training.adversarial import AdversarialModule

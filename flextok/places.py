@@ -1,0 +1,208 @@
+"""Where a model lies (in a folder, in one file, among those of the package, on the hub), what is
+stored there, and how one model names another, so that both can move."""
+
+import contextlib
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from flextok.convert import convert_published
+from flextok.schema import ConfigError, from_mapping
+from flextok.storage import SUFFIXES, CheckpointError, check_file, read_json, read_tensors
+
+log = logging.getLogger(__name__)
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+OLD_WEIGHTS = "pytorch_model.bin"  # what hub repositories held before safetensors
+RELEASES = Path(__file__).parent / "releases"  # models that come with the package, by name
+
+
+class StoredModel(NamedTuple):
+    """What a model's files hold, whatever their layout was; the tensors are not copied yet."""
+
+    model_type: str
+    config: dict[str, Any]
+    metadata: dict[str, Any]
+    state: dict[str, Tensor]
+    source: str  # names the file in errors
+
+
+def released() -> list[str]:
+    """The names of the models that come with the package."""
+    return sorted(path.parent.name for path in RELEASES.glob(f"*/{CONFIG}"))
+
+
+def resolve(path: str | Path, revision: str | None = None) -> Path:
+    """A local folder or file as it is; else a model that comes with the package, by its name; else,
+    from the hub or its local cache, the snapshot of a hub id owner/name or the file of
+    owner/name/file.bin. Raises CheckpointError."""
+    place, name = Path(path), str(path)
+    if os.path.isdir(place) or os.path.isfile(place):  # a name too long for a file is neither
+        return place
+    if os.path.exists(place):  # a pipe or a device is no name of the hub's
+        check_file(place)
+    if name in released():
+        return RELEASES / name
+    parts = name.split("/")
+    repo, file = "/".join(parts[:2]), "/".join(parts[2:])
+    if is_path(name) or len(parts) < 2 or (file and not file.endswith(SUFFIXES)):
+        raise CheckpointError(
+            f"no model at {name!r}: expected a folder with {CONFIG}, a weight file, a hub id, or "
+            f"one of those that come with the package ({', '.join(released())})"
+        )
+    if file:
+        from huggingface_hub import hf_hub_download
+
+        return Path(from_hub(name, lambda: hf_hub_download(repo, file, revision=revision)))
+    folder = hub_folder(repo, revision, WEIGHTS, CONFIG)
+    if (folder / WEIGHTS).is_file():
+        return folder
+    return hub_folder(repo, revision, OLD_WEIGHTS, CONFIG)
+
+
+def hub_folder(repo: str, revision: str | None, *patterns: str) -> Path:
+    """A local folder with those files of a repository on the hub that the patterns match. Raises
+    CheckpointError."""
+    from huggingface_hub import snapshot_download
+
+    return Path(
+        from_hub(
+            repo, lambda: snapshot_download(repo, revision=revision, allow_patterns=list(patterns))
+        )
+    )
+
+
+def from_hub(name: str, download: Callable[[], str]) -> str:
+    """The result of download(). What goes wrong becomes a CheckpointError that names the remedy."""
+    from huggingface_hub import constants, errors
+
+    try:
+        return download()
+    except Exception as error:  # the hub client raises many kinds, some of its dependencies' own
+        hints = {
+            errors.GatedRepoError: "its owner asks to accept terms first: do so on its page, then "
+            "`hf auth login`",
+            errors.RepositoryNotFoundError: "the hub knows no such model: check the name; for a "
+            "private one, `hf auth login`",
+            errors.RevisionNotFoundError: "the model has no such revision",
+            Exception: f"the hub does not give it ({type(error).__name__} "
+            f"{str(error).partition(chr(10))[0]}): check the name and the connection, or download "
+            "it elsewhere and pass its folder",
+        }
+        hint = next(text for kind, text in hints.items() if isinstance(error, kind))
+        if constants.HF_HUB_OFFLINE:
+            hint = (
+                "HF_HUB_OFFLINE is set and the local cache does not hold it: download it once "
+                f"with `hf download {'/'.join(name.split('/')[:2])}` or unset the variable"
+            )
+        raise CheckpointError(f"no folder or file {name!r} here; {hint}") from error
+
+
+def find_weights(folder: Path) -> Path:
+    """The weight file of a folder: the one of the usual name, else the only one there is."""
+    for name in (WEIGHTS, OLD_WEIGHTS):
+        if (folder / name).is_file():
+            return folder / name
+    files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
+    if not files:
+        raise CheckpointError(f"{folder / WEIGHTS} is missing: the model folder is incomplete")
+    if len(files) > 1:
+        names = ", ".join(path.name for path in files)
+        raise CheckpointError(f"{folder} holds several weight files ({names}): name one of them")
+    return files[0]
+
+
+def read_model(path: str | Path, revision: str | None = None) -> StoredModel:
+    """What lies at a path or hub id, in our layout or a published one, as a model of ours. The
+    tensors are memory-mapped where the format allows it. Raises CheckpointError."""
+    place = resolve(path, revision)
+    # beside a file of another name, config.json may be another model's
+    folder = place if place.is_dir() else place.parent if place.name == WEIGHTS else None
+    document: dict[str, Any] = {}
+    if folder is not None and (folder / CONFIG).is_file():
+        document = read_json(folder / CONFIG)
+    weights = find_weights(place) if place.is_dir() else place
+    state, metadata = read_tensors(weights)
+    if isinstance(document.get("model_type"), str) and isinstance(document.get("config"), dict):
+        try:
+            facts = check_metadata(document.get("metadata", {}))
+        except ConfigError as error:
+            raise CheckpointError(f"{folder}/{CONFIG}: {error}") from None
+        return StoredModel(document["model_type"], document["config"], facts, state, str(weights))
+    try:
+        published = convert_published(state, [document, *parse_metadata(metadata)])
+    except ValueError as error:
+        where = f"{folder} has no {CONFIG} of ours; " if folder and not document else ""
+        raise CheckpointError(f"{where}{weights}: {error}") from None
+    for point in published.provenance.get("assumed", []):
+        log.info("%s does not say everything: %s", path, point)
+    is_local = Path(path).exists()
+    provenance = {"source": place.name if is_local else str(path), **published.provenance}
+    facts = {"provenance": provenance}
+    return StoredModel(published.model_type, published.config, facts, published.state, str(weights))
+
+
+@dataclass
+class KnownMetadata:
+    """The facts beside a model's weights that the package reads; others are free."""
+
+    tokenizer: str | None = None
+    codes_id: str | None = None
+    tokenizer_fingerprint: str | None = None
+    class_names: list[str] = field(default_factory=list)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+
+def check_metadata(facts: object) -> dict[str, Any]:
+    """The metadata of a stored model. Raises ConfigError for a fact of another type."""
+    if not isinstance(facts, dict):
+        raise ConfigError(f"metadata must be a mapping of keys, got {facts!r}.")
+    known = {f.name for f in fields(KnownMetadata)}
+    from_mapping(KnownMetadata, {k: v for k, v in facts.items() if k in known}, "metadata")
+    return facts
+
+
+def parse_metadata(metadata: Mapping[str, str]) -> list[dict[str, Any]]:
+    """A safetensors file's metadata as JSON documents: all values that parse, under their names,
+    and each mapping among them."""
+    parsed: dict[str, Any] = {}
+    for key, text in metadata.items():
+        with contextlib.suppress(json.JSONDecodeError, RecursionError):  # free text such as "pt"
+            parsed[key] = json.loads(text)
+    return [parsed, *(value for value in parsed.values() if isinstance(value, dict))]
+
+
+def is_path(reference: str) -> bool:
+    """Whether a reference to another model can only be a place in a file system."""
+    return reference.startswith((".", "~")) or Path(reference).is_absolute()
+
+
+def find_reference(reference: str, home: Path) -> Path | str | None:
+    """Where a model in the folder `home` finds another that it names: beside it, among those that
+    come with the package, or by a hub id. None for a path at which nothing lies."""
+    if (place := home / reference).exists():
+        return place
+    name = Path(reference).name if is_path(reference) else reference
+    if name in released():
+        return RELEASES / name
+    return None if is_path(reference) else reference
+
+
+def written_reference(reference: str, home: Path, folder: Path | None) -> str | None:
+    """A reference that holds in the folder `home`, as a model saved in `folder` states it: relative
+    to that folder, a name of the package, or a hub id. folder: None for readers elsewhere, for whom
+    no path of this machine leads anywhere. None where nothing can be stated."""
+    place = find_reference(reference, home)
+    if not isinstance(place, Path):
+        return place
+    place = place.parent.resolve() / place.name
+    releases = RELEASES.resolve()
+    if place.parent == releases and (folder is None or folder.resolve().parent != releases):
+        return place.name
+    return None if folder is None else Path(os.path.relpath(place, folder.resolve())).as_posix()
