@@ -23,7 +23,7 @@ INTERVALS = ([0.0, 0.5], [0.2, 0.8], [0.5, 1.0])
 
 
 def settings(steps: int) -> dict[str, dict[str, Any]]:
-    """Name -> what it sets of the model's DecodeConfig."""
+    """Name -> what it sets of the model's DecodeOptions."""
     found: dict[str, dict[str, Any]] = {}
     for number in dict.fromkeys((1, steps)):
         name = "1 step" if number == 1 else f"{number} steps"

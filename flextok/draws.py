@@ -7,6 +7,7 @@ draws, and a CPU generator gives the same ones whatever device the model runs on
 
 import ctypes
 import functools
+import hashlib
 import random
 import zlib
 from collections.abc import Callable, Iterable, Sequence
@@ -70,6 +71,16 @@ def uniform_steps(steps: int, batch: int, generator: Rng, device: torch.device) 
     source = device if generator is None else generator.device
     rows = [rand(batch, device=source) for _ in range(steps)]
     return to_device(torch.stack(rows), device)
+
+
+def base_seed(generator: torch.Generator | None) -> int:
+    """A seed from the state of `generator` (None = PyTorch's own), which is moved on by one draw;
+    nothing is read back from its device."""
+    source = torch.default_generator if generator is None else generator
+    state = source.get_state()
+    data = ctypes.string_at(state.data_ptr(), state.nbytes)
+    torch.empty((), device=source.device).uniform_(generator=source)
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
 
 
 def host_random(generator: torch.Generator | None) -> random.Random:

@@ -1,10 +1,5 @@
-"""From a condition to pictures: a generator and its tokenizer together.
+"""From a condition to pictures: a generator and its tokenizer together."""
 
-Every tokenizer and generator is driven through the contracts that flextok.tokenizers and
-flextok.generators state; an option that a model does not take is an error that names those it does.
-"""
-
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,16 +8,13 @@ import torch
 from torch import Tensor
 
 from flextok.draws import CODES, NOISE, row_generators
-from flextok.generators import GENERATORS
+from flextok.generators import GENERATORS, Generator
 from flextok.hub import Pretrained
 from flextok.places import find_reference, read_model, resolve
-from flextok.schema import check_number, unknown_key
+from flextok.schema import check_number
 from flextok.storage import CheckpointError
-from flextok.tokenizers import TOKENIZERS
-from flextok.tokenizers.common import as_images, codes_id, encode_rows, same_codes
-
-_TENSORS = ("keep", "noise", "prefix", "uniform")  # options that are checked with the work
-_NOT_OPTIONS = ("indices", "codes", "cond", "num_tokens", "generator", "progress", "text")
+from flextok.tokenizers import TOKENIZERS, Tokenizer
+from flextok.tokenizers.base import as_images, encode_rows, same_codes
 
 
 def load_model(
@@ -43,7 +35,7 @@ def load_model(
 
 
 def is_generator(model: Any) -> bool:
-    return getattr(model, "model_type", None) in GENERATORS
+    return isinstance(model, Generator)
 
 
 def remember_tokenizer(generator: Pretrained, folder: Path, tokenizer: Any, source: str) -> None:
@@ -54,7 +46,7 @@ def remember_tokenizer(generator: Pretrained, folder: Path, tokenizer: Any, sour
     generator.metadata["tokenizer"] = (
         str(Path(source).resolve()) if Path(source).exists() else source
     )
-    generator.metadata["codes_id"] = codes_id(tokenizer)
+    generator.metadata["codes_id"] = tokenizer.codes_id
     generator.metadata.pop("tokenizer_fingerprint", None)
 
 
@@ -77,10 +69,10 @@ def load_tokenizer_of(
     if override is not None and "codes_id" not in record:
         # an older generator holds the hash of its own tokenizer, which tells the codes
         own = load_model(find_tokenizer(generator, folder), device)
-        if same_codes(record, own) and codes_id(own) == codes_id(tokenizer):
+        if same_codes(record, own) and own.codes_id == tokenizer.codes_id:
             return tokenizer
     raise CheckpointError(
-        f"tokenizer {str(place)!r} (codes {codes_id(tokenizer)}) is not the one that this "
+        f"tokenizer {str(place)!r} (codes {tokenizer.codes_id}) is not the one that this "
         f"generator was trained on ({expected_codes(record)}), nor one of the same codes: its "
         "indices would mean other pictures. Train the generator again, or name the right tokenizer"
     )
@@ -146,8 +138,8 @@ def generate_batches(
 ) -> Iterator[dict[int, Tensor]]:
     """As generate_images, but yields each batch as soon as it is made."""
     lengths = sorted(set(num_tokens or [generator.num_tokens]))
-    options = sampling_options(generator, sampling)
-    decoding_options(tokenizer, decoding)  # raises before the work, not after it
+    options = generator.generate_options(sampling or {})
+    tokenizer.decode_options(decoding or {})  # raises before the work, not after it
     check_number("batch_size", batch_size, 1, 2**31, whole=True)
     for start in range(0, len(cond), batch_size):
         some = cond[start : start + batch_size]
@@ -156,8 +148,8 @@ def generate_batches(
             some,
             num_tokens=lengths[-1],
             generator=row_generators(seed, CODES, rows),
+            options=options,
             progress=progress,
-            **options,
         )
         yield decode_prefixes(tokenizer, indices, lengths, seed, decoding, rows)
 
@@ -174,14 +166,15 @@ def grow_images(
     """As generate_images, but yields (length, (B, 3, H, W) in [-1, 1]) as soon as that many indices
     are there, shortest first. A generator that does not write them in order (MaskGIT) yields the
     longest only."""
-    options = sampling_options(generator, sampling)
-    decoding_options(tokenizer, decoding)  # raises before the work, not after it
-    in_order = "prefix" in inspect.signature(generator.generate).parameters
+    options = generator.generate_options(sampling or {})
+    tokenizer.decode_options(decoding or {})  # raises before the work, not after it
     cond = generator.conditioner.prepare(cond, next(generator.parameters()).device)
     draws = row_generators(seed, CODES, range(len(cond)))
-    for k in sorted(set(lengths)) if in_order else [max(lengths)]:
-        indices = generator.generate(cond, num_tokens=k, generator=draws, **options)
-        options |= {"prefix": indices} if in_order else {}
+    prefix: dict[str, Any] = {}
+    for k in sorted(set(lengths)) if generator.streams else [max(lengths)]:
+        indices = generator.generate(cond, k, options=options, generator=draws, **prefix)
+        if generator.streams:
+            prefix = {"prefix": indices}
         yield k, decode_prefixes(tokenizer, indices, [k], seed, decoding)[k]
 
 
@@ -198,10 +191,12 @@ def decode_prefixes(
     noise depends on seed and its number alone. Returns prefix length -> (B, 3, H, W) in [-1, 1]."""
     if bad := [k for k in lengths if not 1 <= k <= indices.shape[1]]:
         raise ValueError(f"num_tokens={bad} must be in [1, {indices.shape[1]}]")
-    options = decoding_options(tokenizer, decoding)
+    options = tokenizer.decode_options(decoding or {})
     rows = range(len(indices)) if rows is None else rows
     return {
-        k: tokenizer.decode(indices[:, :k], generator=row_generators(seed, NOISE, rows), **options)
+        k: tokenizer.decode(
+            indices[:, :k], options=options, generator=row_generators(seed, NOISE, rows)
+        )
         for k in lengths
     }
 
@@ -229,45 +224,25 @@ def reconstruct_prefixes(
             indices = encode_rows(tokenizer, some, seed, numbers)
             batches.append(decode_prefixes(tokenizer, indices, lengths, seed, decoding, numbers))
             continue
-        options = given(tokenizer.decode_codes, decoding, f"{tokenizer.model_type} decoding option")
+        tokenizer.decode_options(decoding or {})
         codes = tokenizer.encode_codes(some)
-        decoded = {k: tokenizer.decode_codes(codes[:, :k], **options) for k in lengths}
+        decoded = {k: tokenizer.decode_codes(codes[:, :k]) for k in lengths}
         batches.append({k: as_images(pixels) for k, pixels in decoded.items()})
     return {k: torch.cat([batch[k] for batch in batches]) for k in lengths}
 
 
-def sampling_options(generator: Any, asked: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The sampling options that are not None. Raises ConfigError for one that the generator does
+def decoding_options(tokenizer: Tokenizer, asked: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The decoding options that are not None. Raises ConfigError for one that the tokenizer does
     not take, or not with this value."""
-    options = given(generator.generate, asked, f"{generator.model_type} sampling option")
-    if numbers := {key: value for key, value in options.items() if key not in _TENSORS}:
-        generator.generate_options(numbers)
-    return options
-
-
-def decoding_options(tokenizer: Any, asked: Mapping[str, Any] | None) -> dict[str, Any]:
-    """As sampling_options, of a tokenizer's decode()."""
-    options = given(tokenizer.decode, asked, f"{tokenizer.model_type} decoding option")
-    if numbers := {key: value for key, value in options.items() if key not in _TENSORS}:
-        tokenizer.decode_options(numbers)
-    return options
-
-
-def given(method: Callable, options: Mapping[str, Any] | None, what: str) -> dict[str, Any]:
-    """The options that are not None. Raises ConfigError for one that `method` does not take."""
-    chosen = {key: value for key, value in (options or {}).items() if value is not None}
-    known = [key for key in inspect.signature(method).parameters if key not in _NOT_OPTIONS]
-    for key in chosen:
-        if key not in known:
-            raise unknown_key(what, key, known)
-    return chosen
+    tokenizer.decode_options(asked or {})
+    return {key: value for key, value in (asked or {}).items() if value is not None}
 
 
 def decodable_lengths(tokenizer: Any, total: int | None = None) -> list[int]:
     """The prefix lengths to show of `total` indices (the tokenizer's number by default): 1, 2, 4,
     ... and all of them, or all only where prefixes mean nothing."""
     total = total or tokenizer.num_tokens
-    return prefix_lengths(total) if tokenizer.decodes_prefixes else [total]
+    return prefix_lengths(total) if tokenizer.ordered else [total]
 
 
 def prefix_lengths(total: int) -> list[int]:

@@ -102,6 +102,17 @@ def to_mapping(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+def with_options(defaults: T, asked: Mapping[str, Any], what: str) -> T:
+    """A dataclass of options with those that are asked and not None. Raises ConfigError, also for
+    one that it does not have."""
+    known = [f.name for f in dataclasses.fields(defaults)]  # type: ignore[arg-type]
+    given = {key: value for key, value in asked.items() if value is not None}
+    for key in given:
+        if key not in known:
+            raise unknown_key(what, key, known)
+    return dataclasses.replace(defaults, **given)  # type: ignore[type-var]
+
+
 def named_spec(value: Any, what: str, known: list[str]) -> dict[str, Any]:
     """A component's spec as a mapping; its name alone is one, too. Raises ConfigError."""
     spec = {"name": value} if isinstance(value, str) else value
@@ -125,6 +136,11 @@ def options_of(factory: Callable[..., Any]) -> dict[str, Any]:
         if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
         and (inspect.isclass(factory) or p.default is not p.empty)
     }
+
+
+def defaults_of(factory: Callable[..., Any]) -> dict[str, Any]:
+    """The options of a component, with their defaults (inspect.Parameter.empty where none is)."""
+    return {p.name: p.default for p in inspect.signature(factory).parameters.values()}
 
 
 def build(registry: Mapping[str, Callable[..., Any]], spec: Mapping[str, Any] | str, what: str):

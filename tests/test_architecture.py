@@ -22,7 +22,7 @@ FLOORS = [
         ),
         *("nn", "quantizers", "flow", "vae", "losses"),
     },
-    {"tokenizers", "generators"},
+    {"tokenizers", "generators", "objectives"},
     {"pipeline", "data", "evaluation", "viz"},
     {"config", "fake_gpu", "machine"},
     {"training"},

@@ -26,7 +26,6 @@ from flextok.generators.text import Text
 from flextok.hub import CheckpointError, fingerprint
 from flextok.pipeline import load_model
 from flextok.tokenizers import FlexTok, MaskGITVQGAN, TiTok
-from flextok.tokenizers.common import codes_id
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +226,7 @@ def test_flextok_round_trip_is_bit_identical(tmp_path, flextok_weights, capsys):
     theirs = FlexTok.from_pretrained(source)
     assert ours.config == theirs.config
     assert ours.metadata == theirs.metadata
-    assert codes_id(ours) == codes_id(theirs)
+    assert ours.codes_id == theirs.codes_id
     images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
     indices = theirs.encode(images)
     assert torch.equal(ours.encode(images), indices)
@@ -255,7 +254,7 @@ def test_round_trip_of_the_others_is_bit_identical(tmp_path, name):
         indices = theirs.encode(images)
         assert torch.equal(ours.encode(images), indices)
         assert torch.equal(ours.decode(indices), theirs.decode(indices))
-        assert codes_id(ours) == codes_id(theirs)
+        assert ours.codes_id == theirs.codes_id
     else:
         arguments = io["input_ids"], io["labels"]
         assert torch.equal(ours(*arguments), theirs(*arguments))

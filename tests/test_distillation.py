@@ -7,9 +7,9 @@ from conftest import tiny_tokenizer
 from flextok.schema import ConfigError
 from flextok.tokenizers import FlexTok
 from flextok.tokenizers.distillation import DistillConfig
-from flextok.tokenizers.flextok import DecodeConfig
+from flextok.tokenizers.flextok import DecodeOptions
 
-TEACHES = DecodeConfig(guidance={"name": "cfg"}, guidance_scale=2.0)
+TEACHES = DecodeOptions(guidance={"name": "cfg"}, guidance_scale=2.0)
 
 
 def make_teacher(**changes) -> FlexTok:

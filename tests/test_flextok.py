@@ -14,7 +14,7 @@ from flextok.nn.embeddings import patchify, unpatchify
 from flextok.schema import ConfigError
 from flextok.tokenizers import FlexTok, FlexTokConfig
 from flextok.tokenizers.distillation import DistillConfig
-from flextok.tokenizers.flextok import DecodeConfig
+from flextok.tokenizers.flextok import DecodeOptions
 from flextok.tokenizers.networks import DecoderOutput
 from flextok.vae import IdentityVAE
 
@@ -115,7 +115,7 @@ def test_one_mask_token_stands_for_all(images, keep, null):
 
 
 def test_an_interval_without_steps_is_no_guidance(images):
-    model = tiny_tokenizer(decode=DecodeConfig(num_steps=4, guidance_scale=3.0))
+    model = tiny_tokenizer(decode=DecodeOptions(num_steps=4, guidance_scale=3.0))
     indices = model.encode(images)
     plain = model.decode(indices, guidance_scale=1.0, generator=seeded())
     outside = model.decode(indices, guidance_interval=[0.3, 0.4], generator=seeded())
@@ -172,7 +172,7 @@ def test_equal_shared_draws_give_all_processes_the_same_lengths(images, drop_mod
 
 
 def test_a_config_stays_as_it_was():
-    for changes in ({}, {"distill": DistillConfig(), "decode": DecodeConfig(guidance_scale=3.0)}):
+    for changes in ({}, {"distill": DistillConfig(), "decode": DecodeOptions(guidance_scale=3.0)}):
         config = FlexTokConfig(**{**TINY, **changes})
         before = copy.deepcopy(config)
         model = FlexTok(config)
@@ -496,7 +496,7 @@ def test_an_image_size_that_does_not_divide_is_refused():
 def test_2d_baseline_pools_patches_and_has_no_registers(images):
     model = tiny_tokenizer(num_registers=8, token_grid=[4, 2], nested_dropout="none")
     assert not any("registers" in name for name, _ in model.named_parameters())
-    assert (model.num_tokens, model.decodes_prefixes) == (8, False)
+    assert (model.num_tokens, model.ordered) == (8, False)
     indices = model.encode(images)
     assert indices.shape == (3, 8)
     # row by row: what cannot change beyond its cell without attention stays in its token

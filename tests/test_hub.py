@@ -22,9 +22,8 @@ from flextok.tokenizers import (
     TiTokConfig,
     VQGANConfig,
 )
-from flextok.tokenizers.common import codes_id
 from flextok.tokenizers.distillation import DistillConfig
-from flextok.tokenizers.flextok import DecodeConfig
+from flextok.tokenizers.flextok import DecodeOptions
 
 
 def test_round_trip_is_bit_identical(tmp_path, images):
@@ -185,17 +184,17 @@ def test_the_codes_are_those_of_what_encodes(kind, ours, others):
     do."""
     changes = {"vae": KL, "patch_size": 2} if kind == "kl" else {}
     model = make_tokenizer(kind, **changes)
-    before = codes_id(model)
-    assert codes_id(model.half()) != before  # rounded weights are other ones
+    before = model.codes_id
+    assert model.half().codes_id != before  # rounded weights are other ones
     model = make_tokenizer(kind, **changes)
-    assert codes_id(model) == before
+    assert model.codes_id == before
     for prefix in ours:
         add_noise(model, prefix)
-        assert codes_id(model) == before
+        assert model.codes_id == before
     for prefix in others:
         changed = make_tokenizer(kind, **changes)
         add_noise(changed, prefix)
-        assert codes_id(changed) != before
+        assert changed.codes_id != before
 
 
 @pytest.mark.parametrize(
@@ -222,7 +221,7 @@ def test_settings_that_decide_an_index_name_the_codes(kind, changes, same):
     """These change no weight, so only the config tells the tokenizers apart."""
     one, other = make_tokenizer(kind), make_tokenizer(kind, **changes)
     other.load_state_dict(one.state_dict())
-    assert (codes_id(one) == codes_id(other)) is same
+    assert (one.codes_id == other.codes_id) is same
 
 
 @pytest.fixture
@@ -232,7 +231,7 @@ def family(tmp_path):
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     remember_tokenizer(gpt, tmp_path / "gpt", tokenizer, str(tmp_path / "tokenizer"))
     gpt.save_pretrained(tmp_path / "gpt")
-    distilled = tiny_tokenizer(distill=DistillConfig(num_steps=2), decode=DecodeConfig())
+    distilled = tiny_tokenizer(distill=DistillConfig(num_steps=2), decode=DecodeOptions())
     add_noise(distilled, "decoder.")
     distilled.save_pretrained(tmp_path / "distilled")
     add_noise(tokenizer, "encoder.")
@@ -313,7 +312,7 @@ def test_folders_in_a_config_are_relative_to_the_model(tmp_path, monkeypatch):
     monkeypatch.chdir("/")
     loaded = load_model(tmp_path / "model")
     assert os.path.samefile(loaded.config.vae["weights"], tmp_path / "vae")
-    assert codes_id(loaded) == codes_id(model)
+    assert loaded.codes_id == model.codes_id
 
 
 def test_the_model_card_states_config_and_numbers(tmp_path):
@@ -388,7 +387,7 @@ def test_what_is_pushed_names_no_local_folder(family, monkeypatch, reference):
     gpt.push_to_hub("me/gpt")
     header = json.loads(pushed["config.json"])
     assert header["metadata"].get("tokenizer") == reference
-    assert header["metadata"]["codes_id"] == codes_id(load_model(family / "tokenizer"))
+    assert header["metadata"]["codes_id"] == load_model(family / "tokenizer").codes_id
     assert not any(b"../" in pushed[name] for name in ("config.json", "README.md"))
 
 

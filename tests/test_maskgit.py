@@ -13,7 +13,7 @@ from flextok.generators.conditioning import CONDITIONERS, Condition
 from flextok.generators.maskgit import (
     MaskGIT,
     MaskGITConfig,
-    MaskGITSampling,
+    MaskGITOptions,
     guidance_weight,
     gumbel,
     mask_schedule,
@@ -149,9 +149,9 @@ def test_published_config_agrees_with_shapes():
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("l32", MaskGITSampling(8, 9.5, guidance_scale=4.5)),
-        ("b64", MaskGITSampling(8, 11.0, guidance_scale=3.0)),
-        ("s128", MaskGITSampling(64, 2.8, guidance_scale=6.9, guidance_decay="power-cosine")),
+        ("l32", MaskGITOptions(8, 9.5, guidance_scale=4.5)),
+        ("b64", MaskGITOptions(8, 11.0, guidance_scale=3.0)),
+        ("s128", MaskGITOptions(64, 2.8, guidance_scale=6.9, guidance_decay="power-cosine")),
     ],
 )
 def test_sampling_settings_are_the_published_ones(name, expected):

@@ -13,11 +13,11 @@ from flextok.evaluation import passes
 from flextok.evaluation.features import Networks
 from flextok.evaluation.job import Cell, Job, Options
 from flextok.evaluation.metrics import mse, psnr
-from flextok.generators.ar import GenerateConfig
-from flextok.generators.maskgit import MaskGITSampling
+from flextok.generators.ar import GenerateOptions
+from flextok.generators.maskgit import MaskGITOptions
 from flextok.pipeline import generate_images, grow_images, reconstruct_prefixes
 from flextok.schema import NotFinite
-from flextok.tokenizers.common import encode_rows
+from flextok.tokenizers.base import encode_rows
 
 FEW = {"num_steps": 1, "guidance_scale": 1.0}
 
@@ -149,9 +149,9 @@ def test_a_wrong_way_to_decode_is_refused_before_generating(
 @pytest.mark.parametrize("changes", [{"temperature": math.nan}, {"guidance_scale": math.inf}])
 def test_a_stored_default_out_of_range_is_refused(changes):
     with pytest.raises(ValueError, match="must be a number"):
-        GenerateConfig(**changes)
+        GenerateOptions(**changes)
     with pytest.raises(ValueError, match="must be a number"):
-        MaskGITSampling(**changes)
+        MaskGITOptions(**changes)
 
 
 @pytest.mark.parametrize("part", ["encoder.registers", "decoder.mask_token"])

@@ -15,7 +15,6 @@ from flextok.evaluation.metrics import psnr
 from flextok.pipeline import generate_images, load_model, load_tokenizer_of, reconstruct_prefixes
 from flextok.places import RELEASES, released
 from flextok.storage import read_tensors
-from flextok.tokenizers.common import codes_id
 
 ROOT = Path(__file__).parent.parent
 NAMES = ["emoji", "emoji-class", "emoji-few-step", "emoji-one-step", "emoji-text"]
@@ -90,7 +89,7 @@ def test_the_generators_take_every_decoder_of_their_codes(name):
     generator = load_model(name)
     for tokenizer in [None, *TOKENIZERS]:
         found = load_tokenizer_of(generator, name, tokenizer)
-        assert codes_id(found) == generator.metadata["codes_id"]
+        assert found.codes_id == generator.metadata["codes_id"]
 
 
 def test_classes_and_prompts_change_the_picture():

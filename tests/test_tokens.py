@@ -30,7 +30,6 @@ from flextok.data.transforms import ImageTransform
 from flextok.data.web import WebDatasetImages
 from flextok.hub import fingerprint
 from flextok.storage import checksum
-from flextok.tokenizers.common import codes_id
 from flextok.training.run import make_dataset, ready_tokens
 
 
@@ -88,7 +87,7 @@ def test_a_cache_belongs_to_the_codes_not_to_the_decoder(picture_folder, tmp_pat
     own, place = tiny_tokenizer(), tmp_path / "tokens"
     assert cache(place, own, picture_folder)
     manifest = json.loads((place / "manifest.json").read_text())
-    assert manifest["codes_id"] == codes_id(own)
+    assert manifest["codes_id"] == own.codes_id
     if old:
         del manifest["codes_id"]
         manifest["tokenizer_fingerprint"] = fingerprint(own)
@@ -105,7 +104,7 @@ def test_a_cache_belongs_to_the_codes_not_to_the_decoder(picture_folder, tmp_pat
         assert len(ready_tokens(spec, decoder)) == 18
     with pytest.raises(ValueError, match=r"made from something else \(codes_id differ"):
         cache(place, encoder, picture_folder)
-    with pytest.raises(ValueError, match=f"by another tokenizer .*not codes {codes_id(encoder)}"):
+    with pytest.raises(ValueError, match=f"by another tokenizer .*not codes {encoder.codes_id}"):
         ready_tokens(spec, encoder)
 
 

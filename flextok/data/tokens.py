@@ -35,9 +35,8 @@ from flextok.draws import derived_generator
 from flextok.files import atomic_write, clear_leftovers, read_mapping, write_text
 from flextok.schema import from_mapping
 from flextok.storage import checksum
-from flextok.tokenizers.common import (
+from flextok.tokenizers.base import (
     check_indices,
-    codes_id,
     encode_rows,
     same_codes,
 )
@@ -101,7 +100,7 @@ def cache_identity(
 ) -> dict[str, Any]:
     """What a cache is made from: the tokenizer's codes, the data set's spec, the augmentation."""
     return {
-        "codes_id": codes_id(tokenizer),
+        "codes_id": tokenizer.codes_id,
         "data": json.loads(json.dumps(spec)),
         "augmentation": {"flip": transform.flip, "crop": transform.crop, "shift": transform.shift},
         **({"precision": "bf16"} if bf16 else {}),

@@ -14,7 +14,7 @@ from flextok.images import (
     resized_size,
     to_tensor,
 )
-from flextok.tokenizers.common import check_finite
+from flextok.tokenizers.base import check_finite
 
 
 def to_uint8(images: Tensor) -> np.ndarray:

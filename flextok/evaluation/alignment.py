@@ -15,7 +15,7 @@ from flextok.data.emoji import EmojiScenes
 from flextok.evaluation.scene_probe import UNKNOWN, Probe, fact_sizes, read_scenes
 from flextok.generators.conditioning import ClassConditioner, TextConditioner
 from flextok.pipeline import decode_prefixes, generate_images
-from flextok.tokenizers.common import encode_rows
+from flextok.tokenizers.base import encode_rows
 
 
 @dataclass

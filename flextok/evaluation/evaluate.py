@@ -141,7 +141,7 @@ def check_cells(cells: list[Cell], tokenizer: Any, generator: Any | None, option
     for cell in cells:
         if not 1 <= cell.num_tokens <= total:
             raise ValueError(f"num_tokens={cell.num_tokens} must be in [1, {total}]")
-        if cell.num_tokens < tokenizer.num_tokens and not tokenizer.decodes_prefixes:
+        if cell.num_tokens < tokenizer.num_tokens and not tokenizer.ordered:
             raise ValueError(
                 f"num_tokens={cell.num_tokens} must be {tokenizer.num_tokens}: this tokenizer "
                 "decodes all of its tokens only"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from flextok.nn.devices import widest
-from flextok.tokenizers.common import check_finite
+from flextok.tokenizers.base import check_finite
 
 
 def to_8_bit(images: Tensor) -> Tensor:

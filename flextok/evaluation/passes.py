@@ -26,7 +26,7 @@ from flextok.evaluation.features import Networks
 from flextok.evaluation.job import Cell, Job, Options, hash_of
 from flextok.evaluation.metrics import METRICS, to_8_bit
 from flextok.evaluation.records import Records
-from flextok.tokenizers.common import as_images
+from flextok.tokenizers.base import as_images
 
 Compute = Callable[[dict[str, Tensor]], dict[str, Tensor]]  # a batch -> its rows
 

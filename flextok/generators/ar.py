@@ -6,8 +6,8 @@ predicts index j.
 """
 
 import functools
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,23 +15,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flextok.draws import Rng, draw, uniform_steps
+from flextok.generators.base import Generator
 from flextok.generators.conditioning import Condition, make_conditioner
 from flextok.generators.sampling import MAX_SCALE, check_temperature, pick
-from flextok.hub import Pretrained
 from flextok.nn.attention import KVCache
 from flextok.nn.blocks import Block, LayerNorm
 from flextok.nn.devices import to_device
 from flextok.nn.layout import column_major
 from flextok.nn.linear import Linear
 from flextok.schema import Depth, Many, Share, Size, check_number
-from flextok.tokenizers.common import check_finite, check_indices, run_block
+from flextok.tokenizers.base import check_finite, check_indices, run_block
 
 MAX_TOP_K = 2**31 - 1
 
 
 @dataclass
-class GenerateConfig:
-    """What generate() does where its caller does not say."""
+class GenerateOptions:
+    """How generate() samples."""
 
     temperature: float = 1.0
     top_k: int = 0  # 0 = all
@@ -61,14 +61,15 @@ class GPTConfig:
     dropout: Share = 0.0  # on the input embeddings
     context_noise: float = 0.0  # share of input indices that training replaces by random ones
     checkpoint_blocks: bool = False  # recompute activations in the backward pass
-    generate: GenerateConfig = field(default_factory=GenerateConfig)
+    generate: GenerateOptions = field(default_factory=GenerateOptions)
 
 
-class GPT(Pretrained, nn.Module):
+class GPT(Generator):
     """Decoder-only transformer over a tokenizer's indices, conditioned on a class, a text or
     nothing."""
 
     model_type = "gpt"
+    streams = True
     config_class = GPTConfig
     local_paths = ("conditioner.encoder.model",)
     stated = (
@@ -98,10 +99,6 @@ class GPT(Pretrained, nn.Module):
         self.norm = LayerNorm(dim, eps=1e-6, affine=True)
         self.head = Linear(dim, config.vocab_size, bias=False)
         self.init_weights()
-
-    @property
-    def num_tokens(self) -> int:
-        return self.config.num_tokens
 
     def init_weights(self) -> None:
         """Linear and embeddings: N(0, 0.02); projections back into the residual stream: smaller by
@@ -178,29 +175,21 @@ class GPT(Pretrained, nn.Module):
         self,
         cond: Any,
         num_tokens: int | None = None,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        guidance_scale: float | None = None,
+        *,
+        options: GenerateOptions | None = None,
         generator: Rng = None,
         prefix: Tensor | None = None,
         progress: Callable[[int], None] | None = None,
+        **asked: Any,
     ) -> Tensor:
-        """cond: (B,) labels, -1 = none; or B prompts, "" = none. Returns indices (B, num_tokens)
-        long.
-
-        num_tokens in [1, K], all by default. Guidance is u + scale (c - u) on logits, both branches
-        in one batch; 1 = none. prefix: (B, p) indices to continue from, part of the result.
-        Defaults come from config.generate. generator: one, or one for each row, which makes a row
-        independent of its batch; each index of a row takes one uniform number from it, and all are
-        drawn before the first index. progress is called with the number of indices so far. Raises
-        ValueError for options out of range, and NotFinite where the logits are not."""
-        asked = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-        chosen = self.generate_options({**asked, "guidance_scale": guidance_scale})
+        """As of every generator. Guidance is u + scale (c - u) on logits, both branches in one
+        batch. prefix: (B, p) indices to continue from, part of the result. Each index of a row
+        takes one uniform number from its generator, and all are drawn before the first index.
+        progress is called with the number of indices so far. Raises ValueError for options out of
+        range, and NotFinite where the logits are not."""
+        chosen = self.generate_options(asked, options)
         scale = chosen.guidance_scale
-        total = self.num_tokens if num_tokens is None else num_tokens
-        if not 1 <= total <= self.num_tokens:
-            raise ValueError(f"num_tokens={num_tokens} must be in [1, {self.num_tokens}]")
+        total = self.check_num_tokens(num_tokens)
 
         device = self.device
         cond = self.conditioner.prepare(cond, device)
@@ -247,12 +236,6 @@ class GPT(Pretrained, nn.Module):
                 check_finite(torch.stack(largest), "the generator's logits")
                 return indices
             x = self.embedding(new.repeat(repeat))[:, None] + self.positions[done]
-
-    def generate_options(self, asked: Mapping[str, Any]) -> GenerateConfig:
-        """What generate() does: as asked, and as config.generate says where that is None. Raises
-        ValueError for an option out of its range."""
-        asked = {key: value for key, value in asked.items() if value is not None}
-        return replace(self.config.generate, **asked)
 
     def new_caches(self, batch: int, length: int) -> list[KVCache]:
         dim = self.positions.shape[1]

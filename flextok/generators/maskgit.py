@@ -5,8 +5,8 @@ The sequence is [condition, indices, features of the condition if it has any (te
 """
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import torch
@@ -14,21 +14,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flextok.draws import Rng, draw, uniforms
+from flextok.generators.base import Generator
 from flextok.generators.conditioning import Condition, NoConditioner, make_conditioner
 from flextok.generators.sampling import MAX_SCALE, check_temperature, pick
-from flextok.hub import Pretrained
 from flextok.nn.linear import Linear
 from flextok.nn.vit import ViTBlock
 from flextok.schema import Bounds, Depth, Many, Share, Size, check_number
-from flextok.tokenizers.common import check_finite, check_indices
+from flextok.tokenizers.base import check_finite, check_indices
 
 Decay = Literal["constant", "linear", "power-cosine"]
 MAX_STEPS = 1000
 
 
 @dataclass
-class MaskGITSampling:
-    """What generate() does where its caller does not say. The published settings (temperature,
+class MaskGITOptions:
+    """How generate() samples. The published settings (temperature,
     guidance_scale, guidance_decay, num_steps): l32 9.5, 4.5, linear, 8; b64 11.0, 3.0, linear, 8;
     s128 2.8, 6.9, power-cosine, 64."""
 
@@ -65,13 +65,14 @@ class MaskGITConfig:
     dropout: Share = 0.1
     label_smoothing: Share = 0.1
     unmasked_weight: Share = 0.1  # of positions that are not masked, in the loss
-    generate: MaskGITSampling = field(default_factory=MaskGITSampling)
+    generate: MaskGITOptions = field(default_factory=MaskGITOptions)
 
 
-class MaskGIT(Pretrained, nn.Module):
+class MaskGIT(Generator):
     """Masked transformer over a tokenizer's indices: predicts all, keeps the surest, repeats."""
 
     model_type = "maskgit"
+    streams = False
     config_class = MaskGITConfig
     local_paths = ("conditioner.encoder.model",)
     stated = (
@@ -111,10 +112,6 @@ class MaskGIT(Pretrained, nn.Module):
         self.segments = None if self.is_uvit else nn.Parameter(torch.empty(2, dim))
         self.head = Linear(dim, config.vocab_size)
         self.init_weights()
-
-    @property
-    def num_tokens(self) -> int:
-        return self.config.num_tokens
 
     def init_weights(self) -> None:
         """Linear, embeddings and positions: N(0, 0.02), cut at 2; biases: zero; norms: one. An
@@ -195,42 +192,20 @@ class MaskGIT(Pretrained, nn.Module):
         self,
         cond: Any,
         num_tokens: int | None = None,
+        *,
+        options: MaskGITOptions | None = None,
         generator: Rng = None,
-        num_steps: int | None = None,
-        temperature: float | None = None,
-        guidance_scale: float | None = None,
-        guidance_decay: Decay | None = None,
-        guidance_pow: float | None = None,
-        anneal_logits: bool | None = None,
         uniform: Callable[[tuple[int, ...]], Tensor] | None = None,
         progress: Callable[[int], None] | None = None,
+        **asked: Any,
     ) -> Tensor:
-        """cond: what the conditioner takes, (B,) labels, -1 = none. Returns indices
-        (B, num_tokens) long, all by default.
-
-        Defaults come from config.generate; guidance_scale as in `guidance_weight`. generator: one,
-        or one for each row, which makes a row independent of its batch; a step takes two uniform
-        numbers for each position, and all are drawn before the first step. uniform: a source of
-        draws in [0, 1) by shape in its place, as the published sampler takes them: a step draws
-        (B, N, V) for the Gumbel noise of the indices, then (B, N) for the confidence. progress is
-        called with the number of steps done. Raises ValueError for options out of range, and
-        NotFinite where the logits are not.
-        """
-        chosen = self.generate_options(
-            {
-                "num_steps": num_steps,
-                "temperature": temperature,
-                "guidance_scale": guidance_scale,
-                "guidance_decay": guidance_decay,
-                "guidance_pow": guidance_pow,
-                "anneal_logits": anneal_logits,
-            }
-        )
-        steps = chosen.num_steps
-        total = self.num_tokens if num_tokens is None else num_tokens
-        if not 1 <= total <= self.num_tokens:
-            raise ValueError(f"num_tokens={num_tokens} must be in [1, {self.num_tokens}]")
-
+        """As of every generator. A step takes two uniform numbers for each position from the row's
+        generator, and all are drawn before the first step. uniform: a source of draws in [0, 1) by
+        shape in its place, as the published sampler takes them: a step draws (B, N, V) for the
+        Gumbel noise of the indices, then (B, N) for the confidence. Raises ValueError for options
+        out of range, and NotFinite where the logits are not."""
+        chosen = self.generate_options(asked, options)
+        steps, total = chosen.num_steps, self.check_num_tokens(num_tokens)
         device = self.device
         cond = self.conditioner.prepare(cond, device)
         condition = self.conditioner(cond)
@@ -269,12 +244,6 @@ class MaskGIT(Pretrained, nn.Module):
                 progress(step + 1)
         check_finite(torch.stack(largest), "the generator's logits")
         return indices
-
-    def generate_options(self, asked: Mapping[str, Any]) -> MaskGITSampling:
-        """What generate() does: as asked, and as config.generate says where that is None. Raises
-        ValueError for an option out of its range."""
-        asked = {key: value for key, value in asked.items() if value is not None}
-        return replace(self.config.generate, **asked)
 
     def guided_logits(
         self, indices: Tensor, condition: Condition, both: Condition | None, weight: float

@@ -18,7 +18,7 @@ from torch import Tensor
 from flextok.draws import draw, host_random
 from flextok.flow.path import flow_error, linear_times, shift_times, x0_of
 from flextok.schema import Bounds
-from flextok.tokenizers.common import check_images
+from flextok.tokenizers.base import check_images
 
 
 @dataclass

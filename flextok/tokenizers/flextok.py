@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flextok.draws import Rng, draw
-from flextok.flow.guidance import GUIDANCE, Scale, within
+from flextok.flow.guidance import GUIDANCE, within
 from flextok.flow.path import (
     TIME_SAMPLERS,
     Quantity,
@@ -25,7 +25,6 @@ from flextok.flow.path import (
     velocity_target,
 )
 from flextok.flow.solvers import SOLVERS
-from flextok.hub import Pretrained
 from flextok.losses import RepresentationAlignment
 from flextok.nn.attention import Attention
 from flextok.nn.blocks import SegmentModulation
@@ -33,8 +32,9 @@ from flextok.nn.devices import to_device
 from flextok.nn.frozen import Frozen
 from flextok.quantizers import QUANTIZERS
 from flextok.schema import Bounds, ConfigError, Depth, Share, Size, build, check_number
-from flextok.tokenizers.common import (
+from flextok.tokenizers.base import (
     Pictures,
+    Tokenizer,
     as_images,
     check_finite,
     check_images,
@@ -52,13 +52,13 @@ MAX_STEPS, MAX_SCALE = 10_000, 1000  # of a decoder; more of them are a mistake
 
 
 @dataclass
-class DecodeConfig:
-    """What decode() does where its caller does not say (FlexTok, appendix: 20 steps, APG 7.5)."""
+class DecodeOptions:
+    """How decode() solves; the defaults are FlexTok's (appendix: 20 steps, APG 7.5)."""
 
     num_steps: int = 20
-    solver: str = "euler"
-    guidance: dict[str, Any] = field(default_factory=lambda: {"name": "apg"})
-    guidance_scale: float = 7.5
+    solver: str = "euler"  # euler, heun, ab2
+    guidance: dict[str, Any] = field(default_factory=lambda: {"name": "apg"})  # apg, cfg
+    guidance_scale: float = 7.5  # 1 = none; in decode() a function of t, too
     guidance_interval: list[float] | None = None  # times [low, high] that are guided; None = all
     time_shift: float = 1.0  # > 1: more of the steps near the noise, see flow.path.shift_times
 
@@ -112,11 +112,11 @@ class FlexTokConfig:
     )
     repa: dict[str, Any] | None = None  # see losses.RepresentationAlignment; training only
     checkpoint_blocks: bool = False  # recompute activations in the backward pass
-    decode: DecodeConfig = field(default_factory=DecodeConfig)
+    decode: DecodeOptions = field(default_factory=DecodeOptions)
     distill: DistillConfig | None = None  # a few-step decoder, trained from a teacher
 
 
-class FlexTok(Pretrained, nn.Module):
+class FlexTok(Tokenizer):
     """The tokenizer: encode pictures to ordered indices, decode any prefix of them.
 
     >>> tokenizer = FlexTok.from_pretrained("emoji")
@@ -125,6 +125,7 @@ class FlexTok(Pretrained, nn.Module):
     """
 
     model_type = "flextok"
+    stochastic = True
     config_class = FlexTokConfig
     training_only = ("repa.",)
     local_paths = ("vae.weights",)
@@ -242,16 +243,12 @@ class FlexTok(Pretrained, nn.Module):
         return self.config.num_registers
 
     @property
-    def vocab_size(self) -> int:
-        return self.quantizer.codebook_size
-
-    @property
-    def image_size(self) -> int:
-        return self.config.image_size
-
-    @property
-    def decodes_prefixes(self) -> bool:
+    def ordered(self) -> bool:  # type: ignore[override]
         return self.config.token_grid is None or self.config.nested_dropout != "none"
+
+    @property
+    def decode_defaults(self) -> DecodeOptions:
+        return self.config.decode
 
     def codes_settings(self) -> dict[str, Any]:
         config = self.config
@@ -403,6 +400,7 @@ class FlexTok(Pretrained, nn.Module):
         self,
         images: Pictures,
         sample_posterior: bool | None = None,
+        *,
         generator: Rng = None,
     ) -> Tensor:
         """images: (B, 3, H, W) float in [-1, 1], or one PIL picture or several, which are resized
@@ -421,37 +419,25 @@ class FlexTok(Pretrained, nn.Module):
         self,
         indices: Tensor,
         keep: Tensor | int | None = None,
-        num_steps: int | None = None,
-        guidance_scale: Scale | None = None,
-        guidance: dict[str, Any] | str | None = None,
-        solver: str | None = None,
-        guidance_interval: tuple[float, float] | list[float] | None = None,
-        time_shift: float | None = None,
+        *,
+        options: DecodeOptions | None = None,
         generator: Rng = None,
         noise: Tensor | None = None,
         progress: Callable[[int], None] | None = None,
+        **asked: Any,
     ) -> Tensor:
         """indices: (B, k) long, any 1 <= k <= K; keep: how many of the k to use, an int or
         (B,) long if ragged. Returns images (B, 3, H, W) in [-1, 1].
 
-        num_steps, solver ("euler", "heun", "ab2"), guidance ("apg", "cfg"), guidance_scale (1 =
-        none; a number or a function of t), guidance_interval (times [low, high] that are guided)
-        and time_shift default to the model's config.decode. The initial noise
-        (B, C, h, w) is drawn from `generator`, one or one for each row, unless given. progress is
-        called with the number of velocities evaluated so far. Raises ValueError on indices, keep or
-        options out of range, and NotFinite where the images are not."""
-        asked: dict[str, Any] = {
-            "num_steps": num_steps,
-            "guidance_scale": guidance_scale,
-            "guidance": guidance,
-            "solver": solver,
-            "guidance_interval": guidance_interval,
-            "time_shift": time_shift,
-        }
-        chosen = self.decode_options(asked)
+        options: config.decode by default; asked: single ones of DecodeOptions by name. The
+        initial noise (B, C, h, w) is drawn from `generator`, one or one for each row, unless
+        given. progress is called with the number of velocities evaluated so far. Raises
+        ValueError on indices, keep or options out of range, and NotFinite where the images are
+        not."""
+        chosen = self.decode_options(asked, options)
         check_indices(indices, self.num_tokens, self.vocab_size)
         keep = check_keep(keep, *indices.shape)
-        if keep.min() < self.num_tokens and not self.decodes_prefixes:
+        if keep.min() < self.num_tokens and not self.ordered:
             raise ValueError(
                 f"this 2D grid decodes all {self.num_tokens} tokens only, got {int(keep.min())}: "
                 "the first ones are just its upper rows"
@@ -466,15 +452,13 @@ class FlexTok(Pretrained, nn.Module):
         # the times stay on the CPU: reading one never waits for a GPU
         times = shift_times(linear_times(chosen.num_steps), chosen.time_shift)
         codes = self.quantizer.indices_to_codes(indices)
-        options = (guidance_scale, guidance, solver, guidance_interval, progress)
-        x0 = self.solve(to_device(noise, device), times, codes, keep, *options)
+        x0 = self.solve(to_device(noise, device), times, codes, keep, chosen, progress)
         return as_images(self.vae.decode(x0))
 
-    def decode_options(self, asked: Mapping[str, Any]) -> DecodeConfig:
-        """What decode() does: as asked, and as config.decode says where that is None. Raises
-        ValueError for an option out of its range, and for one that a distilled decoder fixes."""
-        asked = {key: value for key, value in asked.items() if value is not None}
-        chosen = replace(self.config.decode, **asked)
+    def decode_options(self, asked: Mapping[str, Any], options: Any = None) -> DecodeOptions:
+        """As of every tokenizer. Raises ValueError, too, for an option that a distilled decoder
+        fixes."""
+        chosen = super().decode_options(asked, options)
         if self.config.distill is not None:
             for key in ("num_steps", "guidance_scale", "solver", "time_shift"):
                 value, fixed = getattr(chosen, key), getattr(self.config.decode, key)
@@ -492,15 +476,12 @@ class FlexTok(Pretrained, nn.Module):
         times: Tensor,
         codes: Tensor,
         keep: Tensor,
-        guidance_scale: Scale | None = None,
-        guidance: dict[str, Any] | str | None = None,
-        solver: str | None = None,
-        guidance_interval: tuple[float, float] | list[float] | None = None,
+        options: DecodeOptions | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> Tensor:
         """x: latents (B, C, h, w) at times[0]; times: (S+1,), decreasing; codes: (B, k, code_dim);
         keep: (B,) long on the CPU. All else as in decode. Returns latents at times[-1]."""
-        defaults = self.config.decode
+        chosen = options or self.config.decode
         registers, mask = self.decoder.embed_codes(codes, keep)
         one, everyone = torch.ones_like(keep), torch.ones_like(keep, dtype=torch.bool)
         null_registers, null_mask = self.decoder.embed_codes(codes[:, :1], one, everyone)
@@ -516,12 +497,11 @@ class FlexTok(Pretrained, nn.Module):
         def unconditional(x: Tensor, t: Tensor) -> Tensor:
             return self.velocity(x, t, null_registers, null_mask)
 
-        scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
-        interval = defaults.guidance_interval if guidance_interval is None else guidance_interval
-        if interval is not None:
-            scale = within(scale, *interval)
-        guide = build(GUIDANCE, guidance or defaults.guidance, "guidance")
-        solve = build(SOLVERS, solver or defaults.solver, "solver")
+        scale = chosen.guidance_scale
+        if chosen.guidance_interval is not None:
+            scale = within(scale, *chosen.guidance_interval)
+        guide = build(GUIDANCE, chosen.guidance, "guidance")
+        solve = build(SOLVERS, chosen.solver, "solver")
         return solve(guide(conditional, unconditional, scale), x, times)
 
 

@@ -13,7 +13,7 @@ from flextok.nn.blocks import AdaLNBlock, Block, LayerNorm, SegmentModulation, m
 from flextok.nn.devices import to_device
 from flextok.nn.embeddings import TimeEmbedding, patchify, sincos_2d, unpatchify
 from flextok.nn.linear import Linear
-from flextok.tokenizers.common import run_block
+from flextok.tokenizers.base import run_block
 
 
 class Encoder(nn.Module):

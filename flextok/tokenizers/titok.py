@@ -17,7 +17,6 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from flextok.draws import Rng, draw
-from flextok.hub import Pretrained
 from flextok.losses.perceptual import PerceptualLoss
 from flextok.nn.devices import span, to_device
 from flextok.nn.embeddings import sincos_2d
@@ -25,8 +24,9 @@ from flextok.nn.frozen import Frozen, NeedsWeights
 from flextok.nn.linear import Linear
 from flextok.quantizers import KL, QUANTIZERS
 from flextok.schema import Bounds, Depth, Size, build
-from flextok.tokenizers.common import (
+from flextok.tokenizers.base import (
     Pictures,
+    Tokenizer,
     as_images,
     check_finite,
     check_images,
@@ -86,7 +86,7 @@ class TiTokConfig:
     checkpoint_blocks: bool = False  # recompute activations in the backward pass
 
 
-class TiTok(Pretrained, NeedsWeights):
+class TiTok(Tokenizer, NeedsWeights):
     """The tokenizer: encode pictures to K indices, decode them (any prefix with nested dropout).
 
     >>> tokenizer = TiTok.from_pretrained("outputs/titok/tokenizer")
@@ -171,20 +171,7 @@ class TiTok(Pretrained, NeedsWeights):
         )
 
     @property
-    def num_tokens(self) -> int:
-        return self.config.num_tokens
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of codes; 0 for a continuous (KL) bottleneck."""
-        return self.quantizer.codebook_size
-
-    @property
-    def image_size(self) -> int:
-        return self.config.image_size
-
-    @property
-    def decodes_prefixes(self) -> bool:
+    def ordered(self) -> bool:  # type: ignore[override]
         return self.config.nested_dropout != "none"
 
     def codes_settings(self) -> dict[str, Any]:
@@ -398,9 +385,10 @@ class TiTok(Pretrained, NeedsWeights):
         return self.quantizer(check_finite(z, "the encoder's outputs"))
 
     @torch.no_grad()
-    def encode(self, images: Pictures) -> Tensor:
+    def encode(self, images: Pictures, *, generator: Rng = None) -> Tensor:
         """images: (B, 3, H, W) float in [-1, 1], or PIL pictures. Returns indices (B, K) long.
-        Raises ValueError on a wrong shape, dtype or range, and for a continuous bottleneck."""
+        Draws nothing. Raises ValueError on a wrong shape, dtype or range, and for a continuous
+        bottleneck."""
         self._check_discrete()
         return self._quantize_checked(images)[1]
 
@@ -416,13 +404,18 @@ class TiTok(Pretrained, NeedsWeights):
         indices: Tensor,
         keep: Tensor | int | None = None,
         text: Tensor | None = None,
+        *,
+        options: Any = None,
         generator: Rng = None,
+        progress: Callable[[int], None] | None = None,
+        **asked: Any,
     ) -> Tensor:
         """indices: (B, k) long; keep: how many of the k to use, an int or (B,) long if ragged;
         text: (B, L, text_dim) for TA-TiTok. Returns images (B, 3, H, W) in [-1, 1]. Draws nothing.
 
         Models trained with nested dropout decode any k in [1, K]; others need all K. Raises
         ValueError on indices, keep or text that do not fit."""
+        self.decode_options(asked, options)
         self._check_discrete()
         check_indices(indices, self.num_tokens, self.vocab_size)
         codes = self.quantizer.indices_to_codes(to_device(indices, self.device))
@@ -435,7 +428,7 @@ class TiTok(Pretrained, NeedsWeights):
         [-1, 1], not clamped, with gradients."""
         lengths = check_keep(keep, len(codes), codes.shape[1])
         shortest, longest = (int(n) for n in span(lengths))
-        if shortest < self.num_tokens and not self.decodes_prefixes:
+        if shortest < self.num_tokens and not self.ordered:
             raise ValueError(
                 f"this TiTok decodes all {self.num_tokens} tokens only, got {shortest}: prefixes "
                 "need a model trained with nested_dropout (uniform = One-D-Piece's tail drop)"

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from flextok.nn.embeddings import patchify, unpatchify
 from flextok.nn.linear import Linear
 from flextok.nn.vit import ViTBlock
-from flextok.tokenizers.common import run_block
+from flextok.tokenizers.base import run_block
 
 
 class TiTokEncoder(nn.Module):

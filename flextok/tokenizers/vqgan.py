@@ -15,17 +15,18 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from flextok.draws import Rng
-from flextok.hub import Pretrained
 from flextok.losses.perceptual import PerceptualLoss
 from flextok.nn.devices import to_device
 from flextok.quantizers import QUANTIZERS
 from flextok.schema import ConfigError, Depth, Size, build
-from flextok.tokenizers.common import (
+from flextok.tokenizers.base import (
     Pictures,
+    Tokenizer,
     as_images,
     check_finite,
     check_images,
     check_indices,
+    check_keep,
     component,
     images_to_encode,
 )
@@ -136,12 +137,12 @@ class Reconstruction(NamedTuple):
     aux: Tensor  # the quantizer's loss, a scalar
 
 
-class MaskGITVQGAN(Pretrained, nn.Module):
+class MaskGITVQGAN(Tokenizer):
     """The 16x-downsampling VQ tokenizer: 256 indices of 1024 a picture of 256 px, row by row."""
 
     model_type = "maskgit_vqgan"
     config_class = VQGANConfig
-    decodes_prefixes = False
+    ordered = False
     codes_weights = ("encoder.", "quantizer.")
     stated = (
         ("dim", "decoder.norm_out.weight", 0),
@@ -169,14 +170,6 @@ class MaskGITVQGAN(Pretrained, nn.Module):
     @property
     def num_tokens(self) -> int:
         return self.grid**2
-
-    @property
-    def vocab_size(self) -> int:
-        return self.quantizer.codebook_size
-
-    @property
-    def image_size(self) -> int:
-        return self.config.image_size
 
     def codes_settings(self) -> dict[str, Any]:
         losses = "commitment codebook_weight"
@@ -217,17 +210,27 @@ class MaskGITVQGAN(Pretrained, nn.Module):
         note_perceptual(self)
 
     @torch.no_grad()
-    def encode(self, images: Pictures) -> Tensor:
+    def encode(self, images: Pictures, *, generator: Rng = None) -> Tensor:
         """images: (B, 3, H, W) float in [-1, 1], or PIL pictures. Returns indices (B, K) long, row
-        by row."""
+        by row. Draws nothing."""
         z = check_finite(self._latents(images_to_encode(self, images)), "the encoder's outputs")
         return self.quantizer(z)[1]
 
     @torch.no_grad()
-    def decode(self, indices: Tensor, generator: Rng = None) -> Tensor:
+    def decode(
+        self,
+        indices: Tensor,
+        keep: Tensor | int | None = None,
+        *,
+        options: Any = None,
+        generator: Rng = None,
+        progress: Callable[[int], None] | None = None,
+        **asked: Any,
+    ) -> Tensor:
         """indices: (B, K) long. Returns images (B, 3, H, W) in [-1, 1]. Draws nothing."""
+        self.decode_options(asked, options)
         check_indices(indices, self.num_tokens, self.vocab_size)
-        if indices.shape[1] != self.num_tokens:
+        if check_keep(keep, *indices.shape).min() < self.num_tokens:
             raise ValueError(
                 f"indices have shape {tuple(indices.shape)}, expected (B, {self.num_tokens}): a "
                 "grid of local codes has no meaningful prefix"

@@ -56,7 +56,7 @@ from flextok.schema import (
 )
 from flextok.storage import CheckpointError
 from flextok.tokenizers import TOKENIZERS, FlexTokConfig
-from flextok.tokenizers.common import codes_id, same_codes
+from flextok.tokenizers.base import same_codes
 from flextok.training.adversarial import AdversarialModule
 from flextok.training.average import Averaging, averaged
 from flextok.training.callbacks import (
@@ -370,8 +370,8 @@ def check_classes(class_names: list[str], num_classes: int) -> None:
 def check_length(num_tokens: int, tokenizer: Any) -> None:
     """Refuse a generator whose sequences its tokenizer cannot decode."""
     whole = tokenizer.num_tokens
-    if not 1 <= num_tokens <= whole or (num_tokens < whole and not tokenizer.decodes_prefixes):
-        wanted = f"at most {whole} and at least 1" if tokenizer.decodes_prefixes else f"{whole}"
+    if not 1 <= num_tokens <= whole or (num_tokens < whole and not tokenizer.ordered):
+        wanted = f"at most {whole} and at least 1" if tokenizer.ordered else f"{whole}"
         raise ConfigError(
             f"model.num_tokens={num_tokens} must be {wanted}, as the tokenizer has it"
         )
@@ -455,7 +455,7 @@ def ready_tokens(spec: dict[str, Any], tokenizer: Any) -> TokenDataset:
     if not same_codes(tokens.manifest, tokenizer):
         raise ConfigError(
             f"the tokens in {spec['path']} were made by another tokenizer "
-            f"({expected_codes(tokens.manifest)}, not codes {codes_id(tokenizer)}): name that one, "
+            f"({expected_codes(tokens.manifest)}, not codes {tokenizer.codes_id}): name that one, "
             "or run flextok tokenize with this one"
         )
     tokens.check_codes(tokenizer)

@@ -1,11 +1,12 @@
-"""What every tokenizer does alike: checks of what goes in and comes out, recomputed blocks."""
+"""What a tokenizer is, and what every tokenizer does alike: the identity of its codes, the options
+of its decoder, checks of what goes in and comes out."""
 
 import hashlib
-import inspect
 import json
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 from weakref import WeakSet
 
 import torch
@@ -13,17 +14,99 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from flextok.draws import POSTERIOR, row_generators
-from flextok.hub import fingerprint
+from flextok.draws import POSTERIOR, Rng, row_generators
+from flextok.hub import Pretrained, fingerprint
 from flextok.images import picture_batch
 from flextok.nn.devices import span, to_device
-from flextok.schema import NotFinite
+from flextok.schema import NotFinite, defaults_of, with_options
 
 Pictures = Tensor | Image.Image | Sequence[Image.Image]
 _warned: WeakSet[nn.Module] = WeakSet()  # tokenizers that were given images in [0, 1]
 
 
-def images_to_encode(tokenizer: Any, images: Pictures, level: int = 4) -> Tensor:
+@dataclass
+class NoOptions:
+    """The options of a decoder that has none."""
+
+
+class Tokenizer(Pretrained):
+    """Images <-> indices: an encoder and a quantizer, which decide what the indices mean, and a
+    decoder."""
+
+    ordered: bool  # any prefix of the indices decodes
+    stochastic: bool = False  # decode draws noise
+    quantizer: Any  # one of quantizers
+    codes_weights: ClassVar[tuple[str, ...]]  # how the weights that decide the indices begin
+
+    @property
+    def num_tokens(self) -> int:
+        return self.config.num_tokens
+
+    @property
+    def vocab_size(self) -> int:
+        """How many different indices there are; 0 = continuous: encode_codes and decode_codes."""
+        return self.quantizer.codebook_size
+
+    @property
+    def image_size(self) -> int:
+        return self.config.image_size
+
+    def codes_settings(self) -> dict[str, Any]:
+        """What of the config decides the indices."""
+        raise NotImplementedError
+
+    @property
+    def codes_id(self) -> str:
+        """Names what the indices mean: a hash of the weights and settings that encode and quantize.
+        Every decoder of the same codes has the same one."""
+        digest = hashlib.sha256(json.dumps(self.codes_settings(), sort_keys=True).encode())
+        for key, value in sorted(self.state_dict().items()):
+            if key.startswith(self.codes_weights):
+                digest.update(f"{key} {list(value.shape)} ".encode())
+                digest.update(value.detach().cpu().float().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    @property
+    def decode_defaults(self) -> Any:
+        """The dataclass of options that decode() takes where its caller states none."""
+        return NoOptions()
+
+    def decode_options(self, asked: Mapping[str, Any], options: Any = None) -> Any:
+        """`options`, the defaults if None, with the single ones that are asked and not None. Raises
+        ConfigError for an option that the decoder does not have, or not with this value."""
+        what = f"{self.model_type} decoding option"
+        return with_options(options or self.decode_defaults, asked, what)
+
+    def encode(self, images: Pictures, *, generator: Rng = None) -> Tensor:
+        """images: (B, 3, H, W) float in [-1, 1], or PIL images. Returns indices (B, K) long.
+        generator: one, or one for each row, for a tokenizer that draws."""
+        raise NotImplementedError
+
+    def decode(
+        self,
+        indices: Tensor,
+        keep: Tensor | int | None = None,
+        *,
+        options: Any = None,
+        generator: Rng = None,
+        progress: Callable[[int], None] | None = None,
+        **asked: Any,
+    ) -> Tensor:
+        """indices: (B, k) long; keep: how many of the k to use, an int or (B,) long if ragged.
+        Returns images (B, 3, H, W) in [-1, 1]. options: of `decode_options`, or single ones by
+        name."""
+        raise NotImplementedError
+
+    def encode_codes(self, images: Pictures) -> Tensor:
+        """images: as in encode. Returns codes (B, K, C) float."""
+        raise NotImplementedError
+
+    def decode_codes(self, codes: Tensor) -> Tensor:
+        """codes: (B, k, C) float. Returns images (B, 3, H, W), about [-1, 1], not clamped."""
+        raise NotImplementedError
+
+
+def images_to_encode(tokenizer: Tokenizer, images: Pictures, level: int = 4) -> Tensor:
     """(B, 3, H, W) float in [-1, 1] on the tokenizer's device: tensors checked, PIL pictures
     resized and cropped. Warns once of a tensor that is likely to be in [0, 1]; level: how many
     frames above is the code that asked to encode (encode and torch.no_grad lie between)."""
@@ -92,29 +175,15 @@ def check_keep(keep: Tensor | int | None, batch: int, k: int) -> Tensor:
     return lengths.long().expand(batch)
 
 
-def codes_id(tokenizer: Any) -> str:
-    """Names what a tokenizer's indices mean: a hash of the weights and settings that encode and
-    quantize. Every decoder of the same codes has the same one."""
-    digest = hashlib.sha256(json.dumps(tokenizer.codes_settings(), sort_keys=True).encode())
-    for key, value in sorted(tokenizer.state_dict().items()):
-        if key.startswith(tokenizer.codes_weights):
-            digest.update(f"{key} {list(value.shape)} ".encode())
-            digest.update(value.detach().cpu().float().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def component(
     registry: Mapping[str, Callable[..., Any]], spec: Mapping[str, Any], unused: str = ""
 ) -> dict[str, Any]:
     """A component's spec for codes_settings: without the keys in `unused`, and without those that
     state a default, so that an option added later changes no identity."""
-    parameters = inspect.signature(registry[spec["name"]]).parameters
-    kept = {"name": spec["name"]}
-    for key, value in spec.items():
-        states = key in parameters and plain(value) != plain(parameters[key].default)
-        if states and key not in unused.split():
-            kept[key] = plain(value)
-    return kept
+    defaults = defaults_of(registry[spec["name"]])
+    stated = {k: v for k, v in spec.items() if k in defaults and plain(v) != plain(defaults[k])}
+    kept = {k: plain(v) for k, v in stated.items() if k not in unused.split()}
+    return {"name": spec["name"], **kept}
 
 
 def plain(value: Any) -> Any:
@@ -124,20 +193,19 @@ def plain(value: Any) -> Any:
     return float(value) if isinstance(value, int) else value
 
 
-def same_codes(record: Mapping[str, Any], tokenizer: Any) -> bool:
+def same_codes(record: Mapping[str, Any], tokenizer: Tokenizer) -> bool:
     """Whether a generator's metadata or a cache's manifest was made with the tokenizer's codes.
     Older ones hold the hash of all weights, the decoder's too."""
     if "codes_id" in record:
-        return record["codes_id"] == codes_id(tokenizer)
+        return record["codes_id"] == tokenizer.codes_id
     return record.get("tokenizer_fingerprint") == fingerprint(tokenizer)
 
 
-def encode_rows(tokenizer: Any, images: Tensor, seed: int, rows: Iterable[int] | Tensor) -> Tensor:
-    """The indices of pictures by number. A tokenizer that draws its VAE's latents draws them from
-    generators of these numbers."""
-    if "generator" in inspect.signature(tokenizer.encode).parameters:
-        return tokenizer.encode(images, generator=row_generators(seed, POSTERIOR, rows))
-    return tokenizer.encode(images)
+def encode_rows(
+    tokenizer: Tokenizer, images: Tensor, seed: int, rows: Iterable[int] | Tensor
+) -> Tensor:
+    """The indices of images by number: what a tokenizer draws belongs to these numbers."""
+    return tokenizer.encode(images, generator=row_generators(seed, POSTERIOR, rows))
 
 
 def run_block(block: nn.Module, *args: Any, checkpoint: bool = False, **options: Any) -> Tensor:
