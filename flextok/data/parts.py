@@ -314,10 +314,11 @@ class Column:
         if number in self._kept:
             return self._kept[number]
         with safe_open(self.store.path(self.parts[number]), framework="pt") as file:
-            rows: Tensor | list[Tensor] = file.get_tensor(self.name)
+            whole: Tensor = file.get_tensor(self.name)
+            rows: Tensor | list[Tensor] = whole
             if self.name + ENDS in file.keys():  # noqa: SIM118
                 ends = file.get_tensor(self.name + ENDS)
-                rows = list(rows.split(ends.diff(prepend=ends.new_zeros(1)).tolist()))
+                rows = list(whole.split(ends.diff(prepend=ends.new_zeros(1)).tolist()))
         if self.keep:
             self._kept[number] = rows
         return rows
