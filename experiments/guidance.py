@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from run import score_tables
 
-from flextok import FlexTok
 from flextok.data.emoji import Emoji
 from flextok.evaluation.evaluate import evaluate_tokenizer
 from flextok.evaluation.job import Cell, Options
+from flextok.pipeline import load_model
 from flextok.training.study import write_json
 
 INTERVALS = ([0.0, 0.5], [0.2, 0.8], [0.5, 1.0])
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("outputs/guidance"))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    model, dataset = FlexTok.from_pretrained(options.model), Emoji("validation")
+    model, dataset = load_model(options.model), Emoji("validation")
     cells = [Cell(k) for k in options.num_tokens]
     results: dict[str, list[dict[str, Any]]] = {}
     for name, changes in settings(options.steps).items():

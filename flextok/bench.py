@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from flextok.config import OptimConfig, load_experiment
+from flextok.cpu import accelerate
 from flextok.generators import GENERATORS
 from flextok.machine import (
     FLOPS,
@@ -172,7 +173,7 @@ def rows(
     kinds = TOKENIZERS if spec["name"] in TOKENIZERS else GENERATORS
     torch.manual_seed(0)
     with device:
-        model = build_model(kinds, spec)
+        model = accelerate(build_model(kinds, spec))
     make = {"flextok": flextok_rows, "gpt": gpt_rows, "maskgit": maskgit_rows}
     for batch in batches or usual:
         for row in make.get(spec["name"], picture_rows)(model, batch, device, dtype, steps):

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 
-from flextok.nn.linear import ONEDNN_LINEAR, cpuinfo, linear
+from flextok.cpu import ONEDNN_LINEAR, cpuinfo, linear
 
 
 @dataclass

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flextok.cpu import accelerate
 from flextok.draws import CODES, NOISE, row_generators
 from flextok.generators import GENERATORS, Generator
 from flextok.hub import Pretrained
@@ -23,7 +24,8 @@ def load_model(
     overrides: Mapping[str, Any] | None = None,
 ) -> Any:
     """Load any model of the package from a folder, file or hub id, by the type that its config.json
-    names or its published layout shows; arguments and errors as in Pretrained.from_pretrained."""
+    names or its published layout shows; arguments and errors as in Pretrained.from_pretrained. On
+    a CPU it is accelerated (flextok.cpu)."""
     models: dict[str, type[Pretrained]] = {**TOKENIZERS, **GENERATORS}
     stored = read_model(path)
     if stored.model_type not in models:
@@ -31,7 +33,8 @@ def load_model(
             f"{path} holds an unknown model type {stored.model_type!r}; "
             f"known: {', '.join(sorted(models))}"
         )
-    return models[stored.model_type].from_stored(stored, device, overrides=overrides)
+    model = models[stored.model_type].from_stored(stored, device, overrides=overrides)
+    return accelerate(model) if torch.device(device).type == "cpu" else model
 
 
 def is_generator(model: Any) -> bool:

@@ -3,7 +3,6 @@ import torch
 from conftest import overfit, tiny_gpt
 
 from flextok.draws import row_generators
-from flextok.nn.layout import column_major
 
 
 def seeded(seed=0):
@@ -52,30 +51,6 @@ def test_generation_equals_a_plain_loop(scale):
         indices = torch.cat([indices, new], dim=1)
     fast = model.generate(LABELS, temperature=0, guidance_scale=scale)
     assert torch.equal(fast, indices)
-
-
-def test_long_generation_on_a_cpu_equals_a_plain_loop():
-    """Long enough for the weights to be laid out anew; the model's own stay as they were."""
-    model = tiny_gpt(num_tokens=40)
-    strides = {name: p.stride() for name, p in model.named_parameters()}
-    fast = model.generate(LABELS[:2], temperature=0, guidance_scale=1.5)
-    null = torch.full_like(LABELS[:2], -1)
-    c, u = (model(fast[:, :-1], cond) for cond in (LABELS[:2], null))  # teacher-forced
-    assert torch.equal((u + 1.5 * (c - u)).argmax(dim=-1), fast)
-    assert {name: p.stride() for name, p in model.named_parameters()} == strides
-
-
-def test_column_major_shares_all_but_wide_linear_weights():
-    model = tiny_gpt()
-    twin = column_major(model.blocks)
-    x = torch.randn(3, 1, 32, generator=seeded())
-    torch.testing.assert_close(twin[0](x), model.blocks[0](x))
-    mine, its = (dict(m.named_parameters()) for m in (model.blocks, twin))
-    relaid = {name for name in mine if mine[name] is not its[name]}
-    assert relaid == {n for n in mine if n.endswith(("wq.weight", "wk.weight", "wv.weight"))} | {
-        n for n in mine if n.endswith(("proj.weight", "fc1.weight", "fc3.weight"))
-    }
-    assert all(its[name].stride() == (1, len(its[name])) for name in relaid)
 
 
 def test_a_shorter_generation_is_a_prefix_of_a_longer_one():

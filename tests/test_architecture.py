@@ -23,6 +23,7 @@ FLOORS = [
         *("nn", "quantizers", "flow", "vae", "losses"),
     },
     {"tokenizers", "generators", "objectives"},
+    {"cpu"},
     {"pipeline", "data", "evaluation", "viz"},
     {"config", "fake_gpu", "machine"},
     {"training"},

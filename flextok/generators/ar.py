@@ -21,8 +21,6 @@ from flextok.generators.sampling import MAX_SCALE, check_temperature, pick
 from flextok.nn.attention import KVCache
 from flextok.nn.blocks import Block, LayerNorm
 from flextok.nn.devices import to_device
-from flextok.nn.layout import column_major
-from flextok.nn.linear import Linear
 from flextok.schema import Depth, Many, Share, Size, check_number
 from flextok.tokenizers.base import check_finite, check_indices, run_block
 
@@ -97,7 +95,9 @@ class GPT(Generator):
             for _ in range(config.depth)
         )
         self.norm = LayerNorm(dim, eps=1e-6, affine=True)
-        self.head = Linear(dim, config.vocab_size, bias=False)
+        self.head = nn.Linear(dim, config.vocab_size, bias=False)
+        # (layers, rows, steps) -> layers for generating index by index, set by flextok.cpu
+        self.lay_out: Callable[[nn.Module, int, int], nn.Module] | None = None
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -212,9 +212,10 @@ class GPT(Generator):
         repeat = 2 if guided else 1
         caches = self.new_caches(repeat * batch, total)
         contexts, mask = self.contexts(condition), context_mask(condition)
-        blocks, head = self.blocks, self.head
-        if device.type == "cpu" and repeat * batch <= 4 and total - done >= 32:  # worth the copy
-            blocks, head = column_major(blocks), column_major(head)  # type: ignore[assignment]
+        blocks: Any = self.blocks
+        head: Any = self.head
+        if self.lay_out is not None:
+            blocks, head = (self.lay_out(x, repeat * batch, total - done) for x in (blocks, head))
         draws = uniform_steps(total - done, batch, generator, device)
         first = done
         largest: list[Tensor] = []  # logit of each step; checked at the end, once

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from flextok.generators.text import ByteEncoder, PretrainedEncoder, Text, check_prompts
 from flextok.generators.words import WordEncoder
 from flextok.nn.devices import span, to_device
-from flextok.nn.linear import Linear
 from flextok.schema import ConfigError, Many, Size, build
 
 NULL_CLASS = -1  # as a label: no condition
@@ -127,7 +126,7 @@ class TextConditioner(nn.Module):
         self.project: nn.Module = nn.Identity()
         if project:
             gelu = nn.GELU(approximate="tanh")
-            self.project = nn.Sequential(Linear(width, hidden), gelu, Linear(hidden, dim))
+            self.project = nn.Sequential(nn.Linear(width, hidden), gelu, nn.Linear(hidden, dim))
         self.null_row: Tensor | None = None  # "" as the encoder's rows give it, once known
 
     def pinned(self, spec: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from flextok.draws import Rng, draw, uniforms
 from flextok.generators.base import Generator
 from flextok.generators.conditioning import Condition, NoConditioner, make_conditioner
 from flextok.generators.sampling import MAX_SCALE, check_temperature, pick
-from flextok.nn.linear import Linear
 from flextok.nn.vit import ViTBlock
 from flextok.schema import Bounds, Depth, Many, Share, Size, check_number
 from flextok.tokenizers.base import check_finite, check_indices
@@ -110,7 +109,7 @@ class MaskGIT(Generator):
         self.norm = nn.LayerNorm(dim, eps=1e-5 if self.is_uvit else 1e-12)
         # BERT's sentence marks: row 0 is added everywhere, row 1 is there for published weights
         self.segments = None if self.is_uvit else nn.Parameter(torch.empty(2, dim))
-        self.head = Linear(dim, config.vocab_size)
+        self.head = nn.Linear(dim, config.vocab_size)
         self.init_weights()
 
     def init_weights(self) -> None:

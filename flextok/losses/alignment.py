@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from flextok.nn.efficientnet import efficientnet_lite0
 from flextok.nn.frozen import Frozen
-from flextok.nn.linear import Linear
 
 
 class ViTFeatures(nn.Module):
@@ -95,11 +94,11 @@ class RepresentationAlignment(nn.Module):
             self.projector = nn.Conv2d(dim, backbone.dim, kernel_size=3, padding=1)
         else:
             self.projector = nn.Sequential(
-                Linear(dim, hidden_dim),
+                nn.Linear(dim, hidden_dim),
                 nn.SiLU(),
-                Linear(hidden_dim, hidden_dim),
+                nn.Linear(hidden_dim, hidden_dim),
                 nn.SiLU(),
-                Linear(hidden_dim, backbone.dim),
+                nn.Linear(hidden_dim, backbone.dim),
             )
 
     @torch.no_grad()

@@ -10,8 +10,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from flextok.nn.linear import Linear
-
 
 def register_mask(num_patches: int, num_registers: int, device: torch.device) -> Tensor:
     """(K, N+K) bool, True = attend: register i sees all patches and registers <= i. The patches'
@@ -47,10 +45,10 @@ class Attention(nn.Module):
         self.num_heads, self.head_dim, self.qk_norm = num_heads, dim // num_heads, qk_norm
         # FlexTok writes its scale as 8 / head_dim; at its head_dim of 64 both are 1/8
         self.scale = 8.0 / self.head_dim if qk_norm else self.head_dim**-0.5
-        self.wq = Linear(dim, dim, bias=False)
-        self.wk = Linear(context_dim or dim, dim, bias=False)
-        self.wv = Linear(context_dim or dim, dim, bias=False)
-        self.proj = Linear(dim, dim, bias=False)
+        self.wq = nn.Linear(dim, dim, bias=False)
+        self.wk = nn.Linear(context_dim or dim, dim, bias=False)
+        self.wv = nn.Linear(context_dim or dim, dim, bias=False)
+        self.proj = nn.Linear(dim, dim, bias=False)
 
     def split_heads(self, x: Tensor, norm: bool) -> Tensor:
         x = rearrange(x, "b n (h d) -> b h n d", h=self.num_heads)

@@ -5,7 +5,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flextok.nn.attention import Attention, KVCache
-from flextok.nn.linear import Linear
 
 
 class LayerNorm(nn.Module):
@@ -27,9 +26,9 @@ class SwiGLU(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
         hidden = int(8 * dim / 3)
-        self.fc1 = Linear(dim, hidden, bias=False)
-        self.fc2 = Linear(hidden, dim, bias=False)
-        self.fc3 = Linear(dim, hidden, bias=False)
+        self.fc1 = nn.Linear(dim, hidden, bias=False)
+        self.fc2 = nn.Linear(hidden, dim, bias=False)
+        self.fc3 = nn.Linear(dim, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.silu(self.fc1(x)) * self.fc3(x))
@@ -87,7 +86,7 @@ class SegmentModulation(nn.Module):
     def __init__(self, dim: int, chunks: int, segments: int):
         super().__init__()
         self.dim, self.chunks, self.segments = dim, chunks, segments
-        self.linear = Linear(dim, segments * chunks * dim)
+        self.linear = nn.Linear(dim, segments * chunks * dim)
 
     def forward(self, condition: Tensor) -> list[Tensor]:
         """condition: (B, D). Returns `chunks` tensors (B, segments, D)."""

@@ -7,8 +7,6 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from flextok.nn.linear import Linear
-
 
 def patchify(x: Tensor, patch_size: int) -> Tensor:
     """x: (B, C, H, W). Returns (B, N, p*p*C), channels last within a patch, row-major patches."""
@@ -55,8 +53,8 @@ class TimeEmbedding(nn.Module):
     ):
         super().__init__()
         self.scale, self.features, self.max_period = 1000.0 / max_timestep, features, max_period
-        self.fc1 = Linear(features, dim)
-        self.fc2 = Linear(dim, dim)
+        self.fc1 = nn.Linear(features, dim)
+        self.fc2 = nn.Linear(dim, dim)
 
     def forward(self, t: Tensor) -> Tensor:
         """t: (B,) float in [0, 1]. Returns (B, D)."""

@@ -6,8 +6,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from flextok.nn.linear import Linear
-
 
 class BiasedAttention(nn.Module):
     """Multi-head self-attention with a fused qkv projection and biases."""
@@ -17,8 +15,8 @@ class BiasedAttention(nn.Module):
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f"dim={dim} must be a multiple of num_heads={num_heads}")
         self.num_heads, self.dropout = num_heads, dropout
-        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = Linear(dim, dim)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """x: (B, N, D); mask: broadcastable to (B, heads, N, N) bool, True = attend.
@@ -50,12 +48,12 @@ class ViTBlock(nn.Module):
         super().__init__()
         hidden = round(dim * mlp_ratio)
         self.post_norm = post_norm
-        self.skip = Linear(2 * dim, dim) if skip else None
+        self.skip = nn.Linear(2 * dim, dim) if skip else None
         self.norm1 = nn.LayerNorm(dim, eps)
         self.attn = BiasedAttention(dim, num_heads, qkv_bias, dropout)
         self.norm2 = nn.LayerNorm(dim, eps)
-        self.fc1 = Linear(dim, hidden)
-        self.fc2 = Linear(hidden, dim)
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, skip: Tensor | None = None) -> Tensor:

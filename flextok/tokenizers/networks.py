@@ -12,7 +12,6 @@ from flextok.nn.attention import register_mask
 from flextok.nn.blocks import AdaLNBlock, Block, LayerNorm, SegmentModulation, modulate
 from flextok.nn.devices import to_device
 from flextok.nn.embeddings import TimeEmbedding, patchify, sincos_2d, unpatchify
-from flextok.nn.linear import Linear
 from flextok.tokenizers.base import run_block
 
 
@@ -39,7 +38,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.patch_size, self.checkpoint_blocks = patch_size, checkpoint_blocks
         self.token_grid = token_grid
-        self.patch_embed = Linear(channels * patch_size**2, dim)
+        self.patch_embed = nn.Linear(channels * patch_size**2, dim)
         positions = sincos_2d(dim, grid, grid, position_temperature)
         self.patch_pos = nn.Parameter(positions, requires_grad=False)
         self.registers = None
@@ -47,7 +46,7 @@ class Encoder(nn.Module):
             self.registers = nn.Parameter(torch.empty(num_registers, dim))
         self.blocks = nn.ModuleList(Block(dim, num_heads, qk_norm=True) for _ in range(depth))
         self.norm = LayerNorm(dim)
-        self.head = Linear(dim, out_dim)
+        self.head = nn.Linear(dim, out_dim)
 
     def forward(self, latents: Tensor, length: int | None = None) -> Tensor:
         """latents: (B, C, h, w); length: only so many registers, the first ones, which see none
@@ -100,18 +99,18 @@ class FlowDecoder(nn.Module):
         super().__init__()
         self.patch_size, self.grid, self.drop_mode = patch_size, grid, drop_mode
         self.checkpoint_blocks = checkpoint_blocks
-        self.code_embed = Linear(code_dim, dim)
+        self.code_embed = nn.Linear(code_dim, dim)
         self.register_pos = nn.Parameter(torch.empty(num_registers, dim))
         self.mask_token = nn.Parameter(torch.empty(dim))  # stands for every dropped register
         self.null_token = nn.Parameter(torch.empty(dim))  # stands for all of them: no condition
-        self.patch_embed = Linear(channels * patch_size**2, dim)
+        self.patch_embed = nn.Linear(channels * patch_size**2, dim)
         positions = sincos_2d(dim, grid, grid, position_temperature)
         self.patch_pos = nn.Parameter(positions, requires_grad=False)
         self.time_embed = TimeEmbedding(dim, max_timestep)
         self.blocks = nn.ModuleList(AdaLNBlock(dim, num_heads) for _ in range(depth))
         self.norm = LayerNorm(dim)
         self.modulation = SegmentModulation(dim, chunks=2, segments=1)
-        self.head = Linear(dim, channels * patch_size**2)
+        self.head = nn.Linear(dim, channels * patch_size**2)
 
     def embed_codes(
         self, codes: Tensor, keep: Tensor | None = None, null: Tensor | None = None

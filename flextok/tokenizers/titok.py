@@ -21,7 +21,6 @@ from flextok.losses.perceptual import PerceptualLoss
 from flextok.nn.devices import span, to_device
 from flextok.nn.embeddings import sincos_2d
 from flextok.nn.frozen import Frozen, NeedsWeights
-from flextok.nn.linear import Linear
 from flextok.quantizers import KL, QUANTIZERS
 from flextok.schema import Bounds, Depth, Size, build
 from flextok.tokenizers.base import (
@@ -167,7 +166,7 @@ class TiTok(Tokenizer, NeedsWeights):
                 proxy.dim, proxy.multipliers, proxy.num_blocks, quantizer.dim, proxy.norm_groups
             )
         return nn.Sequential(
-            Linear(dim, 2 * dim), nn.Tanh(), Linear(2 * dim, self.proxy_vocab_size)
+            nn.Linear(dim, 2 * dim), nn.Tanh(), nn.Linear(2 * dim, self.proxy_vocab_size)
         )
 
     @property

@@ -5,7 +5,6 @@ import torch
 from torch import Tensor, nn
 
 from flextok.nn.embeddings import patchify, unpatchify
-from flextok.nn.linear import Linear
 from flextok.nn.vit import ViTBlock
 from flextok.tokenizers.base import run_block
 
@@ -27,7 +26,7 @@ class TiTokEncoder(nn.Module):
     ):
         super().__init__()
         self.patch_size, self.legacy, self.checkpoint_blocks = patch_size, legacy, checkpoint_blocks
-        self.patch_embed = Linear(3 * patch_size**2, dim)
+        self.patch_embed = nn.Linear(3 * patch_size**2, dim)
         self.class_token = nn.Parameter(torch.empty(1, dim))
         self.patch_pos = nn.Parameter(torch.empty(1 + grid**2, dim))
         self.latent_tokens = nn.Parameter(torch.empty(num_tokens, dim))
@@ -35,7 +34,7 @@ class TiTokEncoder(nn.Module):
         self.norm_pre = nn.LayerNorm(dim)
         self.blocks = nn.ModuleList(ViTBlock(dim, num_heads) for _ in range(depth))
         self.norm_post = nn.LayerNorm(dim)
-        self.head = Linear(dim, out_dim)
+        self.head = nn.Linear(dim, out_dim)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels: (B, 3, H, W) in [0, 1]. Returns z (B, K, out_dim)."""
@@ -73,14 +72,14 @@ class TiTokDecoder(nn.Module):
     ):
         super().__init__()
         self.grid, self.checkpoint_blocks = grid, checkpoint_blocks
-        self.code_embed = Linear(code_dim, dim)
+        self.code_embed = nn.Linear(code_dim, dim)
         self.class_token = nn.Parameter(torch.empty(1, dim))
         self.mask_token = nn.Parameter(torch.empty(1, dim))
         self.patch_pos = nn.Parameter(torch.empty(1 + grid**2, dim))
         self.latent_pos = nn.Parameter(torch.empty(num_tokens, dim))
         self.text_embed, self.text_pos = None, None
         if text_length:
-            self.text_embed = Linear(text_dim, dim)
+            self.text_embed = nn.Linear(text_dim, dim)
             self.text_pos = nn.Parameter(torch.empty(text_length, dim))
         self.norm_pre = nn.LayerNorm(dim)
         self.blocks = nn.ModuleList(ViTBlock(dim, num_heads) for _ in range(depth))
@@ -124,7 +123,7 @@ class PixelHead(nn.Module):
     def __init__(self, dim: int, patch_size: int, grid: int):
         super().__init__()
         self.patch_size, self.grid = patch_size, grid
-        self.linear = Linear(dim, 3 * patch_size**2)
+        self.linear = nn.Linear(dim, 3 * patch_size**2)
         self.conv = nn.Conv2d(3, 3, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from flextok.config import ExperimentConfig, TrainerConfig, load_experiment, save_experiment
+from flextok.cpu import accelerate
 from flextok.data.datamodule import DataModule, prepare_image, prepare_tokens
 from flextok.data.datasets import DATASETS, take
 from flextok.data.labels import Joined, list_names
@@ -137,6 +138,8 @@ def train_alone(config: ExperimentConfig, folder: Path, leads: bool) -> Path:
         log.info("continuing from %s, step %d", last, step)
         if changes:
             log.info("with other settings from here on: %s", told(changes))
+    if device_type(config.trainer.accelerator) == "cpu":
+        accelerate(module)
     try:  # what these refuse is told before anything is written
         module.make_optimizer()
         trainer = make_trainer(config, folder, module.model, draw, evaluate)

@@ -1,13 +1,19 @@
-"""flextok.nn.linear against F.linear: equal, and oneDNN's only where it should be."""
+"""flextok.cpu against torch's own products: equal, and oneDNN's only where it should be."""
+
+import copy
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import tiny_gpt
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from flextok.nn import linear as module
-from flextok.nn.linear import Linear, linear, onednn_is_faster, takes_onednn
+from flextok import cpu as module
+from flextok.cpu import OneDNNLinear, accelerate, linear, onednn_is_faster, takes_onednn
+from flextok.generators import GPT
+from flextok.nn.frozen import Frozen
+from flextok.pipeline import load_model
 
 needs_op = pytest.mark.skipif(
     module.ONEDNN_LINEAR is None, reason="this torch lacks oneDNN's product"
@@ -122,7 +128,7 @@ def test_a_misfit_gets_torchs_error(faster):
 
 
 def test_layers_in_the_other_modes(faster):
-    layer, x = Linear(512, 512), random(64, 512)
+    layer, x = accelerate(nn.Linear(512, 512)), random(64, 512)
     plain = layer(x)
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(x).dtype == torch.bfloat16
@@ -155,12 +161,52 @@ def test_a_torch_without_the_product(monkeypatch):
     assert not onednn_is_faster.__wrapped__()
 
 
-def test_the_same_layer_as_torchs():
-    torch.manual_seed(0)
-    ours = Linear(6, 4)
-    torch.manual_seed(0)
-    theirs = nn.Linear(6, 4)
-    assert isinstance(ours, nn.Linear)
-    assert list(ours.state_dict()) == list(theirs.state_dict())
-    assert all(a.equal(b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
-    theirs.load_state_dict(ours.state_dict())
+def test_every_layer_of_a_model_and_none_of_its_weights(tmp_path):
+    plain, fast = tiny_gpt(), accelerate(tiny_gpt())
+    layers = [layer for layer in fast.modules() if isinstance(layer, nn.Linear)]
+    assert {type(layer) for layer in layers} == {OneDNNLinear}
+    assert all(a.equal(b) for a, b in zip(plain.parameters(), fast.parameters(), strict=True))
+    files = [model.save_pretrained(tmp_path / str(i)) for i, model in enumerate((plain, fast))]
+    for name in ("model.safetensors", "config.json"):
+        assert (files[0] / name).read_bytes() == (files[1] / name).read_bytes()
+    assert fast is accelerate(fast)
+    assert type(load_model(files[0]).head) is OneDNNLinear
+    assert type(GPT.from_pretrained(files[0]).head) is nn.Linear
+    assert type(copy.deepcopy(fast).head) is OneDNNLinear
+
+
+def test_a_network_that_training_looks_at_is_accelerated_too():
+    holder = nn.Module()
+    holder.teacher = Frozen(nn.Linear(4, 4))
+    assert type(accelerate(holder).teacher.network) is OneDNNLinear
+
+
+def test_column_major_shares_all_but_wide_linear_weights():
+    model = tiny_gpt()
+    twin = module.column_major(model.blocks)
+    x = random(3, 1, 32)
+    torch.testing.assert_close(twin[0](x), model.blocks[0](x))
+    mine, its = (dict(m.named_parameters()) for m in (model.blocks, twin))
+    relaid = {name for name in mine if mine[name] is not its[name]}
+    assert relaid == {n for n in mine if n.endswith(("wq.weight", "wk.weight", "wv.weight"))} | {
+        n for n in mine if n.endswith(("proj.weight", "fc1.weight", "fc3.weight"))
+    }
+    assert all(its[name].stride() == (1, len(its[name])) for name in relaid)
+
+
+@pytest.mark.parametrize(
+    ("rows", "scale", "tokens", "expected"),
+    [(4, 1.0, 40, 2), (2, 1.5, 40, 2), (3, 1.5, 40, 0), (5, 1.0, 40, 0), (2, 1.0, 31, 0)],
+)
+def test_many_steps_of_few_rows_are_laid_out(monkeypatch, rows, scale, tokens, expected):
+    """Their results are a plain loop's; the model's own weights stay as they were."""
+    relaid = []
+    lay_out = module.column_major
+    monkeypatch.setattr(module, "column_major", lambda x: relaid.append(x) or lay_out(x))
+    model, labels = accelerate(tiny_gpt(num_tokens=40)), torch.arange(rows) % 5
+    strides = {name: p.stride() for name, p in model.named_parameters()}
+    made = model.generate(labels, tokens, temperature=0, guidance_scale=scale)
+    assert len(relaid) == expected
+    c, u = (model(made[:, :-1], cond) for cond in (labels, torch.full_like(labels, -1)))
+    assert torch.equal((u + scale * (c - u)).argmax(dim=-1), made)
+    assert {name: p.stride() for name, p in model.named_parameters()} == strides
