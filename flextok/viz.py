@@ -199,11 +199,17 @@ def curves(
     return Image.open(buffer).convert("RGB")
 
 
+def picture_format(path: str | Path) -> str:
+    """Pillow's name of the format that a file's ending means. Raises ValueError where no picture
+    can be written by that name."""
+    kind = Image.registered_extensions().get(Path(path).suffix.lower())
+    if kind not in Image.SAVE:
+        raise ValueError(f"{path} must end in .png, or as another picture format does")
+    return kind
+
+
 def save(picture: Image.Image, path: str | Path) -> Path:
-    path = Path(path)
-    kind = Image.registered_extensions().get(path.suffix.lower())
-    if kind is None:
-        raise ValueError(f"{path} names no picture format: let it end in .png")
+    path, kind = Path(path), picture_format(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, lambda place: picture.save(place, kind))
     return path

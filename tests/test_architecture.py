@@ -67,7 +67,7 @@ def test_imports_go_down_only(path):
     [
         ("lightning", ("training", "data/datamodule.py")),
         ("torch_fidelity", ("evaluation/features.py",)),
-        ("gradio", ("demo/page.py", "demo/answers.py")),
+        ("gradio", ("demo/page.py", "demo/messages.py")),
         ("omegaconf", ("config.py", "cli/common.py", "training/run.py")),
     ],
 )

@@ -133,15 +133,15 @@ def test_prompts_come_from_a_file_or_a_data_set(models):
         ("text", ["--prompts-file", "EMPTY"], "is empty: write one prompt a line"),
         ("text", ["--prompts-file", "nowhere.txt"], "no such file"),
         ("text", ["--prompts-file", "BINARY"], "is not UTF-8 text"),
-        ("text", [], "name the prompts: --prompt"),
-        ("text", ["--prompt", "a", "--data", "emoji"], "name the prompts"),
-        ("text", ["--classes", "1"], "makes pictures from prompts"),
+        ("text", [], "generates from prompts: name one of --prompt, --prompts-file, --data"),
+        ("text", ["--prompt", "a", "--data", "emoji"], "name one of --prompt, --prompts-file"),
+        ("text", ["--classes", "1"], "generates from prompts: it takes --prompt or"),
         ("text", ["--prompt", "a", "--num-samples", "0"], "--num-samples 0"),
         ("text", ["--prompt", "a", "--num-tokens", "64"], "--num-tokens 64 must be in [1, 8]"),
         ("text", ["--data", "{name: emoji_scenes, prompt: x}"], "unknown key 'prompt'"),
         ("text", ["--data", "{name: [}"], "is no mapping"),
-        ("gpt", ["--prompt", "a heart"], "knows classes, not prompts"),
-        ("tokenizer", ["--prompt", "a heart"], "has no --classes or prompts"),
+        ("gpt", ["--prompt", "a heart"], "by class: it takes --classes, not --prompt"),
+        ("tokenizer", ["--prompt", "a heart"], "it takes --images or --data, not --prompt"),
     ],
 )
 def test_mistakes_with_prompts_are_told_in_one_line(models, capsys, model, arguments, message):
@@ -238,7 +238,7 @@ def test_bad_pictures_are_skipped_and_counted(models, picture_folder, caplog, ca
 @pytest.mark.parametrize(
     ("model", "arguments", "message"),
     [
-        ("tokenizer", ["--images", "x.png", "--data", "emoji"], "not by both"),
+        ("tokenizer", ["--images", "x.png", "--data", "emoji"], "name one of"),
         ("tokenizer", ["--data", "nowhere"], "neither a folder nor"),
         ("tokenizer", ["--data", "emoji:test"], "split='test'"),
         (
@@ -247,11 +247,11 @@ def test_bad_pictures_are_skipped_and_counted(models, picture_folder, caplog, ca
             r"--num-tokens 9 must be in [1, 8]",
         ),
         ("tokenizer", ["--data", "emoji", "--limit", "0"], "limit 0"),
-        ("tokenizer", ["--data", "emoji", "--classes", "1"], "has no --classes"),
+        ("tokenizer", ["--data", "emoji", "--classes", "1"], "not --classes"),
         ("tokenizer", ["--data", "emoji", "--device", "abacus"], "--device abacus"),
         ("gpt", ["--classes", "unicorns"], "unknown class 'unicorns'; known: cats, dogs"),
         ("gpt", ["--classes", "5"], "unknown class '5'"),
-        ("gpt", ["--images", "x.png"], "makes pictures from --classes"),
+        ("gpt", ["--images", "x.png"], "it takes --classes, not --images"),
         ("gpt", ["--num-samples", "0"], "--num-samples 0"),
         ("nothing/there/at/all", [], "no model at"),
     ],

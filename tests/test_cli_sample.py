@@ -1,5 +1,6 @@
 """`flextok sample`: which pictures are asked for, checked before the work, done batch by batch."""
 
+import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -12,12 +13,16 @@ from PIL import Image
 from flextok import __version__
 from flextok.cli import main
 from flextok.cli import sample as command
+from flextok.cli.common import DECODING, SAMPLING
 from flextok.cli.sample import class_labels
 from flextok.config import load_experiment
+from flextok.generators.ar import GenerateOptions
 from flextok.generators.conditioning import NoConditioner
+from flextok.generators.maskgit import MaskGITOptions
 from flextok.pipeline import remember_tokenizer
 from flextok.schema import ConfigError
 from flextok.tokenizers import FlexTok
+from flextok.tokenizers.flextok import DecodeOptions
 
 FEW = ("--steps", "1", "--guidance-scale", "1", "--num-tokens", "8")
 
@@ -88,7 +93,7 @@ def test_an_unconditional_generator_refuses_conditions(folder, capsys, asked):
         (["--class-guidance", "nan"], "guidance_scale=nan must be"),
         (["--temperature", "1e-45"], "temperature=1e-45 must be a number from 0.0001"),
         (["--top-p", "nan"], "top_p=nan must be"),
-        (["--output", "x.pgn"], "--output x.pgn must end in .png"),
+        (["--output", "x.pgn"], "x.pgn must end in .png"),
         (["--output", "."], "--output . is a folder"),
     ],
 )
@@ -148,6 +153,14 @@ def test_pictures_of_many_prompts_are_written_as_they_are_made(folder, monkeypat
     assert sample(folder, "text", *asked) == 0
     assert len(list((folder / "out").glob("grid-*.png"))) == 70
     assert "shows the first 5 of 70 pictures" in capsys.readouterr().out
+
+
+def test_the_options_are_fields_of_what_they_choose():
+    fields = [
+        {f.name for f in dataclasses.fields(kind)} for kind in (GenerateOptions, MaskGITOptions)
+    ]
+    assert set(SAMPLING) <= fields[0] | fields[1]
+    assert set(DECODING) == {f.name for f in dataclasses.fields(DecodeOptions)} - {"guidance"}
 
 
 def test_the_version_and_the_models_are_listed(releases, capsys):

@@ -84,5 +84,5 @@ def test_an_error_of_the_program_stays_what_it_is(tmp_path):
 
 
 def test_a_picture_of_no_known_format_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"picture names no picture format: let it end in \.png"):
+    with pytest.raises(ValueError, match=r"picture must end in \.png"):
         viz.save(Image.new("RGB", (4, 4)), tmp_path / "picture")

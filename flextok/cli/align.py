@@ -7,8 +7,7 @@ from typing import Any
 
 from flextok.cli.common import (
     add_command,
-    add_decoding,
-    add_json,
+    add_solving,
     data_spec,
     decoding_options,
     pick_device,
@@ -26,13 +25,12 @@ def add_commands(commands: Any) -> None:
         "pictures scored against shuffled prompts are the control.",
         "flextok align emoji-text --limit 64 --json align.json \\\n"
         '    --data "{name: emoji_scenes, max_objects: 2, vocabulary: basic, prompts: held_out}"',
+        *("--tokenizer", "--data", "--limit", "--num-tokens", "--seed", "--device", "--json"),
     )
     align.add_argument("model", help="folder or hub id of a generator")
-    align.add_argument("--tokenizer", help="another place to find its tokenizer")
     align.add_argument("--probe", metavar="FILE", help="keep the classifier here, or take it")
     align.add_argument("--probe-steps", type=int, default=1500, help="its training, if needed")
-    add_json(align)
-    add_decoding(align)
+    add_solving(align)
 
 
 def run_align(options: argparse.Namespace) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from flextok.cli.common import add_command, add_json, pick_device
+from flextok.cli.common import add_command, pick_device
 
 
 def add_commands(commands: Any) -> None:
@@ -15,6 +15,7 @@ def add_commands(commands: Any) -> None:
         "Random weights at named sizes, beside the machine's own best rates; on a CPU, "
         "compare CPU seconds with --threads 1.",
         "flextok bench quickstart\nflextok bench d12-d12 ar-49M --threads 1 --json bench.json",
+        *("--device", "--json"),
     )
     bench.add_argument("sizes", nargs="*", metavar="SIZE", help="names, all, or config files")
     bench.add_argument("--only", default="", metavar="TEXT", help="rows whose name holds this")
@@ -24,8 +25,6 @@ def add_commands(commands: Any) -> None:
     bench.add_argument("--compare-mkl", action="store_true", help="also without oneDNN, on a CPU")
     bench.add_argument("--threads", type=int, help="of the CPU")
     bench.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    bench.add_argument("--device", help="cpu, cuda, ...; a GPU where there is one")
-    add_json(bench)
 
 
 def run_bench(options: argparse.Namespace) -> dict[str, Any]:

@@ -17,6 +17,7 @@ def add_commands(commands: Any) -> None:
         "offline, keeps no files, and stops with Ctrl-C. Needs pip install 'flextok[demo]'.",
         "flextok demo\n"
         "flextok demo outputs/quickstart/tokenizer outputs/quickstart/generator --port 8000",
+        "--device",
     )
     parser.add_argument(
         "models",
@@ -38,18 +39,16 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--max-megabytes", type=float, default=10, help="of one upload")
     parser.add_argument("--max-megapixels", type=float, default=40, help="of one upload")
     parser.add_argument("--queue", type=int, default=16, help="how many clicks may wait")
-    parser.add_argument("--device", help="cpu, cuda, ...; a GPU where there is one")
 
 
 def run_demo(options: argparse.Namespace) -> None:
     print("starting the page: loading Gradio and the models ...", flush=True)
-    from flextok.demo.guard import LOOPBACK
-    from flextok.demo.studio import Studio
-    from flextok.demo.upload import Limits
-
     try:
+        from flextok.demo.guard import LOOPBACK
         from flextok.demo.page import make_app
         from flextok.demo.server import serve
+        from flextok.demo.studio import Studio
+        from flextok.demo.upload import Limits
     except ImportError as error:
         raise ValueError(f"the page needs Gradio: pip install 'flextok[demo]' ({error})") from None
     limits = Limits(int(options.max_megabytes * 2**20), int(options.max_megapixels * 1e6))

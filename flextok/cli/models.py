@@ -4,7 +4,7 @@ import argparse
 import json
 from typing import Any
 
-from flextok.cli.common import TOKENIZER, add_command, add_json
+from flextok.cli.common import TOKENIZER, add_command
 from flextok.printing import printable
 
 
@@ -18,6 +18,7 @@ def add_commands(commands: Any) -> None:
         "What a published file left open is listed as assumed.",
         "flextok info emoji-class\n"
         "flextok info EPFL-VILAB/flextok_d12_d12_in1k --json | jq .parameters.total",
+        "--json",
     )
     info.add_argument(
         "model",
@@ -25,17 +26,16 @@ def add_commands(commands: Any) -> None:
         default=TOKENIZER,
         help=f"folder, weight file, name or hub id, published ones too; default {TOKENIZER}",
     )
-    add_json(info)
 
-    models = add_command(
+    add_command(
         commands,
         "models",
         run_models,
         "the models that come with the package",
         "Lists tokenizers and generators. Their names serve wherever a command takes a model.",
         "flextok models\nflextok info emoji-class",
+        "--json",
     )
-    add_json(models)
 
     convert = add_command(
         commands,
@@ -46,6 +46,7 @@ def add_commands(commands: Any) -> None:
         "model.safetensors, config.json and a model card.",
         "flextok convert EPFL-VILAB/flextok_d12_d12_in1k outputs/flextok_d12\n"
         "flextok convert weights.safetensors outputs/mine max_timestep=1.0 vae.scaling_factor=0.5",
+        "--json",
     )
     convert.add_argument("input", help="folder, weight file, hub id, or owner/name/file.bin")
     convert.add_argument("output", help="the folder to write")
@@ -55,7 +56,6 @@ def add_commands(commands: Any) -> None:
         metavar="key=value",
         help="config fields to change, e.g. max_timestep=1.0 or vae.scaling_factor=0.5",
     )
-    add_json(convert)
 
 
 def run_models(options: argparse.Namespace) -> list[dict[str, Any]]:

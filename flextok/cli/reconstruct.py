@@ -1,4 +1,4 @@
-"""`flextok reconstruct`: pictures in, what their first tokens tell of them out, as PNG."""
+"""`flextok reconstruct`: pictures in, their reconstructions from the first tokens out, as PNG."""
 
 import argparse
 import io
@@ -11,11 +11,10 @@ from typing import Any
 from flextok.cli.common import (
     TOKENIZER,
     add_command,
-    add_json,
     add_solving,
     check_lengths,
     decoding_options,
-    pick_device,
+    load_tokenizer,
 )
 from flextok.printing import printable
 
@@ -37,17 +36,14 @@ def add_commands(commands: Any) -> None:
         "flextok reconstruct cat.jpg\n"
         "flextok reconstruct holiday/ --num-tokens 1 4 16 --output outputs/holiday --json\n"
         "flextok reconstruct - --num-tokens 4 < cat.jpg > cat-4.png",
+        *("--num-tokens", "--seed", "--device", "--json"),
     )
     parser.add_argument("pictures", nargs="+", metavar="PICTURE", help="files, folders or -")
     parser.add_argument("--model", default=TOKENIZER, help="a tokenizer's folder, name or hub id")
-    parser.add_argument("--num-tokens", type=int, nargs="+", metavar="K", help="default: all")
     add_solving(parser)
-    parser.add_argument("--seed", type=int, default=0, help="of the decoder's noise")
-    parser.add_argument("--device", help="cpu, cuda, ...; a GPU where there is one")
     parser.add_argument(
         "--output", help=f"a folder, a file.png or - (standard output); default {FOLDER}"
     )
-    add_json(parser)
 
 
 def run_reconstruct(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -58,15 +54,13 @@ def run_reconstruct(options: argparse.Namespace) -> list[dict[str, Any]]:
     from flextok.evaluation.metrics import psnr
     from flextok.evaluation.report import MAX_PSNR
     from flextok.images import MAX_FILE_BYTES
-    from flextok.pipeline import is_generator, load_model, reconstruct_prefixes
+    from flextok.pipeline import reconstruct_prefixes
 
     sources = dict(list_sources(options.pictures))
     number = len(sources) * len(set(options.num_tokens or [0]))
     output = options.output or ("-" if options.pictures == ["-"] else FOLDER)
     check_output(output, number, options.json == "-")
-    model = load_model(options.model, pick_device(options.device))
-    if is_generator(model):
-        raise ValueError(f"{options.model} is a generator: name the tokenizer that it speaks")
+    model = load_tokenizer(options.model, options.device)
     lengths = check_lengths(options.num_tokens or [model.num_tokens], model.num_tokens)
     results, unreadable = [], 0
     for name, source in tqdm(sources.items(), unit="picture", disable=None):

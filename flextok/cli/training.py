@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from flextok.cli.common import add_command, add_json, data_spec, pick_device
+from flextok.cli.common import add_command, data_spec, load_tokenizer
 
 
 def add_commands(commands: Any) -> None:
@@ -41,6 +41,7 @@ def add_commands(commands: Any) -> None:
         "data.train={name: tokens, path: <output>}.",
         "flextok tokenize emoji emoji:train outputs/tokens --variants 4\n"
         "torchrun --nproc-per-node=8 -m flextok.cli tokenize MODEL 'shards-{000..999}.tar' tokens",
+        *("--seed", "--batch-size", "--num-workers", "--device", "--json"),
     )
     tokenize.add_argument("model", help="folder or hub id of a tokenizer")
     tokenize.add_argument(
@@ -51,14 +52,9 @@ def add_commands(commands: Any) -> None:
     tokenize.add_argument("--crop", choices=("center", "random"), default="center")
     tokenize.add_argument("--flip", action="store_true", help="mirror half of the variants")
     tokenize.add_argument("--shift", type=float, default=0.0, help="as data.shift in configs")
-    tokenize.add_argument("--seed", type=int, default=0)
     tokenize.add_argument("--part-size", type=int, default=16_384, help="encodings a shard")
-    tokenize.add_argument("--batch-size", type=int, default=64)
-    tokenize.add_argument("--num-workers", type=int, default=0)
     tokenize.add_argument("--bf16", action="store_true", help="encode in bf16: GPUs only")
-    tokenize.add_argument("--device", help="by default this process's GPU, or the CPU")
     tokenize.add_argument("--verify", action="store_true", help="then check all checksums")
-    add_json(tokenize)
 
     plan = add_command(
         commands,
@@ -69,6 +65,7 @@ def add_commands(commands: Any) -> None:
         "flextok plan configs/flextok_d18_d28.yaml --gpus 128\n"
         "flextok plan configs/ar_class_1.33B.yaml --gpus 8 --gpu a100 --json plan.json\n"
         "flextok plan configs/flextok_d12_d12.yaml --gpus 1 --gpu rtx4090 data.batch_size=8",
+        "--json",
     )
     plan.add_argument("config", help="a YAML file, see configs/")
     plan.add_argument("overrides", nargs="*", metavar="key=value")
@@ -77,7 +74,6 @@ def add_commands(commands: Any) -> None:
     plan.add_argument("--utilisation", type=float, default=0.35, help="of peak arithmetic")
     plan.add_argument("--price", type=float, help="dollars a GPU hour, 2.5 for rented ones")
     plan.add_argument("--picture-kb", type=float, default=110.0, help="a picture file's size")
-    add_json(plan)
 
     index = add_command(
         commands,
@@ -88,11 +84,11 @@ def add_commands(commands: Any) -> None:
         "number of samples, hence an epoch's length.",
         "flextok index 'shards-{000..999}.tar' shards.json\n"
         "flextok index 's3://bucket/{000..999}.tar' shards.json --fetch 'aws s3 cp {url} -'",
+        "--json",
     )
     index.add_argument("urls", nargs="+", help="paths or URLs, with {000..012} or *")
     index.add_argument("output", help="the .json to write")
     index.add_argument("--fetch", help="a command that writes the shard {url} to standard output")
-    add_json(index)
 
 
 def run_train(options: argparse.Namespace) -> None:
@@ -149,12 +145,9 @@ def run_tokenize(options: argparse.Namespace) -> dict[str, Any] | None:
         verify_token_cache,
     )
     from flextok.data.transforms import ImageTransform
-    from flextok.pipeline import is_generator, load_model
     from flextok.schema import build
 
-    tokenizer = load_model(options.model, pick_device(options.device))
-    if is_generator(tokenizer):
-        raise ValueError(f"{options.model} is a generator: name the tokenizer to encode with")
+    tokenizer = load_tokenizer(options.model, options.device)
     spec = data_spec(options.data)
     transform = ImageTransform(tokenizer.image_size, options.flip, options.crop, options.shift)
     finished = build_token_cache(

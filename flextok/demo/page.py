@@ -1,38 +1,23 @@
 """The page itself, in Gradio: what is where, and which click does what."""
 
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import wraps
 from typing import Any
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read at import: nothing is sent anywhere
 
 import gradio as gr
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
+from PIL import Image
 
 from flextok.data.emoji import Emoji
-from flextok.demo.answers import bound_memory
 from flextok.demo.guard import Guard
-from flextok.demo.markup import (
-    CSS,
-    DROP,
-    DROP_CSS,
-    DROP_SCRIPT,
-    figure,
-    strip,
-    tokens,
-)
-from flextok.demo.studio import (
-    MAX_GUIDANCE,
-    MAX_PROMPT,
-    MAX_SEED,
-    MAX_STEPS,
-    NO_CLASS,
-    Settings,
-    Studio,
-    Voice,
-)
+from flextok.demo.markup import CSS, DROP, DROP_CSS, DROP_SCRIPT, figure, strip, tokens
+from flextok.demo.messages import bound_memory, message_check
+from flextok.demo.studio import MAX_PROMPT, MAX_SEED, Pair, Studio
 from flextok.demo.upload import Limits, megabytes, read_picture
+from flextok.tokenizers.base import Tokenizer
 
 INTRO = """# FlexTok
 A picture as a short sequence of tokens, coarse to fine: the first few are a picture already.
@@ -40,6 +25,7 @@ A picture as a short sequence of tokens, coarse to fine: the first few are a pic
 HINT = "Drop a picture first, or take an emoji."
 EXAMPLE = "a red heart on a blue background"
 TARGET = 16.0  # dB, where the slider of the token need starts
+MAX_STEPS, MAX_SCALE = 100, 10  # of what a client may ask for
 ONE_AT_A_TIME: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
 SYSTEM_FONTS = ["system-ui", "sans-serif"]
 
@@ -47,14 +33,15 @@ SYSTEM_FONTS = ["system-ui", "sans-serif"]
 def make_app(
     studio: Studio, limits: Limits, max_queue: int = 16, hosts: Collection[str] | None = ()
 ) -> Guard:
-    """The page as an ASGI application. max_queue: clicks that may wait; more are told so. hosts:
-    names to answer to, see Guard."""
+    """The page as an ASGI application. max_queue: clicks that may wait; more are turned away.
+    hosts: names to answer to, see Guard."""
     page = build_page(studio, limits).queue(max_size=max_queue, default_concurrency_limit=1)
     bound_memory(page)
     app = gr.mount_gradio_app(
         FastAPI(openapi_url=None),
         page,
         path="/",
+        app_kwargs={"dependencies": [Depends(message_check(frozenset(page.fns)))]},
         footer_links=[],
         run_history=False,
         show_error=False,
@@ -66,7 +53,7 @@ def make_app(
         theme=gr.themes.Default(font=SYSTEM_FONTS, font_mono=["ui-monospace", "monospace"]),
         css=CSS,
     )
-    return Guard(app, limits.max_request, frozenset(page.fns), hosts)
+    return Guard(app, limits.max_request, hosts)
 
 
 def build_page(studio: Studio, limits: Limits) -> gr.Blocks:
@@ -74,15 +61,15 @@ def build_page(studio: Studio, limits: Limits) -> gr.Blocks:
         gr.Markdown(INTRO)
         with gr.Tab("Reconstruct"):
             reconstruct_tab(studio, limits)
-        for voice in studio.voices:
-            with gr.Tab("From a prompt" if voice.reads_text else "From a class"):
-                gr.Markdown(f"`{voice.name}`")
-                generate_tab(voice)
+        for pair in studio.pairs:
+            with gr.Tab("From a prompt" if pair.reads_text else "From a class"):
+                gr.Markdown(f"`{pair.name}`")
+                generate_tab(pair)
     return page
 
 
-def told(work: Callable) -> Callable:
-    """A mistake in what the client sent becomes a message on the page."""
+def answering(work: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
+    """`work`, whose ValueErrors, which are mistakes of a client, become messages on the page."""
 
     @wraps(work)
     def wrapper(*arguments: Any) -> Iterator[Any]:
@@ -95,24 +82,34 @@ def told(work: Callable) -> Callable:
 
 
 def reconstruct_tab(studio: Studio, limits: Limits) -> None:
-    total, width = studio.tokenizer.num_tokens, shown_width(studio.tokenizer)
+    width, draws = shown_width(studio.tokenizer), studio.tokenizer.stochastic
+    prefixes = len(studio.lengths) > 1
     emoji = Emoji("validation")
     image = gr.State()  # the crop that the model sees; nothing larger is kept
     next_emoji = gr.State(0)
     with gr.Row():
         with gr.Column(scale=1):
-            drop = drop_field(limits)
-            example = gr.Button("Take an emoji")
-            prefixes = len(studio.lengths) > 1
-            slider = gr.Slider(
-                1 if prefixes else total, total, total, step=1, label="Tokens", visible=prefixes
+            drop = gr.HTML(
+                html_template=DROP,
+                css_template=DROP_CSS,
+                js_on_load=DROP_SCRIPT.replace("MAX_BYTES", str(limits.max_bytes)).replace(
+                    "MAX_NAME", megabytes(limits.max_bytes)
+                ),
+                elem_id="drop",
             )
-            settings = decoder_settings(studio.tokenizer, studio.draws)
+            example = gr.Button("Take an emoji")
+            slider = tokens_slider(studio.tokenizer.num_tokens, prefixes)
+            scale = vars(studio.tokenizer.decode_defaults).get("guidance_scale", 1.0)
+            settings: list[gr.Number | gr.Slider] = [
+                seed_field(draws),
+                decoder_steps(studio.tokenizer),
+                guidance_slider(scale, draws),
+            ]
         with gr.Column(scale=2):
             result = gr.HTML(HINT, elem_id="result")
             gr.Markdown("### Filmstrip")
             film = gr.HTML(elem_id="filmstrip")
-            with gr.Row(visible=studio.draws):
+            with gr.Row(visible=draws):
                 several = gr.Button("Several seeds")
             seeds = gr.HTML(elem_id="seeds")
             with gr.Row(visible=prefixes):
@@ -120,47 +117,42 @@ def reconstruct_tab(studio: Studio, limits: Limits) -> None:
                 ask = gr.Button("How many tokens does it need?")
             need = gr.Markdown(elem_id="need")
 
-    @told
-    def take(data: object) -> Iterator[Any]:
+    @answering
+    def take(data: object) -> Iterator[tuple[Image.Image, str, str, str]]:
         # what was sent goes back empty: the session would keep it
         yield studio.crop(read_picture(data, limits)), "", "", ""
 
-    @told
-    def take_emoji(number: int) -> Iterator[Any]:
+    @answering
+    def take_emoji(number: int) -> Iterator[tuple[Image.Image, str, str, int]]:
         yield studio.crop(emoji[number % len(emoji)]["image"]), "", "", number + 29
 
-    @told
-    def show(crop: Any, k: Any, *wishes: Any) -> Iterator[str]:
+    @answering
+    def show(crop: Image.Image | None, k: int, *asked: Any) -> Iterator[str]:
         if crop is None:
             yield HINT
             return
-        made, quality = studio.reconstruct(crop, k, Settings(*wishes))
-        yield strip(
-            [
-                figure(crop, "what the model sees", width),
-                figure(made, f"{tokens(int(k))}, {quality:.1f} dB", width, f"flextok-{int(k)}.png"),
-            ]
+        made, quality = studio.reconstruct(crop, k, *asked)
+        seen = figure(crop, "what the model sees", width)
+        caption = f"{tokens(int(k))}, {quality:.1f} dB"
+        yield strip([seen, figure(made, caption, width, f"flextok-{int(k)}.png")])
+
+    @answering
+    def show_film(crop: Image.Image | None, *asked: Any) -> Iterator[str]:
+        yield from growing(
+            figure(made, f"{tokens(k)}\n{quality:.1f} dB", 76, f"flextok-{k}.png")
+            for k, made, quality in (studio.filmstrip(crop, *asked) if crop else ())
         )
 
-    @told
-    def show_film(crop: Any, *wishes: Any) -> Iterator[str]:
-        if crop is None:
-            return
-        figures: list[str] = []
-        for k, made, quality in studio.filmstrip(crop, Settings(*wishes)):
-            figures.append(figure(made, f"{tokens(k)}\n{quality:.1f} dB", 76, f"flextok-{k}.png"))
-            yield strip(figures)
+    @answering
+    def show_seeds(crop: Image.Image | None, k: int, *asked: Any) -> Iterator[str]:
+        yield from growing(
+            figure(made, f"seed {number}", 96, f"flextok-{int(k)}-seed{number}.png")
+            for number, made in studio.seeds(present(crop), k, *asked)
+        )
 
-    @told
-    def show_seeds(crop: Any, k: Any, *wishes: Any) -> Iterator[str]:
-        figures: list[str] = []
-        for seed, made in studio.seeds(present(crop), k, Settings(*wishes)):
-            figures.append(figure(made, f"seed {seed}", 96, f"flextok-{int(k)}-seed{seed}.png"))
-            yield strip(figures)
-
-    @told
-    def show_need(crop: Any, value: Any, *wishes: Any) -> Iterator[str]:
-        yield studio.need(present(crop), value, Settings(*wishes))
+    @answering
+    def show_need(crop: Image.Image | None, value: float, *asked: Any) -> Iterator[str]:
+        yield studio.need(present(crop), value, *asked)
 
     taken = [
         drop.submit(take, drop, [image, seeds, need, drop], **ONE_AT_A_TIME),
@@ -177,93 +169,75 @@ def reconstruct_tab(studio: Studio, limits: Limits) -> None:
     ask.click(show_need, [image, target, *settings], need, **ONE_AT_A_TIME)
 
 
-def generate_tab(voice: Voice) -> None:
-    total, width = voice.generator.num_tokens, shown_width(voice.tokenizer)
-    prefixes = len(voice.lengths) > 1
-    own = voice.generator.config.generate
+def generate_tab(pair: Pair) -> None:
+    width, prefixes = shown_width(pair.tokenizer), len(pair.lengths) > 1
+    own = vars(pair.generator.generate_defaults)
     with gr.Row():
         with gr.Column(scale=1):
-            if voice.reads_text:
-                wish: Any = gr.Textbox(
-                    label="Prompt", max_lines=3, max_length=MAX_PROMPT, placeholder=EXAMPLE
-                )
-            else:
-                names = [*voice.classes, NO_CLASS]
-                wish = gr.Dropdown(names, value=names[0], label="Class")
-            slider = gr.Slider(
-                1 if prefixes else total, total, total, step=1, label="Tokens", visible=prefixes
-            )
-            every = gr.Checkbox(label="Show every token", visible=prefixes)
-            seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED)
-            guidance = gr.Slider(
-                0, MAX_GUIDANCE / 3, own.guidance_scale, step=0.1, label="Guidance (1 = none)"
-            )
-            own_steps = getattr(own, "num_steps", None)  # MaskGIT's; a GPT takes one a token
-            writing = gr.Slider(
-                1, MAX_STEPS, own_steps, step=1, label="Steps", visible=own_steps is not None
-            )
-            steps = decoder_steps(voice.tokenizer)
+            asked: list[gr.Component] = [
+                gr.Textbox(label="Prompt", max_lines=3, max_length=MAX_PROMPT, placeholder=EXAMPLE)
+                if pair.reads_text
+                else gr.Dropdown(pair.classes, value=pair.classes[0][1], label="Class"),
+                tokens_slider(pair.generator.num_tokens, prefixes),
+                gr.Checkbox(label="Show every token", visible=prefixes),
+                seed_field(),
+                guidance_slider(own["guidance_scale"]),
+                # a generator that writes its indices in order predicts one a step
+                gr.State(None) if pair.generator.streams else steps_slider("Steps", own),
+                decoder_steps(pair.tokenizer),
+            ]
             button = gr.Button("Generate", variant="primary")
         with gr.Column(scale=2):
             result = gr.HTML(elem_classes="ft-generated")
             film = gr.HTML(elem_classes="ft-grown")
 
-    @told
-    def grow(
-        wish: Any, most: Any, every: Any, seed: Any, guidance: Any, writing: Any, steps: Any
-    ) -> Iterator[tuple[str, str]]:
-        settings = Settings(seed, writing if own_steps is not None else None, guidance)
+    @answering
+    def grow(condition: str | int, *asked: Any) -> Iterator[tuple[str, str]]:
         figures: list[str] = []
-        for k, made in voice.grow(wish, settings, most, steps, bool(every)):
-            name = f"flextok-{k}.png"
+        for k, made in pair.grow(condition, *asked):
             figures.append(figure(made, tokens(k), 80))
-            yield strip([figure(made, tokens(k), width, name)]), strip(figures)
+            yield strip([figure(made, tokens(k), width, f"flextok-{k}.png")]), strip(figures)
 
-    button.click(
-        grow,
-        [wish, slider, every, seed, guidance, writing, steps],
-        [result, film],
-        show_progress="minimal",
-        **ONE_AT_A_TIME,
-    )
+    button.click(grow, asked, [result, film], show_progress="minimal", **ONE_AT_A_TIME)
 
 
-def drop_field(limits: Limits) -> gr.HTML:
-    script = DROP_SCRIPT.replace("MAX_BYTES", str(limits.max_bytes))
-    return gr.HTML(
-        html_template=DROP,
-        css_template=DROP_CSS,
-        js_on_load=script.replace("MAX_NAME", megabytes(limits.max_bytes)),
-        elem_id="drop",
-    )
+def growing(figures: Iterable[str]) -> Iterator[str]:
+    """A strip of the first figure, of the first two, ..."""
+    shown: list[str] = []
+    for one in figures:
+        shown.append(one)
+        yield strip(shown)
 
 
-def decoder_settings(tokenizer: Any, draws: bool) -> list[Any]:
-    """Seed, steps and guidance, in the order of Settings."""
-    own = getattr(tokenizer.config, "decode", None)
-    scale = own.guidance_scale if draws and own is not None else 1
-    seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, visible=draws)
-    steps = decoder_steps(tokenizer)
-    return [
-        seed,
-        steps,
-        gr.Slider(0, MAX_GUIDANCE / 3, scale, step=0.1, label="Guidance (1 = none)", visible=draws),
-    ]
+def tokens_slider(total: int, prefixes: bool) -> gr.Slider:
+    low = 1 if prefixes else total
+    return gr.Slider(low, total, total, step=1, label="Tokens", visible=prefixes)
 
 
-def decoder_steps(tokenizer: Any) -> gr.Slider:
-    draws = hasattr(tokenizer, "noise_shape")
-    number = tokenizer.config.decode.num_steps if draws else None
-    return gr.Slider(1, MAX_STEPS, number, step=1, label="Decoder steps", visible=draws)
+def seed_field(visible: bool = True) -> gr.Number:
+    return gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, visible=visible)
 
 
-def present(crop: Any) -> Any:
+def guidance_slider(scale: float, visible: bool = True) -> gr.Slider:
+    label = "Guidance (1 = none)"
+    return gr.Slider(0, MAX_SCALE, scale, step=0.1, label=label, visible=visible)
+
+
+def steps_slider(label: str, own: dict[str, Any], visible: bool = True) -> gr.Slider:
+    return gr.Slider(1, MAX_STEPS, own.get("num_steps"), step=1, label=label, visible=visible)
+
+
+def decoder_steps(tokenizer: Tokenizer) -> gr.Slider:
+    return steps_slider("Decoder steps", vars(tokenizer.decode_defaults), tokenizer.stochastic)
+
+
+def present(crop: Image.Image | None) -> Image.Image:
     if crop is None:
         raise ValueError(HINT)
     return crop
 
 
-def shown_width(tokenizer: Any) -> int:
+def shown_width(tokenizer: Tokenizer) -> int:
     """The width on the page: whole multiples of small pictures."""
     size = tokenizer.image_size
     return size * max(1, 256 // size)

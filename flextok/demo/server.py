@@ -5,9 +5,9 @@ import contextlib
 import socket
 import threading
 from collections.abc import Iterator
-from typing import Any
 
 import uvicorn
+from starlette.types import ASGIApp
 
 MAX_CONNECTIONS = 256
 FIRST_PORT, LAST_PORT = 7860, 7959
@@ -24,18 +24,13 @@ def listen(host: str, port: int | None) -> socket.socket:
     raise ValueError(f"cannot serve on {host}, port {candidate}: {reason}; choose another --port")
 
 
-def make_server(app: Any) -> uvicorn.Server:
-    config = uvicorn.Config(
-        app,
-        log_level="warning",
-        timeout_graceful_shutdown=1,
-        server_header=False,
-        limit_concurrency=MAX_CONNECTIONS,
-    )
+def make_server(app: ASGIApp) -> uvicorn.Server:
+    config = uvicorn.Config(app, log_level="warning", server_header=False)
+    config.timeout_graceful_shutdown, config.limit_concurrency = 1, MAX_CONNECTIONS
     return uvicorn.Server(config)
 
 
-def serve(app: Any, host: str = "127.0.0.1", port: int | None = None) -> None:
+def serve(app: ASGIApp, host: str = "127.0.0.1", port: int | None = None) -> None:
     """Serve until Ctrl-C."""
     with listen(host, port) as place:
         print(f"open {address(place)} in a browser; Ctrl-C ends it", flush=True)
@@ -44,7 +39,7 @@ def serve(app: Any, host: str = "127.0.0.1", port: int | None = None) -> None:
 
 
 @contextlib.contextmanager
-def served(app: Any) -> Iterator[str]:
+def served(app: ASGIApp) -> Iterator[str]:
     """Serve in a thread while the context lasts: its address."""
     server = make_server(app)
     with listen("127.0.0.1", 0) as place:

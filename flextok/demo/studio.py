@@ -1,8 +1,8 @@
-"""What the page can do, without the page: models loaded once, pictures in and out."""
+"""What the page can do, without the page: models loaded once, images in and out. Numbers that a
+client chooses arrive in the ranges of the page's fields; the models check them again."""
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,45 +12,27 @@ from flextok.data.transforms import center_crop, to_image, to_tensor
 from flextok.evaluation import adaptive
 from flextok.evaluation.metrics import psnr
 from flextok.evaluation.report import MAX_PSNR
+from flextok.generators.base import Generator
 from flextok.generators.conditioning import NULL_CLASS, ClassConditioner, TextConditioner
 from flextok.pipeline import (
     decodable_lengths,
     grow_images,
-    is_generator,
     load_model,
     load_tokenizer_of,
     reconstruct_prefixes,
 )
+from flextok.tokenizers.base import Tokenizer
 
-MAX_STEPS, MAX_GUIDANCE, MAX_SEED, MAX_PROMPT = 100, 30, 2**31 - 1, 500
-NO_CLASS = "any"
-
-
-@dataclass(frozen=True)
-class Settings:
-    """A client's wishes; None = the model's own. Raises ValueError out of range, whatever their
-    type."""
-
-    seed: Any = 0
-    steps: Any = None
-    guidance: Any = None
-
-    def __post_init__(self) -> None:
-        check_number("seed", self.seed, 0, MAX_SEED)
-        if self.steps is not None:
-            check_number("steps", self.steps, 1, MAX_STEPS)
-        if self.guidance is not None:
-            check_number("guidance", self.guidance, 0, MAX_GUIDANCE, whole=False)
+MAX_SEED, MAX_PROMPT = 2**31 - 1, 500
 
 
 @dataclass
-class Voice:
-    """A generator with the tokenizer that it speaks."""
+class Pair:
+    """A generator with the tokenizer that decodes its indices."""
 
     name: str
-    generator: Any
-    tokenizer: Any
-    classes: list[str] = field(default_factory=list)  # empty: it reads prompts, or nothing
+    generator: Generator
+    tokenizer: Tokenizer
 
     @property
     def reads_text(self) -> bool:
@@ -60,133 +42,120 @@ class Voice:
     def lengths(self) -> list[int]:
         return decodable_lengths(self.tokenizer, self.generator.num_tokens)
 
-    def condition(self, wish: object) -> Any:
-        """A class name or prompt as the generator takes it. Raises ValueError."""
-        if self.reads_text:
-            if not isinstance(wish, str) or len(wish) > MAX_PROMPT:
-                raise ValueError(f"a prompt is a text of at most {MAX_PROMPT} characters")
-            return [wish]
-        if wish not in (*self.classes, NO_CLASS):
-            raise ValueError("no such class: choose one of the list")
-        label = self.classes.index(str(wish)) if wish in self.classes else NULL_CLASS
-        return torch.tensor([label])
+    @property
+    def classes(self) -> list[tuple[str, int]]:
+        """(name, label) of the classes that it knows, and of none."""
+        names: list[str] = []
+        if isinstance(self.generator.conditioner, ClassConditioner):
+            known = self.generator.metadata.get("class_names", [])
+            names = known or [str(i) for i in range(self.generator.conditioner.num_classes)]
+        return [*((name, label) for label, name in enumerate(names)), ("any", NULL_CLASS)]
 
     def grow(
-        self, wish: object, settings: Settings, tokens: Any, steps: Any, every_token: bool = False
+        self,
+        condition: str | int,
+        tokens: int,
+        every_token: bool = False,
+        seed: int = 0,
+        scale: float | None = None,
+        num_steps: int | None = None,
+        decoder_steps: int | None = None,
     ) -> Iterator[tuple[int, Image.Image]]:
-        """(number of tokens, picture) of the first tokens, then of more, up to `tokens`. settings:
-        of the generator; steps: of the decoder."""
-        decoding = Settings(steps=steps)
-        most = self.generator.num_tokens
-        tokens = int(check_number("tokens", tokens, 1, most))
-        lengths = [k for k in self.lengths if k < tokens] + [tokens]
+        """(number of tokens, image) of the first tokens, then of more, up to `tokens`. condition: a
+        prompt, or a class's label; num_steps: of the generator."""
+        if self.reads_text and (not isinstance(condition, str) or len(condition) > MAX_PROMPT):
+            raise ValueError(f"a prompt is a text of at most {MAX_PROMPT} characters")
+        lengths = [*(k for k in self.lengths if k < tokens), int(tokens)]
         if every_token and len(self.lengths) > 1:
-            lengths = list(range(1, tokens + 1))
-        sampling = {"guidance_scale": settings.guidance, "num_steps": settings.steps}
+            lengths = list(range(1, int(tokens) + 1))
         frames = grow_images(
             self.generator,
             self.tokenizer,
-            self.condition(wish),
+            [condition] if self.reads_text else torch.tensor([condition]),
             lengths,
-            int(settings.seed),
-            sampling,
-            {"num_steps": decoding.steps},
+            int(seed),
+            {"guidance_scale": scale, "num_steps": num_steps},
+            {"num_steps": decoder_steps} if self.tokenizer.stochastic else {},
         )
-        for k, pictures in frames:
-            yield k, to_image(pictures[0])
+        for k, images in frames:
+            yield k, to_image(images[0])
 
 
 class Studio:
-    """A tokenizer to take pictures apart, and generators that make new ones."""
+    """A tokenizer that reconstructs a user's picture, and generators that make new images."""
 
     def __init__(self, names: list[str], device: str = "cpu"):
-        """names: folders or hub ids. The first tokenizer among them is the one to reconstruct with,
-        else the first generator's."""
-        self.voices: list[Voice] = []
-        self.tokenizer: Any = None
+        """names: folders or hub ids. The first tokenizer among them reconstructs, else the first
+        generator's."""
+        self.pairs: list[Pair] = []
+        tokenizers: list[Tokenizer] = []
         for name in names:
             model = load_model(name, device)
-            if not is_generator(model):
-                self.tokenizer = self.tokenizer or model
-                continue
-            tokenizer = load_tokenizer_of(model, name, device=device)
-            self.voices.append(Voice(name, model, tokenizer, class_names(model)))
-        self.tokenizer = self.tokenizer or self.voices[0].tokenizer
-
-    @property
-    def lengths(self) -> list[int]:
-        return decodable_lengths(self.tokenizer)
-
-    @property
-    def draws(self) -> bool:
-        """Whether decoding draws: a flow decoder has seeds, steps and guidance; others have not."""
-        return hasattr(self.tokenizer, "noise_shape")
+            if isinstance(model, Tokenizer):
+                tokenizers.append(model)
+            else:
+                self.pairs.append(Pair(name, model, load_tokenizer_of(model, name, device=device)))
+        self.tokenizer = [*tokenizers, *(pair.tokenizer for pair in self.pairs)][0]
+        self.lengths = decodable_lengths(self.tokenizer)
 
     def crop(self, picture: Image.Image) -> Image.Image:
-        """The square that the tokenizer sees."""
+        """The square that the tokenizer encodes."""
         return center_crop(picture, self.tokenizer.image_size)
 
     def reconstruct(
-        self, image: Image.Image, tokens: Any, settings: Settings
+        self,
+        image: Image.Image,
+        tokens: int,
+        seed: int = 0,
+        steps: int | None = None,
+        scale: float | None = None,
     ) -> tuple[Image.Image, float]:
-        """image: as crop() returns it. Returns its reconstruction and the PSNR in dB."""
-        tokens = int(check_number("tokens", tokens, 1, self.tokenizer.num_tokens))
-        images = to_tensor(image)[None]
-        made = reconstruct_prefixes(
-            self.tokenizer, images, [tokens], int(settings.seed), self.decoding(settings)
-        )[tokens].cpu()
+        """image: as crop() returns it; steps, scale: None = the model's own. Returns the
+        reconstruction and its PSNR in dB."""
+        k, images = int(tokens), to_tensor(image)[None]
+        decoding = self.decoding(steps, scale)
+        made = reconstruct_prefixes(self.tokenizer, images, [k], int(seed), decoding)[k].cpu()
         return to_image(made[0]), min(MAX_PSNR, psnr(made, images).item())
 
     def filmstrip(
-        self, image: Image.Image, settings: Settings
+        self, image: Image.Image, *asked: Any
     ) -> Iterator[tuple[int, Image.Image, float]]:
-        """(tokens, reconstruction, PSNR) for 1, 2, 4, ... tokens."""
+        """(tokens, reconstruction, PSNR) for 1, 2, 4, ... tokens; asked: as of reconstruct."""
         for k in self.lengths:
-            yield (k, *self.reconstruct(image, k, settings))
+            yield (k, *self.reconstruct(image, k, *asked))
 
     def seeds(
-        self, image: Image.Image, tokens: Any, settings: Settings, number: int = 4
+        self, image: Image.Image, tokens: int, seed: int = 0, *asked: Any
     ) -> Iterator[tuple[int, Image.Image]]:
-        """(seed, reconstruction) for several seeds from settings.seed on: what the tokens leave
-        open differs."""
-        for seed in range(int(settings.seed), int(settings.seed) + number):
-            draw = Settings(seed % (MAX_SEED + 1), settings.steps, settings.guidance)
-            yield seed, self.reconstruct(image, tokens, draw)[0]
+        """(seed, reconstruction) for four seeds from `seed` on: what the tokens leave open
+        differs."""
+        for number in range(int(seed), int(seed) + 4):
+            yield number, self.reconstruct(image, tokens, number % (MAX_SEED + 1), *asked)[0]
 
-    def need(self, image: Image.Image, target: Any, settings: Settings) -> str:
-        """How many tokens the picture needs for a PSNR of `target` dB, in a sentence."""
+    def need(
+        self,
+        image: Image.Image,
+        target: float,
+        seed: int = 0,
+        steps: int | None = None,
+        scale: float | None = None,
+    ) -> str:
+        """How many tokens the image needs for a PSNR of `target` dB, in a sentence."""
         if len(self.lengths) == 1 or not self.tokenizer.vocab_size:
             raise ValueError("this tokenizer always needs all of its tokens")
-        value = check_number("the PSNR asked for", target, 0, MAX_PSNR, whole=False)
         found = adaptive.encode(
             self.tokenizer,
             to_tensor(image)[None],
-            adaptive.Target("psnr", value),
-            seed=int(settings.seed),
-            decoding=self.decoding(settings),
+            adaptive.Target("psnr", target),
+            seed=int(seed),
+            decoding=self.decoding(steps, scale),
         )
-        keep, total = int(found.keep[0]), self.tokenizer.num_tokens
         if not found.met[0]:
-            return f"{value:g} dB is out of reach: {found.reason[0]}"
-        return f"{keep} of {total} tokens are enough for {value:g} dB: {found.reason[0]}"
+            return f"{target:g} dB is out of reach: {found.reason[0]}"
+        enough = f"{int(found.keep[0])} of {self.tokenizer.num_tokens} tokens are enough"
+        return f"{enough} for {target:g} dB: {found.reason[0]}"
 
-    def decoding(self, settings: Settings) -> dict[str, Any]:
-        wishes = {"num_steps": settings.steps, "guidance_scale": settings.guidance}
-        return {k: v for k, v in wishes.items() if v is not None} if self.draws else {}
-
-
-def class_names(generator: Any) -> list[str]:
-    """Those in its metadata, else numbers; none for a generator that knows no classes."""
-    if not isinstance(generator.conditioner, ClassConditioner):
-        return []
-    known = generator.metadata.get("class_names", [])
-    return list(known) or [str(i) for i in range(generator.conditioner.num_classes)]
-
-
-def check_number(what: str, value: Any, low: float, high: float, whole: bool = True) -> Any:
-    """The value. Raises ValueError unless it is a number in [low, high]."""
-    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not good or not low <= value <= high or (whole and value != int(value)):
-        kind = "a whole number" if whole else "a number"
-        raise ValueError(f"{what} must be {kind} from {low:g} to {high:g}")
-    return value
+    def decoding(self, steps: int | None, scale: float | None) -> dict[str, Any]:
+        """Only a decoder that draws has steps and guidance."""
+        given = {"num_steps": steps, "guidance_scale": scale} if self.tokenizer.stochastic else {}
+        return {key: value for key, value in given.items() if value is not None}
