@@ -4,33 +4,33 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from flextok.printing import printable
 from flextok.schema import to_mapping
 
+if TYPE_CHECKING:
+    from flextok.hub import Pretrained
+
 MARK = "<!-- written by flextok; without this line it is left alone -->"
 _LICENSES = ("apache-2.0", "mit", "cc-by-4.0", "cc-by-nc-4.0")  # identifiers that the hub knows
 
 
-def model_facts(model: Any) -> dict[str, Any]:
+def model_facts(model: "Pretrained") -> dict[str, Any]:
     """A model's type, config, sizes, vocabulary, bits per image and metadata, as plain data."""
-    config = model.config
-    vocab_size = getattr(model, "vocab_size", None)
-    if vocab_size is None:  # a generator's lies in its config
-        vocab_size = config.vocab_size
-    bits = model.num_tokens * math.log2(vocab_size) if vocab_size else None
+    image_size, num_tokens, vocab_size = model.sizes()
     parts = {name: count_parameters(child) for name, child in model.named_children()}
     return {
         "model_type": model.model_type,
-        "image_size": getattr(model, "image_size", None),
-        "num_tokens": model.num_tokens,
+        "image_size": image_size,
+        "num_tokens": num_tokens,
         "vocab_size": vocab_size,
-        "bits_per_image": bits,  # None for a continuous bottleneck
+        # None for a continuous bottleneck
+        "bits_per_image": num_tokens * math.log2(vocab_size) if vocab_size else None,
         "parameters": {"total": count_parameters(model), **{k: n for k, n in parts.items() if n}},
-        "config": to_mapping(config),
+        "config": to_mapping(model.config),
         "metadata": dict(model.metadata),
     }
 
@@ -78,11 +78,14 @@ def millions(number: int) -> str:
     return f"{number / 1e6:,.1f}M"
 
 
-def model_card(model: Any, config: Mapping[str, Any], metadata: Mapping[str, Any]) -> str:
+def model_card(model: "Pretrained", config: Mapping[str, Any], metadata: Mapping[str, Any]) -> str:
     """A README.md for the model's folder or hub page: use, numbers known, and the config and
     metadata given, which name no path of this machine."""
     facts = model_facts(model) | {"config": config, "metadata": metadata}
-    name = model_class(model).__name__
+    # the class as one imports it: of a sharded model FSDP2 makes another
+    kind = next(cls for cls in type(model).__mro__ if "model_type" in vars(cls))
+    headline = (kind.__doc__ or "").strip().partition("\n")[0]
+    name = kind.__name__
     license_name = str(provenance_of(facts).get("license", ""))
     front = ["library_name: flextok", "tags:", "- flextok", f"- {facts['model_type']}"]
     if license_name in _LICENSES:
@@ -95,23 +98,13 @@ def model_card(model: Any, config: Mapping[str, Any], metadata: Mapping[str, Any
     return "\n".join(
         [
             *("---", *front, "---", MARK, ""),
-            *(f"# {name}", "", headline(model), ""),
+            *(f"# {name}", "", headline, ""),
             *("```python", f"from flextok import {name}", ""),
             *(f'model = {name}.from_pretrained("this folder or hub id")', "```", ""),
             *("## Numbers", "", "| | |", "|---|---|", *rows, ""),
             *("## Config", "", "```json", printed, "```", ""),
         ]
     )
-
-
-def model_class(model: Any) -> type:
-    """A model's class as one imports it: of a sharded model FSDP2 makes another."""
-    return next(cls for cls in type(model).__mro__ if "model_type" in vars(cls))
-
-
-def headline(model: Any) -> str:
-    """The first line of a model's class's docstring."""
-    return (model_class(model).__doc__ or "").strip().splitlines()[0]
 
 
 def cell(text: str) -> str:

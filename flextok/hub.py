@@ -59,6 +59,10 @@ class Pretrained(nn.Module):
         """Where the weights are. encode, decode and generate move what they are given there."""
         return next(self.parameters()).device
 
+    def sizes(self) -> tuple[int | None, int, int]:
+        """image_size (None of a generator), num_tokens and vocab_size (0 = continuous)."""
+        raise NotImplementedError
+
     @classmethod
     def from_pretrained(
         cls: type[M],
@@ -122,7 +126,7 @@ class Pretrained(nn.Module):
         """Raise ConfigError where a config and the tensors' shapes state different sizes, before
         a model of absurd ones is built."""
         for key, name, axis in cls.stated:
-            value, found = getattr(config, key), None
+            value, found = vars(config)[key], None
             if axis is None:
                 found = count(state, re.escape(name) + r"(\d+)\.")
             elif name in state and state[name].ndim > axis:

@@ -1,5 +1,6 @@
 """Picture grids, coarse-to-fine strips, maps and curves, as PNG files."""
 
+import contextlib
 import functools
 import io
 import re
@@ -31,11 +32,11 @@ def grid(
     long ones are wrapped."""
     height, width = (side * scale for side in rows[0].shape[-2:])
     left = MARGIN
-    beside = [lettering(label[:LONGEST_LABEL]) for label in row_labels or []]
-    if beside:
-        beside = [(textwrap.fill(text, LABEL_WIDTH), font) for text, font in beside]
-        lengths = [font.getlength(line) for text, font in beside for line in text.splitlines()]
-        left += int(max(lengths, default=0)) + 2 * GAP
+    beside = []
+    for text, font in (lettering(label[:LONGEST_LABEL]) for label in row_labels or []):
+        beside.append((textwrap.fill(text, LABEL_WIDTH), font))
+        widths = [int(font.getlength(line)) for line in beside[-1][0].splitlines()]
+        left = max(left, *(MARGIN + width + 2 * GAP for width in widths), MARGIN + 2 * GAP)
     top = MARGIN + (HEADER if column_labels else 0)
     columns = max(len(row) for row in rows)
     size = (
@@ -71,14 +72,10 @@ def lettering(label: str) -> tuple[str, ImageFont.FreeTypeFont | ImageFont.Image
 
     label = "".join(char for char in label if not is_invisible(char))
     dejavu = str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf")
-    if not all(map(is_joined, label)):
-        return spell(label, characters(dejavu)), ImageFont.truetype(dejavu, FONT_SIZE)
-    for path in (dejavu, *system_fonts()):
+    for path in (dejavu, *system_fonts()) if all(map(is_joined, label)) else ():
         if set(label) <= characters(path):
-            try:
+            with contextlib.suppress(OSError):  # bitmaps of one other size, as emoji fonts are
                 return label, ImageFont.truetype(path, FONT_SIZE)
-            except OSError:  # bitmaps of one other size, as some emoji fonts are
-                continue
     return spell(label, characters(dejavu)), ImageFont.truetype(dejavu, FONT_SIZE)
 
 

@@ -24,6 +24,9 @@ class Generator(Pretrained):
     def vocab_size(self) -> int:
         return self.config.vocab_size
 
+    def sizes(self) -> tuple[int | None, int, int]:
+        return None, self.num_tokens, self.vocab_size
+
     @property
     def generate_defaults(self) -> Any:
         """The dataclass of options that generate() takes where its caller states none."""

@@ -51,6 +51,9 @@ class Tokenizer(Pretrained):
     def image_size(self) -> int:
         return self.config.image_size
 
+    def sizes(self) -> tuple[int | None, int, int]:
+        return self.image_size, self.num_tokens, self.vocab_size
+
     def codes_settings(self) -> dict[str, Any]:
         """What of the config decides the indices."""
         raise NotImplementedError
