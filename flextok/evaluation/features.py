@@ -1,4 +1,4 @@
-"""Frozen, pretrained networks that look at pictures for the metrics: Inception for FID and its kin,
+"""Frozen, pretrained networks that evaluators look through: Inception for FID and its kin,
 EfficientNet-Lite0 where there is no network to download from, VGG-16 for LPIPS.
 
 Only Inception's own weights of 2015-12-05 make an FID. Every other network's distances carry its
@@ -6,7 +6,6 @@ name, so that nobody can take one for the other. Missing weights are an error, n
 """
 
 import hashlib
-from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -16,7 +15,6 @@ from torch import Tensor
 
 from flextok.losses.perceptual import LPIPS, load_network
 from flextok.nn.efficientnet import efficientnet_lite0, weights_path
-from flextok.schema import unknown_key
 from flextok.storage import read_tensors
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -33,7 +31,7 @@ class Features(NamedTuple):
 
 class FeatureNetwork(Protocol):
     name: str  # in the scores' names
-    preprocessing: str  # what happens to the uint8 pictures, for the report
+    preprocessing: str  # what happens to the uint8 images, for the report
     weights: str  # hash of the weights' file
 
     def __call__(self, pixels: Tensor) -> Features:
@@ -107,75 +105,6 @@ class EfficientNetLite0:
         maps = self.network.forward_features((x - 127.5) / 127.5)
         pooled = self.network.forward_head(maps, pre_logits=True)
         return Features(pooled, self.network.get_classifier()(pooled))
-
-
-NETWORKS = ("inception", "efficientnet_lite0", "lpips")
-PREFERRED = ("inception", "lpips")  # what papers report
-
-
-class Networks(NamedTuple):
-    """What an evaluation looks through."""
-
-    features: list[FeatureNetwork]
-    lpips: LPIPS | None
-    left_out: tuple[str, ...] = ()  # a sentence for each preferred network that is not at hand
-
-    def identity(self) -> dict[str, dict[str, str]]:
-        """Weights and preprocessing of each, for the report."""
-        found = {n.name: {"weights": n.weights, "preprocessing": n.preprocessing} for n in self[0]}
-        if self.lpips is not None:
-            found["lpips"] = {"weights": "VGG-16, LPIPS 0.1", "preprocessing": "none: own size"}
-        return found
-
-
-def networks_at_hand(
-    device: str | torch.device, dtype: torch.dtype, inception_weights: str | Path | None
-) -> Networks:
-    """The preferred networks whose weights are on this machine; EfficientNet-Lite0 in place of
-    Inception where only that one is. What is left out stands in `left_out`, with the reason."""
-    found, missing = Networks([], None), []
-
-    def load(name: str) -> bool:
-        nonlocal found
-        try:
-            more = load_networks([name], device, dtype, inception_weights)
-        except ValueError as error:
-            missing.append(f"{name} is left out: {error}")
-            return False
-        found = Networks(found.features + more.features, found.lpips or more.lpips)
-        return True
-
-    if not load("inception"):
-        load("efficientnet_lite0")
-    load("lpips")
-    return found._replace(left_out=tuple(missing))
-
-
-def load_networks(
-    names: Iterable[str] | None,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float64,
-    inception_weights: str | Path | None = None,
-) -> Networks:
-    """The networks by name, frozen; dtype float64, else float32. None takes what is at hand of
-    those that papers report. Raises ValueError for an unknown name and for named networks whose
-    weights are not on this machine, with the way to get them."""
-    if names is None:
-        if inception_weights is not None:
-            Inception(inception_weights, device, dtype)  # asked for by name, so it must be there
-        return networks_at_hand(device, dtype, inception_weights)
-    features: list[FeatureNetwork] = []
-    lpips = None
-    for name in dict.fromkeys(names):
-        if name == "inception":
-            features.append(Inception(inception_weights, device, dtype))
-        elif name == "efficientnet_lite0":
-            features.append(EfficientNetLite0(device, dtype))
-        elif name == "lpips":
-            lpips = load_lpips(device, dtype)
-        else:
-            raise unknown_key("network", name, list(NETWORKS))
-    return Networks(features, lpips)
 
 
 def load_lpips(device: str | torch.device, dtype: torch.dtype) -> LPIPS:

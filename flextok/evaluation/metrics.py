@@ -1,13 +1,17 @@
-"""Picture metrics, on pictures rounded to 8 bits as a viewer gets them. Each compares (B, 3, H, W)
-with (B, 3, H, W) in [-1, 1] and returns (B,); a new one is a function and a line in METRICS."""
+"""Measures of images, (B, 3, H, W) in [-1, 1] rounded to 8 bits as a viewer gets them. Each returns
+(B,) float64."""
 
-from collections.abc import Callable
+import hashlib
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
+from flextok.losses.perceptual import LPIPS
 from flextok.nn.devices import widest
 from flextok.tokenizers.base import check_finite
+
+MAX_PSNR = 100.0  # dB, of an image that comes back without any error; 8 bits cannot come near it
 
 
 def to_8_bit(images: Tensor) -> Tensor:
@@ -16,19 +20,19 @@ def to_8_bit(images: Tensor) -> Tensor:
 
 
 def mse(a: Tensor, b: Tensor) -> Tensor:
-    """a, b: (B, 3, H, W) in [-1, 1]. Returns (B,), in units of the 0..255 range squared."""
+    """In units of the 0..255 range squared."""
     error = (to_8_bit(a) - to_8_bit(b)).square().mean(dim=(1, 2, 3))
     return check_finite(error, "the images compared")
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
-    """a, b: (B, 3, H, W) in [-1, 1]. Returns (B,) in dB, peak 255; equal pictures give inf."""
-    return 10 * torch.log10(255.0**2 / mse(a, b))
+    """In dB, peak 255; MAX_PSNR for equal images."""
+    return (10 * torch.log10(255.0**2 / mse(a, b))).clamp_max(MAX_PSNR)
 
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:
-    """a, b: (B, 3, H, W) in [-1, 1]. Returns (B,): structural similarity (Wang et al. 2004) with
-    its Gaussian window of 11 pixels and sigma 1.5, the channels averaged."""
+    """Structural similarity (Wang et al. 2004) with its Gaussian window of 11 pixels and sigma 1.5,
+    the channels averaged."""
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     scores = structural_similarity_index_measure(
@@ -38,4 +42,27 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     return scores.reshape(len(a))
 
 
-METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"psnr": psnr, "mse": mse, "ssim": ssim}
+def lpips(network: LPIPS, a: Tensor, b: Tensor) -> Tensor:
+    dtype = network.shift.dtype
+    ours, theirs = ((to_8_bit(x) / 127.5 - 1).to(dtype) for x in (a, b))
+    with torch.no_grad():
+        return network.distances(ours, theirs).cpu().double()
+
+
+def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
+    """a, b: (B, D) features. Returns 1 - their cosines."""
+    return 1 - cosine_similarity(a.cpu().double(), b.cpu().double(), dim=-1)
+
+
+def sharpness(images: Tensor) -> Tensor:
+    """The mean absolute gradient of grey values, in units of the 0..255 range a pixel."""
+    grey = to_8_bit(images).mean(dim=1)
+    gradients = grey.diff(dim=1).abs().mean(dim=(1, 2)) + grey.diff(dim=2).abs().mean(dim=(1, 2))
+    return gradients / 2
+
+
+def image_hashes(images: Tensor) -> Tensor:
+    """A number for each image's 8-bit pixels, (B,) long."""
+    pixels = to_8_bit(images).byte().cpu().numpy()
+    digests = [hashlib.sha256(image.tobytes()).digest()[:8] for image in pixels]
+    return torch.tensor([int.from_bytes(digest, "big", signed=True) for digest in digests])

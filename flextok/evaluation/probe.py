@@ -1,4 +1,4 @@
-"""Linear probe: how much of a picture's class the first k codes tell, the tokenizer frozen.
+"""Linear probe: how well the first k codes predict an image's class, the tokenizer frozen.
 
 Multinomial logistic regression on the code vectors of a prefix, standardised and side by side, with
 an L2 penalty, fitted to its optimum (L-BFGS, float64): nothing is drawn.
@@ -10,27 +10,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flextok.evaluation import passes
 from flextok.evaluation.job import Options
+from flextok.evaluation.sources import Images, batches, encode
 from flextok.pipeline import prefix_lengths
+from flextok.tokenizers.base import Tokenizer
 
 L2 = 1e-2  # of the mean loss, on standardised codes
 
 
 def linear_probe(
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     train: Any,
     test: Any,
     options: Options,
     lengths: list[int] | None = None,
     penalty: float = L2,
 ) -> dict[str, Any]:
-    """Class accuracy on `test` from the first k codes of each picture, for k = 1, 2, 4, ... all.
+    """Class accuracy on `test` from the first k codes of each image, for k = 1, 2, 4, ... all.
 
     train, test: data sets with the same class_names. Beside each accuracy stand that of a probe
     trained on shuffled labels and, once, the share of test's most frequent class: what no code at
     all gives. Raises ValueError for data of different classes."""
-    names = [list(getattr(part, "class_names", [])) for part in (train, test)]
+    names = [list(part.class_names) for part in (train, test)]
     if names[0] != names[1]:
         raise ValueError(f"train and test have different classes: {names[0][:5]}, {names[1][:5]}")
     lengths = lengths or prefix_lengths(tokenizer.num_tokens)
@@ -56,26 +57,24 @@ def linear_probe(
     return {
         "train_count": len(train_labels),
         "test_count": len(test_labels),
-        "classes": len(names[0]) or int(train_labels.max()) + 1,
+        "classes": len(names[0]),
         "most_frequent_class": float(most.double().mean()),
         "penalty": penalty,
         "results": results,
     }
 
 
-def codes_of(tokenizer: Any, dataset: Any, options: Options) -> tuple[Tensor, Tensor]:
-    """Code vectors (n, K, C) float64 and labels (n,) of all readable pictures."""
-    source = passes.Numbered(dataset, tokenizer.image_size)
+def codes_of(tokenizer: Tokenizer, dataset: Any, options: Options) -> tuple[Tensor, Tensor]:
+    """Code vectors (n, K, C) float64 and labels (n,) of all readable images."""
     device = next(tokenizer.parameters()).device
     codes, labels = [], []
-    for batch in passes.batches(source, options, "encoding"):
-        found = passes.encode(tokenizer, batch["image"].to(device))
+    source = Images(dataset, tokenizer.image_size)
+    for batch in batches(source, options, "encoding"):
+        found = encode(tokenizer, batch["image"].to(device), batch["index"], options.seed)
         if not found.is_floating_point():
             found = tokenizer.quantizer.indices_to_codes(found)
         codes.append(found.cpu().double())
         labels.append(batch["label"])
-    if not codes:
-        raise ValueError("no picture of the data set could be read; see the warnings above")
     return torch.cat(codes), torch.cat(labels)
 
 
@@ -112,7 +111,7 @@ def format_table(report: dict[str, Any]) -> str:
         for r in report["results"]
     ]
     lines.append(
-        f"{report['classes']} classes, {report['train_count']} + {report['test_count']} pictures; "
+        f"{report['classes']} classes, {report['train_count']} + {report['test_count']} images; "
         f"the most frequent class alone: {report['most_frequent_class']:.3f}"
     )
     return "\n".join(lines)

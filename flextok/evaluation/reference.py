@@ -1,12 +1,13 @@
 """A stored reference for FID: the ADM evaluator's .npz (guided-diffusion), or one of our own.
 
 ADM's holds `mu` and `sigma` of Inception's features over the whole training set and, as `arr_0`,
-ten thousand pictures for precision and recall. Ours says besides what it was made of.
+ten thousand images for precision and recall. Ours states besides what it was made of.
 """
 
 import zipfile
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -19,12 +20,13 @@ from flextok.files import atomic_write
 
 SUFFIX = ".npz"
 FACTS = ("count", "image_size", "network", "weights")  # that our files state
+BATCH = 32  # ADM's file is 2 GB: its images are read a few at a time
 
 
 class Reference:
-    """Statistics from a file, checked against the network and the picture size they are used for.
+    """Statistics from a file, checked against the network and the image size they are used for.
 
-    Raises ValueError for a file that cannot be right: not an .npz, another network, another picture
+    Raises ValueError for a file that cannot be right: not an .npz, another network, another image
     size, values that are not finite. What cannot be known is in `warnings`."""
 
     def __init__(self, path: str | Path, network: FeatureNetwork, image_size: int):
@@ -34,40 +36,36 @@ class Reference:
             raise ValueError(f"reference {path} is not an .npz file: give ADM's or one of ours")
         self.hash = file_hash(self.path)
         with np.load(self.path, allow_pickle=False) as file:
-            self.names = set(file.files)
+            names = set(file.files)
             facts = {k: file[k].item() for k in FACTS if k in file}
-            moments = (file["mu"], file["sigma"]) if {"mu", "sigma"} <= self.names else None
-        self._check_network(facts)
-        self.pictures = self._pictures_shape()
-        size = facts.get("image_size", self.pictures[1] if self.pictures else None)
+            moments = (file["mu"], file["sigma"]) if {"mu", "sigma"} <= names else None
+        source = (facts.get("network", "inception"), facts.get("weights", network.weights))
+        if "mu" in names and source != (network.name, network.weights):
+            raise ValueError(
+                f"reference {path} holds features of {source[0]} (weights {source[1]}), not of "
+                f"{network.name} (weights {network.weights})"
+            )
+        self.images = self._images_shape() if "arr_0" in names else None
+        size = facts.get("image_size", self.images[1] if self.images else None)
         if size is None:
             self.warnings.append(
-                f"reference {path} does not say its picture size and crop: unchecked"
+                f"reference {path} does not state its image size and crop: unchecked"
             )
         elif int(size) != image_size:
             raise ValueError(
-                f"reference {path} is of {size} px pictures, the model's have {image_size} px: "
+                f"reference {path} is of {size} px images, the model's have {image_size} px: "
                 "scores against it would mean nothing"
             )
         if moments is not None:
             self.statistics = self._checked(*moments, facts.get("count"))
-        elif self.pictures:
-            self.statistics = statistics(self.features())
+        elif self.features is not None:
+            self.statistics = statistics(self.features)
         else:
-            raise ValueError(f"reference {path} holds neither mu and sigma nor pictures (arr_0)")
-        count, dim = self.statistics.count, len(self.statistics.mean)
-        if count is None:
-            self.warnings.append(f"reference {path} does not say how many pictures it is made of")
-        elif count <= dim:
-            self.warnings.append(few_pictures(f"reference {path}", count, dim))
-
-    def _check_network(self, facts: dict[str, Any]) -> None:
-        found = (facts.get("network", "inception"), facts.get("weights", self.network.weights))
-        if "mu" in self.names and found != (self.network.name, self.network.weights):
-            raise ValueError(
-                f"reference {self.path} holds features of {found[0]} (weights {found[1]}), not of "
-                f"{self.network.name} (weights {self.network.weights})"
-            )
+            raise ValueError(f"reference {path} holds neither mu and sigma nor images (arr_0)")
+        if (count := self.statistics.count) is None:
+            self.warnings.append(f"reference {path} does not state how many images it is made of")
+        elif few := few_images(f"reference {path}", count, len(self.statistics.mean)):
+            self.warnings.append(few)
 
     def _checked(self, mean: np.ndarray, covariance: np.ndarray, count: int | None) -> Statistics:
         dim = mean.shape[0] if mean.ndim == 1 else -1
@@ -80,12 +78,10 @@ class Reference:
             raise ValueError(f"reference {self.path} holds values that are not finite: damaged")
         if not np.allclose(covariance, covariance.T, rtol=1e-3, atol=1e-6):
             raise ValueError(f"reference {self.path}: sigma is not symmetric, so no covariance")
-        mu, sigma = (torch.from_numpy(a.astype(np.float64)) for a in (mean, covariance))
-        return Statistics(mu, sigma, None if count is None else int(count))
+        mean, covariance = mean.astype(np.float64), covariance.astype(np.float64)
+        return Statistics(mean, covariance, None if count is None else int(count))
 
-    def _pictures_shape(self) -> tuple[int, ...] | None:
-        if "arr_0" not in self.names:
-            return None
+    def _images_shape(self) -> tuple[int, ...]:
         with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as stream:
             shape, dtype = read_header(stream)
         if len(shape) != 4 or shape[1] != shape[2] or shape[3] != 3 or dtype != np.uint8:
@@ -94,22 +90,24 @@ class Reference:
             )
         return shape
 
-    def features(self, batch_size: int = 32) -> Tensor:
-        """Of the stored pictures, (n, D); read a few pictures at a time, as ADM's file is 2 GB."""
-        assert self.pictures is not None, "the reference holds no pictures"
-        number, *shape = self.pictures
+    @cached_property
+    def features(self) -> Tensor | None:
+        """Of the stored images, (n, D); None where there are none."""
+        if self.images is None:
+            return None
+        number, *shape = self.images
         pixels, rows = int(np.prod(shape)), []
         with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as stream:
             read_header(stream)
-            for start in range(0, number, batch_size):
-                size = min(batch_size, number - start)
+            for start in range(0, number, BATCH):
+                size = min(BATCH, number - start)
                 flat = np.frombuffer(stream.read(size * pixels), dtype=np.uint8)
                 batch = torch.from_numpy(flat.reshape(size, *shape).copy()).movedim(-1, 1)
                 rows.append(self.network(batch).pooled.cpu())
         return torch.cat(rows)
 
 
-def read_header(stream: Any) -> tuple[tuple[int, ...], np.dtype]:
+def read_header(stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
     formats = np.lib.format
     major, _ = formats.read_magic(stream)
     read = formats.read_array_header_1_0 if major == 1 else formats.read_array_header_2_0
@@ -125,12 +123,13 @@ def save_reference(
     """Write statistics as a file that Reference reads."""
     path = check_suffix(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    facts = {"count": stats.count, "image_size": image_size, "network": network.name}
-    facts |= {"weights": network.weights, "data": data, "flextok_version": flextok.__version__}
+    facts: dict[str, Any] = {"count": stats.count, "image_size": image_size, "data": data}
+    facts |= {"network": network.name, "weights": network.weights}
+    facts["flextok_version"] = flextok.__version__
 
     def write(temporary: Path) -> None:
         with open(temporary, "wb") as file:  # a name without .npz would get it appended
-            np.savez(file, mu=stats.mean.numpy(), sigma=stats.covariance.numpy(), **facts)  # type: ignore[arg-type]
+            np.savez(file, mu=stats.mean, sigma=stats.covariance, **facts)
 
     atomic_write(path, write)
     return path
@@ -143,8 +142,10 @@ def check_suffix(path: str | Path) -> Path:
     return path
 
 
-def few_pictures(what: str, count: int, dim: int) -> str:
+def few_images(what: str, count: int, dim: int) -> str | None:
+    if count > dim:
+        return None
     return (
-        f"{what}: {count} pictures for {dim} features; below that number the covariance is "
+        f"{what}: {count} images for {dim} features; below that number the covariance is "
         "singular and the Frechet distance is biased upwards"
     )

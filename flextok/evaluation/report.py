@@ -1,54 +1,61 @@
-"""Scores from the rows of a pass, and the JSON report that says what they mean."""
+"""The JSON report of an evaluation: scores, and all that they depend on."""
 
 import hashlib
 import json
 import math
 import sys
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 import flextok
+from flextok.data.parts import PartStore
 from flextok.evaluation import processes
-from flextok.evaluation.codes import code_report
+from flextok.evaluation.evaluators import Rows
 from flextok.evaluation.job import Job
-from flextok.evaluation.metrics import METRICS
-from flextok.evaluation.records import Records
-from flextok.evaluation.reference import few_pictures
-from flextok.evaluation.scores import (
-    KID_SUBSET,
-    Compared,
-    Measured,
-    compared_with,
-    proper_names,
-    set_scores,
-)
 from flextok.files import write_text
+from flextok.generators.base import Generator
 from flextok.hub import fingerprint
 from flextok.schema import NotFinite
+from flextok.tokenizers.base import Tokenizer
 
 REPORT = "report.json"
-MAX_PSNR = 100.0  # dB, of a picture that comes back without any error; 8 bits cannot come near it
 
 
-def make_report(job: Job, measured: Measured) -> dict[str, Any]:
-    made, real = measured.made, measured.real
-    count = len(made.column("index"))
-    if count == 0 or (real is not None and len(real.column("index")) == 0):
-        raise ValueError("no picture of the data set could be read; see the warnings above")
+class Measured(NamedTuple):
+    """What a pass leaves behind."""
+
+    job: Job
+    made: PartStore  # rows of reconstructed or generated images
+    real: PartStore | None  # rows of the images that they are compared with
+    asked: int  # images of the data set, unreadable ones too
+    seconds: float
+
+    def rows(self, side: str) -> Rows:
+        real = self.real
+        return Rows(
+            lambda name: self.made.column(f"{side}/{name}")[:],
+            None if real is None else lambda name: real.column(f"real/{name}")[:],
+            paired=self.job.generator is None,
+        )
+
+
+def make_report(measured: Measured) -> dict[str, Any]:
+    job = measured.job
+    if not all(store.num_rows for store in (measured.made, measured.real) if store):
+        raise ValueError("no image of the data set could be read; see the warnings above")
     codes = None
-    if job.tokenizer.vocab_size:
-        length = made.column("indices")[:1].shape[1]
-        codes = code_report(made.column("indices"), length, job.tokenizer.vocab_size)
-    compared = [compared_with(measured, network) for network in job.networks.features]
-    cells = range(len(job.cells))
+    for evaluator in job.evaluators:
+        if "indices" in evaluator.needs:
+            codes = evaluator.scores(measured.rows("codes"))
     return {
-        "settings": settings(job, measured),
-        "results": [result(job, measured, number, codes, compared) for number in cells],
+        "settings": settings(measured),
+        "results": [result(measured, number, codes) for number in range(len(job.cells))],
         "codes": codes,
-        "warnings": warnings(job, measured),
+        "warnings": warnings(measured),
         "run": {
             "processes": processes.count(),
             "batch_size": job.options.batch_size,
@@ -59,31 +66,17 @@ def make_report(job: Job, measured: Measured) -> dict[str, Any]:
     }
 
 
-def result(
-    job: Job,
-    measured: Measured,
-    number: int,
-    codes: dict[str, Any] | None,
-    compared: list[Compared],
-) -> dict[str, Any]:
+def result(measured: Measured, number: int, codes: dict[str, Any] | None) -> dict[str, Any]:
     """One cell: how it decodes, what that costs, how good it is."""
-    cell, made = job.cells[number], measured.made
+    job, cell, rows = measured.job, measured.job.cells[number], measured.rows(str(number))
     scores: dict[str, float] = {}
-    if job.generator is None:
-        for name in (*METRICS, *(["lpips"] if job.networks.lpips is not None else [])):
-            values = made.column(f"{number}/{name}")[:].double()
-            scores[name] = float(values.clamp_max(MAX_PSNR if name == "psnr" else math.inf).mean())
-    for network, other in zip(job.networks.features, compared, strict=True):
-        found = set_scores(measured.made, number, network, other)
-        scores |= proper_names(found, network, "rfid" if job.generator is None else "gfid")
+    for evaluator in job.evaluators:
+        if "images" in evaluator.needs and (rows.paired or "originals" not in evaluator.needs):
+            scores |= evaluator.scores(rows)
     for name, score in scores.items():
         if not math.isfinite(score):
             raise NotFinite(f"{name} is {score} at {cell.num_tokens} tokens: no score to report")
-    defaults = getattr(job.tokenizer.config, "decode", None)  # of FlexTok
-    steps, scale = cell.num_steps, cell.guidance_scale
-    if defaults is not None:
-        steps = defaults.num_steps if steps is None else steps
-        scale = defaults.guidance_scale if scale is None else scale
+    decoding = asdict(job.decoding[number])
     rate = {}
     if codes is not None:
         pixels = job.tokenizer.image_size**2
@@ -93,48 +86,50 @@ def result(
         rate["entropy_bits_per_pixel"] = entropy / pixels
     return {
         "num_tokens": cell.num_tokens,
-        "num_steps": steps,
-        "guidance_scale": scale,
-        "count": len(made.column("index")),
+        "num_steps": decoding.get("num_steps"),
+        "guidance_scale": decoding.get("guidance_scale"),
+        "count": measured.made.num_rows,
         **rate,
-        "seconds_per_picture": float(made.column(f"{number}/seconds")[:].mean()),
+        "seconds_per_picture": float(rows.made("seconds").mean()),
         "scores": scores,
     }
 
 
-def settings(job: Job, measured: Measured) -> dict[str, Any]:
+def settings(measured: Measured) -> dict[str, Any]:
     """All that the scores depend on."""
-    tokenizer, options = job.tokenizer, job.options
-    defaults = getattr(tokenizer.config, "decode", None)
+    job = measured.job
+    tokenizer, model = job.tokenizer, job.generator or job.tokenizer
     reference: dict[str, Any] = {"reference": job.names.get("data")}
-    stored = next(iter(measured.references.values()), None)
-    if stored is not None:
+    for stored in (e.reference for e in job.networks if e.reference is not None):
         reference["stored_reference"] = str(stored.path)
         reference["reference_hash"] = reference["stored_reference_hash"] = stored.hash
         reference["stored_reference_count"] = stored.statistics.count
-    if measured.real is not None:  # the very pictures, as they were compared
-        pictures = measured.real.column("picture")[:].numpy().tobytes()
-        reference["reference_hash"] = hashlib.sha256(pictures).hexdigest()[:16]
-        reference["reference_count"] = len(pictures) // 8
+    if measured.real is not None:  # the very images, as they were compared
+        hashes = measured.real.column("real/hash")[:].numpy().tobytes()
+        reference["reference_hash"] = hashlib.sha256(hashes).hexdigest()[:16]
+        reference["reference_count"] = len(hashes) // 8
+    decoding = asdict(job.decoding[0])
+    labels = measured.made.column("label")[:]
     return {
         "task": "reconstruction" if job.generator is None else "generation",
         "model": job.names.get("model"),
-        **model_settings(tokenizer if job.generator is None else job.generator, tokenizer),
+        **model_settings(model, tokenizer),
         "data": job.names.get("data"),
         **reference,
         "statistics_dtype": "float64",
-        "seed": options.seed,
-        "solver": options.solver or getattr(defaults, "solver", None),
-        "guidance": getattr(defaults, "guidance", None),
-        "generate": None if job.generator is None else vars(job.generator.config.generate),
-        "sample_count": len(measured.made.column("index")),
-        "labels": label_balance(measured.made),
-        "networks": job.networks.identity(),
+        "seed": job.options.seed,
+        "decoding": {k: v for k, v in decoding.items() if k not in ("num_steps", "guidance_scale")},
+        "solver": decoding.get("solver"),
+        "guidance": decoding.get("guidance"),
+        "generate": None if job.generator is None else asdict(job.sampling),
+        "sample_count": len(labels),
+        "labels": label_balance(labels.tolist()),
+        "networks": job.identities(),
     }
 
 
-def model_settings(model: Any, tokenizer: Any) -> dict[str, Any]:
-    """Which model saw the pictures how, and the versions of the code."""
+def model_settings(model: Tokenizer | Generator, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Which model saw the images how, and the versions of the code."""
     return {
         "model_type": model.model_type,
         "model_hash": fingerprint(model),
@@ -149,32 +144,20 @@ def model_settings(model: Any, tokenizer: Any) -> dict[str, Any]:
     }
 
 
-def label_balance(made: Records) -> dict[str, Any]:
-    """How many pictures each class has; FID moves by about 0.1 with it."""
-    counts = Counter(made.column("label")[:].tolist())
-    least, most = min(counts.values()), max(counts.values())
-    balanced = most - least <= 1
-    return {"classes": len(counts), "fewest": least, "most": most, "balanced": balanced}
+def label_balance(labels: list[int]) -> dict[str, Any]:
+    """How many images each class has; FID moves by about 0.1 with it."""
+    counts = Counter(labels).values()
+    least, most = min(counts), max(counts)
+    return {"classes": len(counts), "fewest": least, "most": most, "balanced": most - least <= 1}
 
 
-def warnings(job: Job, measured: Measured) -> list[str]:
+def warnings(measured: Measured) -> list[str]:
     """What a reader of the scores has to know."""
-    found = list(job.networks.left_out)
-    count = len(measured.made.column("index"))
-    if measured.real is not None and (lost := measured.asked - len(measured.real.column("index"))):
-        found.append(f"{lost} of {measured.asked} pictures could not be read and do not count")
-    for network in job.networks.features:
-        dim = measured.made.column(f"0/{network.name}")[:1].shape[1]
-        sides = {"evaluated": count}
-        if measured.real is not None:
-            sides["reference"] = len(measured.real.column("index"))
-        found += [few_pictures(f"{k} set", n, dim) for k, n in sides.items() if n <= dim]
-        if min(sides.values()) < KID_SUBSET:
-            found.append(f"kernel distance over all pictures: fewer than a subset of {KID_SUBSET}")
-        if network.name.startswith("inception_"):
-            found.append(f"{network.name}: not the weights that FID is defined on")
-    for reference in measured.references.values():
-        found += reference.warnings
+    found = list(measured.job.left_out)
+    if lost := measured.asked - (measured.real.num_rows if measured.real else 0):
+        found.append(f"{lost} of {measured.asked} images could not be read and do not count")
+    for evaluator in measured.job.evaluators:
+        found += evaluator.warnings(measured.rows("0"))
     return list(dict.fromkeys(found))
 
 

@@ -11,14 +11,15 @@ from torch import Tensor
 
 from flextok import viz
 from flextok.data.stream import collate
-from flextok.draws import SPREAD, derived_generator
-from flextok.evaluation.evaluate import evaluate_tokenizer
-from flextok.evaluation.job import Cell, Options
+from flextok.draws import NOISE, SPREAD, derived_generator, row_generators
+from flextok.evaluation.job import Cell, Options, decoding_of
 from flextok.evaluation.metrics import to_8_bit
-from flextok.evaluation.passes import Numbered, decode, encode, noise_of
 from flextok.evaluation.report import write_report
+from flextok.evaluation.runner import evaluate
+from flextok.evaluation.sources import Images, decode, encode, readable
 from flextok.files import atomic_write
 from flextok.pipeline import prefix_lengths
+from flextok.tokenizers.base import Tokenizer
 
 AXES = {
     "tokens": ("num_tokens", "tokens"),
@@ -26,10 +27,11 @@ AXES = {
     "time": ("seconds_per_picture", "seconds a picture (decoding)"),
 }
 LABELS = {"psnr": "PSNR (dB)", "ssim": "SSIM", "lpips": "LPIPS", "mse": "MSE", "rfid": "rFID"}
+LABELS |= {"sharpness": "sharpness", "kid": "KID"}
 
 
 def sweep(
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     dataset: Any,
     options: Options,
     output: str | Path,
@@ -45,27 +47,26 @@ def sweep(
 
     Writes to the folder `output`: report.json, sweep.csv, tokens.png, bits.png, time.png,
     strips.png and, where the decoder draws noise, variance.png of `num_draws` decodes of
-    `num_pictures` pictures. Returns the report with the spread by prefix length added."""
+    `num_pictures` images. Returns the report with the spread by prefix length added."""
     output = Path(output)
     lengths = lengths or prefix_lengths(tokenizer.num_tokens)
     no_choice: list[None] = [None]
     ways = list(product(steps or no_choice, guidance or no_choice))
     cells = [Cell(k, *way) for way in ways for k in lengths]
-    report = evaluate_tokenizer(tokenizer, dataset, cells, options, output, names)
-    source = Numbered(dataset, tokenizer.image_size)
+    report = evaluate(tokenizer, dataset, cells, options, output, names)
+    source = Images(dataset, tokenizer.image_size)
     chosen = [i * len(source) // num_pictures for i in range(min(num_pictures, len(source)))]
-    shown = collate([source[i] for i in chosen])
-    if shown:
-        first = [Cell(k, *ways[0]) for k in lengths]
-        decoded = draws_of(tokenizer, shown, first, options, num_draws)
-        strips = {k: pictures[:, 0] for k, pictures in decoded.items()}
+    if shown := collate(readable(source, chosen)):
+        draws = num_draws if tokenizer.stochastic else 1
+        decoded = draws_of(tokenizer, shown, cells[: len(lengths)], options, draws)
+        strips = {k: images[:, 0] for k, images in decoded.items()}
         viz.save(viz.coarse_to_fine(shown["image"], strips), output / "strips.png")
-        if hasattr(tokenizer, "noise_shape") and num_draws > 1:
-            maps = {k: spread(pictures) for k, pictures in decoded.items()}
+        if draws > 1:
+            maps = {k: spread(images) for k, images in decoded.items()}
             report["spread"] = {
                 "unit": "mean standard deviation of 0..255 pixels over decodes of one prefix",
                 "pictures": len(shown["image"]),
-                "draws": num_draws,
+                "draws": draws,
                 "by_tokens": {str(k): float(m.mean()) for k, m in maps.items()},
             }
             viz.save(viz.variance_map(shown["image"], strips, maps), output / "variance.png")
@@ -78,47 +79,48 @@ def sweep(
 
 
 def draws_of(
-    tokenizer: Any, batch: dict[str, Tensor], cells: list[Cell], options: Options, draws: int
+    tokenizer: Tokenizer, batch: dict[str, Tensor], cells: list[Cell], options: Options, draws: int
 ) -> dict[int, Tensor]:
     """Prefix length -> (n, draws, 3, H, W): the same prefix decoded from several noises, the first
     being the evaluation's own."""
-    indices = encode(tokenizer, batch["image"].to(next(tokenizer.parameters()).device))
-    noises = [noise_of(tokenizer, batch["index"], options.seed)]
-    if noises[0] is not None:
-        for draw in range(1, draws):
-            seeds = [derived_generator(options.seed, SPREAD, int(i), draw) for i in batch["index"]]
-            shape = noises[0].shape[1:]
-            noises.append(torch.stack([torch.randn(shape, generator=g) for g in seeds]))
-    return {
-        cell.num_tokens: torch.stack(
-            [decode(tokenizer, indices, cell, options, noise).cpu() for noise in noises], dim=1
-        )
-        for cell in cells
-    }
+    device, numbers = next(tokenizer.parameters()).device, batch["index"]
+    indices = encode(tokenizer, batch["image"].to(device), numbers, options.seed)
+    decoded = {}
+    for cell in cells:
+        kept = indices[:, : cell.num_tokens]
+        way = decoding_of(tokenizer, cell, options, tokenizer.num_tokens)
+        images = [decode(tokenizer, kept, way, row_generators(options.seed, NOISE, numbers))]
+        for number in range(1, draws):
+            rngs = [derived_generator(options.seed, SPREAD, int(i), number) for i in numbers]
+            images.append(decode(tokenizer, kept, way, rngs))
+        decoded[cell.num_tokens] = torch.stack([some.cpu() for some in images], dim=1)
+    return decoded
 
 
-def spread(pictures: Tensor) -> Tensor:
-    """pictures: (n, draws, 3, H, W) in [-1, 1]. Returns the standard deviation over the draws in
+def spread(images: Tensor) -> Tensor:
+    """images: (n, draws, 3, H, W) in [-1, 1]. Returns the standard deviation over the draws in
     0..255 units, the channels' root mean square, (n, H, W)."""
-    n, draws = pictures.shape[:2]
-    pixels = to_8_bit(pictures.flatten(0, 1)).unflatten(0, (n, draws))
+    n, draws = images.shape[:2]
+    pixels = to_8_bit(images.flatten(0, 1)).unflatten(0, (n, draws))
     return pixels.var(dim=1).mean(dim=1).sqrt()
 
 
+def shown_scores(results: list[dict[str, Any]]) -> list[str]:
+    """The scores that tables and plots show."""
+    return [s for s in results[0]["scores"] if s in LABELS or s.startswith("frechet")]
+
+
 def plot(results: list[dict[str, Any]], key: str, label: str) -> Any:
-    """A panel for each score that says something about quality, a line for each way to decode."""
-    scores = [s for s in results[0]["scores"] if s in LABELS or s.startswith("frechet")]
-    ways = dict.fromkeys((r["num_steps"], r["guidance_scale"]) for r in results)
+    """A panel for each score, a line for each way to decode."""
+    ways: dict[str, list[dict[str, Any]]] = {}
+    for r in results:
+        way = f"{r['num_steps'] or '-'} steps, guidance {r['guidance_scale'] or '-'}"
+        ways.setdefault(way, []).append(r)
     panels = {
         LABELS.get(score, score.replace("_", " ")): {
-            f"{steps or '-'} steps, guidance {scale or '-'}": sorted(
-                (r[key], r["scores"][score])
-                for r in results
-                if (r["num_steps"], r["guidance_scale"]) == (steps, scale)
-            )
-            for steps, scale in ways
+            way: sorted((r[key], r["scores"][score]) for r in some) for way, some in ways.items()
         }
-        for score in scores
+        for score in shown_scores(results)
     }
     return viz.curves(panels, label, logarithmic=key != "seconds_per_picture")
 
@@ -139,7 +141,7 @@ def write_csv(report: dict[str, Any], path: Path) -> None:
 def format_table(report: dict[str, Any]) -> str:
     """The sweep for a terminal."""
     results = report["results"]
-    scores = [s for s in results[0]["scores"] if s in LABELS or s.startswith("frechet")]
+    scores = shown_scores(results)
     head = ["tokens", "steps", "guidance", *(LABELS.get(s, s) for s in scores), "s/picture"]
     lines = ["  ".join(f"{h:>9}" for h in head)]
     for r in results:
@@ -149,5 +151,5 @@ def format_table(report: dict[str, Any]) -> str:
         aligned = (f"{c:>{max(9, len(h))}}" for c, h in zip(cells, head, strict=True))
         lines.append("  ".join(aligned))
     gain = results[-1]["scores"]["psnr"] - results[0]["scores"]["psnr"]
-    lines.append(f"{results[0]['count']} pictures; {gain:+.2f} dB from the first row to the last")
+    lines.append(f"{results[0]['count']} images; {gain:+.2f} dB from the first row to the last")
     return "\n".join(lines)

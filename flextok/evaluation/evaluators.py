@@ -1,0 +1,260 @@
+"""Evaluators: what can be measured of images, and the scores that follow from it.
+
+An evaluator measures each image by itself, so that an evaluation can stream, be interrupted and be
+shared among processes; its scores are computed from all images' rows. A new one is a class and a
+line in EVALUATORS: it then runs from Python, from the command line and in training.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flextok.evaluation.distances import (
+    KID_SUBSET,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+    statistics,
+)
+from flextok.evaluation.features import EfficientNetLite0, FeatureNetwork, Inception, load_lpips
+from flextok.evaluation.metrics import cosine_distance, lpips, mse, psnr, sharpness, ssim, to_8_bit
+from flextok.evaluation.reference import Reference, few_images
+from flextok.schema import unknown_key
+
+
+class Setting(NamedTuple):
+    """What evaluators are made for."""
+
+    device: torch.device
+    dtype: torch.dtype
+    vocab_size: int = 0  # of the tokenizer
+    inception_weights: str | None = None  # a file; by default torch's hub cache
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What was measured, by name: (n, ...) tensors with a row for each image."""
+
+    made: Callable[[str], Tensor]  # of generated or reconstructed images
+    real: Callable[[str], Tensor] | None  # of the real ones; None: there is a stored reference only
+    paired: bool  # row i of `made` is the reconstruction of row i of `real`
+
+
+class Evaluator:
+    name: str
+    # what measure() takes, (B, ...) each: "images", "originals" (of reconstructions), "indices".
+    # Where the originals are not needed, the real images are measured too.
+    needs: ClassVar[tuple[str, ...]] = ("images",)
+    measure: Callable[..., dict[str, Tensor]]  # -> the rows' columns by name
+
+    def scores(self, rows: Rows) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def identity(self) -> dict[str, str]:
+        """Weights and preprocessing, for the report."""
+        return {}
+
+    def warnings(self, rows: Rows) -> list[str]:
+        """What a reader of the scores has to know."""
+        return []
+
+
+class Comparison(Evaluator):
+    """The mean of a function that compares each reconstruction with its original."""
+
+    needs = ("images", "originals")
+
+    def __init__(
+        self,
+        name: str,
+        compare: Callable[[Tensor, Tensor], Tensor],  # (B, 3, H, W) twice -> (B,)
+        identity: Mapping[str, str] | None = None,
+    ):
+        self.name, self.compare, self.facts = name, compare, dict(identity or {})
+
+    def measure(self, images: Tensor, originals: Tensor) -> dict[str, Tensor]:
+        return {self.name: self.compare(images, originals)}
+
+    def scores(self, rows: Rows) -> dict[str, float]:
+        return {self.name: float(rows.made(self.name).double().mean())}
+
+    def identity(self) -> dict[str, str]:
+        return self.facts
+
+
+class Sharpness(Evaluator):
+    """The mean absolute gradient of grey values, over that of the real images: below 1 is a blur."""
+
+    name = "sharpness"
+
+    def measure(self, images: Tensor) -> dict[str, Tensor]:
+        return {"gradient": sharpness(images)}
+
+    def scores(self, rows: Rows) -> dict[str, float]:
+        real = 0.0 if rows.real is None else float(rows.real("gradient").double().mean())
+        return {"sharpness": float(rows.made("gradient").double().mean()) / real} if real else {}
+
+
+class FeatureDistances(Evaluator):
+    """Distances between sets by the features of one network: Frechet and kernel distance, precision
+    and recall, class scores; and, of reconstructions, 1 - the cosine to the original's features."""
+
+    # what the scores are called when the features are Inception's own; others carry their network
+    inception_names: ClassVar[dict[str, str]] = {
+        "frechet_to_reference": "fid_to_reference",
+        "kernel": "kid",
+        "kernel_std": "kid_std",
+        "class_score_10_shuffled": "inception_score_10_shuffled",  # torch-fidelity
+        "class_score_10_shuffled_std": "inception_score_10_shuffled_std",
+        "class_score_chunks_of_5000": "inception_score_chunks_of_5000",  # ADM
+        "precision": "precision",
+        "recall": "recall",
+    }
+
+    def __init__(self, network: FeatureNetwork):
+        self.network, self.name = network, network.name
+        self.reference: Reference | None = None  # in place of the real images, or beside them
+
+    def measure(self, images: Tensor) -> dict[str, Tensor]:
+        features = self.network(to_8_bit(images))
+        return {self.name: features.pooled, f"{self.name}/logits": features.logits}
+
+    def compare(self, a: Tensor, b: Tensor) -> Tensor:
+        """a, b: (B, 3, H, W) in [-1, 1]. Returns 1 - the cosine of their features, (B,)."""
+        return cosine_distance(*(self.network(to_8_bit(x)).pooled for x in (a, b)))
+
+    def scores(self, rows: Rows) -> dict[str, float]:
+        made, logits = rows.made(self.name), rows.made(f"{self.name}/logits")
+        real = None if rows.real is None else rows.real(self.name)
+        ours, stored = statistics(made), self.reference
+        found = {}
+        if real is not None:
+            found["frechet"] = frechet_distance(ours, statistics(real))
+            if stored is not None:
+                found["frechet_to_reference"] = frechet_distance(ours, stored.statistics)
+        else:
+            assert stored is not None, "neither images nor a stored reference"
+            found["frechet"] = frechet_distance(ours, stored.statistics)
+            real = stored.features
+        if real is not None:
+            found["kernel"], found["kernel_std"] = kernel_distance(made, real)
+            found["precision"], found["recall"] = precision_recall(made, real)
+            if rows.paired:
+                found["feature_distance"] = float(cosine_distance(made, real).mean())
+        shuffled = inception_score(logits, shuffle=True)
+        found["class_score_10_shuffled"], found["class_score_10_shuffled_std"] = shuffled
+        found["class_score_chunks_of_5000"], _ = inception_score(logits, shuffle=False)
+        names: dict[str, str] = {}
+        if self.name == "inception":
+            names = {"frechet": "rfid" if rows.paired else "gfid", **self.inception_names}
+        return {names.get(k, f"{k}_{self.name}"): value for k, value in found.items()}
+
+    def identity(self) -> dict[str, str]:
+        return {"weights": self.network.weights, "preprocessing": self.network.preprocessing}
+
+    def warnings(self, rows: Rows) -> list[str]:
+        sets = {"evaluated set": rows.made(self.name)}
+        if rows.real is not None:
+            sets["reference set"] = rows.real(self.name)
+        found = [few_images(name, *features.shape) for name, features in sets.items()]
+        if min(map(len, sets.values())) < KID_SUBSET:
+            found.append(f"kernel distance over all images: fewer than a subset of {KID_SUBSET}")
+        if self.name.startswith("inception_"):
+            found.append(f"{self.name}: not the weights that FID is defined on")
+        return [*filter(None, found), *(self.reference.warnings if self.reference else [])]
+
+
+class CodeUse(Evaluator):
+    """What the codes themselves carry: the share of the vocabulary that occurs, over all positions
+    and at each, and the entropy at each position in bits; with n images none exceeds log2(n)."""
+
+    name, needs = "codes", ("indices",)
+
+    def __init__(self, vocab_size: int):
+        self.vocab_size = vocab_size
+
+    def measure(self, indices: Tensor) -> dict[str, Tensor]:
+        return {"indices": indices.int()}
+
+    def scores(self, rows: Rows) -> dict[str, Any]:
+        indices = rows.made("indices")
+        counts = count_codes(indices, self.vocab_size)
+        total, bits = counts.sum(dim=0), entropy(counts)
+        return {
+            "vocab_size": self.vocab_size,
+            "usage": float((total > 0).double().mean()),
+            "perplexity": float(2 ** entropy(total)),
+            "entropy_bits": float(bits.sum()),
+            "largest_entropy_bits_measurable": math.log2(min(len(indices), self.vocab_size)),
+            "usage_per_position": (counts > 0).double().mean(dim=1).tolist(),
+            "entropy_bits_per_position": bits.tolist(),
+        }
+
+
+def count_codes(indices: Tensor, vocab_size: int) -> Tensor:
+    """indices: (n, K). Returns how often each code stands at each position, (K, V) long."""
+    num_tokens = indices.shape[1]
+    places = indices.long() + torch.arange(num_tokens) * vocab_size
+    return places.flatten().bincount(minlength=num_tokens * vocab_size).view(num_tokens, vocab_size)
+
+
+def entropy(counts: Tensor) -> Tensor:
+    """counts: (..., V). Returns the entropy of each distribution in bits, (...)."""
+    p = counts.double() / counts.sum(dim=-1, keepdim=True)
+    return -torch.xlogy(p, p).sum(dim=-1) / math.log(2)
+
+
+def perceptual(setting: Setting) -> Comparison:
+    network = load_lpips(setting.device, setting.dtype)
+    facts = {"weights": "VGG-16, LPIPS 0.1", "preprocessing": "none: own size"}
+    return Comparison("lpips", partial(lpips, network), facts)
+
+
+# name -> what makes it; None: there is nothing for it to measure
+EVALUATORS: dict[str, Callable[[Setting], Evaluator | None]] = {
+    "psnr": lambda setting: Comparison("psnr", psnr),
+    "mse": lambda setting: Comparison("mse", mse),
+    "ssim": lambda setting: Comparison("ssim", ssim),
+    "sharpness": lambda setting: Sharpness(),
+    "codes": lambda s: CodeUse(s.vocab_size) if s.vocab_size else None,
+    "inception": lambda s: FeatureDistances(Inception(s.inception_weights, s.device, s.dtype)),
+    "efficientnet_lite0": lambda s: FeatureDistances(EfficientNetLite0(s.device, s.dtype)),
+    "lpips": perceptual,
+}
+NETWORKS = ("inception", "efficientnet_lite0", "lpips")  # need weights, so these are asked for
+
+
+def load_evaluators(
+    networks: Sequence[str] | None, setting: Setting
+) -> tuple[list[Evaluator], list[str]]:
+    """All evaluators that need no weights, and the named ones; None takes those that papers report
+    (Inception, LPIPS) or what is on this machine. Also returns a sentence for each that is left
+    out. Raises ValueError for an unknown name and for a named one whose weights are not here."""
+    names = [name for name in EVALUATORS if name not in NETWORKS]
+    for name in networks or []:
+        if name not in EVALUATORS:
+            raise unknown_key("network", name, list(NETWORKS))
+    found = [EVALUATORS[name](setting) for name in dict.fromkeys([*names, *(networks or [])])]
+    left_out: list[str] = []
+
+    def at_hand(name: str) -> bool:
+        try:
+            found.append(EVALUATORS[name](setting))
+        except ValueError as error:
+            if name == "inception" and setting.inception_weights is not None:
+                raise  # the file was named, so it must be there
+            left_out.append(f"{name} is left out: {error}")
+            return False
+        return True
+
+    if networks is None:
+        if not at_hand("inception"):
+            at_hand("efficientnet_lite0")
+        at_hand("lpips")
+    return [evaluator for evaluator in found if evaluator is not None], left_out

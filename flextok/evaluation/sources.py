@@ -1,0 +1,179 @@
+"""The three sources of images: real ones, their reconstructions and generated ones.
+
+Every random draw belongs to an image's number, never to a batch. So in float64 a measured row is
+the same for any batch size and any number of processes; in float32, kernels for another batch size
+round differently (about 1e-6 of a feature) and now and then tip a pixel's rounding.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from flextok.data.datamodule import prepare_image
+from flextok.data.loading import make_loader, told_in_one_line
+from flextok.data.pictures import CorruptPicture
+from flextok.data.stream import EvaluationSet, Item, collate
+from flextok.data.transforms import ImageTransform
+from flextok.draws import CODES, NOISE, Rng, row_generators
+from flextok.evaluation.job import Job, Options, hash_of
+from flextok.evaluation.metrics import image_hashes
+from flextok.tokenizers.base import Tokenizer, as_images, encode_rows
+
+Batch = Mapping[str, Any]
+# a batch -> (side, what there is of it by name): a side is "real", "codes" or a cell's number
+Show = Callable[[Job, Batch], Iterator[tuple[str, dict[str, Tensor]]]]
+
+
+class Images(Dataset):
+    """Images as the evaluation transform makes them, with their numbers. Raises CorruptPicture."""
+
+    def __init__(self, dataset: Any, image_size: int):
+        if len(dataset) == 0:
+            raise ValueError("the data set is empty: nothing to evaluate")
+        self.dataset, self.prepare = dataset, prepare_image(ImageTransform(image_size))
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Item:
+        return {"index": index, **self.prepare(self.dataset[index], None)}
+
+    def identity(self) -> str:
+        """A hash of a few images: enough to tell one data set from another."""
+        items = readable(self, sorted({0, len(self) // 2, len(self) - 1}))
+        return hash_of(
+            *((item["label"], image_hashes(item["image"][None]).item()) for item in items)
+        )
+
+
+def readable(images: Images, numbers: Iterable[int]) -> list[Item]:
+    """Those of these images that can be read."""
+    whole = EvaluationSet(images, as_it_is)
+    return [item for number in numbers if (item := whole[number]) is not None]
+
+
+def as_it_is(item: Item, rng: torch.Generator | None) -> Item:
+    return item
+
+
+class Labels(Dataset):
+    """Numbered labels to generate from."""
+
+    def __init__(self, labels: Tensor):
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Item:
+        return {"index": index, "label": self.labels[index]}
+
+    def identity(self) -> str:
+        return hash_of(self.labels.tolist())
+
+
+class Captions(Dataset):
+    """The captions of `number` images, in order and over again, to generate from. Where an image
+    cannot be read, the next one's caption stands in. Raises ValueError where none has a caption."""
+
+    def __init__(self, dataset: Any, number: int):
+        self.dataset, self.number = dataset, number
+        self.shown = [self[i]["caption"] for i in sorted({0, number // 2, number - 1})]
+        if not any(self.shown):
+            raise ValueError(
+                "this generator reads prompts, and the images have no captions: give DATA with "
+                "captions (.txt files beside images, a caption column or key)"
+            )
+
+    def __len__(self) -> int:
+        return self.number
+
+    def __getitem__(self, index: int) -> Item:
+        size = len(self.dataset)
+        for attempt in range(size):
+            try:
+                item = self.dataset[(index + attempt) % size]
+            except CorruptPicture:
+                continue
+            return {"index": index, "label": item["label"], "caption": item["caption"]}
+        raise ValueError("no image of the data set could be read")
+
+    def identity(self) -> str:
+        return hash_of(self.number, self.shown)
+
+
+def real(job: Job, batch: Batch) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    images = batch["image"].to(job.device)
+    yield "real", {"images": images, "hash": image_hashes(images)}
+
+
+def reconstructed(job: Job, batch: Batch) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Real images, and what the tokenizer makes of them."""
+    yield from real(job, batch)
+    images = batch["image"].to(job.device)
+    indices = encode(job.tokenizer, images, batch["index"], job.options.seed)
+    yield from codes_and_images(job, batch["index"], indices, {"originals": images})
+
+
+def generated(job: Job, batch: Batch) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    assert job.generator is not None
+    indices = job.generator.generate(
+        batch["caption"] if "caption" in batch else batch["label"].to(job.device),
+        num_tokens=max(cell.num_tokens for cell in job.cells),
+        options=job.sampling,
+        generator=row_generators(job.options.seed, CODES, batch["index"]),
+    )
+    yield from codes_and_images(job, batch["index"], indices, {})
+
+
+def codes_and_images(
+    job: Job, numbers: Tensor, indices: Tensor, known: dict[str, Tensor]
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """The indices, then the images that they decode to in each cell's way, and the time it took."""
+    yield "codes", {"indices": indices}
+    for number, (cell, options) in enumerate(zip(job.cells, job.decoding, strict=True)):
+        started = time.perf_counter()
+        kept = indices[:, : cell.num_tokens]
+        rngs = row_generators(job.options.seed, NOISE, numbers)
+        images = decode(job.tokenizer, kept, options, rngs)
+        if images.is_cuda:
+            torch.cuda.synchronize()
+        seconds = torch.tensor((time.perf_counter() - started) / len(images), dtype=torch.float64)
+        yield str(number), {"images": images, "seconds": seconds.expand(len(images)), **known}
+
+
+def encode(tokenizer: Tokenizer, images: Tensor, numbers: Tensor, seed: int) -> Tensor:
+    """Indices (B, K) long, or codes (B, K, C) float of a continuous tokenizer. What a tokenizer
+    draws belongs to the images' numbers."""
+    if not tokenizer.vocab_size:
+        return tokenizer.encode_codes(images)
+    return encode_rows(tokenizer, images, seed, numbers)
+
+
+def decode(tokenizer: Tokenizer, kept: Tensor, options: Any, rngs: Rng) -> Tensor:
+    """Images (B, 3, H, W) in [-1, 1] from the first of encode()'s indices or codes."""
+    if not tokenizer.vocab_size:
+        return as_images(tokenizer.decode_codes(kept))
+    return tokenizer.decode(kept, options=options, generator=rngs)
+
+
+def batches(images: Images, options: Options, what: str) -> Iterator[dict[str, Tensor]]:
+    """All readable images in order, on one process, with a progress bar. Raises ValueError where
+    there is none."""
+    whole = EvaluationSet(images, as_it_is)
+    loader = make_loader(
+        whole, options.num_workers, batch_size=options.batch_size, collate_fn=collate
+    )
+    found = False
+    with told_in_one_line():
+        for batch in tqdm(loader, desc=what, unit="batch"):
+            if batch:
+                found = True
+                yield batch
+    if not found:
+        raise ValueError("no image of the data set could be read; see the warnings above")
