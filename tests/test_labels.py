@@ -14,8 +14,7 @@ from flextok.data.datasets import HuggingFaceImages, ImageFolder
 from flextok.data.labels import by_name, index_labels
 from flextok.data.pictures import CorruptPicture
 from flextok.data.web import WebDatasetImages, WebDatasetStream
-from flextok.evaluation.evaluate import evaluate_generator
-from flextok.evaluation.job import Cell, Options
+from flextok.evaluation import Cell, Options, evaluate
 from flextok.schema import from_mapping
 from flextok.training.run import generator_run, load_tokenizer, make_dataset
 
@@ -303,8 +302,8 @@ def test_measuring_asks_for_the_datas_classes_by_name(tmp_path):
     asked: list[int] = []
     generate = generator.generate
     generator.generate = lambda cond, **o: (asked.extend(cond.tolist()), generate(cond, **o))[1]
-    evaluate_generator(generator, tiny_tokenizer(), data, cells, options)
+    evaluate(generator, data, cells, options, tokenizer=tiny_tokenizer())
     assert asked == [2, 2, 1, 1]
     generator.metadata["class_names"] = ["bee", "cat", "emu"]
     with pytest.raises(ValueError, match=r"the 1 classes ant, .* \(labels=balanced\)"):
-        evaluate_generator(generator, tiny_tokenizer(), data, cells, options)
+        evaluate(generator, data, cells, options, tokenizer=tiny_tokenizer())

@@ -9,9 +9,8 @@ from conftest import tiny_gpt, tiny_tokenizer
 from flextok.data.tokens import encode as encode_for_cache
 from flextok.data.transforms import to_uint8
 from flextok.draws import CODES, NOISE, row_generators
-from flextok.evaluation import passes
-from flextok.evaluation.features import Networks
-from flextok.evaluation.job import Cell, Job, Options
+from flextok.evaluation import Cell, Options, sources
+from flextok.evaluation.job import make_job
 from flextok.evaluation.metrics import mse, psnr
 from flextok.generators.ar import GenerateOptions
 from flextok.generators.maskgit import MaskGITOptions
@@ -70,14 +69,11 @@ def test_a_reconstruction_depends_on_seed_and_number_alone(tokenizer):
 
 def test_pictures_and_evaluation_draw_alike(gpt, tokenizer):
     """Picture r of a command is picture r of the evaluation under the same seed."""
-    cells = [Cell(8, 1, 1.0)]
-    networks = Networks([], None)
-    job = Job(tokenizer, gpt, networks, cells, Options(networks=(), seed=5))
-    rows = passes.generation(job)({"index": torch.arange(3), "label": torch.zeros(3).long()})
-    noise = passes.noise_of(tokenizer, torch.arange(3), 5)
-    expected = tokenizer.decode(rows["indices"].long(), noise=noise, **FEW)
+    job = make_job(tokenizer, gpt, [Cell(8, 1, 1.0)], Options(networks=(), seed=5))
+    batch = {"index": torch.arange(3), "label": torch.zeros(3).long()}
+    shown = dict(sources.generated(job, batch))
     made = generate_images(gpt, tokenizer, torch.zeros(3).long(), [8], 5, None, FEW)[8]
-    assert torch.equal(made, expected)
+    assert torch.equal(made, shown["0"]["images"])
 
 
 def test_no_seed_purpose_and_row_share_a_stream():

@@ -26,8 +26,7 @@ from flextok.config import OptimConfig, load_experiment
 from flextok.data.datasets import ImageFolder, take
 from flextok.data.text import TextCache
 from flextok.data.tokens import TokenDataset
-from flextok.evaluation.evaluate import evaluate_tokenizer
-from flextok.evaluation.job import Cell, Options
+from flextok.evaluation import Cell, Options, evaluate
 from flextok.generators import GENERATORS
 from flextok.hub import fingerprint
 from flextok.losses import perceptual
@@ -258,7 +257,7 @@ def test_periodic_evaluation_is_the_commands_on_the_exported_model(uninterrupted
     assert report["settings"]["model_hash"] == fingerprint(load_model(folder))
     if task == "tokenizer":
         pictures = take(ImageFolder(uninterrupted / "pictures"), 4)
-        again = evaluate_tokenizer(
+        again = evaluate(
             load_model(folder), pictures, [Cell(1), Cell(8)], Options(networks=(), batch_size=3)
         )
         scores = [r["scores"] for r in again["results"]]

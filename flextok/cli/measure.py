@@ -147,9 +147,7 @@ def prepare_output(options: argparse.Namespace) -> None:
 
 def run_evaluate(options: argparse.Namespace) -> dict[str, Any] | None:
     from flextok.data.datasets import take
-    from flextok.evaluation import processes
-    from flextok.evaluation.evaluate import evaluate_generator, evaluate_tokenizer
-    from flextok.evaluation.job import Cell
+    from flextok.evaluation import Cell, evaluate, processes
     from flextok.pipeline import is_generator, load_tokenizer_of
 
     settings = measuring_options(
@@ -162,27 +160,17 @@ def run_evaluate(options: argparse.Namespace) -> dict[str, Any] | None:
     names = {"model": options.model, "data": options.data}
     prepare_output(options)
     with processes.joined():
-        model = load_for_measuring(options)
+        model, tokenizer = load_for_measuring(options), None
         stored = options.data.endswith(".npz")
         data = options.data if stored else take(open_data(options.data), options.limit)
+        if is_generator(model):
+            place = (model, options.model, options.tokenizer)
+            tokenizer = load_tokenizer_of(*place, model.device).to(next(model.parameters()).dtype)
         cells = [
             Cell(k, options.steps, options.guidance_scale)
             for k in options.num_tokens or [model.num_tokens]
         ]
-        if is_generator(model):
-            if options.reference:
-                raise ValueError("a generator is compared with DATA: name the .npz there")
-            parameter = next(model.parameters())
-            tokenizer = load_tokenizer_of(
-                model, options.model, options.tokenizer, parameter.device
-            ).to(parameter.dtype)
-            report = evaluate_generator(
-                model, tokenizer, data, cells, settings, options.output, names
-            )
-        else:
-            if stored:
-                raise ValueError(f"a tokenizer needs pictures to reconstruct, not {options.data}")
-            report = evaluate_tokenizer(model, data, cells, settings, options.output, names)
+        report = evaluate(model, data, cells, settings, options.output, names, tokenizer)
         if processes.rank() != 0:
             return None
         print_report(report)
@@ -225,8 +213,7 @@ def run_adaptive(options: argparse.Namespace) -> dict[str, Any]:
         options.data = "emoji_scenes:validation"
     data = take(data_of(options.data, options.model), options.limit or 256)
     model = load_for_measuring(options)
-    decoding = {k: v for k, v in decoding_options(options).items() if v is not None}
-    report = relate(model, data, target, measuring_options(options), decoding)
+    report = relate(model, data, target, measuring_options(options))
     if (found := report["complexity"]) is not None:
         print("label  pictures  mean tokens  target met")
         for label, row in found["by_label"].items():
@@ -272,14 +259,15 @@ def load_for_measuring(options: argparse.Namespace) -> Any:
 
 
 def measuring_options(options: argparse.Namespace, **more: Any) -> Any:
-    from flextok.evaluation.job import Options
+    from flextok.evaluation import Options
 
     if options.folder in ("evaluation", "sweep"):
         more["networks"] = None if options.networks is None else tuple(options.networks)
         more["inception_weights"] = options.inception_weights
-        if (interval := options.guidance_interval) is not None:
-            more["guidance_interval"] = tuple(interval)
-        more |= {"solver": options.solver, "time_shift": options.time_shift}
+    if options.folder != "probe":  # of cells, where there are several steps and scales
+        several = () if options.folder == "adaptive" else ("num_steps", "guidance_scale")
+        asked = decoding_options(options)
+        more["decoding"] = {k: v for k, v in asked.items() if k not in several}
     return Options(
         seed=options.seed,
         batch_size=options.batch_size,
@@ -291,7 +279,7 @@ def measuring_options(options: argparse.Namespace, **more: Any) -> Any:
 def print_report(report: dict[str, Any]) -> None:
     for result in report["results"]:
         facts = {k: v for k, v in result.items() if k != "scores"}
-        print(f"{facts['num_tokens']} tokens, {facts['count']} pictures")
+        print(f"{facts['num_tokens']} tokens, {facts['count']} images")
         for name, value in {**facts, **result["scores"]}.items():
             if name not in ("num_tokens", "count") and value is not None:
                 print(f"  {name:<48}{value:.6g}")

@@ -179,7 +179,7 @@ def reconstruction(
 
     from flextok.data.datasets import PictureFiles, take
     from flextok.data.stream import collate
-    from flextok.evaluation.passes import Numbered
+    from flextok.evaluation.sources import Images, skipping
     from flextok.pipeline import decoding_options as checked
     from flextok.pipeline import reconstruct_prefixes
 
@@ -188,7 +188,7 @@ def reconstruction(
         data = take(PictureFiles(options.images), options.limit)
     else:
         data = take(data_of(options.data, options.model), options.limit or 8)
-    dataset = Numbered(data, model.image_size)
+    dataset = skipping(Images(data, model.image_size))
 
     def batches() -> Iterator[tuple["Tensor", dict[int, "Tensor"]]]:
         for batch in DataLoader(dataset, batch_size=BATCH, collate_fn=collate):

@@ -3,8 +3,9 @@
     evaluate(tokenizer, dataset)                          reconstructions
     evaluate(generator, dataset, tokenizer=tokenizer)     generated images
 
-An evaluator (evaluators.py) measures each image and computes scores from the rows of all; one runner
-(runner.py) streams over real, reconstructed and generated images (sources.py); one report.
+An evaluator (evaluators.py) measures each image and computes scores from the rows of all. One
+runner (runner.py) streams over real, reconstructed and generated images (sources.py) and writes
+one report (report.py).
 """
 
 from flextok.evaluation.evaluators import EVALUATORS, Evaluator, Rows, Setting

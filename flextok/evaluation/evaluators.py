@@ -89,7 +89,7 @@ class Comparison(Evaluator):
 
 
 class Sharpness(Evaluator):
-    """The mean absolute gradient of grey values, over that of the real images: below 1 is a blur."""
+    """The mean absolute gradient of grey values, over the real images'; below 1: blurred."""
 
     name = "sharpness"
 

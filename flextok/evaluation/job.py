@@ -64,7 +64,7 @@ class Job:
 
     @property
     def device(self) -> torch.device:
-        return next(self.tokenizer.parameters()).device
+        return self.tokenizer.device
 
     @property
     def dtype(self) -> torch.dtype:

@@ -66,7 +66,7 @@ def linear_probe(
 
 def codes_of(tokenizer: Tokenizer, dataset: Any, options: Options) -> tuple[Tensor, Tensor]:
     """Code vectors (n, K, C) float64 and labels (n,) of all readable images."""
-    device = next(tokenizer.parameters()).device
+    device = tokenizer.device
     codes, labels = [], []
     source = Images(dataset, tokenizer.image_size)
     for batch in batches(source, options, "encoding"):

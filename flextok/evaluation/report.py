@@ -45,7 +45,7 @@ class Measured(NamedTuple):
 
 def make_report(measured: Measured) -> dict[str, Any]:
     job = measured.job
-    if not all(store.num_rows for store in (measured.made, measured.real) if store):
+    if not all(len(store.column("label")) for store in (measured.made, measured.real) if store):
         raise ValueError("no image of the data set could be read; see the warnings above")
     codes = None
     for evaluator in job.evaluators:
@@ -88,7 +88,7 @@ def result(measured: Measured, number: int, codes: dict[str, Any] | None) -> dic
         "num_tokens": cell.num_tokens,
         "num_steps": decoding.get("num_steps"),
         "guidance_scale": decoding.get("guidance_scale"),
-        "count": measured.made.num_rows,
+        "count": len(measured.made.column("label")),
         **rate,
         "seconds_per_picture": float(rows.made("seconds").mean()),
         "scores": scores,
@@ -154,7 +154,8 @@ def label_balance(labels: list[int]) -> dict[str, Any]:
 def warnings(measured: Measured) -> list[str]:
     """What a reader of the scores has to know."""
     found = list(measured.job.left_out)
-    if lost := measured.asked - (measured.real.num_rows if measured.real else 0):
+    read = 0 if measured.real is None else len(measured.real.column("label"))
+    if lost := measured.asked - read:
         found.append(f"{lost} of {measured.asked} images could not be read and do not count")
     for evaluator in measured.job.evaluators:
         found += evaluator.warnings(measured.rows("0"))

@@ -28,8 +28,8 @@ from flextok.evaluation.report import (
 from flextok.evaluation.sources import (
     Batch,
     Captions,
-    Labels,
     Images,
+    Labels,
     Show,
     generated,
     real,
@@ -75,7 +75,7 @@ def evaluate(
     source = Images(data, model.image_size)
     check_enough(job, len(source))
     with folder_of(output) as folder:
-        rows, seconds = measure(job, "reconstruction", source, reconstructed, folder / "flextok-rows")
+        rows, seconds = measure(job, "reconstructed", source, reconstructed, folder)
         return finish(job, Measured(job, rows, rows, len(source), seconds), folder)
 
 
@@ -99,11 +99,11 @@ def evaluate_generator(
         images, asked = None, 0
         if stored is None:
             source = Images(in_classes_of(generator, data, options), size)
-            images, _ = measure(job, "real", source, real, folder / "flextok-rows-real")
+            images, _ = measure(job, "real", source, real, folder)
             processes.barrier()  # labels may come from other processes' rows
             asked = len(source)
         prompts = prompts or Labels(class_of_each(generator, number, images, options))
-        made, seconds = measure(job, "generated", prompts, generated, folder / "flextok-rows-generated")
+        made, seconds = measure(job, "generated", prompts, generated, folder)
         return finish(job, Measured(job, made, images, asked, seconds), folder)
 
 
@@ -113,7 +113,7 @@ def measure(
     """The rows of a source, those that the folder does not hold yet measured by this process and
     the others together, and the seconds it took."""
     store = PartStore.make(
-        folder,
+        folder / f"flextok-{what}",
         what="evaluation",
         identity=job.identity(what, source.identity()),
         length=len(source),
@@ -132,7 +132,7 @@ def measured_rows(job: Job, show: Show, batch: Batch) -> dict[str, Tensor]:
     and each side's "hash" or "seconds"."""
     rows = {"label": batch["label"]}
     for side, shown in show(job, batch):
-        columns = {key: shown[key] for key in ("hash", "seconds") if key in shown}
+        columns = {key: shown[key] for key in shown if key in ("hash", "seconds")}
         for evaluator in job.evaluators:
             if all(need in shown for need in evaluator.needs):
                 columns |= evaluator.measure(*(shown[need] for need in evaluator.needs))
@@ -163,9 +163,11 @@ def check_enough(job: Job, number: int) -> None:
 
 
 def load_references(job: Job, path: str | None) -> None:
-    if path is not None and not job.networks:
+    if path is None:
+        return
+    if not job.networks:
         raise ValueError(f"reference {path} needs a feature network: inception, for ADM's files")
-    for evaluator in job.networks if path is not None else ():
+    for evaluator in job.networks:
         evaluator.reference = Reference(path, evaluator.network, job.tokenizer.image_size)
 
 

@@ -53,8 +53,13 @@ class Images(Dataset):
 
 def readable(images: Images, numbers: Iterable[int]) -> list[Item]:
     """Those of these images that can be read."""
-    whole = EvaluationSet(images, as_it_is)
+    whole = skipping(images)
     return [item for number in numbers if (item := whole[number]) is not None]
+
+
+def skipping(images: Images) -> EvaluationSet:
+    """The images; None, and a warning, for each that cannot be read."""
+    return EvaluationSet(images, as_it_is)
 
 
 def as_it_is(item: Item, rng: torch.Generator | None) -> Item:
@@ -165,10 +170,8 @@ def decode(tokenizer: Tokenizer, kept: Tensor, options: Any, rngs: Rng) -> Tenso
 def batches(images: Images, options: Options, what: str) -> Iterator[dict[str, Tensor]]:
     """All readable images in order, on one process, with a progress bar. Raises ValueError where
     there is none."""
-    whole = EvaluationSet(images, as_it_is)
-    loader = make_loader(
-        whole, options.num_workers, batch_size=options.batch_size, collate_fn=collate
-    )
+    how = {"batch_size": options.batch_size, "collate_fn": collate}
+    loader = make_loader(skipping(images), options.num_workers, **how)
     found = False
     with told_in_one_line():
         for batch in tqdm(loader, desc=what, unit="batch"):

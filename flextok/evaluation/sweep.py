@@ -83,7 +83,7 @@ def draws_of(
 ) -> dict[int, Tensor]:
     """Prefix length -> (n, draws, 3, H, W): the same prefix decoded from several noises, the first
     being the evaluation's own."""
-    device, numbers = next(tokenizer.parameters()).device, batch["index"]
+    device, numbers = tokenizer.device, batch["index"]
     indices = encode(tokenizer, batch["image"].to(device), numbers, options.seed)
     decoded = {}
     for cell in cells:

@@ -36,9 +36,8 @@ from flextok.data.tokens import (
 )
 from flextok.data.transforms import ImageTransform
 from flextok.data.web import WebDatasetStream
-from flextok.evaluation.evaluate import check_cells, evaluate_generator, evaluate_tokenizer
-from flextok.evaluation.features import load_networks
-from flextok.evaluation.job import Cell, Options
+from flextok.evaluation import Cell, Options, evaluate
+from flextok.evaluation.job import make_job
 from flextok.files import atomic_write, only_one, read_mapping, writing
 from flextok.generators import GENERATORS
 from flextok.generators.conditioning import CONDITIONERS, TextConditioner
@@ -410,17 +409,14 @@ def evaluation(config: ExperimentConfig, tokenizer: Any, generator: Any | None) 
     options = Options(networks=tuple(asked.networks), batch_size=asked.batch_size, seed=config.seed)
     trained = tokenizer if generator is None else generator
     cells = [Cell(k) for k in asked.num_tokens or [trained.num_tokens]]
-    check_cells(cells, tokenizer, generator, options)
-    load_networks(options.networks)  # missing weights are told before training
+    make_job(tokenizer, generator, cells, options)  # mistakes, missing weights: before training
     names = {"model": config.output_dir, "data": json.dumps(config.data.validation)}
 
-    def evaluate(model: Any, folder: Path) -> dict[str, Any]:
-        if generator is None:
-            return evaluate_tokenizer(model, pictures, cells, options, folder, names)
+    def measured(model: Any, folder: Path) -> dict[str, Any]:
         tokenizer.to(next(model.parameters()).device)
-        return evaluate_generator(model, tokenizer, pictures, cells, options, folder, names)
+        return evaluate(model, pictures, cells, options, folder, names, tokenizer)
 
-    return evaluate
+    return measured
 
 
 def cached_tokens(

@@ -8,8 +8,7 @@ from typing import Any
 
 from flextok.card import count_parameters
 from flextok.config import ExperimentConfig, load_experiment
-from flextok.evaluation.evaluate import evaluate_generator, evaluate_tokenizer
-from flextok.evaluation.job import Cell, Options
+from flextok.evaluation import Cell, Options, evaluate
 from flextok.files import read_mapping, write_text
 from flextok.pipeline import load_model
 from flextok.schema import ConfigError, to_mapping
@@ -47,11 +46,10 @@ def train_and_measure(
     names = {"model": str(folder), "data": json.dumps(data)}
     how = (make_dataset(data), by_length, options, folder / "evaluation", names)
     model = load_model(folder).to(cache_device(config))
-    if config.task == "tokenizer":
-        report = evaluate_tokenizer(model, *how)
-    else:
+    tokenizer = None
+    if config.task == "generator":
         tokenizer = load_tokenizer(config).to(cache_device(config))
-        report = evaluate_generator(model, tokenizer, *how)
+    report = evaluate(model, *how, tokenizer=tokenizer)
     result = {
         **asked,
         "parameters": count_parameters(model),
