@@ -15,36 +15,38 @@ from flextok.config import load_experiment, save_experiment
 from flextok.data.datasets import labels_count, take
 from flextok.data.emoji import Emoji, EmojiScenes
 from flextok.data.transforms import to_uint8
-from flextok.evaluation import adaptive
+from flextok.draws import NOISE, row_generators
+from flextok.evaluation import Cell, Options
 from flextok.evaluation.adaptive import Target, encode, relate, spearman
-from flextok.evaluation.job import Cell, Options
+from flextok.evaluation.evaluators import EVALUATORS, Comparison
 from flextok.evaluation.metrics import psnr
 from flextok.evaluation.probe import linear_probe
 from flextok.evaluation.sweep import draws_of, spread, sweep
 from flextok.schema import ConfigError
+from flextok.tokenizers.base import Tokenizer
 
 SIZE, LENGTHS = 8, [1, 2, 4, 8, 16]
 
 
-class Exact(torch.nn.Module):
-    """A tokenizer whose quality is known: a picture's complexity is the grey level of its corner;
+class Exact(Tokenizer):
+    """A tokenizer whose quality is known: an image's complexity is the grey level of its corner;
     with k tokens its error is complexity / k, so that k = complexity / allowed error are needed."""
 
-    model_type, vocab_size, num_tokens, image_size = "exact", 64, 16, SIZE
+    model_type, ordered, vocab_size, num_tokens, image_size = "exact", True, 64, 16, SIZE
 
     def __init__(self):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.calls = 0
 
-    def encode(self, images):
+    def encode(self, images, *, generator=None):
         level = ((images[:, 0, 0, 0] + 1) * 127.5).round().long()
         return level[:, None].expand(-1, 16).clone()
 
-    def decode(self, indices, keep=16):
+    def decode(self, indices, keep=16, *, options=None, generator=None):
         self.calls += len(indices)
         error = indices[:, 0] / torch.as_tensor(keep)
-        level = indices[:, 0] + error  # over the whole picture, in grey levels
+        level = indices[:, 0] + error  # over the whole image, in grey levels
         return (level / 127.5 - 1)[:, None, None, None].expand(-1, 3, SIZE, SIZE)
 
 
@@ -90,7 +92,7 @@ def test_the_search_is_bounded_and_explains_itself():
     bound = math.ceil(math.log2(len(LENGTHS) + 1))
     assert found.decodes <= bound
     assert model.calls <= bound * len(images)
-    assert found.reason[0] == "psnr inf dB at 1, the shortest there is"
+    assert found.reason[0] == "psnr 100 dB at 1, the shortest there is"
     assert found.reason[1].startswith("psnr 42.11 dB at 4, but psnr 3")
     assert found.reason[1].endswith("dB at 2")
     assert found.reason[2] == "not met: psnr 36.09 dB at 16, which are all tokens"
@@ -102,21 +104,27 @@ def test_a_flextok_decodes_what_the_search_promises():
     model = tiny_tokenizer().double()
     images = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
     decoding = {"num_steps": 2, "guidance_scale": 1.0}
-    noise = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-    middle = psnr(model.decode(model.encode(images)[:, :2], noise=noise, **decoding), images)
+
+    def decode(indices, keep=None):
+        rngs = row_generators(7, NOISE, range(3, 9))
+        return model.decode(indices, keep, generator=rngs, **decoding)
+
+    middle = psnr(decode(model.encode(images)[:, :2]), images)
     target = Target("psnr", middle.median().item())
-    found = encode(model, images, target, noise=noise, decoding=decoding)
-    again = psnr(model.decode(found.indices, keep=found.keep, noise=noise, **decoding), images)
+    found = encode(model, images, target, rows=range(3, 9), seed=7, decoding=decoding)
+    again = psnr(decode(found.indices, found.keep), images)
     torch.testing.assert_close(again, found.value)
     assert torch.equal(again >= target.value, found.met)
     assert found.met.any()
+    with pytest.raises(ConfigError, match="unknown flextok decoding option 'steps'"):
+        encode(model, images, target, decoding={"steps": 2})
 
 
 def test_distances_are_targets_too(monkeypatch):
-    def distance(self, device, dtype):
-        return lambda decoded, images: (decoded - images).abs().mean(dim=(1, 2, 3)).double()
+    def distance(decoded, images):
+        return (decoded - images).abs().mean(dim=(1, 2, 3)).double()
 
-    monkeypatch.setattr(adaptive.Target, "measure", distance)
+    monkeypatch.setitem(EVALUATORS, "lpips", lambda setting: Comparison("lpips", distance))
     found = encode(Exact(), grey([4, 40]), "lpips=0.01")  # 1.275 grey levels
     assert found.keep.tolist() == [4, 16]
     assert found.met.tolist() == [True, False]
@@ -141,8 +149,9 @@ def test_spearman_is_scipys_ties_included():
     draws = np.random.default_rng(0)
     a, b = draws.integers(0, 5, 60), draws.integers(0, 9, 60)
     b = b + a
-    assert spearman(a, b) == pytest.approx(stats.spearmanr(a, b).statistic)
-    assert spearman(a, a * 0) == 0
+    found = spearman(torch.from_numpy(a), torch.from_numpy(b))
+    assert found == pytest.approx(stats.spearmanr(a, b).statistic)
+    assert spearman(torch.from_numpy(a), torch.zeros(60)) == 0
 
 
 def test_the_experiment_finds_complexity_and_its_control_does_not():
@@ -180,7 +189,7 @@ def test_probe_reads_the_class_where_it_is(monkeypatch):
             def indices_to_codes(indices):
                 return torch.nn.functional.one_hot(indices, 64)[..., :8].float()
 
-        def encode(self, images):
+        def encode(self, images, *, generator=None):
             label = super().encode(images)[:, 0]
             noise = torch.Generator().manual_seed(int(label.sum()))
             codes = torch.randint(0, 8, (len(images), 16), generator=noise)
@@ -230,7 +239,7 @@ def test_a_sweep_writes_table_plots_strips_and_map(tmp_path):
     assert saved["settings"]["sample_count"] == 5
     pictures = {p.stem: Image.open(p) for p in tmp_path.glob("*.png")}
     assert set(pictures) == {"tokens", "bits", "time", "strips", "variance"}
-    assert pictures["tokens"].width > 2 * pictures["tokens"].height  # three panels
+    assert pictures["tokens"].width > 2 * pictures["tokens"].height  # four panels
     assert pictures["variance"].height > 1.5 * pictures["strips"].height / 128 * 96
 
 
@@ -357,7 +366,7 @@ def test_measuring_commands_take_the_same_decoding_options(folder):
     ("arguments", "message"),
     [
         (["evaluate", "emoji", "--networks", "inceptoin"], "Did you mean 'inception'"),
-        (["evaluate", "ref.npz", "--networks"], "needs pictures to reconstruct"),
+        (["evaluate", "ref.npz", "--networks"], "needs images to reconstruct"),
         (["evaluate", "emoji", "--networks", "--num-tokens", "9"], "num_tokens=9 must be in"),
         (["adaptive", "--target", "psnr"], "must look like psnr=20"),
     ],

@@ -10,7 +10,7 @@ from PIL import Image
 
 from flextok.data.transforms import center_crop, to_image, to_tensor
 from flextok.evaluation import adaptive
-from flextok.evaluation.metrics import MAX_PSNR, psnr
+from flextok.evaluation.metrics import psnr
 from flextok.generators.base import Generator
 from flextok.generators.conditioning import NULL_CLASS, ClassConditioner, TextConditioner
 from flextok.pipeline import (
