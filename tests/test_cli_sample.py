@@ -13,7 +13,7 @@ from PIL import Image
 from flextok import __version__
 from flextok.cli import main
 from flextok.cli import sample as command
-from flextok.cli.common import DECODING, SAMPLING
+from flextok.cli.options import DECODING, SAMPLING
 from flextok.cli.sample import class_labels
 from flextok.config import load_experiment
 from flextok.generators.ar import GenerateOptions

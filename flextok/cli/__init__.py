@@ -1,5 +1,5 @@
-"""The commands of `flextok`; train.py and sample.py are two of them, uninstalled. Each module here
-holds a group: add_commands() says what they take, run_...() does it."""
+"""The commands of `flextok`; train.py and sample.py are two of them, uninstalled. arguments.py
+states what each takes, the modules beside it do the work; options.py and common.py they share."""
 
 import argparse
 import contextlib
@@ -14,13 +14,13 @@ from collections.abc import Iterator
 from types import FrameType
 
 from flextok import __version__
-from flextok.cli import align, bench, demo, measure, models, reconstruct, sample, training
-from flextok.cli.common import AnyOrder, write_json
+from flextok.cli import arguments, measure
+from flextok.cli.common import write_json
+from flextok.cli.options import AnyOrder
 from flextok.printing import PrintableFormatter, one_line
 
 DESCRIPTION = "Images as short, ordered token sequences."
 EXIT = "exit codes: 0 well, 1 a mistake told in one line, 2 wrong usage, 130 interrupted"
-GROUPS = (training, sample, reconstruct, measure, align, bench, demo, models)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -77,7 +77,7 @@ def interruptible_imports() -> Iterator[None]:
 def run(options: argparse.Namespace) -> None:
     """Run the command; with --json write what it returns. JSON on standard output stands there
     alone: what people read goes to standard error."""
-    asked = getattr(options, "json", None)
+    asked = vars(options).get("json")
     with warnings.catch_warnings():
         # a command reads its images in [-1, 1], so a guess that bright ones are not would be wrong
         warnings.filterwarnings("ignore", message="images span .* all bright")
@@ -96,6 +96,6 @@ def make_parser() -> argparse.ArgumentParser:
         help="flextok <command> --help teaches each",
         parser_class=AnyOrder,
     )
-    for group in GROUPS:
-        group.add_commands(commands)
+    arguments.add_commands(commands)
+    measure.add_commands(commands)
     return parser

@@ -5,17 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from flextok.cli.common import (
-    add_command,
-    add_json,
-    add_solving,
-    data_of,
-    decoding_options,
-    open_data,
-    output_of,
-    pick_device,
-    token_lengths,
-)
+from flextok.cli.common import data_of, open_data, output_of, pick_device, token_lengths
+from flextok.cli.options import add_command, add_json, add_solving, decoding_options
 
 OWN_DATA = "default: what the model was validated on"
 

@@ -8,56 +8,27 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from flextok.cli.common import (
-    TOKENIZER,
-    add_command,
-    add_solving,
-    check_lengths,
-    decoding_options,
-    load_tokenizer,
-)
+from PIL import Image
+from tqdm import tqdm
+
+from flextok import viz
+from flextok.cli.common import check_lengths, load_tokenizer
+from flextok.cli.options import RECONSTRUCTED, decoding_options
+from flextok.data.datasets import EXTENSIONS
+from flextok.data.pictures import CorruptPicture, list_pictures, load_picture
+from flextok.data.transforms import ImageTransform, to_image
+from flextok.evaluation.metrics import psnr
+from flextok.images import MAX_FILE_BYTES
+from flextok.pipeline import reconstruct_prefixes
 from flextok.printing import printable
 
-FOLDER = "outputs/reconstructed"
 log = logging.getLogger(__name__)
 
 
-def add_commands(commands: Any) -> None:
-    parser = add_command(
-        commands,
-        "reconstruct",
-        run_reconstruct,
-        "encode pictures and decode their first tokens, one PNG each",
-        "Crops each picture to a square of the model's size, encodes it and decodes it from all "
-        "tokens, or from the first few. Several pictures or lengths go to a folder, as "
-        "<picture>-<tokens>.png. A picture named - is read from standard input, and its "
-        "reconstruction goes to standard output. Unreadable pictures are skipped, and the exit "
-        "code is 1 then.",
-        "flextok reconstruct cat.jpg\n"
-        "flextok reconstruct holiday/ --num-tokens 1 4 16 --output outputs/holiday --json\n"
-        "flextok reconstruct - --num-tokens 4 < cat.jpg > cat-4.png",
-        *("--num-tokens", "--seed", "--device", "--json"),
-    )
-    parser.add_argument("pictures", nargs="+", metavar="PICTURE", help="files, folders or -")
-    parser.add_argument("--model", default=TOKENIZER, help="a tokenizer's folder, name or hub id")
-    add_solving(parser)
-    parser.add_argument(
-        "--output", help=f"a folder, a file.png or - (standard output); default {FOLDER}"
-    )
-
-
 def run_reconstruct(options: argparse.Namespace) -> list[dict[str, Any]]:
-    from tqdm import tqdm
-
-    from flextok.data.pictures import CorruptPicture, load_picture
-    from flextok.data.transforms import ImageTransform, to_image
-    from flextok.evaluation.metrics import psnr
-    from flextok.images import MAX_FILE_BYTES
-    from flextok.pipeline import reconstruct_prefixes
-
     sources = dict(list_sources(options.pictures))
     number = len(sources) * len(set(options.num_tokens or [0]))
-    output = options.output or ("-" if options.pictures == ["-"] else FOLDER)
+    output = options.output or ("-" if options.pictures == ["-"] else RECONSTRUCTED)
     check_output(output, number, options.json == "-")
     model = load_tokenizer(options.model, options.device)
     lengths = check_lengths(options.num_tokens or [model.num_tokens], model.num_tokens)
@@ -89,9 +60,6 @@ def run_reconstruct(options: argparse.Namespace) -> list[dict[str, Any]]:
 def list_sources(pictures: list[str]) -> Iterator[tuple[str, str]]:
     """(name of the output without ending, path or -) of each picture; those of a folder keep their
     place in it."""
-    from flextok.data.datasets import EXTENSIONS
-    from flextok.data.pictures import list_pictures
-
     taken: dict[str, str] = {}
     for entry in pictures:
         place = Path(entry)
@@ -122,10 +90,8 @@ def check_output(output: str, number: int, is_json: bool) -> None:
         raise ValueError("standard output is a terminal: name a file with --output")
 
 
-def write_picture(picture: Any, output: str, name: str) -> str:
+def write_picture(picture: Image.Image, output: str, name: str) -> str:
     """Write the PNG; returns where."""
-    from flextok import viz
-
     if output == "-":
         buffer = io.BytesIO()
         picture.save(buffer, format="png")

@@ -5,38 +5,42 @@ import difflib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from flextok.cli.common import (
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from flextok import viz
+from flextok.cli.common import data_of, open_data, pick_device, token_lengths
+from flextok.cli.options import (
     BY_CLASS,
     BY_PROMPT,
+    MOST_CLASSES,
     SAMPLING,
     TOKENIZER,
-    add_command,
-    add_fields,
-    add_solving,
     chosen,
-    data_of,
     decoding_options,
-    open_data,
-    pick_device,
-    token_lengths,
 )
+from flextok.data.datasets import PictureFiles, take
+from flextok.data.labels import find_class, label_table
+from flextok.data.pictures import decode_text
+from flextok.data.stream import collate
+from flextok.data.transforms import to_image
+from flextok.evaluation.sources import Images, skipping
+from flextok.generators import Generator
+from flextok.generators.conditioning import NULL_CLASS, NoConditioner, TextConditioner
+from flextok.pipeline import decoding_options as checked
+from flextok.pipeline import generate_batches, load_model, load_tokenizer_of, reconstruct_prefixes
 from flextok.schema import check_number
+from flextok.tokenizers import Tokenizer
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from flextok.generators.base import Generator
-    from flextok.tokenizers.base import Tokenizer
-
-    Batches = Iterator[tuple[Tensor | None, dict[int, Tensor]]]  # originals, images by length
-
-MOST_CLASSES = 16  # in a grid whose classes nobody named
 MOST_PIXELS = 2**26  # of a grid
 MOST_PICTURES = 1_000_000
 MOST_BYTES = 2**26  # of a file of prompts
 BATCH = 64
+Batches = Iterator[tuple[Tensor | None, dict[int, Tensor]]]  # originals, images by length
 ORIGINAL = 0  # in place of a number of tokens
 
 
@@ -49,54 +53,7 @@ TAKES: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 
 
-def add_commands(commands: Any) -> None:
-    sample = add_command(
-        commands,
-        "sample",
-        run_sample,
-        "reconstruct pictures, or generate by class or prompt, as a coarse-to-fine grid",
-        "With a tokenizer: reconstruct --images or --data at each of --num-tokens. "
-        "With a generator: generate --classes, or --prompt, --prompts-file or the captions of "
-        "--data; prompts also get their last pictures as files beside the grid. "
-        "Without a model: the one for the purpose of those that come with the package.",
-        "flextok sample\n"
-        "flextok sample --images cat.jpg --num-tokens 1 16 256\n"
-        "flextok sample --classes food-fruit heart none --num-samples 4\n"
-        'flextok sample --prompt "a red heart left of a bomb" --output heart.png\n'
-        "flextok sample outputs/quickstart/generator",
-        *("--data", "--limit", "--num-tokens", "--num-samples", "--tokenizer", "--seed"),
-        *("--device", "--json"),
-    )
-    sample.add_argument(
-        "model",
-        nargs="?",
-        help="folder, name or hub id of a tokenizer or a generator; "
-        f"default {TOKENIZER}, {BY_CLASS} or {BY_PROMPT}",
-    )
-    sample.add_argument("--images", nargs="+", metavar="FILE", help="picture files or folders")
-    sample.add_argument(
-        "--classes",
-        nargs="*",
-        metavar="CLASS",
-        help="names, else numbers, else 'none' (or ''), for no class; alone: all, or "
-        f"{MOST_CLASSES} of them",
-    )
-    sample.add_argument("--prompt", nargs="+", metavar="TEXT", help="texts; '' = none")
-    sample.add_argument("--prompts-file", metavar="FILE", help="one prompt a line")
-    sample.add_argument("--output", default="outputs/sample.png", help="the PNG to write")
-    add_fields(sample, SAMPLING)
-    add_solving(sample)
-
-
 def run_sample(options: argparse.Namespace) -> dict[str, Any]:
-    import torch
-    from tqdm import tqdm
-
-    from flextok import viz
-    from flextok.data.transforms import to_image
-    from flextok.pipeline import load_model, load_tokenizer_of
-    from flextok.tokenizers.base import Tokenizer
-
     output = Path(options.output)
     if output.is_dir():
         raise ValueError(f"--output {output} is a folder: name a picture, such as grid.png in it")
@@ -124,23 +81,8 @@ def run_sample(options: argparse.Namespace) -> dict[str, Any]:
             f"{len(names)} pictures do not fit one grid of {room}: ask for "
             "fewer by --limit, --classes, --num-samples or --num-tokens"
         )
-    kept, done, files = [], 0, []
-    with tqdm(total=len(names), unit="picture", disable=None) as bar:
-        for original, batch in batches:
-            images = {k: made.cpu() for k, made in batch.items()}
-            last = images[lengths[-1]]
-            if done < room:
-                shown = images if original is None else {**images, ORIGINAL: original}
-                kept.append({k: some[: room - done] for k, some in shown.items()})
-            for number, image in enumerate(last if kind == "text" else (), done + 1):
-                place = output.with_name(f"{output.stem}-{number}.png")
-                files.append(str(viz.save(to_image(image), place)))
-                bar.write(f"wrote {files[-1]}", file=sys.stdout)
-            done += len(last)
-            bar.update(len(last))
-    if not done:
-        raise ValueError("none of the pictures could be read; see the warnings above")
-    grid = {k: torch.cat([batch[k] for batch in kept]) for k in kept[0]}
+    bar = tqdm(total=len(names), unit="picture", disable=None)
+    grid, done, files = collect(batches, room, output, kind == "text", bar)
     shown_names = names[: len(grid[lengths[0]])]
     if reconstructs:
         picture = viz.coarse_to_fine(grid.pop(ORIGINAL), grid)
@@ -155,6 +97,31 @@ def run_sample(options: argparse.Namespace) -> dict[str, Any]:
     found = {"count": done} if reconstructs else {"conditions": names, "files": files}
     report = {"model": options.model, "seed": options.seed, "output": options.output}
     return {**report, "num_tokens": lengths, **found}
+
+
+def collect(
+    batches: Batches, room: int, output: Path, as_files: bool, bar: tqdm
+) -> tuple[dict[int, Tensor], int, list[str]]:
+    """The first `room` images of each length (and the originals), how many were made, and the files
+    written beside `output`, as_files: one for each image of the longest length."""
+    kept: list[dict[int, Tensor]] = []
+    done, files = 0, []
+    with bar:
+        for original, batch in batches:
+            images = {k: made.cpu() for k, made in batch.items()}
+            last = images[max(images)]
+            if done < room:
+                shown = images if original is None else {**images, ORIGINAL: original}
+                kept.append({k: some[: room - done] for k, some in shown.items()})
+            for number, image in enumerate(last if as_files else (), done + 1):
+                place = output.with_name(f"{output.stem}-{number}.png")
+                files.append(str(viz.save(to_image(image), place)))
+                bar.write(f"wrote {files[-1]}", file=sys.stdout)
+            done += len(last)
+            bar.update(len(last))
+    if not done:
+        raise ValueError("none of the pictures could be read; see the warnings above")
+    return {k: torch.cat([batch[k] for batch in kept]) for k in kept[0]}, done, files
 
 
 def check_taken(kind: str, options: argparse.Namespace) -> None:
@@ -172,17 +139,9 @@ def check_taken(kind: str, options: argparse.Namespace) -> None:
 
 
 def reconstruction(
-    model: "Tokenizer", lengths: list[int], options: argparse.Namespace
-) -> "tuple[list[str], Batches]":
+    model: Tokenizer, lengths: list[int], options: argparse.Namespace
+) -> tuple[list[str], Batches]:
     """--images, --data or what the model was validated on; unreadable ones are skipped."""
-    from torch.utils.data import DataLoader
-
-    from flextok.data.datasets import PictureFiles, take
-    from flextok.data.stream import collate
-    from flextok.evaluation.sources import Images, skipping
-    from flextok.pipeline import decoding_options as checked
-    from flextok.pipeline import reconstruct_prefixes
-
     decoding = checked(model, decoding_options(options))  # raises before the work
     if options.images:
         data = take(PictureFiles(options.images), options.limit)
@@ -190,7 +149,7 @@ def reconstruction(
         data = take(data_of(options.data, options.model), options.limit or 8)
     dataset = skipping(Images(data, model.image_size))
 
-    def batches() -> Iterator[tuple["Tensor", dict[int, "Tensor"]]]:
+    def batches() -> Iterator[tuple[Tensor, dict[int, Tensor]]]:
         for batch in DataLoader(dataset, batch_size=BATCH, collate_fn=collate):
             if batch:
                 images, rows = batch["image"], batch["index"].tolist()
@@ -201,14 +160,9 @@ def reconstruction(
 
 
 def generation(
-    model: "Generator", tokenizer: "Tokenizer", lengths: list[int], options: argparse.Namespace
-) -> "tuple[list[str], Batches]":
+    model: Generator, tokenizer: Tokenizer, lengths: list[int], options: argparse.Namespace
+) -> tuple[list[str], Batches]:
     """Images by class, by prompt or without a condition, and their names."""
-    import torch
-
-    from flextok.generators.conditioning import NULL_CLASS, NoConditioner, TextConditioner
-    from flextok.pipeline import generate_batches
-
     cond: Tensor | list[str]
     if isinstance(model.conditioner, TextConditioner):
         cond = names = read_prompts(options)
@@ -227,8 +181,6 @@ def generation(
 
 def read_prompts(options: argparse.Namespace) -> list[str]:
     """--prompt, --prompts-file or the captions of --data, each --num-samples times."""
-    from flextok.data.datasets import take
-
     prompts = options.prompt
     if options.prompts_file:
         prompts = read_lines(Path(options.prompts_file))
@@ -241,8 +193,6 @@ def read_prompts(options: argparse.Namespace) -> list[str]:
 
 def read_lines(path: Path) -> list[str]:
     """The lines of a text file that are not blank."""
-    from flextok.data.pictures import decode_text
-
     if not path.is_file():
         raise ValueError(f"--prompts-file {path}: there is no such file")
     if path.stat().st_size > MOST_BYTES:
@@ -258,14 +208,10 @@ def read_lines(path: Path) -> list[str]:
 
 def class_labels(
     known: list[str], total: int, classes: list[str] | None, num_samples: int
-) -> "tuple[Tensor, list[str]]":
+) -> tuple[Tensor, list[str]]:
     """Classes to labels and names, each num_samples times. An entry is a class's name; else its
     number; else "none" or "", for no class. By default all of them, or MOST_CLASSES, evenly
     spread."""
-    import torch
-
-    from flextok.generators.conditioning import NULL_CLASS
-
     names = known or [str(i) for i in range(total)]
     shown = min(len(names), MOST_CLASSES)
     asked = [label_of(entry, names) for entry in classes or ()]
@@ -278,9 +224,6 @@ def class_labels(
 
 
 def label_of(entry: str, names: list[str]) -> int:
-    from flextok.data.labels import find_class, label_table
-    from flextok.generators.conditioning import NULL_CLASS
-
     label = find_class(label_table(names), entry)
     if label is None and entry in ("none", ""):
         return NULL_CLASS
