@@ -165,17 +165,9 @@ class ExperimentConfig:
 
 
 def load_experiment(path: str | Path, overrides: list[str] | None = None) -> ExperimentConfig:
-    """Read a YAML file, apply key=value overrides, check everything. Dots in a key descend; a value
-    replaces what was there, a whole mapping too."""
-    path = Path(path)
-    if not os.path.isfile(path):
-        raise ConfigError(f"no config file {str(path)!r}: see configs/ for the shipped ones")
-    try:
-        loaded = OmegaConf.load(path)
-    except (YAMLError, OmegaConfBaseException, ValueError, RecursionError, OSError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from None
-    if not OmegaConf.is_dict(loaded):
-        raise ConfigError(f"{path} must be a mapping of keys: see configs/ for the shipped ones")
+    """Read a YAML file (over its base, see `read_yaml`), apply key=value overrides, check
+    everything. Dots in a key descend; a value replaces what was there, a whole mapping too."""
+    loaded = OmegaConf.create(read_yaml(Path(path)))
     for override in overrides or []:
         key, equals, text = override.partition("=")
         if not equals or not all(key_parts(key)):
@@ -192,6 +184,41 @@ def load_experiment(path: str | Path, overrides: list[str] | None = None) -> Exp
     if isinstance(data := values.get("data"), dict):
         data |= {key: folder_spec(key, data[key]) for key in ("train", "validation") if key in data}
     return from_mapping(ExperimentConfig, values)
+
+
+def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The mapping of a YAML file, `merged` over that of the file, named relative to it, that its
+    key `base` holds. above: the files that it is the base of."""
+    chain = " -> ".join(map(str, (*above, path)))
+    if not os.path.isfile(path):
+        where = f" ({chain})" if above else ""
+        raise ConfigError(f"no config file {str(path)!r}{where}: see configs/ for the shipped ones")
+    if path.resolve() in [file.resolve() for file in above]:
+        raise ConfigError(f"base: {chain} leads back to itself")
+    try:
+        loaded = OmegaConf.load(path)
+    except (YAMLError, OmegaConfBaseException, ValueError, RecursionError, OSError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    values: Any = OmegaConf.to_container(loaded)
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must be a mapping of keys: see configs/ for the shipped ones")
+    if "base" not in values:
+        return values
+    base = values.pop("base")
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: base={base!r} must be the name of another config file")
+    whole = read_yaml(path.parent / base, (*above, path))
+    return {**whole, **{key: merged(whole.get(key), value) for key, value in values.items()}}
+
+
+def merged(base: Any, value: Any) -> Any:
+    """`value` over `base`: mappings are merged key by key. All else, an empty mapping and one that
+    names another component replace what was there."""
+    if not (value and isinstance(value, dict) and isinstance(base, dict)):
+        return value
+    if value.get("name") not in (None, base.get("name")):
+        return value
+    return {**base, **{key: merged(base.get(key), below) for key, below in value.items()}}
 
 
 def folder_spec(key: str, value: Any) -> Any:

@@ -1,6 +1,7 @@
 """Numbers that no run can mean are refused by name before anything is built."""
 
 import math
+import textwrap
 import typing
 from dataclasses import is_dataclass, replace
 
@@ -12,6 +13,8 @@ from flextok.config import (
     ExperimentConfig,
     OptimConfig,
     TrainerConfig,
+    load_experiment,
+    save_experiment,
 )
 from flextok.schema import ConfigError, from_mapping
 from flextok.training.run import train
@@ -115,3 +118,69 @@ def test_a_config_made_in_python_is_checked_too(tmp_path):
         with pytest.raises(ConfigError, match=r"optim.lr=nan|trainer.max_steps=-1"):
             train(part)
     assert not (tmp_path / "x").exists()
+
+
+def write(folder, **files):
+    for name, text in files.items():
+        (folder / f"{name}.yaml").write_text(textwrap.dedent(text))
+
+
+def test_a_file_changes_its_base(tmp_path):
+    (tmp_path / "below").mkdir()
+    write(
+        tmp_path,
+        root="""
+            task: tokenizer
+            output_dir: a
+            model:
+              {name: flextok, quantizer: {name: fsq, levels: [8]}, vae: {name: identity, scale: 2}}
+            data: {train: [{name: emoji}, {name: emoji}], validation: {name: emoji}}
+            optim: {lr: 1.0e-3, lr_scale: {encoder: 0.2}, betas: [0.9, 0.99]}
+            trainer: {max_steps: 5, devices: 2}
+            """,
+    )
+    write(tmp_path / "below", middle="base: ../root.yaml\nmodel: {quantizer: {bound: ifsq}}\n")
+    write(
+        tmp_path,
+        top="""
+            base: below/middle.yaml
+            output_dir: ${task}
+            model: {vae: {name: kl}}
+            data: {train: {name: folder, root: x}, validation: null}
+            optim: {lr_scale: {}, betas: [0.8, 0.9]}
+            trainer: {max_steps: 6}
+            """,
+    )
+    config = load_experiment(
+        tmp_path / "top.yaml", ["trainer.devices=3", "model.quantizer.levels=[4]"]
+    )
+    assert config.model == {
+        "name": "flextok",
+        "quantizer": {"name": "fsq", "levels": [4], "bound": "ifsq"},
+        "vae": {"name": "kl"},  # another component: nothing of the base's is left
+    }
+    assert config.data.train == {"name": "folder", "root": "x"}
+    assert config.data.validation is None
+    assert (config.optim.lr, config.optim.lr_scale, config.optim.betas) == (1e-3, {}, [0.8, 0.9])
+    assert (config.trainer.max_steps, config.trainer.devices) == (6, 3)
+    assert (config.task, config.output_dir) == ("tokenizer", "tokenizer")
+    save_experiment(config, tmp_path / "saved.yaml")
+    assert load_experiment(tmp_path / "saved.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"a": "base: b.yaml", "b": "base: a.yaml"}, r"a.yaml -> .*b.yaml -> .*a.yaml leads back"),
+        ({"a": "base: a.yaml"}, r"a.yaml -> .*a.yaml leads back to itself"),
+        ({"a": "base: c.yaml"}, r"no config file .*c.yaml' \(.*a.yaml -> .*c.yaml\)"),
+        ({"a": "base: [b.yaml]"}, r"a.yaml: base=\['b.yaml'\] must be the name"),
+        ({"a": "base: b.yaml", "b": "[1]"}, r"b.yaml must be a mapping"),
+        ({"a": "base: b.yaml", "b": "{"}, r"b.yaml is not valid YAML"),
+        ({"a": "base: b.yaml", "b": "nodel: 1"}, r"unknown key 'nodel'"),
+    ],
+)
+def test_mistakes_of_a_base_name_the_files(tmp_path, files, message):
+    write(tmp_path, **files)
+    with pytest.raises(ConfigError, match=message):
+        load_experiment(tmp_path / "a.yaml")
