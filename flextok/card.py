@@ -1,4 +1,4 @@
-"""What a model says about itself: the facts behind `flextok info`, and the model card."""
+"""The facts about a model: those behind `flextok info`, and the model card."""
 
 import json
 import math

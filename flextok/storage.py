@@ -99,7 +99,7 @@ def check_zip(path: Path) -> None:
             claimed = sum(entry.file_size for entry in entries)
             if claimed > size:  # parts that lie over each other would be read many times
                 raise ValueError(f"its parts have {claimed:,} bytes, the file {size:,}")
-            summed = any(entry.CRC for entry in entries)  # torch can be told to leave them out
+            summed = any(entry.CRC for entry in entries)  # torch leaves them out if asked
             if summed and size <= LARGEST_SUMMED and (damaged := file.testzip()) is not None:
                 raise ValueError(f"its part {damaged!r} fails its checksum")
     except CheckpointError:

@@ -20,11 +20,11 @@ from flextok.cli.options import AnyOrder
 from flextok.printing import PrintableFormatter, one_line
 
 DESCRIPTION = "Images as short, ordered token sequences."
-EXIT = "exit codes: 0 well, 1 a mistake told in one line, 2 wrong usage, 130 interrupted"
+EXIT = "exit codes: 0 well, 1 a user's mistake, named in one line, 2 wrong usage, 130 interrupted"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command. Returns its exit code: 0 well, 1 a user's mistake (told in one line), 130
+    """Run a command. Returns its exit code: 0 well, 1 a user's mistake (named in one line), 130
     interrupted. Wrong usage raises SystemExit(2)."""
     # on a busy machine OpenMP's default of spinning threads can slow small models down 20 times
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

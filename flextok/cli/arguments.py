@@ -1,8 +1,6 @@
 """What each command takes. Nothing here imports torch, which --help would wait for; the modules
 beside this one do the work."""
 
-from typing import Any
-
 from flextok.cli.options import (
     BY_CLASS,
     BY_PROMPT,
@@ -10,13 +8,14 @@ from flextok.cli.options import (
     RECONSTRUCTED,
     SAMPLING,
     TOKENIZER,
+    Commands,
     add_command,
     add_fields,
     add_solving,
 )
 
 
-def add_commands(commands: Any) -> None:
+def add_commands(commands: Commands) -> None:
     add_training(commands)
     add_sample(commands)
     add_reconstruct(commands)
@@ -26,13 +25,13 @@ def add_commands(commands: Any) -> None:
     add_models(commands)
 
 
-def add_training(commands: Any) -> None:
+def add_training(commands: Commands) -> None:
     train = add_command(
         commands,
         "train",
         "training.run_train",
         "train a tokenizer or a generator from a config",
-        "One YAML file says everything about a run; key=value changes it. The output folder gets "
+        "One YAML file states everything about a run; key=value changes it. The output folder gets "
         "checkpoints, logs, pictures and the model. An interrupted run continues when started "
         "again by the same command.",
         "flextok train configs/quickstart_tokenizer.yaml\n"
@@ -77,7 +76,7 @@ def add_training(commands: Any) -> None:
         "plan",
         "training.run_plan",
         "a run's memory, arithmetic, data rate and cost, before it runs",
-        "From the config's sizes and stated assumptions; docs/scale.md says how they were checked.",
+        "From the config's sizes and stated assumptions; docs/scale.md has how they were checked.",
         "flextok plan configs/flextok_d18_d28.yaml --gpus 128\n"
         "flextok plan configs/ar_class_1.33B.yaml --gpus 8 --gpu a100 --json plan.json\n"
         "flextok plan configs/flextok_d12_d12.yaml --gpus 1 --gpu rtx4090 data.batch_size=8",
@@ -107,7 +106,7 @@ def add_training(commands: Any) -> None:
     index.add_argument("--fetch", help="a command that writes the shard {url} to standard output")
 
 
-def add_sample(commands: Any) -> None:
+def add_sample(commands: Commands) -> None:
     sample = add_command(
         commands,
         "sample",
@@ -146,7 +145,7 @@ def add_sample(commands: Any) -> None:
     add_solving(sample)
 
 
-def add_reconstruct(commands: Any) -> None:
+def add_reconstruct(commands: Commands) -> None:
     parser = add_command(
         commands,
         "reconstruct",
@@ -170,7 +169,7 @@ def add_reconstruct(commands: Any) -> None:
     )
 
 
-def add_align(commands: Any) -> None:
+def add_align(commands: Commands) -> None:
     align = add_command(
         commands,
         "align",
@@ -188,7 +187,7 @@ def add_align(commands: Any) -> None:
     add_solving(align)
 
 
-def add_bench(commands: Any) -> None:
+def add_bench(commands: Commands) -> None:
     bench = add_command(
         commands,
         "bench",
@@ -209,7 +208,7 @@ def add_bench(commands: Any) -> None:
     bench.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
 
 
-def add_demo(commands: Any) -> None:
+def add_demo(commands: Commands) -> None:
     parser = add_command(
         commands,
         "demo",
@@ -244,7 +243,7 @@ def add_demo(commands: Any) -> None:
     parser.add_argument("--queue", type=int, default=16, help="how many clicks may wait")
 
 
-def add_models(commands: Any) -> None:
+def add_models(commands: Commands) -> None:
     info = add_command(
         commands,
         "info",

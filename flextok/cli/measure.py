@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from flextok.cli.common import data_of, open_data, output_of, pick_device, token_lengths
-from flextok.cli.options import add_command, add_json, add_solving, decoding_options
+from flextok.cli.options import Commands, add_command, add_json, add_solving, decoding_options
 
 OWN_DATA = "default: what the model was validated on"
 
 
-def add_commands(commands: Any) -> None:
+def add_commands(commands: Commands) -> None:
     evaluate = add_command(
         commands,
         "evaluate",

@@ -5,7 +5,7 @@ import argparse
 import pkgutil
 import textwrap
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 from flextok.schema import NotFinite, check_number
 
@@ -93,8 +93,11 @@ class AnyOrder(argparse.ArgumentParser):
             self.mixing = False
 
 
+Commands: TypeAlias = "argparse._SubParsersAction[AnyOrder]"
+
+
 def add_command(
-    commands: Any,
+    commands: Commands,
     name: str,
     run: Run | str,
     help: str,
@@ -102,9 +105,9 @@ def add_command(
     examples: str,
     *shared: str,
 ) -> argparse.ArgumentParser:
-    """A command whose --help says what it does and shows how; `run`, a function or the name of one
-    below flextok.cli, does it and returns what --json writes. shared: its options among SHARED."""
-    parser: argparse.ArgumentParser = commands.add_parser(
+    """A command whose --help explains it with examples; `run`, a function or the name of one below
+    flextok.cli, does the work and returns what --json writes. shared: its options of SHARED."""
+    parser = commands.add_parser(
         name,
         help=help,
         description=textwrap.fill(description, 88),
