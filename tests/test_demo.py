@@ -15,6 +15,7 @@ from flextok.demo.guard import Guard
 from flextok.demo.markup import figure
 from flextok.demo.studio import Studio
 from flextok.demo.upload import Limits, read_picture
+from flextok.generators import MaskGIT, MaskGITConfig
 from flextok.pipeline import generate_images, load_model, remember_tokenizer
 from flextok.tokenizers import TiTok, TiTokConfig
 
@@ -261,6 +262,21 @@ def test_prompts_change_the_picture(studio):
 def test_numbers_out_of_range_are_mistakes_of_the_client(studio, crop, asked, message):
     with pytest.raises(ValueError, match=message):
         studio.reconstruct(crop, **{"tokens": 8, **asked})
+
+
+def test_a_generator_in_steps_shows_its_steps_and_its_last_image(models, tmp_path):
+    page = pytest.importorskip("flextok.demo.page", reason="needs pip install 'flextok[demo]'")
+    torch.manual_seed(0)
+    small = {"vocab_size": 200, "num_tokens": 8, "dim": 16, "depth": 1, "num_heads": 2}
+    maskgit = MaskGIT(MaskGITConfig(**small, conditioner={"name": "class", "num_classes": 3}))
+    tokenizer = load_model(models / "tokenizer")
+    remember_tokenizer(maskgit, tmp_path, tokenizer, str(models / "tokenizer"))
+    maskgit.save_pretrained(tmp_path)
+    studio = Studio([str(tmp_path), str(models / "by_text")])
+    frames = list(studio.pairs[0].grow(2, 8, num_steps=2, decoder_steps=1))
+    assert [k for k, _ in frames] == [8]
+    blocks = page.build_page(studio, LIMITS).blocks.values()
+    assert [b.label for b in blocks if b.get_config().get("label") == "Steps"] == ["Steps"]
 
 
 def test_prompts_are_bounded(studio):
