@@ -63,7 +63,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_mapping(path: Path, **types: type) -> dict[str, Any]:
-    """The mapping in a JSON file that this program wrote. Raises ValueError when it is damaged, or
+    """The mapping in a JSON file. Raises ValueError when it is damaged, or
     lacks one of the keys in `types`, or has it of another type."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))

@@ -4,7 +4,6 @@ Nothing read here is code: safetensors hold none, and pickles load with weights_
 """
 
 import hashlib
-import json
 import math
 import pickle
 import re
@@ -17,6 +16,8 @@ from typing import Any, NoReturn
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+
+from flextok.files import read_mapping
 
 PICKLES = (".bin", ".pt", ".pth")
 SUFFIXES = (".safetensors", *PICKLES)
@@ -32,11 +33,9 @@ def read_json(path: Path) -> dict[str, Any]:
     """The mapping in a JSON file. Raises CheckpointError when it is damaged or something else."""
     check_file(path, LARGEST_JSON)
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); write it again") from None
-    if not isinstance(document, dict):
-        raise CheckpointError(f"{path} is not a flextok model's config, nor a published one's")
+        document = read_mapping(path)
+    except ValueError as error:
+        raise CheckpointError(f"{error}; write it again") from None
     level: list[Any] = [document]
     for _ in range(MOST_LEVELS):
         items = [item.values() if isinstance(item, dict) else item for item in level]

@@ -94,7 +94,7 @@ def edit(path, change):
         (lambda d: (d / "model.safetensors").unlink(), "is missing"),
         (lambda d: (d / "config.json").unlink(), "has no config.json"),
         (lambda d: (d / "config.json").write_text('{"model'), "damaged"),
-        (lambda d: (d / "config.json").write_text("[]"), "not a flextok model"),
+        (lambda d: (d / "config.json").write_text("[]"), "it holds a list, not a mapping"),
         (lambda d: edit(d / "config.json", lambda h: h["config"].update(x=1)), "unknown key 'x'"),
         (
             lambda d: edit(d / "config.json", lambda h: h["config"].update(decoder_depth=3)),

@@ -374,7 +374,7 @@ def test_metadata_of_another_type(tmp_path, capsys, facts, message, command):
 def test_documents_that_no_program_writes(tmp_path, document):
     save_file({"surprise": torch.zeros(1)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(document)
-    with pytest.raises(CheckpointError, match=r"config\.json is (damaged|not a flextok)"):
+    with pytest.raises(CheckpointError, match=r"config\.json is damaged"):
         load_model(tmp_path)
 
 
