@@ -69,8 +69,8 @@ def test_a_reconstruction_depends_on_seed_and_number_alone(tokenizer):
 
 def test_pictures_and_evaluation_draw_alike(gpt, tokenizer):
     """Picture r of a command is picture r of the evaluation under the same seed."""
-    job = make_job(tokenizer, gpt, [Cell(8, 1, 1.0)], Options(networks=(), seed=5))
-    batch = {"index": torch.arange(3), "label": torch.zeros(3).long()}
+    job = make_job(gpt, [Cell(8, 1, 1.0)], Options(networks=(), seed=5), tokenizer)
+    batch = {"index": torch.arange(3), "condition": torch.zeros(3).long()}
     shown = dict(sources.generated(job, batch))
     made = generate_images(gpt, tokenizer, torch.zeros(3).long(), [8], 5, None, FEW)[8]
     assert torch.equal(made, shown["0"]["images"])

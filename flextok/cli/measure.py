@@ -293,7 +293,8 @@ def write_measured(
     report: dict[str, Any], model: Any, options: argparse.Namespace
 ) -> dict[str, Any]:
     """report.json of a command that is not one of the passes, with what it was asked."""
-    from flextok.evaluation.report import model_settings, write_report
+    from flextok.evaluation.job import model_settings
+    from flextok.evaluation.report import write_report
 
     asked = {k: v for k, v in vars(options).items() if k not in ("run", "dtype", "json", "folder")}
     document = {"settings": {**asked, **model_settings(model, model)}, **report}

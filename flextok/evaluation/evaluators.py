@@ -236,25 +236,20 @@ def load_evaluators(
     """All evaluators that need no weights, and the named ones; None takes those that papers report
     (Inception, LPIPS) or what is on this machine. Also returns a sentence for each that is left
     out. Raises ValueError for an unknown name and for a named one whose weights are not here."""
-    names = [name for name in EVALUATORS if name not in NETWORKS]
+    always = [name for name in EVALUATORS if name not in NETWORKS]
     for name in networks or []:
         if name not in EVALUATORS:
             raise unknown_key("network", name, list(NETWORKS))
-    found = [EVALUATORS[name](setting) for name in dict.fromkeys([*names, *(networks or [])])]
+    found = [EVALUATORS[name](setting) for name in dict.fromkeys([*always, *(networks or [])])]
     left_out: list[str] = []
-
-    def at_hand(name: str) -> bool:
+    wanted = [] if networks is not None else ["inception", "lpips"]
+    for name in wanted:
         try:
             found.append(EVALUATORS[name](setting))
         except ValueError as error:
             if name == "inception" and setting.inception_weights is not None:
                 raise  # the file was named, so it must be there
             left_out.append(f"{name} is left out: {error}")
-            return False
-        return True
-
-    if networks is None:
-        if not at_hand("inception"):
-            at_hand("efficientnet_lite0")
-        at_hand("lpips")
+            if name == "inception":
+                wanted.append("efficientnet_lite0")
     return [evaluator for evaluator in found if evaluator is not None], left_out

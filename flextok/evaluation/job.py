@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+import flextok
 from flextok.evaluation.evaluators import Evaluator, FeatureDistances, Setting, load_evaluators
 from flextok.evaluation.reference import check_suffix
 from flextok.generators.base import Generator
@@ -40,10 +41,10 @@ class Options:
     labels: Literal["balanced", "data"] = "balanced"  # generator: all classes alike, or the data's
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size={self.batch_size} must be at least 1")
-        if self.num_samples is not None and self.num_samples < 2:
-            raise ValueError(f"num_samples={self.num_samples} must be at least 2")
+        for name, least in (("batch_size", 1), ("num_samples", 2)):
+            value = vars(self)[name]
+            if value is not None and value < least:
+                raise ValueError(f"{name}={value} must be at least {least}")
         if self.save_reference:
             check_suffix(self.save_reference)
 
@@ -54,79 +55,64 @@ class Job:
 
     tokenizer: Tokenizer
     generator: Generator | None
-    evaluators: list[Evaluator]
     cells: list[Cell]
     decoding: list[Any]  # the tokenizer's options, of each cell
     sampling: Any  # the generator's options
     options: Options
-    names: Mapping[str, str]  # "model" and "data", for the report
+    evaluators: list[Evaluator]
     left_out: list[str]  # a sentence for each network that is not at hand
-
-    @property
-    def device(self) -> torch.device:
-        return self.tokenizer.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.tokenizer.parameters()).dtype
 
     @property
     def networks(self) -> list[FeatureDistances]:
         return [e for e in self.evaluators if isinstance(e, FeatureDistances)]
 
-    def identities(self) -> dict[str, dict[str, str]]:
-        """Weights and preprocessing of each network."""
-        return {e.name: identity for e in self.evaluators if (identity := e.identity())}
-
-    def identity(self, what: str, data: str) -> dict[str, Any]:
-        """All that an image's measured row depends on."""
-        models = [m for m in (self.tokenizer, self.generator) if m is not None]
+    def settings(self) -> dict[str, Any]:
+        """All that a measured row depends on, but for the data and the models' configs."""
         return {
-            "what": what,
-            "models": [fingerprint(m) for m in models],
-            "configs": [asdict(m.config) for m in models],
-            "dtype": str(self.dtype),
-            "device": self.device.type,
-            "data": data,
-            "evaluators": [e.name for e in self.evaluators],
-            "networks": self.identities(),
+            "task": "reconstruction" if self.generator is None else "generation",
+            **model_settings(self.generator or self.tokenizer, self.tokenizer),
+            "device_type": self.tokenizer.device.type,
+            "seed": self.options.seed,
             "cells": [list(cell) for cell in self.cells],
             "decoding": [asdict(way) for way in self.decoding],
-            "sampling": None if self.generator is None else asdict(self.sampling),
-            "seed": self.options.seed,
+            "generate": None if self.generator is None else asdict(self.sampling),
+            "evaluators": [e.name for e in self.evaluators],
+            "networks": {e.name: facts for e in self.evaluators if (facts := e.identity())},
         }
+
+    def identity(self, what: str, data: str) -> dict[str, Any]:
+        """All that a measured row depends on."""
+        models = [m for m in (self.tokenizer, self.generator) if m is not None]
+        configs = [asdict(model.config) for model in models]
+        return {"pass": what, "data": data, **self.settings(), "configs": configs}
 
 
 def make_job(
-    tokenizer: Tokenizer,
-    generator: Generator | None = None,
+    model: Tokenizer | Generator,
     cells: Sequence[Cell] | None = None,
     options: Options | None = None,
-    names: Mapping[str, str] | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> Job:
     """Loads the evaluators. Raises ValueError for a way to decode or to sample that the models do
     not have, and then for networks whose weights are missing."""
     options = options or Options()
-    total = (generator or tokenizer).num_tokens
-    cells = list(cells or [Cell(total)])
-    decoding = [decoding_of(tokenizer, cell, options, total) for cell in cells]
+    generator = model if isinstance(model, Generator) else None
+    tokenizer = model if isinstance(model, Tokenizer) else tokenizer
+    assert tokenizer is not None, "a generator needs its tokenizer"
+    cells = list(cells or [Cell(model.num_tokens)])
+    decoding = [decoding_of(tokenizer, cell, options, model.num_tokens) for cell in cells]
     sampling = generator.generate_options(options.sampling) if generator else None
-    parameter = next(tokenizer.parameters())
-    setting = Setting(
-        parameter.device, parameter.dtype, tokenizer.vocab_size, options.inception_weights
-    )
-    evaluators, left_out = load_evaluators(options.networks, setting)
-    job = Job(
-        *(tokenizer, generator, evaluators, cells, decoding, sampling, options),
-        *(names or {}, left_out),
-    )
+    dtype = next(tokenizer.parameters()).dtype
+    setting = Setting(tokenizer.device, dtype, tokenizer.vocab_size, options.inception_weights)
+    evaluators = load_evaluators(options.networks, setting)
+    job = Job(tokenizer, generator, cells, decoding, sampling, options, *evaluators)
     if options.save_reference and len(job.networks) != 1:
         raise ValueError("a reference file holds one network's features: choose one of --networks")
     return job
 
 
 def decoding_of(tokenizer: Tokenizer, cell: Cell, options: Options, total: int) -> Any:
-    """The tokenizer's options for a cell."""
+    """The tokenizer's options for a cell, of `total` indices."""
     if not 1 <= cell.num_tokens <= total:
         raise ValueError(f"num_tokens={cell.num_tokens} must be in [1, {total}]")
     if cell.num_tokens < tokenizer.num_tokens and not tokenizer.ordered:
@@ -136,6 +122,22 @@ def decoding_of(tokenizer: Tokenizer, cell: Cell, options: Options, total: int) 
         )
     own = {"num_steps": cell.num_steps, "guidance_scale": cell.guidance_scale}
     return tokenizer.decode_options({**options.decoding, **own})
+
+
+def model_settings(model: Tokenizer | Generator, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Which model saw the images how, and the versions of the code."""
+    return {
+        "model_type": model.model_type,
+        "model_hash": fingerprint(model),
+        "tokenizer_hash": fingerprint(tokenizer),
+        "image_size": tokenizer.image_size,
+        "crop": "center, after the shorter side was resized",
+        "interpolation": "bicubic, antialiased (PIL)",
+        "pixels": "clamped, rounded to 8 bits, both sides alike",
+        "dtype": str(next(tokenizer.parameters()).dtype).removeprefix("torch."),
+        "flextok_version": flextok.__version__,
+        "torch_version": torch.__version__,
+    }
 
 
 def hash_of(*parts: Any) -> str:

@@ -5,22 +5,18 @@ import json
 import math
 import sys
 from collections import Counter
-from dataclasses import asdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
+from torch import Tensor
 
-import flextok
 from flextok.data.parts import PartStore
 from flextok.evaluation import processes
 from flextok.evaluation.evaluators import Rows
 from flextok.evaluation.job import Job
 from flextok.files import write_text
-from flextok.generators.base import Generator
-from flextok.hub import fingerprint
 from flextok.schema import NotFinite
-from flextok.tokenizers.base import Tokenizer
 
 REPORT = "report.json"
 
@@ -43,23 +39,40 @@ class Measured(NamedTuple):
         )
 
 
-def make_report(measured: Measured) -> dict[str, Any]:
-    job = measured.job
-    if not all(len(store.column("label")) for store in (measured.made, measured.real) if store):
+def labels_of(store: PartStore) -> Tensor:
+    """Of all its images, (n,) long. Raises ValueError where none could be read."""
+    if not len(store.column("position")):
         raise ValueError("no image of the data set could be read; see the warnings above")
+    return store.column("label")[:]
+
+
+def make_report(measured: Measured, names: Mapping[str, str]) -> dict[str, Any]:
+    """names: "model" and "data"."""
+    job, labels = measured.job, labels_of(measured.made)
     codes = None
     for evaluator in job.evaluators:
         if "indices" in evaluator.needs:
             codes = evaluator.scores(measured.rows("codes"))
+    settings = job.settings()
     return {
-        "settings": settings(measured),
+        "settings": {
+            "model": names.get("model"),
+            "data": names.get("data"),
+            **settings,
+            **{key: settings["decoding"][0].get(key) for key in ("solver", "guidance")},
+            "reference": names.get("data"),
+            **reference(measured),
+            "statistics_dtype": "float64",
+            "sample_count": len(labels),
+            "labels": label_balance(labels.tolist()),
+        },
         "results": [result(measured, number, codes) for number in range(len(job.cells))],
         "codes": codes,
         "warnings": warnings(measured),
         "run": {
             "processes": processes.count(),
             "batch_size": job.options.batch_size,
-            "device": str(job.device),
+            "device": str(job.tokenizer.device),
             "seconds": measured.seconds,
             "peak_memory_mib": peak_memory(),
         },
@@ -76,8 +89,7 @@ def result(measured: Measured, number: int, codes: dict[str, Any] | None) -> dic
     for name, score in scores.items():
         if not math.isfinite(score):
             raise NotFinite(f"{name} is {score} at {cell.num_tokens} tokens: no score to report")
-    decoding = asdict(job.decoding[number])
-    rate = {}
+    decoding, rate, seconds = vars(job.decoding[number]), {}, rows.made("seconds")
     if codes is not None:
         pixels = job.tokenizer.image_size**2
         bits = cell.num_tokens * math.log2(codes["vocab_size"])
@@ -88,60 +100,25 @@ def result(measured: Measured, number: int, codes: dict[str, Any] | None) -> dic
         "num_tokens": cell.num_tokens,
         "num_steps": decoding.get("num_steps"),
         "guidance_scale": decoding.get("guidance_scale"),
-        "count": len(measured.made.column("label")),
+        "count": len(seconds),
         **rate,
-        "seconds_per_picture": float(rows.made("seconds").mean()),
+        "seconds_per_picture": float(seconds.mean()),
         "scores": scores,
     }
 
 
-def settings(measured: Measured) -> dict[str, Any]:
-    """All that the scores depend on."""
-    job = measured.job
-    tokenizer, model = job.tokenizer, job.generator or job.tokenizer
-    reference: dict[str, Any] = {"reference": job.names.get("data")}
-    for stored in (e.reference for e in job.networks if e.reference is not None):
-        reference["stored_reference"] = str(stored.path)
-        reference["reference_hash"] = reference["stored_reference_hash"] = stored.hash
-        reference["stored_reference_count"] = stored.statistics.count
+def reference(measured: Measured) -> dict[str, Any]:
+    """What the images were compared with."""
+    found: dict[str, Any] = {}
+    for stored in (e.reference for e in measured.job.networks if e.reference is not None):
+        found["stored_reference"] = str(stored.path)
+        found["reference_hash"] = found["stored_reference_hash"] = stored.hash
+        found["stored_reference_count"] = stored.statistics.count
     if measured.real is not None:  # the very images, as they were compared
-        hashes = measured.real.column("real/hash")[:].numpy().tobytes()
-        reference["reference_hash"] = hashlib.sha256(hashes).hexdigest()[:16]
-        reference["reference_count"] = len(hashes) // 8
-    decoding = asdict(job.decoding[0])
-    labels = measured.made.column("label")[:]
-    return {
-        "task": "reconstruction" if job.generator is None else "generation",
-        "model": job.names.get("model"),
-        **model_settings(model, tokenizer),
-        "data": job.names.get("data"),
-        **reference,
-        "statistics_dtype": "float64",
-        "seed": job.options.seed,
-        "decoding": {k: v for k, v in decoding.items() if k not in ("num_steps", "guidance_scale")},
-        "solver": decoding.get("solver"),
-        "guidance": decoding.get("guidance"),
-        "generate": None if job.generator is None else asdict(job.sampling),
-        "sample_count": len(labels),
-        "labels": label_balance(labels.tolist()),
-        "networks": job.identities(),
-    }
-
-
-def model_settings(model: Tokenizer | Generator, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Which model saw the images how, and the versions of the code."""
-    return {
-        "model_type": model.model_type,
-        "model_hash": fingerprint(model),
-        "tokenizer_hash": fingerprint(tokenizer),
-        "image_size": tokenizer.image_size,
-        "crop": "center, after the shorter side was resized",
-        "interpolation": "bicubic, antialiased (PIL)",
-        "pixels": "clamped, rounded to 8 bits, both sides alike",
-        "dtype": str(next(tokenizer.parameters()).dtype).removeprefix("torch."),
-        "flextok_version": flextok.__version__,
-        "torch_version": torch.__version__,
-    }
+        hashes = measured.real.column("real/hash")[:].numpy()
+        found["reference_hash"] = hashlib.sha256(hashes.tobytes()).hexdigest()[:16]
+        found["reference_count"] = len(hashes)
+    return found
 
 
 def label_balance(labels: list[int]) -> dict[str, Any]:
@@ -154,7 +131,7 @@ def label_balance(labels: list[int]) -> dict[str, Any]:
 def warnings(measured: Measured) -> list[str]:
     """What a reader of the scores has to know."""
     found = list(measured.job.left_out)
-    read = 0 if measured.real is None else len(measured.real.column("label"))
+    read = 0 if measured.real is None else len(labels_of(measured.real))
     if lost := measured.asked - read:
         found.append(f"{lost} of {measured.asked} images could not be read and do not count")
     for evaluator in measured.job.evaluators:

@@ -9,32 +9,23 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from flextok.data.labels import by_name
-from flextok.data.parts import PartStore
+from flextok.data.parts import PartStore, Rows
 from flextok.data.processes import Process
-from flextok.evaluation import processes
+from flextok.evaluation import processes, sources
 from flextok.evaluation.distances import NEIGHBOURS, statistics
 from flextok.evaluation.job import Cell, Job, Options, make_job
 from flextok.evaluation.reference import Reference, save_reference
 from flextok.evaluation.report import (
     Measured,
     check_output,
+    labels_of,
     make_report,
     read_report,
     write_report,
 )
-from flextok.evaluation.sources import (
-    Batch,
-    Captions,
-    Images,
-    Labels,
-    Show,
-    generated,
-    real,
-    reconstructed,
-)
+from flextok.evaluation.sources import Batch, Images, Prompts, Show
 from flextok.generators.base import Generator
 from flextok.generators.conditioning import NULL_CLASS, ClassConditioner, TextConditioner
 from flextok.tokenizers.base import Tokenizer
@@ -61,57 +52,39 @@ def evaluate(
     report. The tokenizer's dtype decides the precision of its and the networks' arithmetic. Returns
     the report, on every process. Raises ValueError for missing weights, a reference that does not
     fit, options that the models do not have, and where no image can be read."""
+    job = make_job(model, cells, options, tokenizer)
     stored = str(data) if isinstance(data, str | Path) else None
-    if isinstance(model, Generator):
-        assert tokenizer is not None, "a generator needs its tokenizer"
-        job = make_job(tokenizer, model, cells, options, names)
-        if job.options.reference is not None:
-            raise ValueError("a generator is compared with its data: name the .npz there")
-        return evaluate_generator(job, model, data, stored, output)
-    if stored is not None:
-        raise ValueError(f"a tokenizer needs images to reconstruct, not {stored}")
-    job = make_job(model, None, cells, options, names)
-    load_references(job, job.options.reference)
-    source = Images(data, model.image_size)
-    check_enough(job, len(source))
-    with folder_of(output) as folder:
-        rows, seconds = measure(job, "reconstructed", source, reconstructed, folder)
-        return finish(job, Measured(job, rows, rows, len(source), seconds), folder)
-
-
-def evaluate_generator(
-    job: Job, generator: Generator, data: Any, stored: str | None, output: str | Path | None
-) -> dict[str, Any]:
-    options, size = job.options, job.tokenizer.image_size
-    by_caption = isinstance(generator.conditioner, TextConditioner)
-    if stored is not None and by_caption:
-        raise ValueError(f"this generator reads prompts, and {stored} holds none: name images")
-    if stored is not None and (options.labels == "data" or options.num_samples is None):
+    check_data(job, stored)
+    load_references(job, stored or job.options.reference)
+    images = None
+    if stored is None:
+        images = Images(in_classes_of(job, data), job.tokenizer.image_size)
+    asked = 0 if images is None else len(images)
+    number = (job.generator and job.options.num_samples) or asked
+    check_enough(job, min(number, asked or number))
+    few = images.few() if images and reads_prompts(job) else []
+    if few and not any(item["caption"] for item in few):
         raise ValueError(
-            f"{stored} states neither how many images to generate nor of which classes: give "
-            "num_samples, and labels=balanced"
+            "this generator reads prompts, and the images have no captions: give DATA with "
+            "captions (.txt files beside images, a caption column or key)"
         )
-    load_references(job, stored)
-    number = options.num_samples or (0 if stored is not None else len(data))
-    check_enough(job, number if stored is not None else min(number, len(data)))
-    prompts: Captions | Labels | None = Captions(data, number) if by_caption else None
     with folder_of(output) as folder:
-        images, asked = None, 0
-        if stored is None:
-            source = Images(in_classes_of(generator, data, options), size)
-            images, _ = measure(job, "real", source, real, folder)
-            processes.barrier()  # labels may come from other processes' rows
-            asked = len(source)
-        prompts = prompts or Labels(class_of_each(generator, number, images, options))
-        made, seconds = measure(job, "generated", prompts, generated, folder)
-        return finish(job, Measured(job, made, images, asked, seconds), folder)
+        started, real = time.perf_counter(), None
+        if images is not None and job.generator is None:
+            real = made = measure(job, "reconstructed", images, sources.reconstructed, folder)
+        else:
+            if images is not None:
+                real = measure(job, "real", images, sources.real, folder)
+            processes.barrier()  # prompts may come from other processes' rows
+            prompts = prompts_of(job, number, real)
+            made = measure(job, "generated", prompts, sources.generated, folder)
+        seconds = time.perf_counter() - started
+        return finish(job, Measured(job, made, real, asked, seconds), folder, names or {})
 
 
-def measure(
-    job: Job, what: str, source: Images | Captions | Labels, show: Show, folder: Path
-) -> tuple[PartStore, float]:
-    """The rows of a source, those that the folder does not hold yet measured by this process and
-    the others together, and the seconds it took."""
+def measure(job: Job, what: str, source: Images | Prompts, show: Show, folder: Path) -> PartStore:
+    """The rows of a source: those that the folder does not hold yet are measured, by this process
+    and the others together."""
     store = PartStore.make(
         folder / f"flextok-{what}",
         what="evaluation",
@@ -121,31 +94,51 @@ def measure(
         process=Process(processes.rank(), processes.count()),
         replace=True,
     )
-    started = time.perf_counter()
     compute = partial(measured_rows, job, show)
     store.fill(source, compute, job.options.batch_size, job.options.num_workers, desc=what)
-    return store, time.perf_counter() - started
+    return store
 
 
-def measured_rows(job: Job, show: Show, batch: Batch) -> dict[str, Tensor]:
-    """A row for each image of a batch: its "label", what each evaluator measured, as <side>/<name>,
-    and each side's "hash" or "seconds"."""
-    rows = {"label": batch["label"]}
+def measured_rows(job: Job, show: Show, batch: Batch) -> Rows:
+    """A row for each image of a batch: its "label" and "caption", what each evaluator measured, as
+    <side>/<name>, and each side's "hash" or "seconds"."""
+    rows = {key: batch[key] for key in ("label", "caption") if key in batch}
     for side, shown in show(job, batch):
         columns = {key: shown[key] for key in shown if key in ("hash", "seconds")}
         for evaluator in job.evaluators:
             if all(need in shown for need in evaluator.needs):
                 columns |= evaluator.measure(*(shown[need] for need in evaluator.needs))
-        rows |= {f"{side}/{name}": column.cpu() for name, column in columns.items()}
+        rows |= {f"{side}/{name}": column for name, column in columns.items()}
     return rows
 
 
-def in_classes_of(generator: Generator, data: Any, options: Options) -> Any:
+def reads_prompts(job: Job) -> bool:
+    return job.generator is not None and isinstance(job.generator.conditioner, TextConditioner)
+
+
+def check_data(job: Job, stored: str | None) -> None:
+    """Raises ValueError for a data set, or a stored reference, that cannot serve."""
+    options = job.options
+    if job.generator is None and stored is not None:
+        raise ValueError(f"a tokenizer needs images to reconstruct, not {stored}")
+    if job.generator is not None and options.reference is not None:
+        raise ValueError("a generator is compared with its data: name the .npz there")
+    if stored is not None and reads_prompts(job):
+        raise ValueError(f"this generator reads prompts, and {stored} holds none: name images")
+    if stored is not None and (options.labels == "data" or options.num_samples is None):
+        raise ValueError(
+            f"{stored} states neither how many images to generate nor of which classes: give "
+            "num_samples, and labels=balanced"
+        )
+
+
+def in_classes_of(job: Job, data: Any) -> Any:
     """The data with labels that count as a class generator's do, where it is asked for images of
     these. Raises ValueError for classes that it does not have."""
-    names = generator.metadata.get("class_names")
-    by_class = isinstance(generator.conditioner, ClassConditioner)
-    if options.labels != "data" or not by_class or not names:
+    if job.generator is None or job.options.labels != "data":
+        return data
+    names = job.generator.metadata.get("class_names")
+    if not names or not isinstance(job.generator.conditioner, ClassConditioner):
         return data
     try:
         return by_name(data, names)
@@ -163,25 +156,28 @@ def check_enough(job: Job, number: int) -> None:
 
 
 def load_references(job: Job, path: str | None) -> None:
-    if path is None:
-        return
-    if not job.networks:
+    if path is not None and not job.networks:
         raise ValueError(f"reference {path} needs a feature network: inception, for ADM's files")
     for evaluator in job.networks:
-        evaluator.reference = Reference(path, evaluator.network, job.tokenizer.image_size)
+        if path is not None:
+            evaluator.reference = Reference(path, evaluator.network, job.tokenizer.image_size)
 
 
-def class_of_each(
-    generator: Generator, number: int, images: PartStore | None, options: Options
-) -> Tensor:
-    """The label that each of `number` samples is generated from, (number,) long."""
-    if options.labels == "data":
-        assert images is not None, "checked before"
-        labels = images.column("label")[:]
-        return labels[torch.arange(number) % len(labels)]
-    if not isinstance(generator.conditioner, ClassConditioner):
-        return torch.full((number,), NULL_CLASS)
-    return torch.arange(number) % generator.conditioner.num_classes
+def prompts_of(job: Job, number: int, real: PartStore | None) -> Prompts:
+    """What each of `number` samples is generated from: the captions of the images, in order and
+    over again, their labels, or all classes alike."""
+    assert job.generator is not None
+    numbers, conditioner = torch.arange(number), job.generator.conditioner
+    if real is not None and (reads_prompts(job) or job.options.labels == "data"):
+        known = labels_of(real)
+        labels = known[numbers % len(known)]
+        if not reads_prompts(job):
+            return Prompts(labels, labels)
+        captions = real.column("caption").texts()
+        return Prompts([captions[i % len(captions)] for i in range(number)], labels)
+    by_class = isinstance(conditioner, ClassConditioner)
+    labels = numbers % conditioner.num_classes if by_class else numbers * 0 + NULL_CLASS
+    return Prompts(labels, labels)
 
 
 @contextmanager
@@ -198,20 +194,16 @@ def folder_of(output: str | Path | None) -> Iterator[Path]:
             yield Path(folder)
 
 
-def finish(job: Job, measured: Measured, folder: Path) -> dict[str, Any]:
+def finish(job: Job, measured: Measured, folder: Path, names: Mapping[str, str]) -> dict[str, Any]:
     """When all processes are done, the first one scores and cleans up; then all read the report."""
     processes.barrier()
     if processes.rank() == 0:
         if job.options.save_reference and measured.real is not None:
             (evaluator,) = job.networks
-            save_reference(
-                job.options.save_reference,
-                statistics(measured.real.column(f"real/{evaluator.name}")[:]),
-                evaluator.network,
-                job.tokenizer.image_size,
-                job.names.get("data", ""),
-            )
-        write_report(make_report(measured), folder)
+            found = statistics(measured.real.column(f"real/{evaluator.name}")[:])
+            how = (evaluator.network, job.tokenizer.image_size, names.get("data", ""))
+            save_reference(job.options.save_reference, found, *how)
+        write_report(make_report(measured, names), folder)
         for store in {measured.made, measured.real or measured.made}:
             store.remove()
     processes.barrier()

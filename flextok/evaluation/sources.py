@@ -6,7 +6,7 @@ round differently (about 1e-6 of a feature) and now and then tip a pixel's round
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from flextok.data.datamodule import prepare_image
 from flextok.data.loading import make_loader, told_in_one_line
-from flextok.data.pictures import CorruptPicture
 from flextok.data.stream import EvaluationSet, Item, collate
 from flextok.data.transforms import ImageTransform
 from flextok.draws import CODES, NOISE, Rng, row_generators
@@ -41,14 +40,35 @@ class Images(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Item:
-        return {"index": index, **self.prepare(self.dataset[index], None)}
+        item = self.dataset[index]
+        caption = item.get("caption", "")
+        return {"index": index, "caption": caption, **self.prepare(item, None)}
+
+    def few(self) -> list[Item]:
+        """A first, a middle and a last one that can be read."""
+        return readable(self, sorted({0, len(self) // 2, len(self) - 1}))
 
     def identity(self) -> str:
         """A hash of a few images: enough to tell one data set from another."""
-        items = readable(self, sorted({0, len(self) // 2, len(self) - 1}))
         return hash_of(
-            *((item["label"], image_hashes(item["image"][None]).item()) for item in items)
+            *((i["label"], i["caption"], image_hashes(i["image"][None]).item()) for i in self.few())
         )
+
+
+class Prompts(Dataset):
+    """Labels or captions to generate from, numbered."""
+
+    def __init__(self, conditions: Tensor | Sequence[str], labels: Tensor):
+        self.conditions, self.labels = conditions, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Item:
+        return {"index": index, "label": self.labels[index], "condition": self.conditions[index]}
+
+    def identity(self) -> str:
+        return hash_of(list(self.conditions), self.labels.tolist())
 
 
 def readable(images: Images, numbers: Iterable[int]) -> list[Item]:
@@ -66,69 +86,24 @@ def as_it_is(item: Item, rng: torch.Generator | None) -> Item:
     return item
 
 
-class Labels(Dataset):
-    """Numbered labels to generate from."""
-
-    def __init__(self, labels: Tensor):
-        self.labels = labels
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> Item:
-        return {"index": index, "label": self.labels[index]}
-
-    def identity(self) -> str:
-        return hash_of(self.labels.tolist())
-
-
-class Captions(Dataset):
-    """The captions of `number` images, in order and over again, to generate from. Where an image
-    cannot be read, the next one's caption stands in. Raises ValueError where none has a caption."""
-
-    def __init__(self, dataset: Any, number: int):
-        self.dataset, self.number = dataset, number
-        self.shown = [self[i]["caption"] for i in sorted({0, number // 2, number - 1})]
-        if not any(self.shown):
-            raise ValueError(
-                "this generator reads prompts, and the images have no captions: give DATA with "
-                "captions (.txt files beside images, a caption column or key)"
-            )
-
-    def __len__(self) -> int:
-        return self.number
-
-    def __getitem__(self, index: int) -> Item:
-        size = len(self.dataset)
-        for attempt in range(size):
-            try:
-                item = self.dataset[(index + attempt) % size]
-            except CorruptPicture:
-                continue
-            return {"index": index, "label": item["label"], "caption": item["caption"]}
-        raise ValueError("no image of the data set could be read")
-
-    def identity(self) -> str:
-        return hash_of(self.number, self.shown)
-
-
 def real(job: Job, batch: Batch) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    images = batch["image"].to(job.device)
+    images = batch["image"].to(job.tokenizer.device)
     yield "real", {"images": images, "hash": image_hashes(images)}
 
 
 def reconstructed(job: Job, batch: Batch) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Real images, and what the tokenizer makes of them."""
     yield from real(job, batch)
-    images = batch["image"].to(job.device)
+    images = batch["image"].to(job.tokenizer.device)
     indices = encode(job.tokenizer, images, batch["index"], job.options.seed)
     yield from codes_and_images(job, batch["index"], indices, {"originals": images})
 
 
 def generated(job: Job, batch: Batch) -> Iterator[tuple[str, dict[str, Tensor]]]:
     assert job.generator is not None
+    cond = batch["condition"]
     indices = job.generator.generate(
-        batch["caption"] if "caption" in batch else batch["label"].to(job.device),
+        cond.to(job.generator.device) if isinstance(cond, Tensor) else cond,
         num_tokens=max(cell.num_tokens for cell in job.cells),
         options=job.sampling,
         generator=row_generators(job.options.seed, CODES, batch["index"]),
