@@ -14,7 +14,7 @@ from typing import IO
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageCms, ImageFile
+from PIL import ExifTags, Image, ImageCms, ImageFile, UnidentifiedImageError
 from torch import Tensor
 
 # Raster formats by Pillow's names. No other decoder sees a file, whatever the file is called: one
@@ -76,6 +76,8 @@ def load_picture(source: PictureSource, name: str | None = None) -> Image.Image:
             return decode(source)
         with open_picture(source) as image:
             return decode(image)
+    except UnidentifiedImageError:  # Pillow's message holds a memory address: another each time
+        raise CorruptPicture(str(name), "no image of a known format") from None
     except Exception as error:  # a decoder may raise anything on a damaged file
         raise CorruptPicture(str(name), error if str(error) else type(error).__name__) from error
 

@@ -146,10 +146,29 @@ def test_tokens_are_mapped_by_each_worker_itself(tmp_path):
     assert len(tokens.captions) == 6
     tokens.text = {caption: torch.ones(2) for caption in tokens.captions}
     again = spawned(tokens)
-    assert b"indices" not in pickle.dumps(tokens.__getstate__())
+    assert len(tokens[0]["indices"]) == 8  # mapped in this process
+    assert not again.indices._kept
+    assert "captions" not in again.__dict__
     for i in range(6):
         assert torch.equal(again[i]["indices"], tokens[i]["indices"])
         assert torch.equal(again[i]["text"], tokens[i]["text"])
+
+
+UNFINISHED = """
+from flextok.data.loading import make_loader
+batches = iter(make_loader(list(range(100)), 1))
+next(batches)
+raise SystemError("a bug")
+"""
+
+
+def test_an_error_ends_the_program_whose_workers_are_at_work():
+    """Workers ignore SIGTERM, so that Python waited for them for ever."""
+    found = subprocess.run(
+        [sys.executable, "-c", UNFINISHED], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert found.returncode == 1
+    assert "SystemError: a bug" in found.stderr
 
 
 IMPORTS = """

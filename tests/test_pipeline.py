@@ -94,9 +94,12 @@ def test_latents_that_are_drawn_belong_to_the_picture():
     images = torch.rand(3, 3, 16, 16, dtype=torch.float64) * 2 - 1
     whole = encode_rows(drawn, images, 0, range(3))
     assert torch.equal(encode_rows(drawn, images[1:], 0, [1, 2]), whole[1:])
-    items = [{"image": images[i], "position": i, "label": 0, "caption": ""} for i in range(3)]
-    assert torch.equal(encode_for_cache(drawn, items, 0, bf16=False)["indices"], whole)
-    assert torch.equal(encode_for_cache(drawn, items[2:], 0, bf16=False)["indices"], whole[2:])
+    numbers = torch.arange(3)
+    batch = {"image": images, "position": numbers, "label": numbers, "caption": [""] * 3}
+    for first in (0, 2):
+        some = {key: value[first:] for key, value in batch.items()}
+        cached = encode_for_cache(drawn, some, 0, bf16=False)["indices"]
+        assert torch.equal(cached.long(), whole[first:])
     assert not torch.equal(encode_rows(drawn, images, 1, range(3)), whole)
 
 

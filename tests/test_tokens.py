@@ -11,25 +11,20 @@ import pytest
 import torch
 from conftest import draw_pictures, tiny_tokenizer, write_shard
 from processes import finish, start, start_ranks
-from safetensors.torch import save_file
 
 from flextok.cli import main
-from flextok.data import tokens
 from flextok.data.datasets import ImageFolder, take
+from flextok.data.parts import PartStore
 from flextok.data.processes import Process, this_process
-from flextok.data.text import pack, unpack
 from flextok.data.tokens import (
     TokenDataset,
     build_token_cache,
     cache_identity,
     data_files,
-    is_finished,
-    verify_token_cache,
+    encode,
 )
 from flextok.data.transforms import ImageTransform
 from flextok.data.web import WebDatasetImages
-from flextok.hub import fingerprint
-from flextok.storage import checksum
 from flextok.training.run import make_dataset, ready_tokens
 
 
@@ -42,7 +37,7 @@ def cache(folder, tokenizer, pictures, **options):
     transform = ImageTransform(16, flip=True, crop="random")
     spec = {"name": "folder", "root": str(pictures)}
     defaults = {"variants": 3, "part_size": 4, "batch_size": 3}
-    return build_token_cache(
+    store = build_token_cache(
         folder,
         tokenizer,
         ImageFolder(pictures),
@@ -50,6 +45,7 @@ def cache(folder, tokenizer, pictures, **options):
         cache_identity(tokenizer, spec, transform),
         **{**defaults, **options},
     )
+    return store.is_finished
 
 
 def files(folder):
@@ -61,9 +57,7 @@ def test_a_cache_holds_every_variant_of_every_picture_once(picture_folder, tmp_p
     assert cache(tmp_path / "tokens", tokenizer, picture_folder)
     found = TokenDataset(tmp_path / "tokens")
     assert len(found) == 18
-    assert verify_token_cache(tmp_path / "tokens")["num_sequences"] == 18
-    positions = torch.cat([part["positions"] for part in found.parts])
-    assert positions.tolist() == list(range(18))
+    assert found.store.column("position")[:].tolist() == list(range(18))
     assert found.captions == [pictures[i // 3]["caption"] for i in range(18)]
     transform = ImageTransform(16)
     for i in (0, 7, 17):
@@ -80,28 +74,19 @@ def test_a_cache_holds_every_variant_of_every_picture_once(picture_folder, tmp_p
         found[18]
 
 
-@pytest.mark.parametrize("old", [False, True])
-def test_a_cache_belongs_to_the_codes_not_to_the_decoder(picture_folder, tmp_path, old):
-    """Also a cache whose manifest was written when it held the hash of all weights: it goes on
-    with its own tokenizer."""
+def test_a_cache_belongs_to_the_codes_not_to_the_decoder(picture_folder, tmp_path):
     own, place = tiny_tokenizer(), tmp_path / "tokens"
     assert cache(place, own, picture_folder)
     manifest = json.loads((place / "manifest.json").read_text())
     assert manifest["codes_id"] == own.codes_id
-    if old:
-        del manifest["codes_id"]
-        manifest["tokenizer_fingerprint"] = fingerprint(own)
-        (place / "manifest.json").write_text(json.dumps(manifest))
-    assert cache(place, own, picture_folder)
     spec = {"name": "tokens", "path": str(place)}
     assert len(ready_tokens(spec, own)) == 18
     decoder, encoder = tiny_tokenizer(), tiny_tokenizer()
     with torch.no_grad():
         decoder.decoder.head.weight.add_(1)
         encoder.encoder.head.weight.add_(1)
-    if not old:
-        assert cache(place, decoder, picture_folder)
-        assert len(ready_tokens(spec, decoder)) == 18
+    assert cache(place, decoder, picture_folder)
+    assert len(ready_tokens(spec, decoder)) == 18
     with pytest.raises(ValueError, match=r"made from something else \(codes_id differ"):
         cache(place, encoder, picture_folder)
     with pytest.raises(ValueError, match=f"by another tokenizer .*not codes {encoder.codes_id}"):
@@ -118,134 +103,62 @@ def test_any_number_of_processes_gives_the_same_files(picture_folder, tmp_path, 
         ]
         assert finished == [False] * (count - 1) + [True]
         assert files(tmp_path / str(count)) == files(tmp_path / "1")
-    manifest = verify_token_cache(tmp_path / "1")
-    assert manifest["num_sequences"] == 15
-    assert sum(part["unreadable"] for part in manifest["parts"]) >= 1
-    _, record = tokens.read_part(tmp_path / "1" / "part-00000.safetensors")
-    assert "1.png" in record["unreadable"][0]
+    store = PartStore.open(tmp_path / "1", "token cache")
+    assert store.num_rows == len(TokenDataset(tmp_path / "1")) == 15
+    assert "1.png" in store.verify()[0]
 
 
-def test_finished_parts_are_never_made_again(picture_folder, tmp_path, tokenizer, monkeypatch):
-    cache(tmp_path / "whole", tokenizer, picture_folder)
-    again = tmp_path / "again"
-    cache(again, tokenizer, picture_folder, process=Process(0, 2))
-    before = {path.name: path.stat().st_ino for path in again.glob("part-*")}
-    assert before
-    written = []
-    write = tokens.write_part
-    monkeypatch.setattr(tokens, "write_part", lambda p, *a: (written.append(p.name), write(p, *a)))
-    assert cache(again, tokenizer, picture_folder)
-    assert set(written).isdisjoint(before)
-    assert {n: (again / n).stat().st_ino for n in before} == before
-    assert files(again) == files(tmp_path / "whole")
-    written.clear()
-    assert cache(again, tokenizer, picture_folder)
-    assert not written
-
-
-def test_damaged_and_exchanged_parts_are_named(picture_folder, tmp_path, tokenizer):
+def test_damaged_parts_are_named_and_made_again(picture_folder, tmp_path, tokenizer):
     folder = tmp_path / "tokens"
     cache(folder, tokenizer, picture_folder)
-    part = folder / "part-00001.safetensors"
+    part = folder / "part-000001.safetensors"
     whole = part.read_bytes()
-    part.write_bytes(whole[:-5])
-    for read in (TokenDataset, verify_token_cache):
-        with pytest.raises(ValueError, match=r"part-00001\.safetensors is missing, damaged"):
-            read(folder)
-    for changed in (len(whole) - 1, len(whole) - 60):
-        part.write_bytes(whole[:changed] + bytes([whole[changed] ^ 1]) + whole[changed + 1 :])
-        for read in (TokenDataset, verify_token_cache):
-            with pytest.raises(ValueError, match=r"part-00001\.safetensors fails its checksum"):
-                read(folder)
-    part.write_bytes((folder / "part-00000.safetensors").read_bytes())
-    with pytest.raises(ValueError, match=r"part-00001\.safetensors is not the part"):
-        TokenDataset(folder)
+    damages = [whole[:-5], (folder / "part-000000.safetensors").read_bytes()]
+    for place in (len(whole) - 1, len(whole) - 60):
+        damages.append(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    for damaged in damages:
+        part.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"part-000001\.safetensors is (damaged|not part 1)"):
+            TokenDataset(folder)
+        assert cache(folder, tokenizer, picture_folder)
+        assert part.read_bytes() == whole
     part.unlink()
-    with pytest.raises(ValueError, match="unfinished: run flextok tokenize again"):
+    with pytest.raises(ValueError, match="is unfinished: run what made it again"):
         TokenDataset(folder)
     assert cache(folder, tokenizer, picture_folder)
     assert part.read_bytes() == whole
 
 
-DAMAGED = {
-    "text": b"no JSON",
-    "bytes": b"\xff\xfe",
-    "empty": b"",
-    "list": b"[]",
-    "null": b"null",
-    "number": b"7",
-    "deep": b"[" * 100_000,
-    "no keys": b"{}",
-}
-
-
-@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
-def test_a_damaged_manifest_is_refused_with_the_remedy(
-    tmp_path, content, picture_folder, tokenizer
-):
+@pytest.mark.parametrize("names", [None, "cats", [1], {}])
+def test_class_names_of_a_manifest_are_checked(picture_folder, tmp_path, tokenizer, names):
     folder = tmp_path / "tokens"
-    folder.mkdir()
-    (folder / "manifest.json").write_bytes(content)
-    for use in (TokenDataset, verify_token_cache, lambda f: cache(f, tokenizer, picture_folder)):
-        with pytest.raises(ValueError, match=r"manifest\.json is damaged.*: remove .* again"):
-            use(folder)
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("sequences", None),
-        ("sequences", "4"),
-        ("sequences", True),
-        ("sequences", -1),
-        ("sequences", 10**15),
-        ("file", 3),
-        ("file", "../tokens/part-00000.safetensors"),
-        ("sha256", None),
-        ("sha256", "0" * 64),
-        ("unreadable", []),
-        ("more", 1),
-    ],
-)
-def test_what_a_manifest_claims_is_checked(picture_folder, tmp_path, tokenizer, key, value):
-    """One that claimed 10^15 sequences once kept training busy for ever."""
-    folder = tmp_path / "tokens"
-    cache(folder, tokenizer, picture_folder, variants=1)
+    cache(folder, tokenizer, picture_folder)
     path = folder / "manifest.json"
-    manifest = json.loads(path.read_text())
-    manifest["parts"][0][key] = value
-    path.write_text(json.dumps(manifest))
-    for use in (TokenDataset, verify_token_cache):
-        with pytest.raises(ValueError, match=r"remove .* and run") as told:
-            use(folder)
-        assert str(folder) in str(told.value)
-        assert "\n" not in str(told.value)
-    for broken in (None, [None], [[]], {}, "parts"):
-        path.write_text(json.dumps({**manifest, "parts": broken}))
-        with pytest.raises(ValueError, match=r"manifest\.json is damaged|must be a mapping"):
-            TokenDataset(folder)
+    path.write_text(json.dumps({**json.loads(path.read_text()), "class_names": names}))
+    with pytest.raises(ValueError, match="class_names must be texts"):
+        TokenDataset(folder)
 
 
-def test_large_codebooks_need_wider_integers(tmp_path):
-    class Wide:
-        vocab_size, num_tokens = 2**17, 2
-
+def test_large_codebooks_need_wider_integers(tmp_path, monkeypatch):
     indices = torch.tensor([[2**17 - 1, 0]])
-    facts = {"label": torch.tensor([1]), "position": torch.tensor([0]), "caption": ["x"]}
-    tokens.write_part(tmp_path / "part", [{"indices": indices, **facts}, {}], [], Wide())
-    part, _ = tokens.read_part(tmp_path / "part")
-    assert part["indices"].dtype == torch.uint32
-    assert torch.equal(part["indices"].long(), indices)
-
-
-def test_captions_survive_packing():
-    for texts in (["a cat", "", "naïve 猫"], [""], []):
-        assert unpack(*pack(texts)) == texts
+    wide = tiny_tokenizer()
+    monkeypatch.setattr(type(wide), "vocab_size", 2**17)
+    monkeypatch.setattr(type(wide), "num_tokens", 2)
+    monkeypatch.setattr(wide, "encode", lambda images, generator=None: indices)
+    batch = {"image": torch.zeros(1, 3, 16, 16), "position": torch.tensor([0])}
+    batch |= {"label": torch.tensor([1]), "caption": ["x"]}
+    store = PartStore.make(tmp_path, "token cache", {}, 1, 1)
+    store.write(0, [{"position": batch["position"], **encode(wide, batch, 0, False)}])
+    found = store.column("indices")[:]
+    assert found.dtype == torch.uint32
+    assert torch.equal(found.long(), indices)
 
 
 def test_mistakes(picture_folder, tmp_path, tokenizer):
     cache(tmp_path / "t", tokenizer, picture_folder)
-    with pytest.raises(ValueError, match=r"made from something else \(seed, variants differ\)"):
+    with pytest.raises(
+        ValueError, match=r"made from something else \(length, seed, variants differ\)"
+    ):
         cache(tmp_path / "t", tokenizer, picture_folder, variants=2, seed=1)
     for name in ("variants", "batch_size", "part_size"):
         with pytest.raises(ValueError, match=f"{name}=-1 must be at least 1"):
@@ -313,7 +226,6 @@ def test_killed_and_shared_runs_of_the_command_lose_and_repeat_nothing(
     assert files(tmp_path / "shared") == expected
     found = files(tmp_path / "killed")
     assert {name: found[name] for name in expected} == expected
-    assert is_finished(tmp_path / "killed")
 
 
 def test_a_generator_as_tokenizer_and_other_mistakes_of_the_command(command, tmp_path, capsys):
@@ -365,32 +277,18 @@ def test_changed_pictures_and_captions_are_noticed(picture_folder, tmp_path, tok
         with pytest.raises(ValueError, match=r"\(data_files differ\): delete it, or name another"):
             cache(folder, tokenizer, pictures)
         assert files(folder) == before, change
-        path = folder / "manifest.json"  # as if it had been made from these files
-        made = {**json.loads(path.read_text()), "data_files": data_files(ImageFolder(pictures))}
-        path.write_text(json.dumps(made))
+        shutil.rmtree(folder)
         assert cache(folder, tokenizer, pictures)
         before = files(folder)
     (pictures / "cats" / "3.png").write_bytes((pictures / "cats" / "2.png").read_bytes())
-    with pytest.raises(ValueError, match=r"\(data_files, num_samples differ\)"):
+    with pytest.raises(ValueError, match=r"\(data_files, length differ\)"):
         cache(folder, tokenizer, pictures)
 
 
-def test_a_finished_cache_that_names_no_files_goes_on(picture_folder, tmp_path, tokenizer, caplog):
-    """One of an older version: its run could not be continued."""
-    folder = tmp_path / "tokens"
-    assert cache(folder, tokenizer, picture_folder)
-    path = folder / "manifest.json"
-    manifest = json.loads(path.read_text())
-    del manifest["data_files"]
-    path.write_text(json.dumps(manifest))
-    before = files(folder)
-    assert cache(folder, tokenizer, picture_folder)
-    assert files(folder) == before
-    assert "delete it if they have changed" in caplog.text
-    del manifest["parts"]  # unfinished: the rest would be made of who knows what
-    path.write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match=r"\(data_files differ\)"):
-        cache(folder, tokenizer, picture_folder)
+def test_a_cache_of_an_older_version_is_refused(picture_folder, tmp_path, tokenizer):
+    (tmp_path / "manifest.json").write_text(json.dumps({"codes_id": tokenizer.codes_id}))
+    with pytest.raises(ValueError, match="is of no token cache, or of one of an older version"):
+        cache(tmp_path, tokenizer, picture_folder)
 
 
 def test_every_data_set_tells_its_files(tmp_path):
@@ -443,35 +341,29 @@ def test_a_tokenizer_that_gives_nan_makes_no_cache(picture_folder, tmp_path):
             with pytest.raises(ValueError, match=r"outputs .* not finite"):
                 cache(tmp_path / "tokens", broken, picture_folder)
             assert not list((tmp_path / "tokens").glob("part-*"))
-            assert not is_finished(tmp_path / "tokens")
             shutil.rmtree(tmp_path / "tokens")
 
 
-def rewritten(folder, **changes) -> None:
-    """The first part with other tensors, whole and listed: what only their values give away."""
-    path = folder / "part-00000.safetensors"
-    tensors, record = tokens.read_part(path)
-    tensors = {k: v.clone() for k, v in tensors.items()}
-    for name, value in changes.items():
-        tensors[name].view(-1)[0] = value
-    record["sha256"] = checksum(tensors)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["parts"][0]["sha256"] = record["sha256"]
-    save_file(tensors, path, {"part": json.dumps(record)})
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-
-
 def test_codes_and_labels_out_of_range_are_refused(picture_folder, tmp_path, tokenizer):
+    """Of a part that is whole, so that only its values give them away."""
     folder = tmp_path / "tokens"
     cache(folder, tokenizer, picture_folder)
     TokenDataset(folder).check_codes(tokenizer)
-    rewritten(folder, indices=200)  # of 200
-    with pytest.raises(ValueError, match=r"part-00000\.safetensors: indices span \[\d+, 200\]"):
+    store = PartStore.open(folder, "token cache")
+
+    def rewrite(name, value):
+        tensors = {key: tensor.clone() for key, tensor in store.read(0)[0].items()}
+        tensors = {key: t for key, t in tensors.items() if not key.startswith("caption")}
+        tensors[name].view(-1)[0] = value
+        store.write(0, [tensors])
+
+    rewrite("indices", 200)  # of 200
+    with pytest.raises(ValueError, match=r"tokens: indices span \[\d+, 200\]"):
         TokenDataset(folder).check_codes(tokenizer)
-    with pytest.raises(ValueError, match=r"part-00000\.safetensors: indices span"):
+    with pytest.raises(ValueError, match=r"tokens: indices span"):
         ready_tokens({"name": "tokens", "path": str(folder)}, tokenizer)
     for label in (2, -1, 1 << 40):  # of 2 classes
-        rewritten(folder, indices=0, labels=label)
+        rewrite("label", label)
         with pytest.raises(ValueError, match=f"{label}, but|from {label} to .* 2 classes"):
             TokenDataset(folder)
 
@@ -488,11 +380,10 @@ def test_labels_count_in_other_class_names_by_name(picture_folder, tmp_path, tok
         assert [int(data[i]["label"]) for i in range(6)] == [2, 2, 2, 0, 0, 0]
     with pytest.raises(ValueError, match="the 1 classes dogs, which are none of the model's"):
         TokenDataset(folder).count_classes_in(["cats", "emus"])
-    # a name without a picture is no matter
-    path = folder / "manifest.json"
-    manifest = json.loads(path.read_text())
-    path.write_text(json.dumps({**manifest, "class_names": ["cats", "dogs", "unused"]}))
-    more = TokenDataset(folder)
+    # a name without an image is no matter
+    data = ImageFolder(picture_folder, class_names=["cats", "dogs", "unused"])
+    build_token_cache(tmp_path / "more", tokenizer, data, ImageTransform(16), {})
+    more = TokenDataset(tmp_path / "more")
     more.count_classes_in(["dogs", "cats"])
     assert [int(more[i]["label"]) for i in range(6)] == [1, 1, 1, 0, 0, 0]
 

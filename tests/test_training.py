@@ -24,6 +24,7 @@ from test_text import save_encoder
 
 from flextok.config import OptimConfig, load_experiment
 from flextok.data.datasets import ImageFolder, take
+from flextok.data.parts import PartStore
 from flextok.data.text import TextCache
 from flextok.data.tokens import TokenDataset
 from flextok.evaluation import Cell, Options, evaluate
@@ -148,7 +149,7 @@ def test_the_generator_learned_its_sizes_from_tokenizer_and_data(uninterrupted):
     assert gpt.config.conditioner["num_classes"] == 2
     manifest = json.loads((uninterrupted / "generator/tokens/train/manifest.json").read_text())
     assert manifest["variants"] == 3
-    assert manifest["num_samples"] == 6
+    assert manifest["length"] == 6 * 3
 
 
 def test_a_generator_may_write_only_the_first_tokens(uninterrupted, tmp_path):
@@ -167,7 +168,7 @@ def test_a_generator_may_write_only_the_first_tokens(uninterrupted, tmp_path):
 def test_a_text_generator_trains_on_captions(uninterrupted, name):
     folder = uninterrupted / name
     gpt = load_model(folder)
-    cache = TextCache(folder / "tokens" / "train" / "text", gpt.conditioner.encoder)
+    cache = TextCache(PartStore.open(folder / "tokens" / "train" / "text", "caption cache"))
     assert set(cache.places) == {"", "cats", "dogs", *(f"two {n} left of a tree" for n in CLASSES)}
     tokens = TokenDataset(folder / "tokens" / "train")
     assert tokens.captions[:6] == ["two cats left of a tree"] * 3 + ["cats"] * 3  # variants

@@ -5,7 +5,6 @@ import logging
 import os
 import sys
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from flextok.cli.common import data_spec, load_tokenizer, write_json
@@ -16,8 +15,6 @@ from flextok.data.shards import write_index
 from flextok.data.tokens import (
     build_token_cache,
     cache_identity,
-    read_manifest,
-    verify_token_cache,
 )
 from flextok.data.transforms import ImageTransform
 from flextok.schema import build
@@ -62,7 +59,7 @@ def run_tokenize(options: argparse.Namespace) -> dict[str, Any] | None:
     tokenizer = load_tokenizer(options.model, options.device)
     spec = data_spec(options.data)
     transform = ImageTransform(tokenizer.image_size, options.flip, options.crop, options.shift)
-    finished = build_token_cache(
+    store = build_token_cache(
         options.output,
         tokenizer,
         build(DATASETS, spec, "dataset"),
@@ -74,15 +71,17 @@ def run_tokenize(options: argparse.Namespace) -> dict[str, Any] | None:
         options.seed,
         options.part_size,
     )
-    if not finished:
+    if not store.is_finished:
         print(f"this process's part of {options.output} is done, other processes' is not")
         return None
-    folder = Path(options.output)
-    manifest = verify_token_cache(folder) if options.verify else read_manifest(folder)
-    unreadable = sum(part["unreadable"] for part in manifest["parts"])
+    if options.verify:
+        store.verify()
+    sequences = store.num_rows
+    unreadable = store.length - sequences
     print(
-        f"{options.output}: {manifest['num_sequences']} sequences in {len(manifest['parts'])} parts"
-        + (f", {unreadable} pictures unreadable (see the parts' metadata)" if unreadable else "")
+        f"{options.output}: {sequences} sequences in {store.num_parts} parts"
+        + (f", {unreadable} could not be read (see the parts' metadata)" if unreadable else "")
         + (", all checksums agree" if options.verify else "")
     )
-    return manifest
+    counts = {"sequences": sequences, "parts": store.num_parts, "unreadable": unreadable}
+    return {**store.manifest, **counts}

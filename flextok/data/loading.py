@@ -1,5 +1,7 @@
 """Data loaders whose workers leave signals to the main process and tell failures in one line."""
 
+import atexit
+import multiprocessing
 import re
 import signal
 import time
@@ -24,6 +26,15 @@ def make_loader(dataset: Dataset, num_workers: int, **options: Any) -> DataLoade
     """A DataLoader whose workers ignore signals to stop: these often go to a whole group of
     processes, and the main one must still finish its step and save."""
     return DataLoader(dataset, num_workers=num_workers, worker_init_fn=ignore_signals, **options)
+
+
+@atexit.register
+def end_workers() -> None:
+    """At its exit Python sends SIGTERM to what workers are left, and waits for them: for ever,
+    where they ignore it."""
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 def ignore_signals(worker: int) -> None:

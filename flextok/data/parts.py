@@ -171,6 +171,10 @@ class PartStore:
             time.sleep(poll)
             poll = min(2 * poll, 30)
 
+    @property
+    def num_rows(self) -> int:
+        return len(self.column("position"))
+
     def check_finished(self) -> None:
         if not self.is_finished:
             raise ValueError(f"the {self.what} {self.folder} is unfinished: run what made it again")
@@ -301,7 +305,7 @@ class Column:
                     self.parts.append(part)
                     sizes.append(size)
         self.ends = np.cumsum(sizes, dtype=np.int64)
-        self._kept: dict[int, Tensor | list[Tensor]] = {}
+        self._kept: dict[int, tuple[Tensor, Tensor | None]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": {}}  # another process maps the files itself
@@ -309,50 +313,54 @@ class Column:
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
 
-    def rows_of(self, number: int) -> Tensor | list[Tensor]:
-        """The rows of the number-th part that has any; a list where their lengths differ."""
+    def _of_part(self, number: int) -> tuple[Tensor, Tensor | None]:
+        """The rows of the number-th part that has any; where each ends if their lengths differ."""
         if number in self._kept:
             return self._kept[number]
         with safe_open(self.store.path(self.parts[number]), framework="pt") as file:
-            whole: Tensor = file.get_tensor(self.name)
-            rows: Tensor | list[Tensor] = whole
-            if self.name + ENDS in file.keys():  # noqa: SIM118
-                ends = file.get_tensor(self.name + ENDS)
-                rows = list(whole.split(ends.diff(prepend=ends.new_zeros(1)).tolist()))
+            unequal = self.name + ENDS in file.keys()  # noqa: SIM118
+            ends = file.get_tensor(self.name + ENDS) if unequal else None
+            found: tuple[Tensor, Tensor | None] = file.get_tensor(self.name), ends
         if self.keep:
-            self._kept[number] = rows
-        return rows
+            self._kept[number] = found
+        return found
 
     def row(self, index: int) -> Tensor:
         """One row, (...). Raises IndexError."""
         if not 0 <= index < len(self):
             raise IndexError(f"index={index} must be in [0, {len(self)})")
         number = int(np.searchsorted(self.ends, index, side="right"))
-        rows = self.rows_of(number)
-        return rows[index - int(self.ends[number])]  # counted from the part's end
+        rows, ends = self._of_part(number)
+        here = index - int(self.ends[number])  # counted from the part's end
+        if ends is None:
+            return rows[here]
+        here += len(ends)
+        return rows[int(ends[here - 1]) if here else 0 : int(ends[here])]
 
     def __getitem__(self, which: slice | np.ndarray | Tensor) -> Tensor:
         """which: a slice, or an array of positions among the rows. Returns (m, ...)."""
         indices = np.arange(len(self))[which]
         numbers = np.searchsorted(self.ends, indices, side="right")
-        result: Tensor | None = None
+        pieces = []
         for number in np.unique(numbers):
-            rows = self.rows_of(int(number))
-            assert isinstance(rows, Tensor), f"the rows of {self.name} have unequal lengths"
-            if result is None:
-                result = rows.new_empty(len(indices), *rows.shape[1:])
-            here = numbers == number
-            result[torch.from_numpy(here)] = rows[
-                torch.from_numpy(indices[here] - (self.ends[number] - len(rows)))
-            ]
-        if result is None:
+            rows, ends = self._of_part(int(number))
+            assert ends is None, f"the rows of {self.name} have unequal lengths"
+            here = indices[numbers == number] - (self.ends[number] - len(rows))
+            pieces.append(rows[torch.from_numpy(here)])
+        if not pieces:
             raise IndexError(f"no rows of {self.name!r} at {which}")
-        return result
+        order = np.argsort(np.argsort(numbers, kind="stable"))  # from parts back to the asked
+        return torch.cat(pieces)[torch.from_numpy(order)]
 
     def texts(self) -> list[str]:
         """All rows of a column of texts."""
-        parts = range(len(self.parts))
-        return [row.numpy().tobytes().decode() for n in parts for row in self.rows_of(n)]
+        found = []
+        for number in range(len(self.parts)):
+            rows, ends = self._of_part(number)
+            assert ends is not None, f"the rows of {self.name} are no texts"
+            whole = rows.numpy().tobytes()
+            found += [whole[a:b].decode() for a, b in itertools.pairwise([0, *ends.tolist()])]
+        return found
 
 
 class _Readable(Dataset):
