@@ -6,8 +6,8 @@ import torch
 from conftest import tiny_gpt
 
 from flextok.data.emoji import EmojiScenes
-from flextok.evaluation.alignment import alignment, derangement, format_report
-from flextok.evaluation.scene_probe import (
+from flextok.emoji.alignment import alignment, derangement, format_report
+from flextok.emoji.scene_probe import (
     GRIDS,
     Probe,
     degrade,
@@ -35,7 +35,8 @@ class Oracle:
     """Generator and tokenizer in one, with perfect or shuffled obedience: an index is the number
     of a real scene; at fewer than 4 tokens it shows their mean colour."""
 
-    model_type, image_size, num_tokens = "oracle", SIZE, 4
+    model_type, image_size, num_tokens, vocab_size = "oracle", SIZE, 4, NUMBER
+    device = torch.device("cpu")
 
     def __init__(self, scenes, conditioner, obeys=True):
         self.images, facts, captions = read_scenes(scenes, SIZE, NUMBER)
@@ -47,6 +48,12 @@ class Oracle:
     def parameters(self):
         yield torch.zeros(1)
 
+    def decode_options(self, asked, options=None):
+        assert not asked
+        return options
+
+    generate_options = decode_options
+
     def generate(self, cond, num_tokens, **options):
         table = self.by_label if isinstance(cond, torch.Tensor) else self.numbers
         rows = cond.tolist() if isinstance(cond, torch.Tensor) else cond
@@ -55,7 +62,7 @@ class Oracle:
             found = found.roll(7)
         return found[:, None].expand(-1, num_tokens)
 
-    def encode(self, images):
+    def encode(self, images, *, generator=None):
         same = (images[:, None] - self.images).abs().flatten(2).sum(2)
         return same.argmin(1)[:, None].expand(-1, 4)
 

@@ -26,7 +26,7 @@ FLOORS = [
     {"cpu"},
     {"pipeline", "data", "evaluation", "viz"},
     {"config", "fake_gpu", "machine"},
-    {"training"},
+    {"training", "emoji"},
     {"demo", "bench"},
     {"cli"},
 ]

@@ -14,8 +14,9 @@ from collections.abc import Iterator
 from types import FrameType
 
 from flextok import __version__
-from flextok.cli import arguments, measure
+from flextok.cli import arguments
 from flextok.cli.common import write_json
+from flextok.cli.measure_arguments import add_measuring
 from flextok.cli.options import AnyOrder
 from flextok.printing import PrintableFormatter, one_line
 
@@ -97,5 +98,5 @@ def make_parser() -> argparse.ArgumentParser:
         parser_class=AnyOrder,
     )
     arguments.add_commands(commands)
-    measure.add_commands(commands)
+    add_measuring(commands)
     return parser

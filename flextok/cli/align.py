@@ -9,8 +9,8 @@ from flextok.cli.common import data_spec, pick_device, token_lengths
 from flextok.cli.options import decoding_options
 from flextok.data.datasets import DATASETS
 from flextok.data.emoji import EmojiScenes
-from flextok.evaluation.alignment import alignment, format_report
-from flextok.evaluation.scene_probe import Probe, train_probe
+from flextok.emoji.alignment import alignment, format_report
+from flextok.emoji.scene_probe import Probe, train_probe
 from flextok.generators import Generator
 from flextok.pipeline import decoding_options as checked
 from flextok.pipeline import load_model, load_tokenizer_of

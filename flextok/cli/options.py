@@ -138,10 +138,6 @@ def checked(run: Run | str) -> Run:
     return work
 
 
-def add_json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", **SHARED["--json"])
-
-
 def add_solving(parser: argparse.ArgumentParser, several: bool = False) -> None:
     """The decoder's options; several: of steps and scales, to be compared."""
     add_fields(parser, DECODING, ("num_steps", "guidance_scale") if several else ())

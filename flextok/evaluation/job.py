@@ -27,7 +27,7 @@ class Cell(NamedTuple):
 class Options:
     """How to evaluate; all of it is written beside the scores."""
 
-    networks: tuple[str, ...] | None = None  # None: Inception and LPIPS, or what is at hand
+    networks: Sequence[str] | None = None  # None: Inception and LPIPS, or what is at hand
     inception_weights: str | None = None  # a file; by default torch's hub cache
     # of all cells alike; an option that is None or left out is the model's own default
     decoding: Mapping[str, Any] = field(default_factory=dict)
@@ -121,7 +121,8 @@ def decoding_of(tokenizer: Tokenizer, cell: Cell, options: Options, total: int) 
             "all of its tokens only"
         )
     own = {"num_steps": cell.num_steps, "guidance_scale": cell.guidance_scale}
-    return tokenizer.decode_options({**options.decoding, **own})
+    stated = {key: value for key, value in own.items() if value is not None}
+    return tokenizer.decode_options({**options.decoding, **stated})
 
 
 def model_settings(model: Tokenizer | Generator, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """How well generated scenes show what was asked for, against the number of tokens.
 
-The score of a picture is the part of its prompt's facts that the probe reads off it; of a class
+The score of an image is the part of its prompt's facts that the probe reads off it; of a class
 generator, whose classes are numbers of objects, the count alone. The control scores the same
-pictures against the prompts of other pictures: what agreement by chance looks like.
+images against the prompts of other images: what agreement by chance looks like.
 """
 
 from dataclasses import dataclass, field
@@ -12,18 +12,19 @@ import torch
 from torch import Tensor
 
 from flextok.data.emoji import EmojiScenes
-from flextok.evaluation.scene_probe import UNKNOWN, Probe, fact_sizes, read_scenes
+from flextok.emoji.scene_probe import UNKNOWN, Probe, fact_sizes, read_scenes
+from flextok.generators.base import Generator
 from flextok.generators.conditioning import ClassConditioner, TextConditioner
-from flextok.pipeline import decode_prefixes, generate_images
-from flextok.tokenizers.base import encode_rows
+from flextok.pipeline import generate_images, reconstruct_prefixes
+from flextok.tokenizers.base import Tokenizer
 
 
 @dataclass
 class Alignment:
-    """Means over `count` pictures at one prefix length; each score is in [0, 1]."""
+    """Means over `count` images at one prefix length; each score is in [0, 1]."""
 
     num_tokens: int
-    score: float  # of the pictures against their own prompts
+    score: float  # of the images against their own prompts
     error: float  # standard error of score
     shuffled: float  # against other prompts
     reconstructed: float  # of real scenes, encoded and decoded at this length
@@ -41,8 +42,8 @@ class AlignmentReport:
 
 
 def alignment(
-    generator: Any,
-    tokenizer: Any,
+    generator: Generator,
+    tokenizer: Tokenizer,
     probe: Probe,
     scenes: EmojiScenes,
     lengths: list[int],
@@ -55,28 +56,26 @@ def alignment(
     the same noise, score. Raises ValueError when generator, probe and scenes do not fit."""
     if probe.sizes != fact_sizes(scenes) or probe.image_size != tokenizer.image_size:
         raise ValueError(
-            "the probe was trained for other scenes or another picture size: delete its file"
+            "the probe was trained for other scenes or another image size: delete its file"
         )
     images, facts, captions = read_scenes(scenes, tokenizer.image_size, number)
     count = facts[:, 0] + 1
-    device = next(generator.parameters()).device
-    cond: Any = captions
-    conditioner = getattr(generator, "conditioner", None)
-    if isinstance(conditioner, ClassConditioner):
+    cond: Tensor | list[str] = captions
+    if isinstance(generator.conditioner, ClassConditioner):
         known = generator.metadata.get("class_names")
         if known != scenes.class_names:
             raise ValueError(
                 f"this generator's classes ({', '.join((known or ['?'])[:3])}, ...) are not the "
                 f"numbers of objects of the scenes ({', '.join(scenes.class_names)})"
             )
-        cond = facts[:, 0].to(device)
+        cond = facts[:, 0].to(generator.device)
         facts = facts.clone()
         facts[:, 1:] = UNKNOWN  # a class says how many, nothing else
-    elif not isinstance(conditioner, TextConditioner):
+    elif not isinstance(generator.conditioner, TextConditioner):
         raise ValueError("an unconditional generator has nothing to be aligned with")
     generated = generate_images(generator, tokenizer, cond, lengths, seed, sampling, decoding)
     others = derangement(number, seed)
-    rebuilt = decode_all(tokenizer, images.to(device), lengths, seed, decoding)
+    rebuilt = reconstruct_prefixes(tokenizer, images, lengths, seed, decoding)
     results = []
     for k in lengths:
         found = probe.read(generated[k])
@@ -120,16 +119,6 @@ def derangement(number: int, seed: int) -> Tensor:
     others = torch.empty_like(order)
     others[order] = order.roll(1)
     return others
-
-
-def decode_all(
-    tokenizer: Any, images: Tensor, lengths: list[int], seed: int, decoding: dict[str, Any] | None
-) -> dict[int, Tensor]:
-    parts = []
-    for rows in torch.arange(len(images)).split(64):
-        indices = encode_rows(tokenizer, images[rows], seed, rows)
-        parts.append(decode_prefixes(tokenizer, indices, lengths, seed, decoding, rows.tolist()))
-    return {k: torch.cat([part[k] for part in parts]) for k in lengths}
 
 
 def format_report(report: AlignmentReport) -> str:

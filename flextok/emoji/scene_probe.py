@@ -1,6 +1,6 @@
 """A small classifier that reads an emoji scene's facts off its pixels: how many objects, how they
 are arranged, what each is, and the background's colours. Trained on real scenes, it tells how much
-of its prompt a generated one shows (flextok/evaluation/alignment.py)."""
+of its prompt a generated one shows (alignment.py)."""
 
 import json
 from pathlib import Path

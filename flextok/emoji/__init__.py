@@ -1,0 +1,1 @@
+"""The toy world of emoji: how far generated scenes show their prompts."""
