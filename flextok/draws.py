@@ -5,11 +5,11 @@ purpose, r). So it does not depend on the batch size, no two pictures, seeds or 
 draws, and a CPU generator gives the same ones whatever device the model runs on.
 """
 
+import copy
 import ctypes
 import functools
 import hashlib
 import random
-import zlib
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -23,6 +23,7 @@ Rng = torch.Generator | Sequence[torch.Generator] | None  # one for a batch, or 
 ORDER, AUGMENT, STEP, VALIDATION = 1, 2, 3, 4  # of training
 NOISE, CODES, SPREAD, POSTERIOR = 5, 6, 7, 8  # of a picture
 REVIVE, PROBE, BLOCK = 9, 10, 11  # of a codebook, a scene probe, a block of a stream
+ROW = 12  # of a training batch
 
 
 def derived_generator(*key: int) -> torch.Generator:
@@ -83,11 +84,39 @@ def base_seed(generator: torch.Generator | None) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
 
 
-def host_random(generator: torch.Generator | None) -> random.Random:
-    """Python's random numbers, seeded by the state of `generator` (None = PyTorch's own), which is
-    moved on: a number drawn from a tensor would have to be read back from its device."""
-    source = torch.default_generator if generator is None else generator
-    state = source.get_state()
-    seed = zlib.crc32(ctypes.string_at(state.data_ptr(), state.nbytes))
-    torch.empty((), device=source.device).uniform_(generator=source)
-    return random.Random(seed)
+class BatchDraws:
+    """What training draws for a batch. All draws of a row come from a generator that the step's
+    seed and the row's number decide: processes and micro-batches that share a step's batch draw
+    what one process would draw for the whole of it."""
+
+    def __init__(
+        self,
+        batch: int,
+        generator: torch.Generator | None = None,
+        rows: Sequence[int] | Tensor | None = None,
+    ):
+        """generator: in the same state for the whole step; None = PyTorch's own. rows: the rows'
+        numbers in the step's batch, 0 .. batch-1 by default."""
+        self.seed = base_seed(generator)
+        numbers = range(batch) if rows is None else rows
+        self.rows = numbers.tolist() if isinstance(numbers, Tensor) else list(numbers)
+        if len(self.rows) != batch:
+            raise ValueError(f"{len(self.rows)} row numbers for {batch} rows: give one for each")
+        self.generators = [derived_generator(self.seed, ROW, row) for row in self.rows]
+
+    def __call__(
+        self, sampler: Callable[..., Tensor], shape: tuple[int, ...], device: torch.device
+    ) -> Tensor:
+        """torch.rand, randn or the like of shape (B, *shape)."""
+        return draw(sampler, (len(self.rows), *shape), self.generators, device)
+
+    def of_step(self) -> random.Random:
+        """Python's random numbers of what the whole step draws alike."""
+        return random.Random(self.seed)
+
+    def take(self, order: Sequence[int]) -> "BatchDraws":
+        """Those of the rows at these places."""
+        taken = copy.copy(self)
+        taken.rows = [self.rows[i] for i in order]
+        taken.generators = [self.generators[i] for i in order]
+        return taken

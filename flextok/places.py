@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from flextok.convert import convert_published
+from flextok.convert import convert_published, current_config
 from flextok.schema import ConfigError, from_mapping
 from flextok.storage import SUFFIXES, CheckpointError, check_file, read_json, read_tensors
 
@@ -134,7 +134,9 @@ def read_model(path: str | Path, revision: str | None = None) -> StoredModel:
             facts = check_metadata(document.get("metadata", {}))
         except ConfigError as error:
             raise CheckpointError(f"{folder}/{CONFIG}: {error}") from None
-        return StoredModel(document["model_type"], document["config"], facts, state, str(weights))
+        model_type = document["model_type"]
+        config = current_config(model_type, document["config"])
+        return StoredModel(model_type, config, facts, state, str(weights))
     try:
         published = convert_published(state, [document, *parse_metadata(metadata)])
     except ValueError as error:

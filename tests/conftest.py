@@ -15,6 +15,7 @@ from PIL import Image
 
 from flextok.data.emoji import Emoji
 from flextok.generators import GPT, GPTConfig
+from flextok.objectives import NextTokenConfig, NextTokenObjective
 from flextok.pipeline import remember_tokenizer
 from flextok.tokenizers import FlexTok, FlexTokConfig
 
@@ -111,9 +112,10 @@ def tiny_releases(folder: Path) -> Path:
 
 def overfit(model: GPT, indices: torch.Tensor, cond: object, steps: int) -> float:
     """Train on one batch. Returns the last loss."""
+    objective = NextTokenObjective(model, NextTokenConfig(cond_drop=0.0))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(steps):
-        loss = model.loss(indices, cond)["loss"]
+        loss = objective({"indices": indices, "label": cond})["loss"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -4,9 +4,9 @@ import pytest
 import torch
 from conftest import tiny_tokenizer
 
-from flextok.schema import ConfigError
+from flextok.objectives import DistillationConfig, DistillationObjective
+from flextok.schema import ConfigError, from_mapping
 from flextok.tokenizers import FlexTok
-from flextok.tokenizers.distillation import DistillConfig
 from flextok.tokenizers.flextok import DecodeOptions
 
 TEACHES = DecodeOptions(guidance={"name": "cfg"}, guidance_scale=2.0)
@@ -21,10 +21,9 @@ def make_teacher(**changes) -> FlexTok:
     return model
 
 
-def make_student(teacher: FlexTok, **changes) -> FlexTok:
-    student = tiny_tokenizer(decode=copy.copy(TEACHES), distill=DistillConfig(2, 4), **changes)
-    student.prepare_training(teacher)
-    return student
+def distillation(teacher: FlexTok, **changes) -> DistillationObjective:
+    student = tiny_tokenizer(decode=copy.copy(TEACHES), **changes)
+    return DistillationObjective(student, DistillationConfig(2, 4), teacher=teacher)
 
 
 def pictures(seed: int, batch: int = 16) -> torch.Tensor:
@@ -44,7 +43,8 @@ def error(student: FlexTok, teacher: FlexTok) -> float:
 
 def test_the_student_comes_to_the_teachers_many_steps():
     teacher = make_teacher()
-    student = make_student(teacher)
+    objective = distillation(teacher)
+    student = objective.model
     before = error(student, teacher)
     optimizer = torch.optim.AdamW(
         [p for p in student.parameters() if p.requires_grad], lr=2e-3, weight_decay=0.0
@@ -54,7 +54,7 @@ def test_the_student_comes_to_the_teachers_many_steps():
     for step in range(120):
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * (1 - step / 120)
-        loss = student.loss(pictures(100 + step, 8), draws)["loss"]
+        loss = objective({"image": pictures(100 + step, 8)}, draws)["loss"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -72,15 +72,15 @@ def test_a_teacher_without_bends_is_matched_from_the_start():
     teacher = make_teacher()
     with torch.no_grad():
         teacher.decoder.head.weight.zero_()
-    loss = make_student(teacher).loss(pictures(0), torch.Generator().manual_seed(0))["loss"]
-    assert loss < 1e-10
+    draws = torch.Generator().manual_seed(0)
+    assert distillation(teacher)({"image": pictures(0)}, draws)["loss"] < 1e-10
 
 
 def test_the_flag_travels_and_decides_how_to_decode(tmp_path):
-    student = make_student(make_teacher())
+    student = distillation(make_teacher()).model
     student.save_pretrained(tmp_path)
     loaded = FlexTok.from_pretrained(tmp_path)
-    assert loaded.config.distill == DistillConfig(2, 4)
+    assert (loaded.config.distilled, loaded.config.decode.num_steps) == (True, 2)
     indices, calls = loaded.encode(pictures(0, 2)), []
     noise = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     plain = loaded.decode(indices, noise=noise, progress=calls.append)
@@ -94,13 +94,20 @@ def test_the_flag_travels_and_decides_how_to_decode(tmp_path):
 
 
 def test_what_does_not_fit_is_refused():
-    with pytest.raises(ConfigError, match=r"both model\.distill and start\.teacher"):
-        tiny_tokenizer().prepare_training(make_teacher())
-    with pytest.raises(ConfigError, match=r"both model\.distill and start\.teacher"):
-        tiny_tokenizer(distill=DistillConfig()).prepare_training()
+    with pytest.raises(ConfigError, match=r"as start\.teacher \(got nothing\)"):
+        DistillationObjective(tiny_tokenizer())
     with pytest.raises(ConfigError, match="sizes of what it starts from"):
-        make_student(make_teacher(decoder_dim=48))
-    with pytest.raises(ValueError, match="call prepare_training"):
-        tiny_tokenizer(distill=DistillConfig()).loss(pictures(0))
-    with pytest.raises(ValueError, match=r"distill.num_steps=0 must be"):
-        DistillConfig(num_steps=0)
+        distillation(make_teacher(decoder_dim=48))
+    with pytest.raises(ConfigError, match=r"num_steps=0 must be"):
+        from_mapping(DistillationConfig, {"num_steps": 0})
+
+
+def test_shares_of_a_batch_compute_what_the_whole_does():
+    objective, images = distillation(make_teacher()), pictures(0, 8)
+    draws = [torch.Generator().manual_seed(5) for _ in range(3)]
+    whole = objective({"image": images}, draws[0])["loss"]
+    shares = [
+        objective({"image": images[rows], "row": rows}, rng)["loss"]
+        for rows, rng in zip((range(3), range(3, 8)), draws[1:], strict=True)
+    ]
+    torch.testing.assert_close((3 * shares[0] + 5 * shares[1]) / 8, whole)

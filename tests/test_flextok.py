@@ -8,12 +8,14 @@ from conftest import TINY, tiny_tokenizer
 
 from flextok.data.emoji import Emoji
 from flextok.data.transforms import ImageTransform
+from flextok.draws import BatchDraws
 from flextok.flow.path import interpolate
 from flextok.losses import RepresentationAlignment
+from flextok.nn.blocks import recompute_blocks
 from flextok.nn.embeddings import patchify, unpatchify
+from flextok.objectives import CrossLengthObjective, FlowObjective
 from flextok.schema import ConfigError
 from flextok.tokenizers import FlexTok, FlexTokConfig
-from flextok.tokenizers.distillation import DistillConfig
 from flextok.tokenizers.flextok import DecodeOptions
 from flextok.tokenizers.networks import DecoderOutput
 from flextok.vae import IdentityVAE
@@ -21,6 +23,11 @@ from flextok.vae import IdentityVAE
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+def flow(model, **options):
+    objective = CrossLengthObjective if "weight" in options else FlowObjective
+    return objective(model, objective.config_class(**options))
 
 
 def test_patchify_round_trip_and_order():
@@ -129,14 +136,15 @@ def test_an_interval_without_steps_is_no_guidance(images):
 @pytest.mark.parametrize("name", ["uniform", "pow2"])
 def test_truncated_training_runs_each_length_apart_and_alike(images, name):
     """The loss over groups of equal lengths is the loss over the pictures one by one."""
-    model = tiny_tokenizer(drop_mode="truncate", nested_dropout=name, null_prob=0.0).train()
+    model = tiny_tokenizer(drop_mode="truncate").train()
+    objective = flow(model, nested_dropout=name, null_prob=0.0)
     given = images.repeat(2, 1, 1, 1)
-    images, codes, keep, t, noise = encoded(model, given)
+    images, codes, keep, t, noise = encoded(objective, given)
     seen = []
     handle = model.decoder.register_forward_pre_hook(
         lambda module, inputs: seen.append(tuple(inputs[2].shape[:2]))
     )
-    loss = model.loss(given, seeded())["flow"]
+    loss = objective({"image": given}, seeded())["flow"]
     handle.remove()
     assert sum(rows for rows, _ in seen) == 6
     assert sorted(keep.unique().tolist()) == [length for _, length in seen]  # no longer than it is
@@ -151,33 +159,32 @@ def test_truncated_training_runs_each_length_apart_and_alike(images, name):
 
 
 @pytest.mark.parametrize("drop_mode", ["mask", "truncate"])
-def test_equal_shared_draws_give_all_processes_the_same_lengths(images, drop_mode):
-    """Else one of many draws the longest in nearly every step, and the others wait for it."""
-    model = tiny_tokenizer(drop_mode=drop_mode, nested_dropout="uniform").train()
-    lengths, images = [], images.repeat(2, 1, 1, 1)
-    encoder = model.encoder.forward
-
-    def note(latents, length=None):
-        lengths[-1].append((len(latents), length))
-        return encoder(latents, length)
-
-    model.encoder.forward = note
-    losses = []
-    for own, shared in [(0, 5), (1, 5), (0, 6)]:
-        lengths.append([])
-        losses.append(model.loss(images, seeded(own), seeded(shared))["loss"].item())
-    assert lengths[0] == lengths[1]
-    assert (lengths[0] != lengths[2]) == (drop_mode == "truncate")
-    assert len(set(losses)) == 3
+@pytest.mark.parametrize("weight", [None, 0.5])
+def test_processes_with_shares_of_a_batch_compute_what_one_does_with_the_whole(
+    images, drop_mode, weight
+):
+    """What a row draws belongs to its number: two shares of 8 rows give the mean of the whole."""
+    options = {"nested_dropout": "uniform", "null_prob": 0.3}
+    options |= {} if weight is None else {"weight": weight}
+    objective = flow(tiny_tokenizer(drop_mode=drop_mode).train(), **options)
+    images = torch.rand(8, 3, 16, 16, generator=seeded(1)) * 2 - 1
+    whole = objective({"image": images}, seeded())
+    shares = [
+        objective({"image": images[rows], "row": rows}, seeded())
+        for rows in (range(4), range(4, 8))
+    ]
+    for name, value in whole.items():
+        mean = (shares[0][name] + shares[1][name]) / 2
+        torch.testing.assert_close(mean, value, atol=1e-6, rtol=1e-5)
+    assert shares[0]["loss"] != shares[1]["loss"]
 
 
 def test_a_config_stays_as_it_was():
-    for changes in ({}, {"distill": DistillConfig(), "decode": DecodeOptions(guidance_scale=3.0)}):
+    for changes in ({}, {"distilled": True, "decode": DecodeOptions(guidance_scale=1.0)}):
         config = FlexTokConfig(**{**TINY, **changes})
         before = copy.deepcopy(config)
-        model = FlexTok(config)
+        FlexTok(config)
         assert config == before
-    assert (model.config.decode.num_steps, model.config.decode.guidance_scale) == (4, 1.0)
 
 
 def test_truncation_shortens_the_decoder_sequence(images):
@@ -198,9 +205,9 @@ def test_a_fixed_seed_fixes_everything(images):
     assert torch.equal(first, second)
     assert not torch.equal(first, third)
     torch.manual_seed(0)
-    a = model.loss(images, generator=seeded())
+    a = flow(model)({"image": images}, seeded())
     torch.manual_seed(1)
-    b = model.loss(images, generator=seeded())  # no hidden global draws
+    b = flow(model)({"image": images}, seeded())  # no hidden global draws
     assert a["loss"] == b["loss"]
 
 
@@ -234,19 +241,20 @@ def test_images_stay_in_range(images):
     assert decoded.max() <= 1
 
 
-@pytest.mark.parametrize("cross_length", [None, 0.5])
+@pytest.mark.parametrize("weight", [None, 0.5])
 @pytest.mark.parametrize("drop_mode", ["mask", "truncate"])
 @pytest.mark.parametrize("loss_space", ["velocity", "x0"])
 @pytest.mark.parametrize("prediction", ["velocity", "x0"])
 def test_a_perfect_head_has_no_loss_and_no_velocity_error_at_any_time(
-    prediction, loss_space, drop_mode, cross_length, images, monkeypatch
+    prediction, loss_space, drop_mode, weight, images, monkeypatch
 ):
     """At t = 0.03 and 0.01 one that predicted x0 had velocity errors of 40 and 80 %."""
-    spaces = {"prediction": prediction, "loss_space": loss_space, "cross_length": cross_length}
-    model = tiny_tokenizer(**spaces, drop_mode=drop_mode).train()
+    model = tiny_tokenizer(prediction=prediction, drop_mode=drop_mode).train()
+    options = {} if weight is None else {"weight": weight}
+    objective = flow(model, loss_space=loss_space, **options)
     times = torch.tensor([0.01, 0.03, 0.5])
-    monkeypatch.setattr(model, "sample_times", lambda u: times)
-    images = images[:1].expand(3, -1, -1, -1)  # so the order that the loss draws does not matter
+    monkeypatch.setattr(objective, "sample_times", lambda u: times)
+    images = images[:1].expand(3, -1, -1, -1)  # so the order of the rows does not matter
 
     def perfect(x_t, t, registers, mask=None):
         column = t.view(-1, 1, 1, 1)
@@ -255,7 +263,7 @@ def test_a_perfect_head_has_no_loss_and_no_velocity_error_at_any_time(
         return DecoderOutput(value, x_t)
 
     monkeypatch.setattr(model.decoder, "forward", perfect)
-    losses = model.loss(images, seeded())
+    losses = objective({"image": images}, seeded())
     assert {name: round(value.item(), 6) for name, value in losses.items()} == dict.fromkeys(
         losses, 0.0
     )
@@ -267,26 +275,26 @@ def test_a_perfect_head_has_no_loss_and_no_velocity_error_at_any_time(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "options"),
     [
-        {},
-        {"drop_mode": "truncate", "nested_dropout": "uniform"},
-        {"prediction": "x0", "loss_space": "x0"},
+        ({}, {}),
+        ({"drop_mode": "truncate"}, {"nested_dropout": "uniform"}),
+        ({"prediction": "x0"}, {"loss_space": "x0"}),
     ],
     ids=["paper", "truncate", "x0"],
 )
-def test_one_batch_overfits(images, changes):
+def test_one_batch_overfits(images, changes, options):
     """The loss on one batch falls far below that of the best constant, whose share of the
     velocity's variance is about 1 + var(images)."""
     torch.manual_seed(0)
-    config = {"null_prob": 0.0, "decoder_dim": 64, "max_timestep": 1.0, **changes}
-    model = tiny_tokenizer(**config)
+    model = tiny_tokenizer(decoder_dim=64, max_timestep=1.0, **changes)
     model.init_weights()
+    objective = flow(model, null_prob=0.0, **options)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     generator = seeded()
     history = []
     for _ in range(300):
-        loss = model.loss(images.repeat(4, 1, 1, 1), generator=generator)["loss"]
+        loss = objective({"image": images.repeat(4, 1, 1, 1)}, generator)["loss"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -296,17 +304,19 @@ def test_one_batch_overfits(images, changes):
 
 
 def test_every_parameter_gets_a_gradient(images):
-    model = tiny_tokenizer(null_prob=0.5)
-    model.loss(images, generator=seeded(3))["loss"].backward()
+    model = tiny_tokenizer()
+    flow(model, null_prob=0.5)({"image": images}, seeded(3))["loss"].backward()
     missing = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert not missing
 
 
 def test_activation_checkpointing_changes_nothing(images):
     losses, grads = [], []
-    for checkpoint_blocks in (False, True):
-        model = tiny_tokenizer(checkpoint_blocks=checkpoint_blocks).train()
-        loss = model.loss(images, generator=seeded())["loss"]
+    for recomputes in (False, True):
+        model = tiny_tokenizer().train()
+        if recomputes:
+            recompute_blocks(model)
+        loss = flow(model)({"image": images}, seeded())["loss"]
         loss.backward()
         losses.append(loss)
         grads.append(model.encoder.registers.grad)
@@ -332,26 +342,28 @@ def test_latents_of_a_kl_vae(images):
     assert torch.equal(latents[0], latents[1])
     assert not torch.equal(latents[0], latents[2])
     assert model.decode(indices, num_steps=1).shape == images.shape
-    with pytest.raises(ValueError, match=r"VAE has random weights: .* prepare_training"):
-        model.loss(images)
+    with pytest.raises(ValueError, match=r"VAE has random weights: .* prepare\(\)"):
+        flow(model)({"image": images})
     loaded = tiny_tokenizer(vae=vae, patch_size=2)
     loaded.load_state_dict(model.state_dict())
-    assert loaded.loss(images, generator=seeded())["loss"].isfinite()
+    assert flow(loaded)({"image": images}, seeded())["loss"].isfinite()
     assert not model.train().vae.training  # stays frozen
 
 
 def test_representation_alignment_with_a_random_backbone(images):
     repa = {"model": "vit_tiny_patch16_224", "pretrained": False, "hidden_dim": 32, "weight": 0.5}
-    model = tiny_tokenizer(repa=repa)
-    with pytest.raises(ValueError, match="call prepare_training"):
-        model.loss(images)
-    model.prepare_training()
-    losses = model.loss(images, generator=seeded())
+    model = tiny_tokenizer()
+    objective = flow(model, repa=repa)
+    with pytest.raises(ValueError, match=r"call prepare\(\)"):
+        objective({"image": images})
+    objective.prepare()
+    losses = objective({"image": images}, seeded())
     assert 0 <= losses["repa"].item() <= 2
     torch.testing.assert_close(losses["loss"], losses["flow"] + 0.5 * losses["repa"])
     losses["repa"].backward()
     assert model.decoder.blocks[1].mlp.fc1.weight.grad is not None
-    assert not any("backbone" in key for key in model.state_dict())
+    assert not any("backbone" in key for key in objective.state_dict())
+    assert not any("projector" in key for key in model.state_dict())
 
 
 @pytest.mark.parametrize("spatial", [False, True])
@@ -383,32 +395,30 @@ def test_representation_alignment_with_efficientnet(spatial):
     assert change.argmax(dim=1).tolist() == [3, 3]
 
 
-def encoded(model, images):
-    """What a model's loss draws, and its codes: images, codes, keep, times, noise."""
-    draws = seeded()
-    groups = model.draw_groups(len(images), draws)
-    u_order, _, u_time = torch.rand(3, len(images), generator=draws)
-    images = images[u_order.argsort()]
-    noise = torch.randn(images.shape, generator=draws)
-    codes = model.quantizer(model.encoder(images))[0]
-    return images, codes, torch.cat([g.keep for g in groups]), model.sample_times(u_time), noise
+def encoded(objective, images):
+    """What an objective draws, and the codes: images, codes, keep, times, noise."""
+    noised = objective.noised(images, BatchDraws(len(images), seeded()))
+    model = objective.model
+    codes = model.quantizer(model.encoder(noised.images))[0]
+    keep = torch.cat([group.keep for group in noised.groups])
+    return noised.images, codes, keep, noised.t, noised.noise
 
 
 @pytest.mark.parametrize("drop_mode", ["mask", "truncate"])
 def test_cross_length_training_decodes_the_prefix_and_all_tokens_alike(images, drop_mode):
-    options = {"drop_mode": drop_mode, "null_prob": 0.0, "nested_dropout": "uniform"}
-    plain = tiny_tokenizer(**options).train()
-    model = tiny_tokenizer(**options, cross_length=0.5).train()
+    options = {"null_prob": 0.0, "nested_dropout": "uniform"}
+    model = tiny_tokenizer(drop_mode=drop_mode).train()
+    plain, objective = flow(model, **options), flow(model, **options, weight=0.5)
     given = images
-    images, codes, keep, t, noise = encoded(model, given)
+    images, codes, keep, t, noise = encoded(objective, given)
     assert len(set(keep.tolist())) == 3
     x_t = (1 - t.view(-1, 1, 1, 1)) * images + t.view(-1, 1, 1, 1) * noise
     short, full = (
         model.velocity(x_t, t, *model.decoder.embed_codes(codes, k))
         for k in (keep, torch.full_like(keep, model.num_tokens))
     )
-    losses = model.loss(given, seeded())
-    torch.testing.assert_close(losses["flow"], plain.loss(given, seeded())["flow"])
+    losses = objective({"image": given}, seeded())
+    torch.testing.assert_close(losses["flow"], plain({"image": given}, seeded())["flow"])
     torch.testing.assert_close(losses["flow_full"], (full - noise + images).square().mean())
     torch.testing.assert_close(losses["align"], (short - full).square().mean())
     total = (losses["flow"] + losses["flow_full"]) / 2 + 0.5 * losses["align"]
@@ -422,7 +432,9 @@ def test_cross_length_training_decodes_the_prefix_and_all_tokens_alike(images, d
 
 def test_cross_length_training_needs_prefixes():
     with pytest.raises(ConfigError, match="nested_dropout other than none"):
-        tiny_tokenizer(cross_length=1.0, nested_dropout="none")
+        flow(tiny_tokenizer(), weight=1.0, nested_dropout="none")
+    with pytest.raises(ConfigError, match=r"nested_dropout=pow2 .* model\.ordered=true"):
+        flow(tiny_tokenizer(ordered=False), nested_dropout="pow2")
 
 
 @pytest.mark.parametrize(
@@ -494,7 +506,7 @@ def test_an_image_size_that_does_not_divide_is_refused():
 
 
 def test_2d_baseline_pools_patches_and_has_no_registers(images):
-    model = tiny_tokenizer(num_registers=8, token_grid=[4, 2], nested_dropout="none")
+    model = tiny_tokenizer(num_registers=8, token_grid=[4, 2], ordered=False)
     assert not any("registers" in name for name, _ in model.named_parameters())
     assert (model.num_tokens, model.ordered) == (8, False)
     indices = model.encode(images)
@@ -510,8 +522,7 @@ def test_2d_baseline_pools_patches_and_has_no_registers(images):
     assert model.decode(indices, **options).shape == images.shape
     with pytest.raises(ValueError, match="2D grid decodes all 8 tokens only, got 3"):
         model.decode(indices[:, :3], **options)
-    losses = model.train().loss(images, torch.Generator().manual_seed(0))
-    losses["loss"].backward()
+    flow(model.train())({"image": images}, seeded())["loss"].backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
@@ -530,12 +541,12 @@ def test_training_goes_on_from_a_trained_model_of_the_same_or_another_size(gener
     with torch.no_grad():
         for parameter in trained.parameters():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
-    model = tiny_tokenizer(nested_dropout="uniform")
-    model.prepare_training(weights=trained)
+    model = tiny_tokenizer()
+    FlowObjective(model, weights=trained)
     images = torch.rand(2, 3, 16, 16, generator=generator) * 2 - 1
     assert torch.equal(model.encode(images), trained.encode(images))
     larger = tiny_tokenizer(image_size=32)
-    larger.prepare_training(weights=trained)
+    FlowObjective(larger, weights=trained)
     assert torch.equal(larger.encoder.registers, trained.encoder.registers)
     small, large = trained.encoder.patch_pos, larger.encoder.patch_pos
     assert large.shape[-1] == 2 * small.shape[-1]
@@ -544,7 +555,24 @@ def test_training_goes_on_from_a_trained_model_of_the_same_or_another_size(gener
     assert (means - small).abs().mean() < 0.1 * small.abs().mean()
     assert larger.decode(larger.encode(torch.zeros(1, 3, 32, 32))).shape == (1, 3, 32, 32)
     with pytest.raises(ConfigError, match="sizes of what it starts from"):
-        tiny_tokenizer(encoder_depth=3).prepare_training(weights=trained)
+        FlowObjective(tiny_tokenizer(encoder_depth=3), weights=trained)
+
+
+def test_the_decoder_may_learn_alone(images):
+    """Frozen parameters do not require gradients, so the codes stay what they are."""
+    model = tiny_tokenizer()
+    before = model.codes_id
+    objective = flow(model, train=["decoder"])
+    assert all(not p.requires_grad for p in model.encoder.parameters())
+    learning = {n.split(".")[0] for n, p in model.named_parameters() if p.requires_grad}
+    assert learning == {"decoder"}
+    assert not model.decoder.patch_pos.requires_grad
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+    objective({"image": images}, seeded())["loss"].backward()
+    optimizer.step()
+    assert model.codes_id == before
+    with pytest.raises(ConfigError, match=r"objective.train=\['dekoder'\] names no part"):
+        flow(model, train=["dekoder"])
 
 
 def test_registers_may_begin_at_places_that_cover_the_picture():

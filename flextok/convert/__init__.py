@@ -18,6 +18,7 @@ from flextok.convert.flextok import (
     is_flextok,
 )
 from flextok.convert.maskgit import convert_maskgit, is_maskgit, maskgit_config, maskgit_state
+from flextok.convert.older import current_config
 from flextok.convert.rules import Published
 from flextok.convert.titok import (
     convert_titok,
@@ -36,6 +37,7 @@ __all__ = [
     "ar_config",
     "ar_state",
     "convert_published",
+    "current_config",
     "flextok_config",
     "flextok_state",
     "maskgit_config",

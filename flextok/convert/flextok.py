@@ -198,7 +198,6 @@ def flextok_config(
         1000.0,
         "the published class's default",
     )
-    noise = _mapping(tree.get("flow_matching_noise_module"))
     return {
         "image_size": grid * patch_size * 2 ** (len(vae["block_channels"]) - 1),
         "patch_size": patch_size,
@@ -210,9 +209,6 @@ def flextok_config(
         "decoder_dim": decoder_dim,
         "vae": {**vae, "scaling_factor": _number("vae.scaling_factor", scaling)},
         "quantizer": {"name": "fsq", "levels": levels},
-        "nested_dropout": sections.get("dec_nested_dropout", {}).get("size_sampling_mode", "pow2"),
-        "null_prob": sections.get("dec_latent_dropout", {}).get("dropout_prob", 0.2),
-        "time_sampler": {"name": "mode", "scale": noise.get("mode_scale", 0.25)},
         "max_timestep": _number("max_timestep", max_timestep),
     }, open_points
 

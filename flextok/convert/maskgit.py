@@ -70,8 +70,7 @@ def convert_maskgit(
 ) -> Published:
     ours = maskgit_state(state)
     section = find_section(documents, "generator")
-    losses = [d["losses"] for d in documents if isinstance(d.get("losses"), Mapping)]
-    config, open_points = maskgit_config(ours, section, losses[0] if losses else {})
+    config, open_points = maskgit_config(ours, section)
     provenance = {"layout": "MaskGIT, published", "license": "apache-2.0", "assumed": open_points}
     return Published("maskgit", config, ours, provenance)
 
@@ -123,15 +122,13 @@ def maskgit_state(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def maskgit_config(
-    state: Mapping[str, Tensor],
-    section: Mapping[str, Any] | None = None,
-    losses: Mapping[str, Any] | None = None,
+    state: Mapping[str, Tensor], section: Mapping[str, Any] | None = None
 ) -> tuple[dict[str, Any], list[str]]:
     """Our config of `maskgit_state`'s result (meta tensors will do) and of its config's generator
-    and losses sections, and one line for each point that stays open: heads and sampling settings
-    are not in the shapes, and follow the releases without a section. Raises ValueError when shapes
-    and section disagree."""
-    section, losses = section or {}, losses or {}
+    section, and one line for each point that stays open: heads and sampling settings are not in the
+    shapes, and follow the releases without a section. Raises ValueError when shapes and section
+    disagree."""
+    section = section or {}
     vocab_size, dim = shape(state, "head.weight", 2)
     num_tokens = shape(state, "positions", 2)[0] - 1
     hidden = shape(state, "blocks.0.fc1.bias", 1)[0]
@@ -157,11 +154,8 @@ def maskgit_config(
         "num_heads": section.get("num_attention_heads", 16),
         "mlp_ratio": hidden / dim,
         "conditioner": {"name": "class", "num_classes": num_classes, "learned_null": True},
-        "cond_drop": section.get("class_label_dropout", 0.1),
         # known of the BERT-like one only
         "dropout": section.get("dropout", 0.1) if backbone == "bert" else 0.0,
-        "label_smoothing": losses.get("label_smoothing", 0.1),
-        "unmasked_weight": losses.get("loss_weight_unmasked_token", 0.1),
         "generate": generate,
     }
     open_points = []

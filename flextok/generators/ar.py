@@ -5,16 +5,14 @@ positions; pre-norm blocks with SwiGLU. Position j reads the start token and ind
 predicts index j.
 """
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flextok.draws import Rng, draw, uniform_steps
+from flextok.draws import Rng, uniform_steps
 from flextok.generators.base import Generator
 from flextok.generators.conditioning import Condition, make_conditioner
 from flextok.generators.sampling import MAX_SCALE, check_temperature, pick
@@ -22,7 +20,7 @@ from flextok.nn.attention import KVCache
 from flextok.nn.blocks import Block, LayerNorm
 from flextok.nn.devices import to_device
 from flextok.schema import Depth, Many, Share, Size, check_number
-from flextok.tokenizers.base import check_finite, check_indices, run_block
+from flextok.tokenizers.base import check_finite
 
 MAX_TOP_K = 2**31 - 1
 
@@ -55,10 +53,7 @@ class GPTConfig:
     conditioner: dict[str, Any] = field(
         default_factory=lambda: {"name": "class", "num_classes": 1000}
     )
-    cond_drop: Share = 0.1  # how often training sees the null condition
     dropout: Share = 0.0  # on the input embeddings
-    context_noise: float = 0.0  # share of input indices that training replaces by random ones
-    checkpoint_blocks: bool = False  # recompute activations in the backward pass
     generate: GenerateOptions = field(default_factory=GenerateOptions)
 
 
@@ -79,8 +74,6 @@ class GPT(Generator):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        if not 0 <= config.context_noise < 1:
-            raise ValueError(f"context_noise={config.context_noise} must be in [0, 1)")
         self.config = config
         dim = config.dim or 64 * config.depth
         self.conditioner = make_conditioner(config.conditioner, dim)
@@ -122,10 +115,9 @@ class GPT(Generator):
         0..k."""
         condition = self.condition(cond, drop)
         x = self.join_start(indices, condition)
-        options: dict[str, Any] = {"is_causal": True, "context_mask": context_mask(condition)}
-        options["checkpoint"] = self.config.checkpoint_blocks and self.training
+        mask = context_mask(condition)
         for block, context in zip(self.blocks, self.contexts(condition), strict=True):
-            x = run_block(block, x, context=context, **options)
+            x = block(x, is_causal=True, context=context, context_mask=mask)
         return self.head(self.norm(x))
 
     def condition(self, cond: Any, drop: Tensor | None = None) -> Condition:
@@ -147,28 +139,6 @@ class GPT(Generator):
         start = (self.start + condition.start)[:, None]
         x = torch.cat([start, self.embedding(indices)], dim=1)
         return self.dropout(x + self.positions[: x.shape[1]])
-
-    def loss(
-        self, indices: Tensor, cond: Any, generator: torch.Generator | None = None
-    ) -> dict[str, Tensor]:
-        """indices: (B, K) long; cond: as in forward. Returns scalars; "loss" is the
-        cross-entropy in nats an index. `generator` draws which conditions are dropped, and the
-        noise in the context: in training a share config.context_noise of the indices read, not of
-        those predicted, is replaced by uniform ones, as sampling errors will (the noisy context of
-        reAR, arXiv 2510.04450, at a constant share)."""
-        check_indices(indices, self.num_tokens, self.config.vocab_size, self.training)
-        drop = None
-        if self.training and self.config.cond_drop > 0:
-            u = draw(torch.rand, (len(indices),), generator, indices.device)
-            drop = u < self.config.cond_drop
-        context = indices[:, :-1]
-        if self.training and self.config.context_noise > 0:
-            shape, device = tuple(context.shape), indices.device
-            any_index = functools.partial(torch.randint, self.config.vocab_size)
-            replaced = draw(torch.rand, shape, generator, device) < self.config.context_noise
-            context = torch.where(replaced, draw(any_index, shape, generator, device), context)
-        logits = self(context, cond, drop)
-        return {"loss": F.cross_entropy(logits.flatten(0, 1).float(), indices.flatten())}
 
     @torch.no_grad()
     def generate(

@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flextok.draws import Rng, draw, uniforms
+from flextok.draws import Rng, uniforms
 from flextok.generators.base import Generator
 from flextok.generators.conditioning import Condition, NoConditioner, make_conditioner
 from flextok.generators.sampling import MAX_SCALE, check_temperature, pick
 from flextok.nn.vit import ViTBlock
 from flextok.schema import Bounds, Depth, Many, Share, Size, check_number
-from flextok.tokenizers.base import check_finite, check_indices
+from flextok.tokenizers.base import check_finite
 
 Decay = Literal["constant", "linear", "power-cosine"]
 MAX_STEPS = 1000
@@ -60,10 +60,7 @@ class MaskGITConfig:
     conditioner: dict[str, Any] = field(
         default_factory=lambda: {"name": "class", "num_classes": 1000, "learned_null": True}
     )
-    cond_drop: Share = 0.1  # how often training sees the null condition
     dropout: Share = 0.1
-    label_smoothing: Share = 0.1
-    unmasked_weight: Share = 0.1  # of positions that are not masked, in the loss
     generate: MaskGITOptions = field(default_factory=MaskGITOptions)
 
 
@@ -155,37 +152,6 @@ class MaskGIT(Generator):
             x = self.norm(x)
         return self.head(x[:, 1 : 1 + k])
 
-    def loss(
-        self, indices: Tensor, cond: Any, generator: torch.Generator | None = None
-    ) -> dict[str, Tensor]:
-        """indices: (B, k) long; cond: as in `forward`. Returns scalars: "loss", the weighted,
-        label-smoothed cross-entropy over all positions, and "accuracy" on masked ones. All random
-        draws come from `generator`, except those of the dropout layers."""
-        check_indices(indices, self.num_tokens, self.config.vocab_size, self.training)
-        batch, device = len(indices), indices.device
-        u_ratio = draw(torch.rand, (batch,), generator, device)
-        masked = sample_mask(u_ratio, draw(torch.rand, tuple(indices.shape), generator, device))
-        drop = None
-        if self.training and self.config.cond_drop > 0:
-            drop = draw(torch.rand, (batch,), generator, device) < self.config.cond_drop
-        logits = self(indices.masked_fill(masked, self.mask_index), cond, drop)
-        return self.masked_loss(logits, indices, masked)
-
-    def masked_loss(self, logits: Tensor, indices: Tensor, masked: Tensor) -> dict[str, Tensor]:
-        """logits: (B, k, V); indices: (B, k) long, the truth; masked: (B, k) bool."""
-        nats = F.cross_entropy(
-            logits.flatten(0, 1).float(),
-            indices.flatten(),
-            reduction="none",
-            label_smoothing=self.config.label_smoothing,
-        )
-        weights = torch.where(masked.flatten(), 1.0, self.config.unmasked_weight)
-        right = (logits.argmax(dim=-1) == indices) & masked
-        return {
-            "loss": (nats * weights).sum() / weights.sum(),
-            "accuracy": right.sum() / masked.sum(),
-        }
-
     @torch.no_grad()
     def generate(
         self,
@@ -254,13 +220,6 @@ class MaskGIT(Generator):
             return self.logits(indices, condition).float()
         c, u = self.logits(indices.repeat(2, 1), both).float().chunk(2)
         return c + weight * (c - u)
-
-
-def sample_mask(u_ratio: Tensor, u_order: Tensor) -> Tensor:
-    """u_ratio: (B,), u_order: (B, N), uniform in [0, 1). Returns (B, N) bool, True = masked: a
-    random arccos(u) / (pi/2) of the positions, at least one."""
-    number = (u_order.shape[1] * torch.acos(u_ratio) / (math.pi / 2)).round().clamp(min=1)
-    return u_order.argsort(dim=-1) < number[:, None]
 
 
 def mask_schedule(num_tokens: int, num_steps: int) -> list[int]:

@@ -1,8 +1,12 @@
 """Transformer blocks: pre-norm with optional cross-attention, and its adaLN-zero sibling (DiT)."""
 
+from collections.abc import Iterator
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from flextok.nn.attention import Attention, KVCache
 
@@ -142,3 +146,17 @@ def add_gated(x: Tensor, gate: Tensor, y: Tensor, lengths: tuple[int, ...]) -> T
     """x + gate y. x, y: (B, sum(lengths), D); gate: (B, segments, D)."""
     parts = enumerate(zip(x.split(lengths, dim=1), y.split(lengths, dim=1), strict=True))
     return torch.cat([torch.addcmul(a, gate[:, i, None], b) for i, (a, b) in parts], dim=1)
+
+
+def transformer_blocks(model: nn.Module) -> Iterator[nn.Module]:
+    """The transformer blocks of a model: what its module lists named "blocks" hold."""
+    for name, module in model.named_modules():
+        if name.split(".")[-1] == "blocks" and isinstance(module, nn.ModuleList):
+            yield from module
+
+
+def recompute_blocks(model: nn.Module) -> None:
+    """Recompute the activations of each transformer block in the backward pass: less memory for
+    about a third more time."""
+    for block in transformer_blocks(model):
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)

@@ -1,87 +1,20 @@
 """Objectives: what training minimises. base.py has the class that they all are."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from flextok.draws import base_seed, derived_generator
 from flextok.hub import Pretrained
+from flextok.objectives.adversarial import AdversarialConfig, AdversarialObjective
 from flextok.objectives.base import Objective, Part
-from flextok.schema import from_mapping, unknown_key
-
-__all__ = ["OBJECTIVES", "Objective", "Part", "default_objective", "make_objective"]
-
-
-@dataclass
-class FlowConfig:
-    pass
-
-
-@dataclass
-class NextTokenConfig:
-    pass
-
-
-@dataclass
-class AdversarialConfig:
-    perceptual: dict[str, float] = field(default_factory=dict)
-
-
-class TokenizerObjective(Objective):
-    config_class = FlowConfig
-    starts = ("weights", "teacher", "proxy", "first")
-
-    def __init__(self, model: Pretrained, config: Any = None, **start: Pretrained):
-        super().__init__(model, config)
-        self.start = start
-
-    def prepare(self, pretrained: bool = True) -> None:
-        self.model.prepare_training(**self.start)
-
-    def forward(
-        self, batch: Mapping[str, Any], generator: torch.Generator | None = None
-    ) -> dict[str, Tensor]:
-        seed = base_seed(generator)
-        row = batch.get("row", [0])
-        own = derived_generator(seed, int(row[0]))
-        shared = derived_generator(seed, -1)
-        return self.model.loss(batch["image"], generator=own, shared=shared)
-
-
-class GeneratorObjective(Objective):
-    config_class = NextTokenConfig
-
-    def forward(
-        self, batch: Mapping[str, Any], generator: torch.Generator | None = None
-    ) -> dict[str, Tensor]:
-        indices = batch["indices"][:, : self.model.num_tokens]
-        own = derived_generator(base_seed(generator), int(batch.get("row", [0])[0]))
-        return self.model.loss(indices, batch.get("text", batch.get("label")), generator=own)
-
-
-class FlowObjective(TokenizerObjective): ...
-
-
-class CrossLengthObjective(TokenizerObjective): ...
-
-
-class DistillationObjective(TokenizerObjective): ...
-
-
-class ProxyCodesObjective(TokenizerObjective): ...
-
-
-class ReconstructionObjective(TokenizerObjective): ...
-
-
-class NextTokenObjective(GeneratorObjective): ...
-
-
-class MaskedTokensObjective(GeneratorObjective): ...
-
+from flextok.objectives.cross_length import CrossLengthConfig, CrossLengthObjective
+from flextok.objectives.distillation import DistillationConfig, DistillationObjective
+from flextok.objectives.flow import FlowConfig, FlowObjective
+from flextok.objectives.masked_tokens import MaskedTokensConfig, MaskedTokensObjective
+from flextok.objectives.next_token import NextTokenConfig, NextTokenObjective
+from flextok.objectives.proxy_codes import ProxyCodesObjective
+from flextok.objectives.reconstruction import ReconstructionConfig, ReconstructionObjective
+from flextok.schema import ConfigError, from_mapping, unknown_key
+from flextok.tokenizers import TiTok
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "flow": FlowObjective,
@@ -89,14 +22,38 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "distillation": DistillationObjective,
     "proxy_codes": ProxyCodesObjective,
     "reconstruction": ReconstructionObjective,
+    "adversarial": AdversarialObjective,
     "next_token": NextTokenObjective,
     "masked_tokens": MaskedTokensObjective,
 }
 
+__all__ = [
+    "OBJECTIVES",
+    "AdversarialConfig",
+    "AdversarialObjective",
+    "CrossLengthConfig",
+    "CrossLengthObjective",
+    "DistillationConfig",
+    "DistillationObjective",
+    "FlowConfig",
+    "FlowObjective",
+    "MaskedTokensConfig",
+    "MaskedTokensObjective",
+    "NextTokenConfig",
+    "NextTokenObjective",
+    "Objective",
+    "Part",
+    "ProxyCodesObjective",
+    "ReconstructionConfig",
+    "ReconstructionObjective",
+    "default_objective",
+    "make_objective",
+]
+
 
 def default_objective(model: Pretrained) -> str:
-    """The name of the objective that a model is trained with where its experiment names none."""
-    if model.model_type == "titok" and model.config.stage == "proxy":
+    """The name of the objective of a model whose experiment names none."""
+    if isinstance(model, TiTok) and model.config.stage == "proxy":
         return "proxy_codes"
     defaults = {"flextok": "flow", "gpt": "next_token", "maskgit": "masked_tokens"}
     return defaults.get(model.model_type, "reconstruction")
@@ -107,14 +64,17 @@ def make_objective(
     spec: Mapping[str, Any] | None = None,
     start: Mapping[str, Pretrained] | None = None,
 ) -> Objective:
-    """The objective that an experiment's section names, of a model and the trained ones that it
-    begins with. Raises ConfigError."""
-    options = dict(spec or {})
+    """The objective that `spec`, {"name": ..., **its config's keys}, states for a model. start: the
+    trained models that it begins with, by name. Raises ConfigError."""
+    options, given = dict(spec or {}), dict(start or {})
     name = options.pop("name", default_objective(model))
     if name not in OBJECTIVES:
         raise unknown_key("objective", name, list(OBJECTIVES))
-    objective, given = OBJECTIVES[name], dict(start or {})
+    objective = OBJECTIVES[name]
     for key in given:
         if key not in objective.starts:
-            raise unknown_key("model to start from", key, list(objective.starts), "start")
+            known = ", ".join(objective.starts) or "none"
+            raise ConfigError(
+                f"unknown model to start from {key!r}: objective {name} takes {known}."
+            )
     return objective(model, from_mapping(objective.config_class, options, "objective"), **given)

@@ -1,12 +1,16 @@
 """What training minimises: a module that holds the model and computes its losses on a batch."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from flextok.draws import BatchDraws
 from flextok.hub import Pretrained
+from flextok.schema import ConfigError
+
+M = TypeVar("M", bound=Pretrained)
 
 
 class Part(NamedTuple):
@@ -21,18 +25,25 @@ class Objective(nn.Module):
     accelerate and torch.compile wrap it and call its forward."""
 
     config_class: ClassVar[type]
+    models: ClassVar[tuple[str, ...]]  # the types of models that it trains
     starts: ClassVar[tuple[str, ...]] = ()  # the trained models that it may begin with, by name
     model: Any
     config: Any
     step: int = 0  # optimizer steps done, set by whoever trains
 
-    def __init__(self, model: Pretrained, config: Any = None, **start: Pretrained):
+    def __init__(self, model: Pretrained, config: Any = None):
+        """Raises ConfigError for a model or a config that does not fit."""
         super().__init__()
+        if model.model_type not in self.models:
+            raise ConfigError(
+                f"{type(self).__name__} trains {' and '.join(self.models)} models, not a "
+                f"{model.model_type}"
+            )
         self.model, self.config = model, self.config_class() if config is None else config
 
     def prepare(self, pretrained: bool = True) -> None:
-        """Load what training needs, once, before the optimizer is made. pretrained: the networks
-        that others trained with their weights."""
+        """Load what training needs, once, before the optimizer is made. pretrained: with the
+        weights of networks that others trained."""
 
     def forward(
         self, batch: Mapping[str, Any], generator: torch.Generator | None = None
@@ -50,3 +61,32 @@ class Objective(nn.Module):
 
     def before_step(self, mean: Callable[[Tensor], Tensor] = lambda x: x) -> None:
         """Called before each step of the optimizer. mean: averages a tensor over processes."""
+
+
+def draws_of(batch: Mapping[str, Any], key: str, generator: torch.Generator | None) -> BatchDraws:
+    return BatchDraws(len(batch[key]), generator, batch.get("row"))
+
+
+def need(name: str, model: Pretrained | None, kind: type[M]) -> M:
+    """The trained model that an objective begins with. Raises ConfigError unless it is one of this
+    kind."""
+    if isinstance(model, kind):
+        return model
+    found = "nothing" if model is None else f"a {model.model_type} model"
+    raise ConfigError(
+        f"training starts from a trained {kind.model_type} model: name its folder or hub id as "
+        f"start.{name} (got {found})"
+    )
+
+
+def train_only(model: nn.Module, parts: list[str] | None) -> None:
+    """Freeze all parameters outside of these parts, named by their place; None = train all."""
+    if parts is None:
+        return
+    known = dict(model.named_modules())
+    if unknown := [part for part in parts if part not in known]:
+        names = [name for name, _ in model.named_children()]
+        raise ConfigError(f"objective.train={unknown} names no part of the model: {names}")
+    learn = {p for part in parts for p in known[part].parameters() if p.requires_grad}
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter in learn)

@@ -10,6 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from flextok.draws import Rng
+
 
 class FSQ(nn.Module):
     """Rounds each of C dimensions to its own number of levels: prod(levels) codes, no codebook.
@@ -61,7 +63,7 @@ class FSQ(nn.Module):
         shift = torch.atanh(offset / half)
         return torch.tanh(self.gain * z + shift) * half - offset
 
-    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, z: Tensor, generator: Rng = None) -> tuple[Tensor, Tensor, Tensor]:
         """z: (B, K, C) float. Returns codes (B, K, C) in about [-1, 1], indices (B, K) long, and an
         auxiliary loss of zero. Gradients pass straight through the rounding."""
         if z.shape[-1] != self.dim:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from flextok.draws import draw
+from flextok.draws import Rng, draw
 from flextok.schema import Size
 
 
@@ -20,9 +20,7 @@ class KL(nn.Module):
         super().__init__()
         self.dim, self.weight = dim, weight
 
-    def forward(
-        self, z: Tensor, generator: torch.Generator | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, z: Tensor, generator: Rng = None) -> tuple[Tensor, Tensor, Tensor]:
         """z: (B, K, 2 dim) float. Returns codes (B, K, dim) float32, indices (B, 0) long (a
         continuous code has none) and the auxiliary loss."""
         if z.shape[-1] != 2 * self.dim:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flextok.draws import Rng
 from flextok.schema import Many, Size
 
 
@@ -33,7 +34,7 @@ class VQ(nn.Module):
         self.codebook = nn.Parameter(torch.empty(codebook_size, dim))
         nn.init.uniform_(self.codebook, -1.0 / codebook_size, 1.0 / codebook_size)
 
-    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, z: Tensor, generator: Rng = None) -> tuple[Tensor, Tensor, Tensor]:
         """z: (B, K, C) float. Returns codes (B, K, C) float32, exactly rows of the codebook (of
         unit length with l2_norm), indices (B, K) long, and the auxiliary loss, a scalar."""
         if z.shape[-1] != self.dim:

@@ -12,7 +12,6 @@ from weakref import WeakSet
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as recompute
 
 from flextok.draws import POSTERIOR, Rng, row_generators
 from flextok.hub import Pretrained, fingerprint
@@ -209,12 +208,6 @@ def encode_rows(
 ) -> Tensor:
     """The indices of images by number: what a tokenizer draws belongs to these numbers."""
     return tokenizer.encode(images, generator=row_generators(seed, POSTERIOR, rows))
-
-
-def run_block(block: nn.Module, *args: Any, checkpoint: bool = False, **options: Any) -> Tensor:
-    if checkpoint:
-        return recompute(block, *args, use_reentrant=False, **options)
-    return block(*args, **options)
 
 
 def check_finite(values: Tensor, what: str) -> Tensor:

@@ -5,48 +5,38 @@ decoder that rebuilds a plausible picture from any prefix. Time: t=1 is noise (f
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flextok.draws import Rng, draw
 from flextok.flow.guidance import GUIDANCE, within
 from flextok.flow.path import (
-    TIME_SAMPLERS,
     Quantity,
-    flow_error,
-    interpolate,
     linear_times,
     shift_times,
     velocity_of,
-    velocity_target,
 )
 from flextok.flow.solvers import SOLVERS
-from flextok.losses import RepresentationAlignment
 from flextok.nn.attention import Attention
 from flextok.nn.blocks import SegmentModulation
 from flextok.nn.devices import to_device
-from flextok.nn.frozen import Frozen
 from flextok.quantizers import QUANTIZERS
-from flextok.schema import Bounds, ConfigError, Depth, Share, Size, build, check_number
+from flextok.schema import Bounds, Depth, Size, build, check_number
 from flextok.tokenizers.base import (
     Pictures,
     Tokenizer,
     as_images,
     check_finite,
-    check_images,
     check_indices,
     check_keep,
     component,
     images_to_encode,
 )
-from flextok.tokenizers.distillation import DistillConfig, distillation_loss
-from flextok.tokenizers.nested_dropout import NESTED_DROPOUT, LengthGroup, draw_groups
-from flextok.tokenizers.networks import DecoderOutput, Encoder, FlowDecoder, add_places
-from flextok.vae import VAES, IdentityVAE
+from flextok.tokenizers.networks import Encoder, FlowDecoder, add_places
+from flextok.vae import VAES
 
 MAX_STEPS, MAX_SCALE = 10_000, 1000  # of a decoder; more of them are a mistake
 
@@ -98,22 +88,15 @@ class FlexTokConfig:
     # where registers begin: anywhere, or "spread", each at a place of its own in the picture, with
     # keys equal to queries: like looks for like (mimetic initialisation, arXiv 2305.09828)
     register_start: Literal["normal", "spread"] = "normal"
-    nested_dropout: str = "pow2"
-    drop_mode: Literal["mask", "truncate"] = "mask"  # mask token, or leave the sequence
-    # how many lengths a training batch has when truncated: each runs apart, so fewer are larger
-    batch_lengths: int = 8
-    null_prob: Share = 0.2  # how often all codes become the null condition in training
-    time_sampler: dict[str, Any] = field(default_factory=lambda: {"name": "mode", "scale": 0.25})
+    ordered: bool = True  # any prefix decodes; False for a 2D baseline without nested dropout
+    # what stands for a token that is not there: a mask token, or nothing, in a shorter sequence
+    drop_mode: Literal["mask", "truncate"] = "mask"
     prediction: Quantity = "velocity"  # what the decoder's head puts out
-    loss_space: Quantity = "velocity"  # x0 weighs the velocity's error by t^2
-    cross_length: float | None = None  # also decode all tokens; weight of the alignment to them
     max_timestep: Annotated[float, Bounds(0, open_low=True)] = (
         1.0  # of t in the time embedding; published models were made with 1000
     )
-    repa: dict[str, Any] | None = None  # see losses.RepresentationAlignment; training only
-    checkpoint_blocks: bool = False  # recompute activations in the backward pass
     decode: DecodeOptions = field(default_factory=DecodeOptions)
-    distill: DistillConfig | None = None  # a few-step decoder, trained from a teacher
+    distilled: bool = False  # a few-step decoder: steps, solver and guidance are those of `decode`
 
 
 class FlexTok(Tokenizer):
@@ -127,7 +110,6 @@ class FlexTok(Tokenizer):
     model_type = "flextok"
     stochastic = True
     config_class = FlexTokConfig
-    training_only = ("repa.",)
     local_paths = ("vae.weights",)
     stated = (
         ("num_registers", "decoder.register_pos", 0),
@@ -140,22 +122,9 @@ class FlexTok(Tokenizer):
 
     def __init__(self, config: FlexTokConfig):
         super().__init__()
-        if config.distill is not None:
-            steps = {"num_steps": config.distill.num_steps, "solver": "euler"}
-            fixed: dict[str, Any] = {**steps, "guidance_scale": 1.0, "guidance_interval": None}
-            config = replace(config, decode=replace(config.decode, **fixed))
-        self.config = config
-        if config.batch_lengths < 1:
-            raise ConfigError(f"batch_lengths={config.batch_lengths} must be at least 1")
-        if config.cross_length is not None and (config.distill or config.nested_dropout == "none"):
-            raise ConfigError(
-                "cross_length compares prefixes in training: it needs a nested_dropout other than "
-                "none, and no distill"
-            )
+        self.config, self.ordered = config, config.ordered
         self.vae = build(VAES, config.vae, "vae")
         self.quantizer = build(QUANTIZERS, config.quantizer, "quantizer")
-        self.sample_keep = build(NESTED_DROPOUT, config.nested_dropout, "nested dropout")
-        self.sample_times = build(TIME_SAMPLERS, config.time_sampler, "time sampler")
         stride = self.vae.downsample * config.patch_size
         if config.image_size % stride:
             raise ValueError(f"image_size={config.image_size} must be a multiple of {stride}")
@@ -169,7 +138,6 @@ class FlexTok(Tokenizer):
             "patch_size": config.patch_size,
             "num_registers": config.num_registers,
             "position_temperature": config.position_temperature,
-            "checkpoint_blocks": config.checkpoint_blocks,
         }
         self.encoder = Encoder(
             dim=encoder_dim,
@@ -188,63 +156,11 @@ class FlexTok(Tokenizer):
             drop_mode=config.drop_mode,
             **shared,
         )
-        self.repa: RepresentationAlignment | None = None  # see prepare_training
-        self.teacher: Frozen | None = None  # likewise
         self.init_weights()
-
-    def prepare_training(self, teacher: Any = None, weights: Any = None) -> None:
-        """Load the VAE, and add what only training needs: the representation alignment that
-        config.repa asks for, with its pretrained backbone. Without it the model is exactly the
-        published one. `weights`: a trained model to go on from; one of another image_size lends
-        its positions, interpolated. With config.distill: begin as `teacher`, and learn its decoder
-        only. Raises ConfigError where one is missing, not asked for, or of other sizes."""
-        if (teacher is None) != (self.config.distill is None):
-            raise ConfigError("a few-step decoder needs both model.distill and start.teacher")
-        if teacher is not None:
-            if weights is not None or self.config.repa:
-                raise ConfigError("with start.teacher leave out start.weights and model.repa")
-            self._begin_as(teacher)
-            self.encoder.requires_grad_(False)
-            self.decoder.null_token.requires_grad_(False)  # guidance is the teacher's
-            self.teacher = Frozen(teacher)
-            return
-        self.vae.load_weights()
-        if weights is not None:
-            self._begin_as(weights)
-        if self.config.repa and self.repa is None:
-            dim = self.decoder.head.in_features
-            spec = {**self.config.repa, "name": "repa", "dim": dim}
-            self.repa = build({"repa": RepresentationAlignment}, spec, "alignment")
-
-    def _begin_as(self, trained: Any) -> None:
-        if not isinstance(trained, FlexTok):
-            raise ConfigError(f"start needs a flextok tokenizer, not a {trained.model_type}")
-        both = [m.vae for m in (self, trained) if isinstance(m.vae, IdentityVAE)]
-        if len(both) == 2 and both[1].is_measured and both[0].numbers() != both[1].numbers():
-            shift, scale = both[1].numbers()
-            raise ConfigError(
-                f"model.vae={self.config.vae} is not that of the model it starts from: take "
-                f"{{name: identity, shift: {shift}, scale: {scale}}}, or auto for both"
-            )
-        state = trained.state_dict()
-        for name in ("encoder.patch_pos", "decoder.patch_pos"):
-            grid = self.get_parameter(name).shape[-2:]
-            if state[name].shape[-2:] != grid:
-                state[name] = F.interpolate(state[name], tuple(grid), mode="bicubic")
-        try:
-            self.load_state_dict(state)
-        except RuntimeError as error:
-            raise ConfigError(
-                f"model must have the sizes of what it starts from: {error}"
-            ) from None
 
     @property
     def num_tokens(self) -> int:
         return self.config.num_registers
-
-    @property
-    def ordered(self) -> bool:  # type: ignore[override]
-        return self.config.token_grid is None or self.config.nested_dropout != "none"
 
     @property
     def decode_defaults(self) -> DecodeOptions:
@@ -307,93 +223,6 @@ class FlexTok(Tokenizer):
         return (
             prediction if self.config.prediction == "velocity" else velocity_of(prediction, x_t, t)
         )
-
-    def loss(
-        self,
-        images: Tensor,
-        generator: torch.Generator | None = None,
-        shared: torch.Generator | None = None,
-    ) -> dict[str, Tensor]:
-        """images: (B, 3, H, W) float in [-1, 1]. Returns scalars; "loss" is the total. All random
-        draws come from `generator`; the lengths from `shared` where it is given: in the same state
-        in every process it gives all of them the same lengths, and so the same work.
-
-        With config.cross_length = w each picture is decoded twice, from its random prefix ("flow")
-        and from all tokens ("flow_full"), with the same noise, time and null condition; the total
-        is their mean plus w times "align", the error of the prefix's prediction against that from
-        all tokens, detached, weighed over time as the flow is. The best prediction from a prefix
-        is the mean of the best ones from all tokens, so once those are right this only adds a
-        target with less noise. After NesTok (2026), whose decoder is a ViT: with a flow decoder it
-        is untested in the literature."""
-        shared = generator if shared is None else shared
-        if self.config.distill is not None:
-            if self.teacher is None:
-                raise ValueError("config.distill is set: call prepare_training(teacher) before")
-            teacher = self.teacher.to(images.device)
-            return distillation_loss(self, teacher, images, generator, shared)
-        if not self.vae.has_weights:
-            raise ValueError(
-                "the VAE has random weights: set model.vae.weights and call prepare_training(), or "
-                "load a trained model, before loss()"
-            )
-        check_images(images, self.image_size)
-        batch, device = len(images), images.device
-        groups = self.draw_groups(batch, shared)
-        # on the CPU, since a null condition decides shapes
-        u_order, u_null, u_time = draw(torch.rand, (3, batch), generator, torch.device("cpu"))
-        images = images[to_device(u_order.argsort(), device)]  # any picture may get any length
-        x0 = self.vae.encode(images, generator=generator)
-        align, null = self.config.cross_length, u_null < self.config.null_prob
-        noise = draw(torch.randn, tuple(x0.shape), generator, device).to(x0.dtype)
-        t = self.sample_times(to_device(u_time, device))
-        x_t = interpolate(x0, noise, t)
-        predicts, space = self.config.prediction, self.config.loss_space
-        target = x0 if predicts == "x0" else velocity_target(x0, noise)
-
-        def decode(codes: Tensor, rows: slice, keep: Tensor | None) -> DecoderOutput:
-            registers, mask = self.decoder.embed_codes(codes, keep, null[rows])
-            return self.decoder(x_t[rows], t[rows], registers, mask)
-
-        def error(prediction: Tensor, target: Tensor) -> Tensor:
-            return flow_error(prediction, target, t, predicts, space)
-
-        if align is None:
-            encoded = [self.quantizer(self.encoder(x0[g.rows], g.length)) for g in groups]
-        else:
-            codes, _, aux = self.quantizer(self.encoder(x0))
-            encoded = [(codes[g.rows], None, aux) for g in groups]
-        outputs = [
-            decode(codes[:, : g.length], g.rows, g.keep)
-            for g, (codes, _, _) in zip(groups, encoded, strict=True)
-        ]
-        prediction = torch.cat([output.prediction for output in outputs])
-        losses = {"flow": error(prediction, target)}
-        total = losses["flow"]
-        if align is not None:
-            full = decode(codes, slice(None), None).prediction
-            losses["flow_full"] = error(full, target)
-            losses["align"] = error(prediction, full.detach())
-            total = (losses["flow"] + losses["flow_full"]) / 2 + align * losses["align"]
-        for g, (_, _, aux) in zip(groups, encoded, strict=True):
-            total = total + aux * ((g.rows.stop - g.rows.start) / batch)
-        if self.config.repa:
-            if self.repa is None:
-                raise ValueError("config.repa is set: call prepare_training() before loss()")
-            features = torch.cat([output.features for output in outputs])
-            losses["repa"] = self.repa(features, images)
-            total = total + self.repa.weight * losses["repa"]
-        return {"loss": total, **losses}
-
-    def draw_groups(self, batch: int, generator: torch.Generator | None) -> list[LengthGroup]:
-        """Nested dropout in training: the rows of a batch in groups that run apart. Truncated, each
-        length is a group, as short as it can be; with mask tokens all are one."""
-        truncates = self.config.drop_mode == "truncate"
-        different = self.config.batch_lengths if truncates else batch
-        groups = draw_groups(self.sample_keep, self.num_tokens, batch, different, generator)
-        if truncates:
-            return groups
-        keep = torch.cat([group.keep for group in groups])
-        return [LengthGroup(slice(0, batch), self.num_tokens, keep)]
 
     @torch.no_grad()
     def encode(
@@ -459,7 +288,7 @@ class FlexTok(Tokenizer):
         """As of every tokenizer. Raises ValueError, too, for an option that a distilled decoder
         fixes."""
         chosen = super().decode_options(asked, options)
-        if self.config.distill is not None:
+        if self.config.distilled:
             for key in ("num_steps", "guidance_scale", "solver", "time_shift"):
                 value, fixed = getattr(chosen, key), getattr(self.config.decode, key)
                 if value != fixed:

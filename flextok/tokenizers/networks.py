@@ -12,7 +12,6 @@ from flextok.nn.attention import register_mask
 from flextok.nn.blocks import AdaLNBlock, Block, LayerNorm, SegmentModulation, modulate
 from flextok.nn.devices import to_device
 from flextok.nn.embeddings import TimeEmbedding, patchify, sincos_2d, unpatchify
-from flextok.tokenizers.base import run_block
 
 
 class Encoder(nn.Module):
@@ -33,10 +32,9 @@ class Encoder(nn.Module):
         out_dim: int,
         token_grid: tuple[int, int] | None = None,
         position_temperature: float = 10_000.0,
-        checkpoint_blocks: bool = False,
     ):
         super().__init__()
-        self.patch_size, self.checkpoint_blocks = patch_size, checkpoint_blocks
+        self.patch_size = patch_size
         self.token_grid = token_grid
         self.patch_embed = nn.Linear(channels * patch_size**2, dim)
         positions = sincos_2d(dim, grid, grid, position_temperature)
@@ -55,7 +53,7 @@ class Encoder(nn.Module):
         x = x + self.patch_pos.flatten(2).transpose(1, 2)
         if self.registers is None:
             for block in self.blocks:
-                x = run_block(block, x, checkpoint=self.checkpoint_blocks and self.training)
+                x = block(x)
             x = rearrange(x, "b (h w) d -> b d h w", w=self.patch_pos.shape[-1])
             x = F.adaptive_avg_pool2d(x, self.token_grid).flatten(2).transpose(1, 2)  # (B, K, D)
             return self.head(self.norm(x))
@@ -63,10 +61,9 @@ class Encoder(nn.Module):
         num_patches = x.shape[1]
         x = torch.cat([x, registers.expand(len(x), -1, -1).to(x.dtype)], dim=1)  # (B, N+K, D)
         mask = register_mask(num_patches, len(registers), x.device)
-        checkpoint = self.checkpoint_blocks and self.training
         *blocks, last = self.blocks
         for block in blocks:
-            x = run_block(block, x, mask, prefix=num_patches, checkpoint=checkpoint)
+            x = block(x, mask, prefix=num_patches)
         x = last(x, mask, first=num_patches)  # nobody reads the patches after it
         return self.head(self.norm(x))
 
@@ -94,11 +91,9 @@ class FlowDecoder(nn.Module):
         position_temperature: float = 10_000.0,
         max_timestep: float = 1.0,
         drop_mode: Literal["mask", "truncate"] = "mask",
-        checkpoint_blocks: bool = False,
     ):
         super().__init__()
         self.patch_size, self.grid, self.drop_mode = patch_size, grid, drop_mode
-        self.checkpoint_blocks = checkpoint_blocks
         self.code_embed = nn.Linear(code_dim, dim)
         self.register_pos = nn.Parameter(torch.empty(num_registers, dim))
         self.mask_token = nn.Parameter(torch.empty(dim))  # stands for every dropped register
@@ -167,10 +162,9 @@ class FlowDecoder(nn.Module):
         condition = self.time_embed(to_device(t, x.device).expand(len(x)))  # (B, D)
         x = torch.cat([x, registers.to(x.dtype)], dim=1)  # (B, N+K', D)
         features = x
-        checkpoint = self.checkpoint_blocks and self.training
         for i, block in enumerate(self.blocks, start=1):
             last = i == len(self.blocks)  # nobody reads the registers after it
-            x = run_block(block, x, condition, lengths, mask, last, checkpoint=checkpoint)
+            x = block(x, condition, lengths, mask, last)
             if i == self.feature_block + 1:
                 features = x
         shift, scale = self.modulation(condition)

@@ -12,12 +12,10 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from flextok.draws import Rng, draw
-from flextok.losses.perceptual import PerceptualLoss
+from flextok.draws import Rng
 from flextok.nn.devices import span, to_device
 from flextok.nn.embeddings import sincos_2d
 from flextok.nn.frozen import Frozen, NeedsWeights
@@ -28,23 +26,18 @@ from flextok.tokenizers.base import (
     Tokenizer,
     as_images,
     check_finite,
-    check_images,
     check_indices,
     check_keep,
     component,
     images_to_encode,
 )
-from flextok.tokenizers.nested_dropout import NESTED_DROPOUT, draw_groups
 from flextok.tokenizers.networks import add_places
 from flextok.tokenizers.titok_networks import PixelHead, TiTokDecoder, TiTokEncoder
 from flextok.tokenizers.vqgan import (
     ConvDecoder,
     MaskGITVQGAN,
-    Reconstruction,
     VQGANConfig,
     from_unit,
-    note_perceptual,
-    reconstruction_losses,
     to_unit,
 )
 
@@ -73,16 +66,13 @@ class TiTokConfig:
     stage: Stage = "single"
     proxy: VQGANConfig = field(default_factory=VQGANConfig)  # its image_size follows ours
     legacy: bool = False  # the first releases' layout of the encoder's output, see TiTokEncoder
-    nested_dropout: str = "none"  # "uniform" = One-D-Piece's tail drop
-    batch_lengths: int = 8  # how many lengths a training batch has: each is decoded apart
+    ordered: bool = False  # any prefix decodes (One-D-Piece)
     # weights at the start: wide or spread ones let small models route sooner, see init_weights
     init: Literal["published", "wide", "spread"] = "published"
     text_length: Annotated[int, Bounds(0, 65_536)] = (
         0  # TA-TiTok: text features that the decoder sees (77 of CLIP), 0 = none
     )
     text_dim: Size = 768
-    perceptual: dict[str, float] = field(default_factory=dict)  # weights by name; training only
-    checkpoint_blocks: bool = False  # recompute activations in the backward pass
 
 
 class TiTok(Tokenizer, NeedsWeights):
@@ -106,7 +96,7 @@ class TiTok(Tokenizer, NeedsWeights):
 
     def __init__(self, config: TiTokConfig):
         super().__init__()
-        self.config = config
+        self.config, self.ordered = config, config.ordered
         if config.image_size % config.patch_size:
             raise ValueError(
                 f"image_size={config.image_size} must be a multiple of "
@@ -115,14 +105,8 @@ class TiTok(Tokenizer, NeedsWeights):
         self.grid = config.image_size // config.patch_size
         self.quantizer = build(QUANTIZERS, config.quantizer, "quantizer")
         self.is_continuous = isinstance(self.quantizer, KL)
-        self.sample_keep = build(NESTED_DROPOUT, config.nested_dropout, "nested dropout")
-        self.perceptual = PerceptualLoss(config.perceptual)
-        self._proxy: Frozen | None = None  # see attach_proxy
-        shared: dict[str, Any] = {
-            "grid": self.grid,
-            "num_tokens": config.num_tokens,
-            "checkpoint_blocks": config.checkpoint_blocks,
-        }
+        self.frozen_proxy: Frozen | None = None  # see attach_proxy
+        shared: dict[str, Any] = {"grid": self.grid, "num_tokens": config.num_tokens}
         self.encoder = TiTokEncoder(
             patch_size=config.patch_size,
             dim=config.encoder_dim,
@@ -145,8 +129,7 @@ class TiTok(Tokenizer, NeedsWeights):
         self.init_weights()
 
     def _build_head(self) -> nn.Module:
-        """The decoder's head by stage; the second stage also gets its pixel decoder, and freezes
-        what the first one trained."""
+        """The decoder's head by stage; the second stage also gets its pixel decoder."""
         config, dim = self.config, self.config.decoder_dim
         self.proxy_vocab_size = 0
         if config.stage == "single":
@@ -168,10 +151,6 @@ class TiTok(Tokenizer, NeedsWeights):
         return nn.Sequential(
             nn.Linear(dim, 2 * dim), nn.Tanh(), nn.Linear(2 * dim, self.proxy_vocab_size)
         )
-
-    @property
-    def ordered(self) -> bool:  # type: ignore[override]
-        return self.config.nested_dropout != "none"
 
     def codes_settings(self) -> dict[str, Any]:
         config, losses = self.config, "commitment codebook_weight weight"
@@ -220,9 +199,6 @@ class TiTok(Tokenizer, NeedsWeights):
                 places = sincos_2d(dim, self.grid, self.grid, temperature=10)
                 part.patch_pos.data[1:] = places[0].flatten(1).T
                 add_places(part.latent_pos, places)
-        if self.config.stage == "finetune":
-            self.encoder.requires_grad_(False)
-            self.quantizer.requires_grad_(False)
 
     def attach_proxy(self, proxy: MaskGITVQGAN) -> None:
         """Give a first-stage model the frozen VQGAN whose indices it learns. It becomes no part of
@@ -233,16 +209,16 @@ class TiTok(Tokenizer, NeedsWeights):
             raise ValueError(
                 f"the proxy has (pixels, indices, codes) {theirs}, TiTok expects {ours}"
             )
-        self._proxy = Frozen(proxy)
+        self.frozen_proxy = Frozen(proxy)
 
     @property
     def proxy(self) -> MaskGITVQGAN:
-        if self._proxy is None:
+        if self.frozen_proxy is None:
             raise ValueError(
                 "a TiTok of the first stage (stage: proxy) has no pixels of its own: train the "
                 "second stage, or call attach_proxy(vqgan)"
             )
-        return self._proxy.to(self.device)
+        return self.frozen_proxy.to(self.device)
 
     def start_finetuning(self, first: "TiTok", proxy: MaskGITVQGAN) -> None:
         """Fill this second-stage model with a first-stage one's weights, and with the proxy's
@@ -253,134 +229,13 @@ class TiTok(Tokenizer, NeedsWeights):
         copies = {key: value.clone() for key, value in state.items()}
         self.load_weights(copies, "the first stage and its proxy together")
 
-    def prepare_training(
-        self, proxy: MaskGITVQGAN | None = None, first: "TiTok | None" = None
-    ) -> None:
-        """Take what the stage starts from: "proxy" learns the indices of the trained `proxy`;
-        "finetune" begins as the first stage's `first` with that proxy's decoder. Loads the networks
-        of the perceptual loss, too. Raises ValueError where one is missing or of another kind."""
-        needed = {"proxy": ("proxy",), "finetune": ("proxy", "first"), "single": ()}
-        for name, model, cls in (("proxy", proxy, MaskGITVQGAN), ("first", first, TiTok)):
-            is_needed = name in needed[self.config.stage]
-            if is_needed and not isinstance(model, cls):
-                found = "nothing" if model is None else f"a {model.model_type} model"
-                raise ValueError(
-                    f"stage {self.config.stage!r} starts from a trained {cls.model_type} model: "
-                    f"name its folder or hub id as start.{name} (got {found})"
-                )
-            if not is_needed and model is not None:
-                raise ValueError(f"stage {self.config.stage!r} has no use for start.{name}")
-        if self.config.stage == "proxy":
-            assert proxy is not None, "checked above"
-            self.attach_proxy(proxy)
-        elif self.config.stage == "finetune":
-            assert proxy is not None, "checked above"
-            assert first is not None, "checked above"
-            self.start_finetuning(first, proxy)
-        note_perceptual(self)
-
-    def loss(
-        self,
-        images: Tensor,
-        generator: torch.Generator | None = None,
-        text: Tensor | None = None,
-        proxy_indices: Tensor | None = None,
-        shared: torch.Generator | None = None,
-    ) -> dict[str, Tensor]:
-        """images: (B, 3, H, W) float in [-1, 1]; text: (B, L, text_dim) for TA-TiTok;
-        proxy_indices: (B, N) long, the first stage's targets if they are there already. Returns
-        scalars; "loss" is the total. All random draws come from `generator`; the lengths from
-        `shared` where it is given: in the same state in every process it gives all of them the same
-        lengths, and so the same work."""
-        if self.config.stage != "proxy":
-            reconstruction = self.reconstruct(images, generator, text, shared)
-            return self.reconstruction_losses(images, reconstruction)
-        if proxy_indices is None:
-            proxy = self.proxy
-            with torch.no_grad():  # its encode(), but for checks that would wait for a GPU
-                proxy_indices = proxy.quantizer(proxy._latents(images))[1]
-        codes, aux = self._training_codes(images, generator)
-        shared = generator if shared is None else shared
-        logits = self._decode_lengths(self.decoder, codes, text, generator, shared)  # (B, N, V)
-        losses = {
-            "proxy": F.cross_entropy(logits.flatten(0, 1).float(), proxy_indices.flatten()),
-            "quantizer": aux,
-        }
-        return {"loss": losses["proxy"] + aux, **losses}
-
-    def reconstruct(
-        self,
-        images: Tensor,
-        generator: torch.Generator | None = None,
-        text: Tensor | None = None,
-        shared: torch.Generator | None = None,
-    ) -> Reconstruction:
-        """Arguments as in `loss`. Encodes and decodes with gradients; adversarial training adds a
-        loss on the images in between this and `reconstruction_losses`. Raises ValueError in the
-        first stage, which learns indices."""
-        if self.config.stage == "proxy":
-            raise ValueError("stage 'proxy' learns no pixels: leave `adversarial` to 'finetune'")
-        codes, aux = self._training_codes(images, generator)
-        shared = generator if shared is None else shared
-        out = self._decode_lengths(self.decode_codes, codes, text, generator, shared)
-        return Reconstruction(out, aux)
-
-    def reconstruction_losses(
-        self, images: Tensor, reconstruction: Reconstruction
-    ) -> dict[str, Tensor]:
-        """images: (B, 3, H, W) in [-1, 1]. Returns scalars l2, perceptual, quantizer and loss."""
-        return reconstruction_losses(images, reconstruction, self.perceptual)
-
-    def _training_codes(
-        self, images: Tensor, generator: torch.Generator | None
-    ) -> tuple[Tensor, Tensor]:
-        check_images(images, self.image_size)
-        if self.config.stage == "finetune" and not self.has_weights:
-            raise ValueError(
-                "stage 'finetune' trains the decoder of a first stage: call prepare_training("
-                "proxy, first), or load a trained model, before loss()"
-            )
-        codes, _, aux = self._quantize(images, generator)
-        if self.config.stage == "finetune":
-            aux = torch.zeros_like(aux)  # encoder and codebook are frozen
-        return codes, aux
-
-    def _decode_lengths(
-        self,
-        decode: Callable[..., Tensor],
-        codes: Tensor,
-        text: Tensor | None,
-        generator: torch.Generator | None,
-        shared: torch.Generator | None,
-    ) -> Tensor:
-        """What `decode` makes of codes (B, K, C) and text in training: with nested dropout of
-        prefixes, each length apart and any picture with any length, in the order of the codes."""
-        if self.config.nested_dropout == "none":
-            return decode(codes, text=text)
-        batch, device = len(codes), codes.device
-        different = self.config.batch_lengths
-        lengths = (self.sample_keep, self.num_tokens, batch, different)
-        groups = draw_groups(*lengths, shared)
-        order = draw(torch.rand, (batch,), generator, device).argsort()
-        out = []
-        for rows, length, _ in groups:
-            chosen = order[rows]
-            words = None if text is None else text[chosen]
-            out.append(decode(codes[chosen, :length], text=words))
-        return torch.cat(out)[order.argsort()]
-
-    def _quantize(
-        self, images: Tensor, generator: torch.Generator | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        z = self._features(images)
-        return self.quantizer(z, generator) if self.is_continuous else self.quantizer(z)
-
-    def _features(self, images: Tensor) -> Tensor:
+    def features(self, images: Tensor) -> Tensor:
+        """images: (B, 3, H, W) float in [-1, 1]. Returns what gets quantized, (B, K, C)."""
         return self.encoder(to_unit(images).to(self.encoder.head.weight.dtype))
 
-    def _quantize_checked(self, images: Pictures) -> tuple[Tensor, Tensor, Tensor]:
+    def _quantized(self, images: Pictures) -> tuple[Tensor, Tensor, Tensor]:
         """Of images that are checked, without draws. Raises NotFinite."""
-        z = self._features(images_to_encode(self, images, level=5))
+        z = self.features(images_to_encode(self, images, level=5))
         return self.quantizer(check_finite(z, "the encoder's outputs"))
 
     @torch.no_grad()
@@ -389,13 +244,13 @@ class TiTok(Tokenizer, NeedsWeights):
         Draws nothing. Raises ValueError on a wrong shape, dtype or range, and for a continuous
         bottleneck."""
         self._check_discrete()
-        return self._quantize_checked(images)[1]
+        return self._quantized(images)[1]
 
     @torch.no_grad()
     def encode_codes(self, images: Pictures) -> Tensor:
         """images: (B, 3, H, W) float in [-1, 1]. Returns codes (B, K, C) float, quantized ones or,
         for a continuous bottleneck in eval mode, the posterior's mean."""
-        return self._quantize_checked(images)[0]
+        return self._quantized(images)[0]
 
     @torch.no_grad()
     def decode(
@@ -430,7 +285,7 @@ class TiTok(Tokenizer, NeedsWeights):
         if shortest < self.num_tokens and not self.ordered:
             raise ValueError(
                 f"this TiTok decodes all {self.num_tokens} tokens only, got {shortest}: prefixes "
-                "need a model trained with nested_dropout (uniform = One-D-Piece's tail drop)"
+                "need a model trained with nested dropout (model.ordered)"
             )
         codes = to_device(codes, self.device)[:, :longest]
         if text is not None:

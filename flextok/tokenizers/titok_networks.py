@@ -6,7 +6,6 @@ from torch import Tensor, nn
 
 from flextok.nn.embeddings import patchify, unpatchify
 from flextok.nn.vit import ViTBlock
-from flextok.tokenizers.base import run_block
 
 
 class TiTokEncoder(nn.Module):
@@ -22,10 +21,9 @@ class TiTokEncoder(nn.Module):
         num_tokens: int,
         out_dim: int,
         legacy: bool,
-        checkpoint_blocks: bool,
     ):
         super().__init__()
-        self.patch_size, self.legacy, self.checkpoint_blocks = patch_size, legacy, checkpoint_blocks
+        self.patch_size, self.legacy = patch_size, legacy
         self.patch_embed = nn.Linear(3 * patch_size**2, dim)
         self.class_token = nn.Parameter(torch.empty(1, dim))
         self.patch_pos = nn.Parameter(torch.empty(1 + grid**2, dim))
@@ -45,7 +43,7 @@ class TiTokEncoder(nn.Module):
         latents = (self.latent_tokens + self.latent_pos).expand(batch, -1, -1)
         x = self.norm_pre(torch.cat([patches, latents.to(x.dtype)], dim=1))  # (B, 1+N+K, D)
         for block in self.blocks:
-            x = run_block(block, x, checkpoint=self.checkpoint_blocks and self.training)
+            x = block(x)
         x = self.norm_post(x[:, patches.shape[1] :])  # (B, K, D)
         if self.legacy:
             # read as (D, K) without a transposition: each output mixes features of all latents.
@@ -68,10 +66,9 @@ class TiTokDecoder(nn.Module):
         text_length: int,
         text_dim: int,
         head: nn.Module,
-        checkpoint_blocks: bool,
     ):
         super().__init__()
-        self.grid, self.checkpoint_blocks = grid, checkpoint_blocks
+        self.grid = grid
         self.code_embed = nn.Linear(code_dim, dim)
         self.class_token = nn.Parameter(torch.empty(1, dim))
         self.mask_token = nn.Parameter(torch.empty(1, dim))
@@ -113,7 +110,7 @@ class TiTokDecoder(nn.Module):
             seen[:, first : first + k] = torch.arange(k, device=x.device) < keep[:, None]
             mask = seen[:, None, None]
         for block in self.blocks:
-            x = run_block(block, x, mask, checkpoint=self.checkpoint_blocks and self.training)
+            x = block(x, mask)
         return self.head(self.norm_post(x[:, 1 : patches.shape[1]]))
 
 

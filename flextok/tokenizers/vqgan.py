@@ -7,7 +7,7 @@ converted in the two methods that meet pictures.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,6 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from flextok.draws import Rng
-from flextok.losses.perceptual import PerceptualLoss
 from flextok.nn.devices import to_device
 from flextok.quantizers import QUANTIZERS
 from flextok.schema import ConfigError, Depth, Size, build
@@ -24,7 +23,6 @@ from flextok.tokenizers.base import (
     Tokenizer,
     as_images,
     check_finite,
-    check_images,
     check_indices,
     check_keep,
     component,
@@ -49,7 +47,6 @@ class VQGANConfig:
             "l2_norm": False,
         }
     )
-    perceptual: dict[str, float] = field(default_factory=dict)  # weights by name; training only
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.multipliers) <= 12:
@@ -130,13 +127,6 @@ class ConvDecoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
-class Reconstruction(NamedTuple):
-    """What training compares with the pictures that went in."""
-
-    images: Tensor  # (B, 3, H, W), about [-1, 1], not clamped
-    aux: Tensor  # the quantizer's loss, a scalar
-
-
 class MaskGITVQGAN(Tokenizer):
     """The 16x-downsampling VQ tokenizer: 256 indices of 1024 a picture of 256 px, row by row."""
 
@@ -161,7 +151,6 @@ class MaskGITVQGAN(Tokenizer):
         shape = (config.dim, config.multipliers, config.num_blocks, self.quantizer.dim)
         self.encoder = ConvEncoder(*shape, config.norm_groups)
         self.decoder = ConvDecoder(*shape, config.norm_groups)
-        self.perceptual = PerceptualLoss(config.perceptual)
 
     @property
     def grid(self) -> int:
@@ -180,40 +169,11 @@ class MaskGITVQGAN(Tokenizer):
             "quantizer": component(QUANTIZERS, self.config.quantizer, unused=losses),
         }
 
-    def loss(
-        self,
-        images: Tensor,
-        generator: torch.Generator | None = None,
-        shared: torch.Generator | None = None,
-    ) -> dict[str, Tensor]:
-        """images: (B, 3, H, W) in [-1, 1]. Returns scalars; "loss" is the total. Draws nothing."""
-        return self.reconstruction_losses(images, self.reconstruct(images, generator))
-
-    def reconstruct(
-        self,
-        images: Tensor,
-        generator: torch.Generator | None = None,
-        shared: torch.Generator | None = None,
-    ) -> Reconstruction:
-        """images: (B, 3, H, W) in [-1, 1]. Encodes and decodes with gradients."""
-        check_images(images, self.image_size)
-        codes, _, aux = self.quantizer(self._latents(images))
-        return Reconstruction(self.decode_codes(codes), aux)
-
-    def reconstruction_losses(
-        self, images: Tensor, reconstruction: Reconstruction
-    ) -> dict[str, Tensor]:
-        return reconstruction_losses(images, reconstruction, self.perceptual)
-
-    def prepare_training(self) -> None:
-        """Load what only training needs, the networks of the perceptual loss, and note them."""
-        note_perceptual(self)
-
     @torch.no_grad()
     def encode(self, images: Pictures, *, generator: Rng = None) -> Tensor:
         """images: (B, 3, H, W) float in [-1, 1], or PIL pictures. Returns indices (B, K) long, row
         by row. Draws nothing."""
-        z = check_finite(self._latents(images_to_encode(self, images)), "the encoder's outputs")
+        z = check_finite(self.features(images_to_encode(self, images)), "the encoder's outputs")
         return self.quantizer(z)[1]
 
     @torch.no_grad()
@@ -243,7 +203,8 @@ class MaskGITVQGAN(Tokenizer):
         x = rearrange(codes, "b (h w) c -> b c h w", h=self.grid)
         return from_unit(self.decoder(x.to(self.decoder.conv_in.weight.dtype)))
 
-    def _latents(self, images: Tensor) -> Tensor:
+    def features(self, images: Tensor) -> Tensor:
+        """images: (B, 3, H, W) float in [-1, 1]. Returns what gets quantized, (B, K, C)."""
         z = self.encoder(to_unit(images).to(self.encoder.conv_in.weight.dtype))
         return rearrange(z, "b c h w -> b (h w) c")
 
@@ -257,12 +218,6 @@ def group_norm(groups: int, channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
-def note_perceptual(model: Any) -> None:
-    """Load the model's perceptual loss, if it has one, and note it in what is saved with it."""
-    if used := model.perceptual.load():
-        model.metadata["perceptual"] = used
-
-
 def to_unit(images: Tensor) -> Tensor:
     """[-1, 1] to [0, 1]."""
     return (images + 1) / 2
@@ -271,16 +226,3 @@ def to_unit(images: Tensor) -> Tensor:
 def from_unit(pixels: Tensor) -> Tensor:
     """[0, 1] to [-1, 1]."""
     return pixels * 2 - 1
-
-
-def reconstruction_losses(
-    images: Tensor, reconstruction: Reconstruction, perceptual: Callable[[Tensor, Tensor], Tensor]
-) -> dict[str, Tensor]:
-    """images: (B, 3, H, W) in [-1, 1]. Returns scalars: "l2" on [0, 1], as the published weights of
-    the other terms presume, "perceptual" already weighted, "quantizer", and their sum "loss"."""
-    losses = {
-        "l2": F.mse_loss(to_unit(reconstruction.images.float()), to_unit(images.float())),
-        "perceptual": perceptual(reconstruction.images, images),
-        "quantizer": reconstruction.aux,
-    }
-    return {"loss": sum(losses.values(), images.new_zeros(())), **losses}

@@ -1,0 +1,99 @@
+"""Reconstruction against a discriminator: TiTok's second stage (arXiv 2406.07550), the single-stage
+recipe, and the MaskGIT-VQGAN."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import torch
+from torch import Tensor
+
+from flextok.losses.adversarial import (
+    LeCam,
+    PatchDiscriminator,
+    hinge_discriminator_loss,
+    hinge_generator_loss,
+)
+from flextok.objectives.base import Part
+from flextok.objectives.reconstruction import ReconstructionConfig, ReconstructionObjective
+from flextok.schema import Bounds, Share, Size
+from flextok.tokenizers import MaskGITVQGAN, TiTok
+
+
+@dataclass
+class AdversarialConfig(ReconstructionConfig):
+    weight: Annotated[float, Bounds(0)] = 0.01  # of the adversarial loss, in the tokenizer's
+    # the step from which on it counts, and the discriminator learns
+    start_step: Annotated[int, Bounds(0)] = 20_000
+    lecam: Annotated[float, Bounds(0)] = 1e-3  # of LeCam regularization, in the discriminator's
+    lecam_decay: Share = 0.999
+    dim: Size = 128  # channels of the discriminator's first stage
+    num_stages: Annotated[int, Bounds(1, 16)] = 3
+    # the discriminator's learning rate; by default the tokenizer's
+    lr: Annotated[float, Bounds(0, 10, open_low=True)] | None = None
+
+
+class AdversarialObjective(ReconstructionObjective):
+    """The reconstruction's losses, that of deceiving a discriminator, and the discriminator's own.
+
+    The published code steps the tokenizer, then the discriminator, on the losses of one and the
+    same forward pass: each sees the other as it was before. So one optimizer with a group of
+    parameters for each does the same in one backward pass; each part's gradients are clipped on
+    their own. In eval mode there is no discriminator."""
+
+    config_class = AdversarialConfig
+    config: AdversarialConfig
+
+    def __init__(
+        self,
+        model: TiTok | MaskGITVQGAN,
+        config: AdversarialConfig | None = None,
+        *,
+        first: TiTok | None = None,
+        proxy: MaskGITVQGAN | None = None,
+    ):
+        super().__init__(model, config, first=first, proxy=proxy)
+        self.discriminator = PatchDiscriminator(self.config.dim, self.config.num_stages)
+        self.lecam = LeCam(self.config.lecam_decay)
+        self.judged: list[Tensor] = []  # mean logits of the real and the fake, of each micro-batch
+
+    def forward(
+        self, batch: Mapping[str, Any], generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        losses, images, fake = self.reconstruct(batch, generator)
+        if not self.model.training:
+            return losses
+        if self.step >= self.config.start_step:
+            losses["adversarial"] = hinge_generator_loss(self.judge(fake)).float()
+            losses["loss"] = losses["loss"] + self.config.weight * losses["adversarial"]
+            critic = self.discriminator_losses(images.to(fake.dtype), fake.detach())
+        else:  # a gradient of zero, since DDP waits for one
+            sums = [p.sum() for p in self.discriminator.parameters()]
+            critic = {"loss": 0.0 * torch.stack(sums).sum()}
+        losses["loss"] = losses["loss"] + critic["loss"]
+        return losses | {f"discriminator_{name}": value for name, value in critic.items()}
+
+    def judge(self, images: Tensor) -> Tensor:
+        """The discriminator's logits, with gradients to the images but not to its weights."""
+        weights = {name: p.detach() for name, p in self.discriminator.named_parameters()}
+        return torch.func.functional_call(self.discriminator, weights, (images,))
+
+    def discriminator_losses(self, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
+        """real, fake: (B, 3, H, W) in [-1, 1]. Returns scalars; notes the logits for LeCam."""
+        logits = self.discriminator(torch.cat([real, fake]))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # fp32 island
+        logits_real, logits_fake = logits.chunk(2)
+        hinge = hinge_discriminator_loss(logits_real, logits_fake)
+        lecam = self.lecam(logits_real, logits_fake)
+        self.judged.append(torch.stack([logits_real.mean(), logits_fake.mean()]).detach())
+        total = hinge + self.config.lecam * lecam
+        return {"loss": total, "hinge": hinge, "lecam": lecam}
+
+    def parts(self) -> list[Part]:
+        return [Part(self.model), Part(self.discriminator, self.config.lr)]
+
+    def before_step(self, mean: Callable[[Tensor], Tensor] = lambda x: x) -> None:
+        """Moves LeCam's averages by the step's logits, over all micro-batches and processes."""
+        if self.judged:
+            self.lecam.update(*mean(torch.stack(self.judged).mean(dim=0)))
+            self.judged = []

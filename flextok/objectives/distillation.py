@@ -1,0 +1,101 @@
+"""The few-step decoder: a student takes in one Euler step what its teacher takes several for.
+
+Progressive distillation (arXiv 2202.00512) done in one stage, with guidance taken in as in arXiv
+2210.03142. The student begins as its teacher; its velocity at the start of each of its steps learns
+the mean velocity of the teacher's own, guided solution over that step. The start is the student's
+own: it walks there from noise, so it learns to mend what its earlier steps left wrong. Why not a
+consistency, shortcut or MeanFlow model: those need the step's length as a new input, or derivatives
+through the network; here the target is an exact function of the input, model and sampler stay as
+they are, and a teacher's checkpoint loads as the student.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
+
+import torch
+from torch import Tensor
+
+from flextok.flow.path import flow_error, linear_times, shift_times, x0_of
+from flextok.nn.frozen import Frozen
+from flextok.objectives.base import Objective, draws_of, need
+from flextok.objectives.flow import begin_as, nested_dropout
+from flextok.objectives.nested_dropout import take_rows
+from flextok.schema import Bounds, Size
+from flextok.tokenizers import FlexTok
+from flextok.tokenizers.base import check_images
+from flextok.tokenizers.flextok import MAX_STEPS
+
+Steps = Annotated[int, Bounds(1, MAX_STEPS)]
+
+
+@dataclass
+class DistillationConfig:
+    num_steps: Steps = 4  # the student's
+    teacher_steps: Steps = 5  # the teacher's within each of them
+    nested_dropout: str | None = None  # as in FlowConfig
+    batch_lengths: Size = 8  # likewise
+
+
+class DistillationObjective(Objective):
+    """The squared error of the student's mean velocity over one of its steps, drawn for the whole
+    batch. The condition is the images' codes; the teacher solves as its config.decode says."""
+
+    config_class = DistillationConfig
+    models = ("flextok",)
+    starts = ("teacher",)
+    model: FlexTok
+    config: DistillationConfig
+
+    def __init__(
+        self,
+        model: FlexTok,
+        config: DistillationConfig | None = None,
+        *,
+        teacher: FlexTok | None = None,
+    ):
+        """The model begins as the teacher, and only its decoder learns. From here on it decodes in
+        config.num_steps Euler steps without guidance."""
+        super().__init__(model, config)
+        config = self.config
+        begin_as(model, need("teacher", teacher, FlexTok))
+        few = {"num_steps": config.num_steps, "solver": "euler"}
+        fixed: dict[str, Any] = {**few, "guidance_scale": 1.0, "guidance_interval": None}
+        decode = replace(model.config.decode, **fixed)
+        model.config = replace(model.config, decode=decode, distilled=True)
+        model.encoder.requires_grad_(False)
+        model.decoder.null_token.requires_grad_(False)  # guidance is the teacher's
+        self.teacher = Frozen(need("teacher", teacher, FlexTok))
+        self.nested_dropout = nested_dropout(model, config.nested_dropout, config.batch_lengths)
+
+    def forward(
+        self, batch: Mapping[str, Any], generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        student, images = self.model, batch["image"]
+        check_images(images, student.image_size)
+        device, predicts = images.device, student.config.prediction
+        teacher = self.teacher.to(device)
+        draws = draws_of(batch, "image", generator)
+        steps = shift_times(linear_times(self.config.num_steps), student.config.decode.time_shift)
+        i = draws.of_step().randrange(self.config.num_steps)
+        start, end = steps[i], steps[i + 1]
+        within = start + (end - start) * torch.linspace(0, 1, self.config.teacher_steps + 1)
+        order, groups = self.nested_dropout.groups(draws)
+        draws = draws.take(order)
+        with torch.no_grad():
+            latents = student.vae.encode(take_rows(images, order), generator=draws.generators)
+        noise = draws(torch.randn, student.noise_shape, device)
+        predictions, targets = [], []
+        for rows, length, keep in groups:
+            with torch.no_grad():
+                codes = student.quantizer(student.encoder(latents[rows], length))[0][:, :length]
+                x = noise[rows]
+                if i:
+                    x = student.solve(x, steps[: i + 1], codes, keep)
+                target = (teacher.solve(x, within, codes, keep) - x) / (end - start)
+            targets.append(x0_of(target, x, start) if predicts == "x0" else target)
+            registers, mask = student.decoder.embed_codes(codes, keep)
+            predictions.append(student.decoder(x, start, registers, mask).prediction)
+        predicted, target = torch.cat(predictions), torch.cat(targets)
+        loss = flow_error(predicted, target, start, predicts, "velocity")
+        return {"loss": loss, "distill": loss}

@@ -1,0 +1,183 @@
+"""FlexTok's objective: rectified flow from random prefixes (arXiv 2502.13967, section 3)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flextok.draws import BatchDraws
+from flextok.flow.path import (
+    TIME_SAMPLERS,
+    Quantity,
+    flow_error,
+    interpolate,
+    velocity_target,
+)
+from flextok.losses import RepresentationAlignment
+from flextok.nn.devices import to_device
+from flextok.objectives.base import Objective, draws_of, need, train_only
+from flextok.objectives.nested_dropout import LengthGroup, NestedDropout, take_rows
+from flextok.schema import ConfigError, Share, Size, build
+from flextok.tokenizers import FlexTok
+from flextok.tokenizers.base import check_images
+from flextok.tokenizers.networks import DecoderOutput
+from flextok.vae import IdentityVAE
+
+
+@dataclass
+class FlowConfig:
+    nested_dropout: str | None = None  # pow2 where the model is ordered, else none
+    # how many lengths a batch has when truncated: each runs apart, so fewer are larger
+    batch_lengths: Size = 8
+    null_prob: Share = 0.2  # how often all codes become the null condition
+    time_sampler: dict[str, Any] = field(default_factory=lambda: {"name": "mode", "scale": 0.25})
+    loss_space: Quantity = "velocity"  # x0 weighs the velocity's error by t^2
+    repa: dict[str, Any] | None = None  # see losses.RepresentationAlignment
+    train: list[str] | None = None  # parts of the model that learn, such as [decoder]; None = all
+
+
+class Noised(NamedTuple):
+    """A batch on the way from data to noise, its rows ordered by the length of their prefix."""
+
+    images: Tensor  # (B, 3, H, W)
+    x0: Tensor  # (B, C, h, w), latents
+    noise: Tensor
+    t: Tensor  # (B,)
+    x_t: Tensor
+    null: Tensor  # (B,) bool, on the CPU, since a null condition decides shapes
+    groups: list[LengthGroup]
+
+
+class FlowObjective(Objective):
+    """The flow's error where the decoder sees a random prefix, plus the quantizer's loss and, with
+    config.repa, the alignment of its features."""
+
+    config_class = FlowConfig
+    models = ("flextok",)
+    starts = ("weights",)
+    model: FlexTok
+    config: FlowConfig
+
+    def __init__(
+        self, model: FlexTok, config: FlowConfig | None = None, *, weights: FlexTok | None = None
+    ):
+        """weights: a trained model to go on from; one of another image size lends its positions,
+        interpolated."""
+        super().__init__(model, config)
+        config = self.config
+        self.nested_dropout = nested_dropout(model, config.nested_dropout, config.batch_lengths)
+        self.sample_times = build(TIME_SAMPLERS, config.time_sampler, "time sampler")
+        self.alignment: RepresentationAlignment | None = None
+        if weights is not None:
+            begin_as(model, need("weights", weights, FlexTok))
+        train_only(model, config.train)
+
+    def prepare(self, pretrained: bool = True) -> None:
+        if pretrained and not self.model.vae.has_weights:
+            self.model.vae.load_weights()
+        if self.config.repa and self.alignment is None:
+            spec = {**self.config.repa, "name": "repa", "dim": self.model.decoder.head.in_features}
+            if not pretrained:
+                spec["pretrained"] = False
+            self.alignment = build({"repa": RepresentationAlignment}, spec, "alignment")
+
+    def forward(
+        self, batch: Mapping[str, Any], generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        if not self.model.vae.has_weights:
+            raise ValueError(
+                "the VAE has random weights: set model.vae.weights and call prepare(), or load a "
+                "trained model, before training"
+            )
+        noised = self.noised(batch["image"], draws_of(batch, "image", generator))
+        codes, aux = self.encode(noised)
+        outputs = [
+            self.predict(noised, some[:, : g.length], g.rows, g.keep)
+            for g, some in zip(noised.groups, codes, strict=True)
+        ]
+        prediction = torch.cat([output.prediction for output in outputs])
+        total, losses = self.flow_losses(noised, codes, prediction)
+        total = total + aux
+        if self.config.repa:
+            if self.alignment is None:
+                raise ValueError("config.repa is set: call prepare() before training")
+            features = torch.cat([output.features for output in outputs])
+            losses["repa"] = self.alignment(features, noised.images)
+            total = total + self.alignment.weight * losses["repa"]
+        return {"loss": total, **losses}
+
+    def noised(self, images: Tensor, draws: BatchDraws) -> Noised:
+        """images: (B, 3, H, W) in [-1, 1]."""
+        check_images(images, self.model.image_size)
+        order, groups = self.nested_dropout.groups(draws)
+        draws, device = draws.take(order), images.device
+        images = take_rows(images, order)
+        u_null, u_time = draws(torch.rand, (2,), torch.device("cpu")).unbind(1)
+        t = self.sample_times(to_device(u_time, device))
+        x0 = self.model.vae.encode(images, generator=draws.generators)
+        noise = draws(torch.randn, tuple(x0.shape[1:]), device).to(x0.dtype)
+        null = u_null < self.config.null_prob
+        return Noised(images, x0, noise, t, interpolate(x0, noise, t), null, groups)
+
+    def encode(self, noised: Noised) -> tuple[list[Tensor], Tensor]:
+        """The codes of each group, and the quantizer's loss."""
+        codes, aux = [], noised.x0.new_zeros((), dtype=torch.float32)
+        for rows, length, _ in noised.groups:
+            some, _, loss = self.model.quantizer(self.model.encoder(noised.x0[rows], length))
+            codes.append(some)
+            aux = aux + loss * ((rows.stop - rows.start) / len(noised.x0))
+        return codes, aux
+
+    def predict(
+        self, noised: Noised, codes: Tensor, rows: slice, keep: Tensor | None
+    ) -> DecoderOutput:
+        registers, mask = self.model.decoder.embed_codes(codes, keep, noised.null[rows])
+        return self.model.decoder(noised.x_t[rows], noised.t[rows], registers, mask)
+
+    def flow_losses(
+        self, noised: Noised, codes: list[Tensor], prediction: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """codes: of each group. Returns the total and its terms."""
+        flow = self.error(noised, prediction)
+        return flow, {"flow": flow}
+
+    def error(self, noised: Noised, prediction: Tensor, target: Tensor | None = None) -> Tensor:
+        """Of a prediction against a target, by default the truth."""
+        predicts = self.model.config.prediction
+        if target is None:
+            target = velocity_target(noised.x0, noised.noise)
+            target = noised.x0 if predicts == "x0" else target
+        return flow_error(prediction, target, noised.t, predicts, self.config.loss_space)
+
+
+def nested_dropout(model: FlexTok, name: str | None, batch_lengths: int) -> NestedDropout:
+    """As the model takes it: truncated, each length is a group as short as it can be; with mask
+    tokens all rows are one."""
+    name = name or ("pow2" if model.ordered else "none")
+    if name != "none" and not model.ordered:
+        raise ConfigError(f"nested_dropout={name} trains prefixes: set model.ordered=true, or none")
+    strata = batch_lengths if model.config.drop_mode == "truncate" else None
+    return NestedDropout(name, model.num_tokens, strata)
+
+
+def begin_as(model: FlexTok, trained: FlexTok) -> None:
+    """Take over a trained model's weights. Raises ConfigError where they do not fit."""
+    both = [m.vae for m in (model, trained) if isinstance(m.vae, IdentityVAE)]
+    if len(both) == 2 and both[1].is_measured and both[0].numbers() != both[1].numbers():
+        shift, scale = both[1].numbers()
+        raise ConfigError(
+            f"model.vae={model.config.vae} is not that of the model it starts from: take "
+            f"{{name: identity, shift: {shift}, scale: {scale}}}, or auto for both"
+        )
+    state = trained.state_dict()
+    for name in ("encoder.patch_pos", "decoder.patch_pos"):
+        grid = model.get_parameter(name).shape[-2:]
+        if state[name].shape[-2:] != grid:
+            state[name] = F.interpolate(state[name], tuple(grid), mode="bicubic")
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ConfigError(f"model must have the sizes of what it starts from: {error}") from None

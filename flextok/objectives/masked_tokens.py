@@ -1,0 +1,69 @@
+"""Masked-token prediction: the objective of MaskGIT (arXiv 2202.04200)."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flextok.generators import MaskGIT
+from flextok.objectives.base import Objective, draws_of
+from flextok.objectives.next_token import indices_and_condition
+from flextok.schema import Share
+from flextok.tokenizers.base import check_indices
+
+
+@dataclass
+class MaskedTokensConfig:
+    cond_drop: Share = 0.1  # how often training sees the null condition
+    label_smoothing: Share = 0.1
+    unmasked_weight: Share = 0.1  # of positions that are not masked
+
+
+class MaskedTokensObjective(Objective):
+    """The weighted, label-smoothed cross-entropy over all positions, and "accuracy" on the masked
+    ones."""
+
+    config_class = MaskedTokensConfig
+    models = ("maskgit",)
+    model: MaskGIT
+    config: MaskedTokensConfig
+
+    def forward(
+        self, batch: Mapping[str, Any], generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        indices, cond = indices_and_condition(batch, self.model.num_tokens)
+        check_indices(indices, self.model.num_tokens, self.model.vocab_size, self.model.training)
+        draws, device = draws_of(batch, "indices", generator), indices.device
+        u_ratio = draws(torch.rand, (), device)
+        masked = sample_mask(u_ratio, draws(torch.rand, tuple(indices.shape[1:]), device))
+        drop = None
+        if self.model.training and self.config.cond_drop > 0:
+            drop = draws(torch.rand, (), device) < self.config.cond_drop
+        logits = self.model(indices.masked_fill(masked, self.model.mask_index), cond, drop)
+        return self.losses(logits, indices, masked)
+
+    def losses(self, logits: Tensor, indices: Tensor, masked: Tensor) -> dict[str, Tensor]:
+        """logits: (B, k, V); indices: (B, k) long, the truth; masked: (B, k) bool."""
+        nats = F.cross_entropy(
+            logits.flatten(0, 1).float(),
+            indices.flatten(),
+            reduction="none",
+            label_smoothing=self.config.label_smoothing,
+        )
+        weights = torch.where(masked.flatten(), 1.0, self.config.unmasked_weight)
+        right = (logits.argmax(dim=-1) == indices) & masked
+        return {
+            "loss": (nats * weights).sum() / weights.sum(),
+            "accuracy": right.sum() / masked.sum(),
+        }
+
+
+def sample_mask(u_ratio: Tensor, u_order: Tensor) -> Tensor:
+    """u_ratio: (B,), u_order: (B, N), uniform in [0, 1). Returns (B, N) bool, True = masked: a
+    random arccos(u) / (pi/2) of the positions, at least one."""
+    number = (u_order.shape[1] * torch.acos(u_ratio) / (math.pi / 2)).round().clamp(min=1)
+    return u_order.argsort(dim=-1) < number[:, None]

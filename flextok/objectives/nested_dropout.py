@@ -1,0 +1,103 @@
+"""Nested dropout (arXiv 1402.0915; FlexTok, section 3.1): how many ordered registers to keep.
+
+Each sampler maps a number u in [0, 1), uniform in training, to a length in [1, num_registers]. The
+lengths are Python numbers: they are shapes, so they are known without waiting for a device.
+"""
+
+from bisect import bisect_left
+from collections import Counter
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flextok.draws import BatchDraws
+from flextok.nn.devices import to_device
+from flextok.schema import build
+
+
+def uniform(u: float, num_registers: int) -> int:
+    """Uniform over 1..K."""
+    return min(int(u * num_registers), num_registers - 1) + 1
+
+
+def pow2(u: float, num_registers: int) -> int:
+    """Uniform over 1, 2, 4, ..., K (K itself counts when it is no power of two): the released
+    FlexTok models' choice."""
+    sizes = powers_of_two(num_registers)
+    return sizes[uniform(u, len(sizes)) - 1]
+
+
+def uniform_pow2(u: float, num_registers: int) -> int:
+    """Uniform over 1..K, rounded up to the next power of two: P(K) = 1/2, P(K/2) = 1/4, ..."""
+    sizes = powers_of_two(num_registers)
+    return sizes[bisect_left(sizes, uniform(u, num_registers))]
+
+
+def none(u: float, num_registers: int) -> int:
+    """Always all registers: no nested dropout."""
+    return num_registers
+
+
+def powers_of_two(limit: int) -> list[int]:
+    """1, 2, 4, ... below limit, then limit."""
+    return [*(2**i for i in range((limit - 1).bit_length())), limit]
+
+
+NESTED_DROPOUT = {"uniform": uniform, "pow2": pow2, "uniform_pow2": uniform_pow2, "none": none}
+
+
+class LengthGroup(NamedTuple):
+    """Rows of a training batch that keep equally many tokens."""
+
+    rows: slice
+    length: int  # the longest of the group
+    keep: Tensor  # (rows,) long, of each, on the CPU
+
+
+class NestedDropout:
+    """Draws how many tokens each row of a training batch keeps.
+
+    The lengths are stratified. Row j takes one of `strata` values of u at equal distances from an
+    offset that the whole step shares; any few rows in sequence take distant ones. So each batch
+    has short and long lengths in their shares, and processes with equally many rows, a multiple of
+    `strata`, have the same work. Without strata every row has a value of its own."""
+
+    def __init__(self, name: str, num_tokens: int, strata: int | None = None):
+        self.sample = build(NESTED_DROPOUT, name, "nested dropout")
+        self.num_tokens = num_tokens
+        self.places = None
+        if strata is not None:
+            order = sorted(range(strata), key=radical_inverse)
+            self.places = [order.index(j) / strata for j in range(strata)]
+
+    def lengths(self, draws: BatchDraws) -> list[int]:
+        """One for each row."""
+        offset, places = draws.of_step().random(), self.places
+        strata = (places[j % len(places)] if places else radical_inverse(j) for j in draws.rows)
+        return [self.sample((offset + u) % 1.0, num_registers=self.num_tokens) for u in strata]
+
+    def groups(self, draws: BatchDraws) -> tuple[list[int], list[LengthGroup]]:
+        """The order of the rows that puts the shorter first, and their groups in this order: one
+        for each length, or all rows in one where there are no strata."""
+        lengths = self.lengths(draws)
+        order = sorted(range(len(lengths)), key=lengths.__getitem__)
+        keep = torch.tensor([lengths[i] for i in order], device="cpu")
+        if self.places is None:
+            return order, [LengthGroup(slice(0, len(order)), self.num_tokens, keep)]
+        groups, start = [], 0
+        for length, count in sorted(Counter(lengths).items()):
+            rows = slice(start, start + count)
+            groups.append(LengthGroup(rows, length, keep[rows]))
+            start += count
+        return order, groups
+
+
+def radical_inverse(j: int) -> float:
+    """The bits of j behind the point, in reverse (van der Corput): 0, 1/2, 1/4, 3/4, 1/8, ..."""
+    return int(f"{j:b}"[::-1], 2) / 2 ** len(f"{j:b}") if j else 0.0
+
+
+def take_rows(x: Tensor, order: list[int]) -> Tensor:
+    """The rows of x at these places, without waiting for x's device."""
+    return x[to_device(torch.tensor(order, device="cpu"), x.device)]

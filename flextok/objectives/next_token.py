@@ -1,0 +1,58 @@
+"""Next-token prediction: the objective of GPT."""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flextok.generators import GPT
+from flextok.objectives.base import Objective, draws_of
+from flextok.schema import Bounds, Share
+from flextok.tokenizers.base import check_indices
+
+
+@dataclass
+class NextTokenConfig:
+    cond_drop: Share = 0.1  # how often training sees the null condition
+    # share of input indices, not of those predicted, that training replaces by uniform ones, as
+    # sampling errors will (the noisy context of reAR, arXiv 2510.04450, at a constant share)
+    context_noise: Annotated[float, Bounds(0, 1, open_high=True)] = 0.0
+
+
+class NextTokenObjective(Objective):
+    """The cross-entropy of each index given those before it, in nats. Conditions are dropped and
+    inputs replaced in training mode only."""
+
+    config_class = NextTokenConfig
+    models = ("gpt",)
+    model: GPT
+    config: NextTokenConfig
+
+    def forward(
+        self, batch: Mapping[str, Any], generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        model, config = self.model, self.config
+        indices, cond = indices_and_condition(batch, model.num_tokens)
+        check_indices(indices, model.num_tokens, model.vocab_size, model.training)
+        drop, context = None, indices[:, :-1]
+        if model.training:
+            draws, device = draws_of(batch, "indices", generator), indices.device
+            if config.cond_drop > 0:
+                drop = draws(torch.rand, (), device) < config.cond_drop
+            if config.context_noise > 0:
+                shape = tuple(context.shape[1:])
+                any_index = functools.partial(torch.randint, model.vocab_size)
+                replaced = draws(torch.rand, shape, device) < config.context_noise
+                context = torch.where(replaced, draws(any_index, shape, device), context)
+        logits = model(context, cond, drop)
+        return {"loss": F.cross_entropy(logits.flatten(0, 1).float(), indices.flatten())}
+
+
+def indices_and_condition(batch: Mapping[str, Any], num_tokens: int) -> tuple[Tensor, Any]:
+    """A generator's batch: indices (B, k), of which it may generate the first ones only, and their
+    prompts or labels."""
+    return batch["indices"][:, :num_tokens], batch["text"] if "text" in batch else batch["label"]

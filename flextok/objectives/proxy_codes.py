@@ -1,0 +1,50 @@
+"""TiTok's first stage (arXiv 2406.07550): learn the indices of a trained MaskGIT-VQGAN."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flextok.objectives.base import need
+from flextok.objectives.nested_dropout import take_rows
+from flextok.objectives.reconstruction import PrefixConfig, PrefixObjective
+from flextok.schema import ConfigError
+from flextok.tokenizers import MaskGITVQGAN, TiTok
+
+
+class ProxyCodesObjective(PrefixObjective):
+    """The cross-entropy of the proxy's indices, and the quantizer's loss. The batch may hold them
+    as "proxy_indices" (B, N)."""
+
+    config_class = PrefixConfig
+    models = ("titok",)
+    starts = ("proxy",)
+    model: TiTok
+
+    def __init__(
+        self, model: TiTok, config: PrefixConfig | None = None, *, proxy: MaskGITVQGAN | None = None
+    ):
+        """proxy: the VQGAN, unless the model has one attached."""
+        super().__init__(model, config)
+        if model.config.stage != "proxy":
+            raise ConfigError(f"stage {model.config.stage!r} learns pixels, not a proxy's indices")
+        if proxy is not None or model.frozen_proxy is None:
+            model.attach_proxy(need("proxy", proxy, MaskGITVQGAN))
+
+    def forward(
+        self, batch: Mapping[str, Any], generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        logits, aux, order = self.decoded(self.model.decoder, batch, generator)  # (B, N, V)
+        truth = batch.get("proxy_indices")
+        if truth is None:
+            proxy = self.model.proxy
+            with torch.no_grad():  # its encode(), but for checks that would wait for a GPU
+                truth = proxy.quantizer(proxy.features(batch["image"]))[1]
+        truth = take_rows(truth, order).flatten()
+        losses = {
+            "proxy": F.cross_entropy(logits.flatten(0, 1).float(), truth),
+            "quantizer": aux,
+        }
+        return {"loss": losses["proxy"] + aux, **losses}

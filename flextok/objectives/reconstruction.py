@@ -1,0 +1,124 @@
+"""Pixels: TiTok's second stage and its single-stage recipe, and the MaskGIT-VQGAN."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flextok.losses.perceptual import PerceptualLoss
+from flextok.objectives.base import Objective, draws_of, need, train_only
+from flextok.objectives.nested_dropout import NestedDropout, take_rows
+from flextok.schema import ConfigError, Size
+from flextok.tokenizers import MaskGITVQGAN, TiTok
+from flextok.tokenizers.base import check_images
+from flextok.tokenizers.vqgan import to_unit
+
+
+@dataclass
+class PrefixConfig:
+    nested_dropout: str | None = None  # uniform (One-D-Piece's tail drop) if ordered, else none
+    batch_lengths: Size = 8  # how many lengths a batch has: each is decoded apart
+
+
+@dataclass
+class ReconstructionConfig(PrefixConfig):
+    perceptual: dict[str, float] = field(default_factory=dict)  # weights by name
+    train: list[str] | None = None  # parts that learn; None = all, and in "finetune" the decoder
+
+
+class PrefixObjective(Objective):
+    """What objectives of TiTok and the VQGAN share: encoding, and decoding random prefixes."""
+
+    config: PrefixConfig
+
+    def __init__(self, model: TiTok | MaskGITVQGAN, config: Any = None):
+        super().__init__(model, config)
+        name = self.config.nested_dropout or ("uniform" if model.ordered else "none")
+        if name != "none" and not model.ordered:
+            raise ConfigError(
+                f"nested_dropout={name} trains prefixes: set model.ordered=true, or none"
+            )
+        self.nested_dropout = NestedDropout(name, model.num_tokens, self.config.batch_lengths)
+
+    def decoded(
+        self,
+        decode: Callable[..., Tensor],
+        batch: Mapping[str, Any],
+        generator: torch.Generator | None,
+    ) -> tuple[Tensor, Tensor, list[int]]:
+        """What `decode` makes of the codes of each image, or of a random prefix, in an order of
+        its own; the quantizer's loss; and this order."""
+        images, text = batch["image"], batch.get("text_features")
+        check_images(images, self.model.image_size)
+        draws = draws_of(batch, "image", generator)
+        order, groups = self.nested_dropout.groups(draws)
+        draws = draws.take(order)
+        features = self.model.features(take_rows(images, order))
+        codes, _, aux = self.model.quantizer(features, draws.generators)
+        out = []
+        for rows, length, _ in groups:
+            options = {} if text is None else {"text": take_rows(text, order[rows])}
+            out.append(decode(codes[rows, :length], **options))
+        return torch.cat(out), aux, order
+
+
+class ReconstructionObjective(PrefixObjective):
+    """The squared error of the images, perceptual distances, and the quantizer's loss."""
+
+    config_class = ReconstructionConfig
+    models = ("titok", "maskgit_vqgan")
+    starts = ("first", "proxy")
+    config: ReconstructionConfig
+
+    def __init__(
+        self,
+        model: TiTok | MaskGITVQGAN,
+        config: ReconstructionConfig | None = None,
+        *,
+        first: TiTok | None = None,
+        proxy: MaskGITVQGAN | None = None,
+    ):
+        """first, proxy: what a TiTok of the stage "finetune" begins with, unless it is trained
+        already: its first stage, and the VQGAN whose decoder gives the pixels."""
+        super().__init__(model, config)
+        stage = model.config.stage if isinstance(model, TiTok) else None
+        if stage == "proxy":
+            raise ConfigError("a TiTok of stage 'proxy' learns no pixels: objective=proxy_codes")
+        train = self.config.train
+        if stage == "finetune" and isinstance(model, TiTok):
+            if not model.has_weights or first or proxy:
+                model.start_finetuning(
+                    need("first", first, TiTok), need("proxy", proxy, MaskGITVQGAN)
+                )
+            train = train or ["decoder", "pixel_decoder", "pixel_quantizer"]
+        elif first or proxy:
+            name = "first" if first else "proxy"
+            raise ConfigError(f"this {model.model_type} has no use for start.{name}")
+        train_only(model, train)
+        self.perceptual = PerceptualLoss(self.config.perceptual)
+
+    def prepare(self, pretrained: bool = True) -> None:
+        if pretrained and (used := self.perceptual.load()):
+            self.model.metadata["perceptual"] = used
+
+    def forward(
+        self, batch: Mapping[str, Any], generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        return self.reconstruct(batch, generator)[0]
+
+    def reconstruct(
+        self, batch: Mapping[str, Any], generator: torch.Generator | None = None
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Returns the losses, "l2" on [0, 1], as the published weights of the others presume; the
+        images; and what became of them, (B, 3, H, W), about [-1, 1], both in one order."""
+        made, aux, order = self.decoded(self.model.decode_codes, batch, generator)
+        images = take_rows(batch["image"], order)
+        losses = {
+            "l2": F.mse_loss(to_unit(made.float()), to_unit(images.float())),
+            "perceptual": self.perceptual(made, images),
+            "quantizer": aux,
+        }
+        return {"loss": sum(losses.values(), images.new_zeros(())), **losses}, images, made
