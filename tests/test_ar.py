@@ -3,6 +3,8 @@ import torch
 from conftest import overfit, tiny_gpt
 
 from flextok.draws import row_generators
+from flextok.objectives import NextTokenConfig, NextTokenObjective
+from flextok.schema import from_mapping
 
 
 def seeded(seed=0):
@@ -118,13 +120,15 @@ def inputs_and_loss(model, indices, monkeypatch):
     """What the embedding reads while the loss is computed, and the loss."""
     seen, embed = [], model.embedding.forward
     monkeypatch.setattr(model.embedding, "forward", lambda x: seen.append(x) or embed(x))
-    loss = model.loss(indices, LABELS[:1].expand(len(indices)), seeded())["loss"]
+    objective = NextTokenObjective(model, NextTokenConfig(cond_drop=0.0, context_noise=0.25))
+    batch = {"indices": indices, "label": LABELS[:1].expand(len(indices))}
+    loss = objective(batch, seeded())["loss"]
     return seen[0], loss
 
 
 def test_context_noise_replaces_a_share_of_the_inputs_in_training_only(monkeypatch):
     indices = torch.zeros(400, 8, dtype=torch.long)
-    model = tiny_gpt(context_noise=0.25, cond_drop=0.0)
+    model = tiny_gpt()
     read, clean = inputs_and_loss(model.eval(), indices, monkeypatch)
     assert torch.equal(read, indices[:, :-1])
     read, noisy = inputs_and_loss(model.train(), indices, monkeypatch)
@@ -136,7 +140,7 @@ def test_context_noise_replaces_a_share_of_the_inputs_in_training_only(monkeypat
     torch.testing.assert_close(noisy, expected)
     assert not torch.equal(noisy, clean)
     with pytest.raises(ValueError, match=r"context_noise=1\.5"):
-        tiny_gpt(context_noise=1.5)
+        from_mapping(NextTokenConfig, {"context_noise": 1.5})
 
 
 def test_unconditional_model():
@@ -147,7 +151,7 @@ def test_unconditional_model():
 @pytest.mark.slow
 def test_one_batch_overfits():
     torch.manual_seed(0)
-    model = tiny_gpt(cond_drop=0.0, dim=64)
+    model = tiny_gpt(dim=64)
     model.init_weights()
     model.train()
     indices = torch.randint(0, 200, (4, 8), generator=seeded())
@@ -178,7 +182,27 @@ def test_bad_labels_are_refused(labels):
 
 
 def test_bad_indices_are_refused():
+    batch = {"indices": torch.full((1, 8), 200), "label": torch.tensor([0])}
     with pytest.raises(ValueError, match=r"expected \[0, 199\]"):
-        tiny_gpt().loss(torch.full((1, 8), 200), torch.tensor([0]))
-    with pytest.raises(ValueError, match=r"k in \[1, 8\]"):
-        tiny_gpt().loss(torch.zeros(1, 9, dtype=torch.long), torch.tensor([0]))
+        NextTokenObjective(tiny_gpt())(batch)
+
+
+def test_a_generator_of_the_first_indices_trains_on_these():
+    objective, label = NextTokenObjective(tiny_gpt()), torch.tensor([0])
+    indices = torch.randint(0, 200, (1, 12), generator=seeded())
+    losses = [objective({"indices": i, "label": label})["loss"] for i in (indices, indices[:, :8])]
+    assert torch.equal(*losses)
+
+
+def test_shares_of_a_batch_compute_what_the_whole_does():
+    config = NextTokenConfig(cond_drop=0.5, context_noise=0.3)
+    objective = NextTokenObjective(tiny_gpt().train(), config)
+    indices = torch.randint(0, 200, (8, 8), generator=seeded())
+    label = torch.arange(8) % 5
+
+    def loss(rows):
+        batch = {"indices": indices[rows], "label": label[rows], "row": rows}
+        return objective(batch, seeded(4))["loss"]
+
+    shares = loss(range(5)) * 5 / 8 + loss(range(5, 8)) * 3 / 8
+    torch.testing.assert_close(shares, loss(range(8)))

@@ -9,6 +9,7 @@ from conftest import overfit, tiny_gpt
 from test_text import save_encoder
 
 from flextok.generators import GPT
+from flextok.objectives import NextTokenObjective
 
 PROMPTS = ["a red heart", "a bomb left of a star on a blue background", "", "whale"]
 SIZES = {"dim": 16, "depth": 2, "num_heads": 2}
@@ -142,7 +143,8 @@ def test_saved_and_loaded_it_generates_the_same(model, tmp_path):
 
 def test_what_trains(model):
     model.train()
-    model.loss(indices_of(), PROMPTS, generator=seeded())["loss"].backward()
+    batch = {"indices": indices_of(), "text": PROMPTS}
+    NextTokenObjective(model)(batch, seeded())["loss"].backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().sum() > 0, name
@@ -150,7 +152,7 @@ def test_what_trains(model):
 
 @torch.no_grad()
 def test_training_drops_a_tenth_of_the_prompts():
-    model = tiny_gpt(conditioner={"name": "text", "encoder": BYTES}, cond_drop=0.1).train()
+    model = tiny_gpt(conditioner={"name": "text", "encoder": BYTES}).train()
     dropped = []
     original = model.conditioner.forward
 
@@ -159,16 +161,17 @@ def test_training_drops_a_tenth_of_the_prompts():
         return original(cond, drop)
 
     model.conditioner.forward = forward
-    model.loss(indices_of(batch=1000), ["x"] * 1000, generator=seeded())
+    objective = NextTokenObjective(model)
+    objective({"indices": indices_of(batch=1000), "text": ["x"] * 1000}, seeded())
     assert 70 < dropped[0].sum() < 130
-    model.eval().loss(indices_of(), PROMPTS)
+    objective.eval()({"indices": indices_of(), "text": PROMPTS})
     assert dropped[1] is None
 
 
 @pytest.mark.slow
 def test_a_batch_of_prompts_overfits():
     torch.manual_seed(0)
-    model = tiny_gpt(conditioner={"name": "text", "encoder": BYTES}, cond_drop=0.0, dim=64)
+    model = tiny_gpt(conditioner={"name": "text", "encoder": BYTES}, dim=64)
     model.init_weights()
     model.train()
     indices = indices_of(length=6)

@@ -10,6 +10,7 @@ from conftest import TINY, TITOK, VQGAN
 
 from flextok.fake_gpu import DEVICE, FakeGPU, autocast
 from flextok.generators import GENERATORS
+from flextok.objectives import make_objective
 from flextok.pipeline import grow_images, reconstruct_prefixes
 from flextok.tokenizers import TOKENIZERS
 from flextok.training.run import build_model
@@ -18,23 +19,23 @@ KL_VAE = {"name": "kl", "channels": 4, "block_channels": [32, 32]}
 TOKENIZER_SPECS = {
     "mask": {"name": "flextok", **TINY},
     "truncate": {"name": "flextok", **TINY, "drop_mode": "truncate"},
-    "cross-length": {"name": "flextok", **TINY, "cross_length": 0.5},
-    "x0": {"name": "flextok", **TINY, "prediction": "x0", "loss_space": "x0"},
+    "cross-length": {"name": "flextok", **TINY},
+    "x0": {"name": "flextok", **TINY, "prediction": "x0"},
     "vae": {"name": "flextok", **TINY, "image_size": 32, "vae": KL_VAE},
     "posterior": {
         **{"name": "flextok", **TINY, "image_size": 32},
         "vae": {**KL_VAE, "sample_posterior": True},
     },
-    "grid": {"name": "flextok", **TINY, "token_grid": [2, 4], "nested_dropout": "none"},
+    "grid": {"name": "flextok", **TINY, "token_grid": [2, 4], "ordered": False},
     "titok": {"name": "titok", **TITOK},
-    "one-d-piece": {"name": "titok", **TITOK, "nested_dropout": "uniform"},
+    "one-d-piece": {"name": "titok", **TITOK, "ordered": True},
     "titok-kl": {"name": "titok", **TITOK, "quantizer": {"name": "kl", "dim": 4}},
     "vqgan": {"name": "maskgit_vqgan", **VQGAN},
 }
 SMALL = {"vocab_size": 40, "num_tokens": 6, "depth": 2, "dim": 32, "num_heads": 2}
 ENCODER = {"dim": 16, "depth": 1, "num_heads": 2}
 GENERATOR_SPECS = {
-    "gpt": {"name": "gpt", **SMALL, "context_noise": 0.2},
+    "gpt": {"name": "gpt", **SMALL},
     "gpt-bytes": {"name": "gpt", **SMALL, "conditioner": {"name": "text", "encoder": "bytes"}},
     "gpt-words": {
         **{"name": "gpt", **SMALL},
@@ -43,6 +44,12 @@ GENERATOR_SPECS = {
     "gpt-free": {"name": "gpt", **SMALL, "conditioner": {"name": "none"}},
     "bert": {"name": "maskgit", **SMALL},
     "uvit": {"name": "maskgit", **SMALL, "backbone": "uvit", "depth": 3},
+}
+OBJECTIVES = {  # where not the model's own with its defaults
+    "cross-length": {"name": "cross_length", "weight": 0.5},
+    "x0": {"loss_space": "x0"},
+    "vqgan": {"name": "adversarial", "start_step": 0, "dim": 32, "num_stages": 1},
+    "gpt": {"context_noise": 0.2},
 }
 BATCH = 4
 
@@ -86,25 +93,28 @@ BF16, FP32 = torch.bfloat16, None
 
 @pytest.mark.parametrize(("name", "dtype"), [*((n, BF16) for n in TOKENIZER_SPECS), ("mask", FP32)])
 def test_a_tokenizer_trains_without_waiting(gpu, name, dtype):
-    model = ready(build(TOKENIZER_SPECS[name])).train()
+    model = ready(build(TOKENIZER_SPECS[name]))
+    with DEVICE:
+        objective = make_objective(model, OBJECTIVES.get(name)).train()
     images = torch.zeros(BATCH, 3, model.image_size, model.image_size, device=DEVICE)
     with autocast(dtype) if dtype else nullcontext():
-        model.loss(images, generator=draws())  # constants reach the device once
+        objective({"image": images}, draws())  # constants reach the device once
         del gpu.waits[:]
-        losses = model.loss(images, generator=draws())
+        losses = objective({"image": images, "row": range(4, 8)}, draws())
     assert gpu.waits == []
     assert on_gpu(*losses.values()).dtype == torch.float32
 
 
 @pytest.mark.parametrize(("name", "dtype"), [*((n, BF16) for n in GENERATOR_SPECS), ("gpt", FP32)])
 def test_a_generator_trains_without_waiting(gpu, name, dtype):
-    model = build(GENERATOR_SPECS[name]).train()
+    model = build(GENERATOR_SPECS[name])
+    objective = make_objective(model, OBJECTIVES.get(name)).train()
     indices = torch.zeros(BATCH, model.num_tokens, dtype=torch.long, device=DEVICE)
     cond = conditions(model, DEVICE)
     with autocast(dtype) if dtype else nullcontext():
-        model.loss(indices, cond, generator=draws())
+        objective({"indices": indices, "label": cond}, draws())
         del gpu.waits[:]
-        losses = model.loss(indices, cond, generator=draws())
+        losses = objective({"indices": indices, "label": cond}, draws())
     assert gpu.waits == []
     assert on_gpu(*losses.values()).dtype == torch.float32
 

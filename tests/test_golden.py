@@ -17,6 +17,7 @@ from flextok.flow.solvers import euler
 from flextok.generators import GPT, GPTConfig
 from flextok.generators.sampling import filtered_probabilities
 from flextok.generators.text import Text
+from flextok.objectives import NextTokenObjective
 from flextok.schema import from_mapping
 from flextok.tokenizers import FlexTok, FlexTokConfig
 
@@ -170,7 +171,7 @@ def test_ar_logits(gpt, ar):
     close(gpt.embed(ids[:, :-1], label), ar["tf_input_embeddings"])
     close(gpt(ids[:, :-1], label), ar["tf_logits"])
     close(gpt(ids[:, :-1], torch.full_like(label, -1)), ar["tf_logits_uncond"])
-    close(gpt.loss(ids, label)["loss"], ar["tf_ce_mean"][0])
+    close(NextTokenObjective(gpt)({"indices": ids, "label": label})["loss"], ar["tf_ce_mean"][0])
 
 
 def test_ar_generation(gpt, ar):

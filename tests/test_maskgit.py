@@ -17,8 +17,9 @@ from flextok.generators.maskgit import (
     guidance_weight,
     gumbel,
     mask_schedule,
-    sample_mask,
 )
+from flextok.objectives import MaskedTokensConfig, MaskedTokensObjective
+from flextok.objectives.masked_tokens import sample_mask
 from flextok.schema import from_mapping
 
 BACKBONES = ["imagebert_tiny", "uvitbert_tiny"]
@@ -61,7 +62,9 @@ def test_golden_loss(name):
     masked = sample_mask(torch.rand(2, generator=draws), torch.rand(2, 16, generator=draws))
     assert torch.equal(masked, io["mask_seed77_masks"])
     ids = io["input_ids"]
-    losses = model.masked_loss(model(ids, io["labels"]), io["mlm_targets"], ids == model.mask_index)
+    losses = MaskedTokensObjective(model).losses(
+        model(ids, io["labels"]), io["mlm_targets"], ids == model.mask_index
+    )
     losses["loss"].backward()
     norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
     assert losses["loss"].item() == pytest.approx(golden()[name]["mlm_loss"], rel=1e-6)
@@ -282,9 +285,10 @@ def test_temperature_zero_takes_the_likeliest():
 
 def test_loss_draws_come_from_the_generator():
     model = build(dropout=0.0).train()
-    indices, cond = torch.randint(20, (4, 8)), torch.tensor([0, 1, 2, -1])
+    batch = {"indices": torch.randint(20, (4, 8)), "label": torch.tensor([0, 1, 2, -1])}
     a, b, c = (
-        model.loss(indices, cond, torch.Generator().manual_seed(s))["loss"] for s in (3, 3, 4)
+        MaskedTokensObjective(model)(batch, torch.Generator().manual_seed(s))["loss"]
+        for s in (3, 3, 4)
     )
     assert a == b
     assert a != c
@@ -307,16 +311,17 @@ def test_mask_ratio_and_gumbel():
 def test_overfits_one_batch_of_classes(backbone):
     torch.manual_seed(0)
     classes = {"name": "class", "num_classes": 2}
-    config = MaskGITConfig(
-        20, 8, backbone, 32, 1, 2, conditioner=classes, dropout=0.0, cond_drop=0.0
-    )
+    config = MaskGITConfig(20, 8, backbone, 32, 1, 2, conditioner=classes, dropout=0.0)
     model = MaskGIT(config).train()
     indices, cond = torch.randint(20, (2, 8)), torch.tensor([0, 1])
+    objective = MaskedTokensObjective(model, MaskedTokensConfig(cond_drop=0.0))
     optimizer = torch.optim.Adam(model.parameters(), 5e-3)
     draws = torch.Generator().manual_seed(0)
     for _ in range(200):
         optimizer.zero_grad()
-        model.loss(indices.repeat(16, 1), cond.repeat(16), draws)["loss"].backward()
+        objective({"indices": indices.repeat(16, 1), "label": cond.repeat(16)}, draws)[
+            "loss"
+        ].backward()
         optimizer.step()
     greedy = {"temperature": 0, "guidance_scale": 0}  # the null condition was not trained
     assert torch.equal(model.eval().generate(cond, generator=draws, **greedy), indices)
@@ -367,7 +372,7 @@ def test_attends_to_a_condition_with_features(backbone, monkeypatch):
     close(model(indices[:1], words[:1, :2]), logits[:1], 1e-5)  # padding changes nothing
     draws = torch.Generator().manual_seed(0)
     assert model.generate(words, guidance_scale=2.0, generator=draws).shape == (2, 8)
-    model.loss(indices, words, draws)["loss"].backward()
+    MaskedTokensObjective(model)({"indices": indices, "text": words}, draws)["loss"].backward()
     assert model.conditioner.embedding.weight.grad[1:6].any(dim=-1).all()
 
 
@@ -375,14 +380,17 @@ def test_attends_to_a_condition_with_features(backbone, monkeypatch):
 def test_learns_what_prompts_say(backbone):
     torch.manual_seed(0)
     text = {"name": "text", "encoder": {"name": "bytes", "dim": 16, "depth": 1, "num_heads": 2}}
-    config = MaskGITConfig(20, 8, backbone, 32, 1, 2, conditioner=text, dropout=0.0, cond_drop=0.0)
+    config = MaskGITConfig(20, 8, backbone, 32, 1, 2, conditioner=text, dropout=0.0)
     model = MaskGIT(config).train()
     prompts, indices = ["a red heart", "a bomb left of a cat"], torch.randint(20, (2, 8))
+    objective = MaskedTokensObjective(model, MaskedTokensConfig(cond_drop=0.0))
     optimizer = torch.optim.Adam(model.parameters(), 5e-3)
     draws = torch.Generator().manual_seed(0)
     for _ in range(150):
         optimizer.zero_grad()
-        model.loss(indices.repeat(16, 1), prompts * 16, draws)["loss"].backward()
+        objective({"indices": indices.repeat(16, 1), "text": prompts * 16}, draws)[
+            "loss"
+        ].backward()
         optimizer.step()
     model.eval()
     greedy = {"temperature": 0, "guidance_scale": 0}
@@ -410,6 +418,6 @@ def test_errors_name_the_remedy():
     with pytest.raises(ValueError, match=r"span \[5, 5\], expected \[0, 4\]"):
         model.generate(torch.tensor([5]))
     with pytest.raises(ValueError, match=r"span \[20, 20\]"):
-        model.loss(torch.full((1, 8), 20), cond)
+        MaskedTokensObjective(model)({"indices": torch.full((1, 8), 20), "label": cond})
     with pytest.raises(ValueError, match="depth=4 must be odd"):
         build("uvit", depth=4)

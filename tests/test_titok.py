@@ -7,8 +7,10 @@ import torch
 from golden.titok.load import close, golden, load_case, published_shapes
 
 from flextok.convert import titok_config, titok_state
+from flextok.nn.blocks import recompute_blocks
+from flextok.objectives import ProxyCodesObjective, ReconstructionConfig, ReconstructionObjective
 from flextok.quantizers.kl import kl_divergence, moments
-from flextok.schema import from_mapping
+from flextok.schema import ConfigError, from_mapping
 from flextok.tokenizers.titok import TiTok, TiTokConfig
 from flextok.tokenizers.vqgan import MaskGITVQGAN, VQGANConfig
 
@@ -61,6 +63,9 @@ def build(**changes):
     return TiTok(config(**changes)).eval()
 
 
+KL = {"name": "kl", "dim": 4}
+
+
 @pytest.fixture
 def images():
     return torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -111,7 +116,9 @@ def test_golden_first_stage():
     model, io = load("titok_tiny", drop=("pixel_",))
     model.train()
     assert model.config.stage == "proxy"
-    losses = model.loss(io["image"] * 2 - 1, proxy_indices=io["proxy_codes"])
+    model.attach_proxy(MaskGITVQGAN(replace(model.config.proxy, image_size=model.image_size)))
+    batch = {"image": io["image"] * 2 - 1, "proxy_indices": io["proxy_codes"]}
+    losses = ProxyCodesObjective(model)(batch)
     losses["loss"].backward()
     expected = golden()["stage1_loss"]
     assert losses["loss"].item() == pytest.approx(expected["total_loss"], rel=1e-6)
@@ -219,7 +226,7 @@ def test_legacy_layout_mixes_latents(images):
 
 @torch.no_grad()
 def test_prefixes_decode_after_nested_dropout():
-    model = build(nested_dropout="uniform")
+    model = build(ordered=True)
     indices = torch.randint(32, (3, 6))
     for k in range(1, 7):
         prefix = model.decode(indices[:, :k])
@@ -234,14 +241,15 @@ def test_prefixes_decode_after_nested_dropout():
 
 def test_full_length_is_required_without_nested_dropout():
     model, indices = build(), torch.randint(32, (2, 6))
-    with pytest.raises(ValueError, match=r"all 6 tokens only, got 5.*nested_dropout"):
+    with pytest.raises(ValueError, match=r"all 6 tokens only, got 5.*nested dropout"):
         model.decode(indices[:, :5])
     with pytest.raises(ValueError, match="all 6 tokens only, got 2"):
         model.decode(indices, keep=torch.tensor([2, 6]))
 
 
 def test_nested_dropout_decodes_each_length_of_a_batch_apart(images):
-    model = build(nested_dropout="uniform").train()
+    model = build(ordered=True).train()
+    objective = ReconstructionObjective(model)
     images = images.repeat(2, 1, 1, 1)[:4]
     seen = []
     model.decoder.register_forward_pre_hook(
@@ -249,25 +257,33 @@ def test_nested_dropout_decodes_each_length_of_a_batch_apart(images):
     )
     for seed in range(20):
         seen.append([])
-        model.loss(images, torch.Generator().manual_seed(seed))
+        objective({"image": images}, torch.Generator().manual_seed(seed))
         assert sum(rows for rows, _ in seen[-1]) == 4
         assert len(seen[-1]) == 4
     assert {length for step in seen for _, length in step} == set(range(1, 7))
-    # processes share the generator of the lengths, and nothing else
-    losses = []
-    for own in (1, 2):
-        seen.append([])
-        draws, shared = (torch.Generator().manual_seed(seed) for seed in (own, 5))
-        losses.append(model.loss(images, draws, shared=shared)["loss"])
-    assert seen[-1] == seen[-2]
-    assert losses[0] != losses[1]
+
+
+@pytest.mark.parametrize("quantizer", [{"name": "vq", "codebook_size": 32, "dim": 4}, KL])
+def test_shares_of_a_batch_compute_what_the_whole_does(quantizer):
+    model = build(ordered=True, quantizer=quantizer).train()
+    objective = ReconstructionObjective(model)
+    images = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+    def losses(rows):
+        batch = {"image": images[rows], "row": rows}
+        return objective(batch, torch.Generator().manual_seed(5))
+
+    whole, shares = losses(range(6)), [losses(range(3)), losses(range(3, 6))]
+    for name, value in whole.items():
+        torch.testing.assert_close((shares[0][name] + shares[1][name]) / 2, value)
 
 
 @torch.no_grad()
-def test_pictures_stay_in_their_order_whatever_length_they_get(images):
-    model = build(nested_dropout="uniform").train()
-    images = images.repeat(2, 1, 1, 1)[:4]
-    made = model.reconstruct(images, torch.Generator().manual_seed(0)).images
+def test_each_image_is_compared_with_what_became_of_it(images):
+    model = build(ordered=True).train()
+    images = torch.cat([images, images.flip(0) / 2])
+    draws = torch.Generator().manual_seed(0)
+    _, images, made = ReconstructionObjective(model).reconstruct({"image": images}, draws)
     codes = model.encode_codes(images)
     lengths = []
     for i in range(4):
@@ -281,11 +297,11 @@ def test_pictures_stay_in_their_order_whatever_length_they_get(images):
 def test_a_second_stage_without_its_first_does_not_train(images):
     """It trained a decoder for the codes of a random, frozen encoder, and said nothing."""
     model = build(stage="finetune")
-    with pytest.raises(ValueError, match=r"call prepare_training\(proxy, first\)"):
-        model.loss(images)
+    with pytest.raises(ConfigError, match=r"as start.first \(got nothing\)"):
+        ReconstructionObjective(model)
     trained = build(stage="finetune")
     trained.load_state_dict(model.state_dict())
-    assert trained.loss(images)["loss"].isfinite()
+    assert ReconstructionObjective(trained)({"image": images})["loss"].isfinite()
 
 
 @pytest.mark.parametrize("quantizer", ["vq", "kl", "fsq"])
@@ -293,9 +309,9 @@ def test_single_stage_trains_everything(images, quantizer):
     spec = {"kl": {"dim": 4}, "fsq": {"levels": [4, 4]}, "vq": {"codebook_size": 32, "dim": 4}}
     model = build(quantizer={"name": quantizer, **spec[quantizer]}).train()
     torch.nn.init.normal_(model.encoder.head.weight)  # so that FSQ leaves its middle code
-    calls = []
-    model.perceptual = lambda ours, theirs: calls.append(theirs) or (ours - theirs).abs().mean()
-    losses = model.loss(images, torch.Generator().manual_seed(0))
+    calls, objective = [], ReconstructionObjective(model)
+    objective.perceptual = lambda ours, theirs: calls.append(theirs) or (ours - theirs).abs().mean()
+    losses = objective({"image": images}, torch.Generator().manual_seed(0))
     assert torch.equal(calls[0], images)
     close(losses["loss"], losses["l2"] + losses["perceptual"] + losses["quantizer"], 1e-6)
     losses["loss"].backward()
@@ -305,20 +321,21 @@ def test_single_stage_trains_everything(images, quantizer):
 
 def test_reconstruction_error_is_measured_on_unit_range(images):
     model = build().train()
-    reconstruction = model.reconstruct(images)
-    expected = ((reconstruction.images - images) / 2).square().mean()
-    close(model.reconstruction_losses(images, reconstruction)["l2"], expected, 1e-6)
+    losses, _, made = ReconstructionObjective(model).reconstruct({"image": images})
+    close(losses["l2"], ((made - images) / 2).square().mean(), 1e-6)
 
 
 def test_first_stage_learns_its_teacher(images):
     model, teacher = build(stage="proxy"), MaskGITVQGAN(PROXY)
+    with pytest.raises(ConfigError, match=r"as start.proxy \(got nothing\)"):
+        ProxyCodesObjective(model)
     with pytest.raises(ValueError, match="attach_proxy"):
-        model.loss(images)
+        model.decode(torch.zeros(1, 6, dtype=torch.long))
     before = set(model.state_dict())
-    model.attach_proxy(teacher)
+    objective = ProxyCodesObjective(model, proxy=teacher).train()
     assert set(model.state_dict()) == before
-    losses = model.train().loss(images)
-    given = model.loss(images, proxy_indices=teacher.encode(images))
+    losses = objective({"image": images})
+    given = objective({"image": images, "proxy_indices": teacher.encode(images)})
     assert losses["loss"] == given["loss"]
     losses["loss"].backward()
     assert not any(p.requires_grad for p in teacher.parameters())
@@ -350,11 +367,13 @@ def test_second_stage_starts_from_the_first(images):
     first, teacher = build(stage="proxy"), MaskGITVQGAN(PROXY)
     first.attach_proxy(teacher)
     second = TiTok(replace(first.config, stage="finetune"))
-    second.start_finetuning(first, teacher)
+    objective = ReconstructionObjective(second, first=first, proxy=teacher).train()
+    second.eval()
     indices = first.encode(images)
     assert torch.equal(second.encode(images), indices)
     close(second.decode(indices), first.decode(indices), 1e-6)
-    second.train().loss(images)["loss"].backward()
+    second.train()
+    objective({"image": images})["loss"].backward()
     trained = {n.split(".")[0] for n, p in second.named_parameters() if p.grad is not None}
     assert trained == {"decoder", "pixel_quantizer", "pixel_decoder"}
 
@@ -395,7 +414,9 @@ def test_sizes_and_errors(images):
     with pytest.raises(ValueError, match="patch_size=8 must be 4"):
         build(patch_size=8, stage="proxy")
     with pytest.raises(ValueError, match="unknown nested dropout 'tail'"):
-        build(nested_dropout="tail")
+        ReconstructionObjective(build(ordered=True), ReconstructionConfig("tail"))
+    with pytest.raises(ConfigError, match=r"nested_dropout=uniform .* model\.ordered=true"):
+        ReconstructionObjective(build(), ReconstructionConfig("uniform"))
     with pytest.raises(ValueError, match="must be one of 'proxy', 'finetune', 'single'"):
         from_mapping(TiTokConfig, {"stage": "two"})
 
@@ -409,8 +430,9 @@ def test_saves_and_loads(images, stage, tmp_path):
 
 
 def test_recomputed_blocks_change_nothing(images):
-    plain, recomputed = build().train(), build(checkpoint_blocks=True).train()
+    plain, recomputed = build().train(), build().train()
+    recompute_blocks(recomputed)
     for model in (plain, recomputed):
-        model.loss(images)["loss"].backward()
+        ReconstructionObjective(model)({"image": images})["loss"].backward()
     for (name, a), b in zip(plain.named_parameters(), recomputed.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, msg=name)

@@ -18,6 +18,7 @@ from flextok.losses.adversarial import (
     hinge_discriminator_loss,
     hinge_generator_loss,
 )
+from flextok.objectives import ReconstructionObjective
 from flextok.quantizers import KL, VQ
 from flextok.quantizers.vq import codebook_usage, count_codes
 from flextok.schema import from_mapping
@@ -87,7 +88,7 @@ def test_sizes_and_errors(tiny):
     with pytest.raises(ValueError, match=r"expected \[-1, 1\]"):
         tiny.encode(torch.full((1, 3, 16, 16), 200.0))
     with pytest.raises(ValueError, match=r"expected \(B, 3, 16, 16\)"):
-        tiny.loss(torch.zeros(1, 3, 8, 8))
+        ReconstructionObjective(tiny)({"image": torch.zeros(1, 3, 8, 8)})
 
 
 def test_norms_of_narrow_models_may_have_fewer_groups(tiny):
@@ -101,10 +102,11 @@ def test_norms_of_narrow_models_may_have_fewer_groups(tiny):
 
 def test_training_reduces_the_loss(tiny):
     images = torch.rand(2, 3, 16, 16) * 2 - 1
+    objective = ReconstructionObjective(tiny)
     optimizer = torch.optim.Adam(tiny.parameters(), 2e-3)
     history = []
     for _ in range(8):
-        losses = tiny.loss(images)
+        losses = objective({"image": images})
         optimizer.zero_grad()
         losses["loss"].backward()
         optimizer.step()
