@@ -24,8 +24,8 @@ LENGTHS = list(GRIDS)
 
 def runs() -> dict[str, list[tuple[str, list[str], list[int]]]]:
     """Layout: its runs, each a config, overrides, and the lengths that the model is measured at."""
-    tail = ["model.nested_dropout=uniform"]
-    grid = "model.nested_dropout=none"
+    tail = ["model.ordered=true"]
+    grid = "model.ordered=false"
     return {
         "FlexTok": [("compare_flextok", [], LENGTHS)],
         "TiTok": [("compare_titok", [f"model.num_tokens={k}"], [k]) for k in LENGTHS],

@@ -25,6 +25,7 @@ from flextok.config import ExperimentConfig, load_experiment
 from flextok.fake_gpu import DEVICE, FakeGPU, autocast
 from flextok.machine import measure, measure_machine, peak_memory, reset_peak_memory
 from flextok.training import plan
+from flextok.training.optim import make_optimizer
 from flextok.training.sharding import compile_blocks
 
 ROOT = Path(__file__).parent.parent
@@ -45,15 +46,15 @@ def read(name: str) -> ExperimentConfig:
 def dry(name: str, batch: int = 2) -> list[str]:
     """A config's loss on fake CUDA tensors, in bf16. Returns where it would wait for the GPU."""
     config = read(name)
-    if config.model.get("checkpoint_blocks"):  # for a backward pass, which there is none
-        config = replace(config, model={**config.model, "checkpoint_blocks": False})
+    if config.trainer.checkpoint_blocks:  # for a backward pass, which there is none
+        config = replace(config, trainer=replace(config.trainer, checkpoint_blocks=False))
     with FakeGPU() as gpu:
         module = plan.build(config, DEVICE)
         inputs = plan.make_batch(module.model, batch)
         with autocast(torch.bfloat16):
-            module.training_step(inputs, 0)  # constants reach the GPU
+            module(inputs)  # constants reach the GPU
             del gpu.waits[:]
-            module.training_step(inputs, 0)
+            module(inputs)
     return gpu.waits
 
 
@@ -86,13 +87,13 @@ def training_step(name: str, device: torch.device, matmul_flops: float) -> dict[
 def timed_step(config: ExperimentConfig, batch: int, device: torch.device) -> float:
     module = plan.build(config, device)
     compile_blocks(module.model)
-    optimizer = module.make_optimizer()
+    optimizer = make_optimizer(module, config.optim)
     inputs = real_batch(module.model, batch)
 
     def step() -> None:
         optimizer.zero_grad()
         with torch.autocast(device.type, torch.bfloat16):
-            loss = module.training_step(inputs, 0)
+            loss = module(inputs)["loss"]
         loss.backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()

@@ -19,8 +19,8 @@ from flextok import viz
 from flextok.bench import SIZES, measure
 from flextok.cli.common import write_json
 from flextok.generators import GENERATORS
+from flextok.registry import build_model
 from flextok.tokenizers import TOKENIZERS
-from flextok.training.run import build_model
 
 CPU = torch.device("cpu")
 

@@ -29,8 +29,11 @@ from flextok.data.processes import local_device
 from flextok.data.shard_stream import Layout, ShardStream
 from flextok.data.stream import PositionSampler, collate
 from flextok.draws import derived_generator
-from flextok.training.modules import TrainingModule
-from flextok.training.run import generator_run, load_tokenizer, tokenizer_run
+from flextok.objectives import Objective
+from flextok.training.fit import make_data
+from flextok.training.optim import make_optimizer
+from flextok.training.prepare import prepare
+from flextok.training.run import fit_options
 
 CLOCK = time.perf_counter
 
@@ -57,17 +60,22 @@ def loader_rate(data: DataModule, workers: int, seconds: float) -> float:
     return rate(lambda: next(batches), data.batch_size, seconds, warm_up)
 
 
-def model_rate(module: TrainingModule, data: DataModule, device: str, seconds: float) -> float:
+def model_rate(
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    data: DataModule,
+    device: str,
+    seconds: float,
+) -> float:
     batch = collate([data.stream[position] for position in range(data.batch_size)])
     batch = {key: value.to(device) for key, value in batch.items()}
-    module.model.to(device).train()
-    optimizer: Any = module.configure_optimizers()["optimizer"]
+    objective.to(device).train()
     on_gpu = device.startswith("cuda")
     draws = derived_generator(0)
 
     def step() -> None:
         with torch.autocast("cuda", torch.bfloat16, enabled=on_gpu):
-            loss = module.model.loss(*module.inputs(batch), generator=draws)["loss"]
+            loss = objective(batch, draws)["loss"]
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -93,10 +101,11 @@ def main() -> None:
             parser.error("--cpu-seconds counts no other process: give --workers 0")
         globals()["CLOCK"] = time.process_time
     config = load_experiment(options.config, options.overrides)
-    if config.task == "tokenizer":
-        module, data, _ = tokenizer_run(config)
-    else:
-        module, data, _ = generator_run(config, Path(config.output_dir), load_tokenizer(config))
+    objective, train_set, validation_set, _ = prepare(config)
+    objective.prepare()
+    asked = fit_options(config)
+    data = make_data(objective.model, train_set, validation_set, asked)
+    optimizer = make_optimizer(objective, asked.optim)
     device = local_device() if config.trainer.accelerator != "cpu" else "cpu"
     facts: dict[str, Any] = {
         "config": Path(options.config).stem,
@@ -106,7 +115,7 @@ def main() -> None:
         "cpus": os.cpu_count(),
         "clock": "cpu" if options.cpu_seconds else "wall",
         "torch": torch.__version__,
-        "model_samples_per_s": model_rate(module, data, device, options.seconds),
+        "model_samples_per_s": model_rate(objective, optimizer, data, device, options.seconds),
     }
     print(f"{facts['config']}, batches of {data.batch_size}, {facts['device']}")
     print(f"{'model, training steps':24s}{facts['model_samples_per_s']:12.1f} samples/s")

@@ -1,5 +1,6 @@
 """FlexTok: images as short, ordered token sequences."""
 
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
 try:
@@ -7,23 +8,33 @@ try:
 except PackageNotFoundError:  # run from a source tree that is not installed
     __version__ = "0+unknown"
 
-_TOKENIZERS = ("FlexTok", "MaskGITVQGAN", "TiTok")
-_GENERATORS = ("GPT", "MaskGIT")
+_PLACES = {
+    **dict.fromkeys(("FlexTok", "FlexTokConfig", "MaskGITVQGAN", "TiTok"), "flextok.tokenizers"),
+    **dict.fromkeys(("GPT", "MaskGIT"), "flextok.generators"),
+    **{"load_model": "flextok.pipeline", "make_objective": "flextok.objectives"},
+    **{"fit": "flextok.training.fit", "FitOptions": "flextok.training.options"},
+}
 
-__all__ = ["GPT", "FlexTok", "MaskGIT", "MaskGITVQGAN", "TiTok", "__version__"]
+__all__ = [
+    "GPT",
+    "FitOptions",
+    "FlexTok",
+    "FlexTokConfig",
+    "MaskGIT",
+    "MaskGITVQGAN",
+    "TiTok",
+    "__version__",
+    "fit",
+    "load_model",
+    "make_objective",
+]
 
 
 def __getattr__(name: str):
     # the models import torch, which takes seconds: only when asked for
-    if name in _TOKENIZERS:
-        from flextok import tokenizers
-
-        return getattr(tokenizers, name)
-    if name in _GENERATORS:
-        from flextok import generators
-
-        return getattr(generators, name)
-    raise AttributeError(f"module 'flextok' has no attribute {name!r}")
+    if name not in _PLACES:
+        raise AttributeError(f"module 'flextok' has no attribute {name!r}")
+    return getattr(import_module(_PLACES[name]), name)
 
 
 def __dir__() -> list[str]:

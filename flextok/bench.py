@@ -26,10 +26,11 @@ from flextok.machine import (
     peak_memory,
     reset_peak_memory,
 )
+from flextok.objectives import make_objective
+from flextok.registry import build_model
 from flextok.schema import unknown_key
 from flextok.tokenizers import TOKENIZERS
 from flextok.training.optim import make_optimizer
-from flextok.training.run import build_model
 
 _SMALL_VAE = {"name": "kl", "block_channels": [32, 32, 32, 32]}  # 16 channels, f8; never run here
 _QUICKSTART = {"image_size": 32, "patch_size": 8, "num_registers": 16, "head_dim": 32}
@@ -213,7 +214,7 @@ def flextok_rows(
     yield Row(name, decode(1.0), batch)
     yield Row(f"{name}, 1 token", decode(1.0, 1), batch)
     yield Row(f"{name}, APG", decode(7.5), batch)
-    yield Row(f"train step B{batch}", train_step(model, (images,), device, dtype), batch)
+    yield Row(f"train step B{batch}", train_step(model, {"image": images}, device, dtype), batch)
 
 
 def gpt_rows(
@@ -233,7 +234,11 @@ def gpt_rows(
 
     yield generate(1.0)
     yield generate(1.5)
-    yield Row(f"train step B{batch}", train_step(model, (indices, labels), device, dtype), batch)
+    yield Row(
+        f"train step B{batch}",
+        train_step(model, {"indices": indices, "label": labels}, device, dtype),
+        batch,
+    )
 
 
 def generation_bytes(model: Any, batch: int) -> float:
@@ -250,7 +255,11 @@ def maskgit_rows(
     tokens, labels = model.num_tokens, torch.zeros(batch, dtype=torch.long, device=device)
     indices = torch.randint(0, model.config.vocab_size, (batch, tokens), device=device)
     yield Row(f"generate B{batch}", lambda: model.generate(labels), batch * tokens)
-    yield Row(f"train step B{batch}", train_step(model, (indices, labels), device, dtype), batch)
+    yield Row(
+        f"train step B{batch}",
+        train_step(model, {"indices": indices, "label": labels}, device, dtype),
+        batch,
+    )
 
 
 def picture_rows(
@@ -264,18 +273,18 @@ def picture_rows(
 
 
 def train_step(
-    model: Any, inputs: tuple[Tensor, ...], device: torch.device, dtype: torch.dtype
+    model: Any, batch: dict[str, Tensor], device: torch.device, dtype: torch.dtype
 ) -> Callable[[], object]:
     """Loss, gradients and AdamW, in fp32 or mixed precision."""
-    optimizer: torch.optim.Optimizer | None = None
+    objective, optimizer = make_objective(model), None
     draws = torch.Generator().manual_seed(0)
 
     def step() -> None:
         nonlocal optimizer
-        optimizer = optimizer or make_optimizer(model, OptimConfig())  # after the model's last move
+        optimizer = optimizer or make_optimizer(objective, OptimConfig())  # after the last move
         optimizer.zero_grad()
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            loss = model.loss(*inputs, generator=draws)["loss"]
+            loss = objective(batch, draws)["loss"]
         loss.backward()
         optimizer.step()
 

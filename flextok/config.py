@@ -4,8 +4,8 @@ import os
 import re
 import types
 import typing
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, is_dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,44 +13,37 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from flextok.data.datasets import DATASETS
-from flextok.generators import GENERATORS
-from flextok.generators.conditioning import CONDITIONERS, TEXT_ENCODERS
-from flextok.hub import Pretrained
-from flextok.quantizers import QUANTIZERS
+from flextok.registry import MODELS, OBJECTIVES, REGISTRIES
 from flextok.schema import Bounds, ConfigError, Share, from_mapping, options_of
-from flextok.tokenizers import TOKENIZERS
-from flextok.vae import VAES
 
-MODELS: dict[str, type[Pretrained]] = {**TOKENIZERS, **GENERATORS}
 NUMBER = r"[-+]?(0|[1-9]\d*)(\.\d+)?|true|false|null"
-# where a config names a component: the registry that it is chosen from
-REGISTRIES: dict[str, Mapping[str, Callable[..., Any]]] = {
-    **{"train": DATASETS, "validation": DATASETS},
-    **{"model": {name: model.config_class for name, model in MODELS.items()}},
-    **{"vae": VAES, "quantizer": QUANTIZERS},
-    **{"conditioner": CONDITIONERS, "encoder": TEXT_ENCODERS},
-}
 
 Count = Annotated[int, Bounds(1)]
 CountOrZero = Annotated[int, Bounds(0)]
 Weight = Annotated[float, Bounds(0)]
 Rate = Annotated[float, Bounds(0, 10, open_low=True)]  # of learning
+Seed = Annotated[int, Bounds(0, 2**32 - 1)]
 Decay = Annotated[float, Bounds(0, 1, open_high=True)]  # of a moving average
 
 
 @dataclass
-class DataConfig:
-    train: dict[str, Any] | list[dict[str, Any]]  # {name: emoji, ...}; several are concatenated
-    validation: dict[str, Any] | list[dict[str, Any]] | None = None
+class LoadingConfig:
+    """How data sets are read: in what batches, and with what augmentation of images."""
+
     batch_size: Count = 64  # of one process
     num_workers: CountOrZero = 0
     crop: Literal["center", "random"] = "center"
     flip: bool = False
     shift: Annotated[float, Bounds(0, 0.5, open_high=True)] = (
-        0.0  # random shifts, a fraction of the picture; fills with white
+        0.0  # random shifts, a fraction of the image; fills with white
     )
-    token_variants: Count = 1  # generator: augmented encodings of each picture
+
+
+@dataclass(kw_only=True)
+class DataConfig(LoadingConfig):
+    train: dict[str, Any] | list[dict[str, Any]]  # {name: emoji, ...}; several are concatenated
+    validation: dict[str, Any] | list[dict[str, Any]] | None = None
+    token_variants: Count = 1  # generator: augmented encodings of each image
     token_cache: str | None = None  # generator: folder, by default <output_dir>/tokens
 
 
@@ -88,20 +81,8 @@ class TrainerConfig:
     max_nonfinite: Count = 10  # skipped steps in a row (loss not finite) that stop the run
     num_pictures: CountOrZero = 8  # in the grids drawn after each validation
     compile: bool = False  # torch.compile, for GPUs
+    checkpoint_blocks: bool = False  # recompute activations in the backward pass: less memory
     revive_every: CountOrZero = 0  # steps between revivals of a VQ's unused codes; 0 = never
-
-
-@dataclass
-class AdversarialConfig:
-    """A patch discriminator trained along with a tokenizer (TiTok's second stage)."""
-
-    weight: Weight = 0.01  # of the adversarial loss, in the tokenizer's
-    start: CountOrZero = 20_000  # the step from which on it counts, and the discriminator learns
-    lecam: Weight = 1e-3  # weight of the LeCam regularization, in the discriminator's loss
-    lecam_decay: Share = 0.999
-    dim: Count = 128  # channels of the discriminator's first stage
-    num_stages: Count = 3
-    lr: Rate | None = None  # the discriminator's; by default the tokenizer's
 
 
 @dataclass
@@ -121,17 +102,18 @@ class ExperimentConfig:
 
     task: Literal["tokenizer", "generator"]
     output_dir: str
-    model: dict[str, Any]
+    model: dict[str, Any]  # what is saved: the architecture, and how it decodes by default
     data: DataConfig
     trainer: TrainerConfig
+    # what training minimises, and all that only training needs: {name: flow, ...}, see objectives/;
+    # the name may be left out, it follows from the model
+    objective: dict[str, Any] = field(default_factory=dict)
     optim: OptimConfig = field(default_factory=OptimConfig)
     tokenizer: str | None = None  # generator: folder or hub id of its tokenizer
-    # tokenizer: trained models that it starts from, {weights: folder or hub id}, see
-    # prepare_training
+    # trained models that the objective starts from: {weights: folder or hub id}
     start: dict[str, str] = field(default_factory=dict)
-    adversarial: AdversarialConfig | None = None  # tokenizer: none for FlexTok
     evaluation: EvaluationConfig | None = None
-    seed: Annotated[int, Bounds(0, 2**32 - 1)] = 0
+    seed: Seed = 0
     resume: bool = True  # continue from the newest intact one of <output_dir>/checkpoints, if any
 
     def __post_init__(self) -> None:
@@ -152,15 +134,9 @@ class ExperimentConfig:
             )
         if self.evaluation is not None and self.data.validation is None:
             raise ConfigError("evaluation needs data.validation: the pictures to evaluate on")
-        whole = {
-            "adversarial": self.adversarial,
-            "evaluation": self.evaluation,
-            "trainer.revive_every": self.trainer.revive_every,
-        }
-        if self.trainer.strategy == "fsdp2" and any(whole.values()):
-            asked = ", ".join(name for name, value in whole.items() if value)
+        if self.trainer.strategy == "fsdp2" and self.evaluation is not None:
             raise ConfigError(
-                f"trainer.strategy=fsdp2 shards the model, {asked} needs it whole: ddp?"
+                "trainer.strategy=fsdp2 shards the model, evaluation needs it whole: ddp?"
             )
 
 
@@ -183,6 +159,7 @@ def load_experiment(path: str | Path, overrides: list[str] | None = None) -> Exp
         raise ConfigError(f"{path}: {error}") from None
     if isinstance(data := values.get("data"), dict):
         data |= {key: folder_spec(key, data[key]) for key in ("train", "validation") if key in data}
+    check_places(values)
     return from_mapping(ExperimentConfig, values)
 
 
@@ -219,6 +196,39 @@ def merged(base: Any, value: Any) -> Any:
     if value.get("name") not in (None, base.get("name")):
         return value
     return {**base, **{key: merged(base.get(key), below) for key, below in value.items()}}
+
+
+# keys that are written otherwise now
+RENAMED = {
+    "adversarial": "objective={name: adversarial, ...}, and its start is objective.start_step",
+    "model.cross_length": "objective={name: cross_length, weight: ...}",
+    "model.distill": "objective={name: distillation, num_steps: ..., teacher_steps: ...}",
+}
+
+
+def check_places(values: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a key in a section that is not its own, naming the right one."""
+    homes: dict[str, set[str]] = {
+        "": names_in(ExperimentConfig),
+        "model": {"name"}.union(*(names_in(model.config_class) for model in MODELS.values())),
+        "objective": {"name"}.union(*(names_in(o.config_class) for o in OBJECTIVES.values())),
+        **{"data": names_in(DataConfig), "optim": names_in(OptimConfig)},
+        **{"trainer": names_in(TrainerConfig), "evaluation": names_in(EvaluationConfig)},
+    }
+    for section, home in homes.items():
+        found = values.get(section) if section else values
+        for key in found if isinstance(found, Mapping) else ():
+            written = f"{section}.{key}".lstrip(".")
+            if written in RENAMED:
+                raise ConfigError(f"{written} is now {RENAMED[written]}")
+            places = [place for place, names in homes.items() if key in names]
+            if key not in home and places:
+                here = " or ".join(f"{place}.{key}".lstrip(".") for place in places)
+                raise ConfigError(f"{written} belongs elsewhere: {here}")
+
+
+def names_in(cls: type) -> set[str]:
+    return {field.name for field in fields(cls)}
 
 
 def folder_spec(key: str, value: Any) -> Any:

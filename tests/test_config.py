@@ -25,7 +25,6 @@ MINIMAL = {
     "model": {"name": "flextok"},
     "data": {"train": {"name": "emoji"}, "validation": {"name": "emoji"}},
     "trainer": {"max_steps": 1},
-    "adversarial": {},
     "evaluation": {},
 }
 
@@ -56,7 +55,7 @@ def read(path, value):
 
 def test_the_walk_finds_the_numbers():
     known = {("optim", "lr"), ("trainer", "max_steps"), ("data", "shift"), ("seed",)}
-    known |= {("optim", "betas"), ("optim", "lr_scale"), ("adversarial", "lr")}
+    known |= {("optim", "betas"), ("optim", "lr_scale")}
     known |= {("evaluation", "num_tokens"), ("evaluation", "limit"), ("trainer", "devices")}
     assert known <= NUMERIC.keys()
 

@@ -17,8 +17,8 @@ from PIL import Image
 from flextok.data.datasets import DATASETS, HuggingFaceImages, ImageFolder, WebDatasetImages
 from flextok.data.emoji import Emoji, EmojiScenes
 from flextok.images import CorruptPicture, load_picture, to_rgb
+from flextok.registry import make_dataset
 from flextok.schema import ConfigError
-from flextok.training.run import make_dataset
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
 

@@ -15,8 +15,8 @@ from flextok.evaluation.metrics import psnr
 from flextok.flow.guidance import apg
 from flextok.generators import GENERATORS
 from flextok.nn.devices import span, widest
+from flextok.registry import build_model
 from flextok.tokenizers import TOKENIZERS
-from flextok.training.run import build_model
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,11 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from flextok.config import load_experiment
 from flextok.pipeline import load_model
+from flextok.registry import build_model
 from flextok.tokenizers import TOKENIZERS, FlexTok
 from flextok.tokenizers.networks import Encoder, FlowDecoder
 from flextok.training.checkpoints import find_checkpoint, list_checkpoints, verify
-from flextok.training.run import build_model, train
+from flextok.training.run import train
 from flextok.training.sharding import gather, shard
 
 STEPS = 20

@@ -12,8 +12,8 @@ from flextok.fake_gpu import DEVICE, FakeGPU, autocast
 from flextok.generators import GENERATORS
 from flextok.objectives import make_objective
 from flextok.pipeline import grow_images, reconstruct_prefixes
+from flextok.registry import build_model
 from flextok.tokenizers import TOKENIZERS
-from flextok.training.run import build_model
 
 KL_VAE = {"name": "kl", "channels": 4, "block_channels": [32, 32]}
 TOKENIZER_SPECS = {

@@ -20,7 +20,7 @@ MODELS = {
     "titok": {"model": {"name": "titok", **TITOK, "stage": "single"}},
     "vqgan": {"model": {"name": "maskgit_vqgan", **VQGAN}},
 }
-MODELS["titok"]["adversarial"] = {"start": 0, "dim": 32, "num_stages": 1}
+MODELS["titok"]["objective"] = {"name": "adversarial", "start_step": 0, "dim": 32, "num_stages": 1}
 
 
 def config(folder, **parts):

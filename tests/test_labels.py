@@ -15,8 +15,9 @@ from flextok.data.labels import by_name, index_labels
 from flextok.data.pictures import CorruptPicture
 from flextok.data.web import WebDatasetImages, WebDatasetStream
 from flextok.evaluation import Cell, Options, evaluate
+from flextok.registry import make_dataset
 from flextok.schema import from_mapping
-from flextok.training.run import generator_run, load_tokenizer, make_dataset
+from flextok.training.prepare import prepare as prepare_run
 
 
 def picture() -> bytes:
@@ -241,8 +242,8 @@ def prepare(tmp_path):
         spec["model"]["conditioner"] = conditioner or {"name": "class"}
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
         config = from_mapping(ExperimentConfig, spec)
-        module, data, _ = generator_run(config, tmp_path / "run", load_tokenizer(config))
-        return module.model, data.stream.dataset, data.evaluation.dataset
+        objective, training, validating, _ = prepare_run(config)
+        return objective.model, training, validating
 
     return run
 

@@ -14,8 +14,8 @@ from flextok.cli import main
 from flextok.config import ExperimentConfig, leaves, load_experiment
 from flextok.generators import GENERATORS
 from flextok.printing import one_line, printable
+from flextok.registry import build_model, make_dataset
 from flextok.tokenizers import TOKENIZERS
-from flextok.training.run import build_model, make_dataset
 
 WRONG = ["[{x: 1}]", "{x: [1]}", "true", "1.5", "some text", "[1, 2]", "null", "-1", "0"]
 GPT = {"vocab_size": 200, "num_tokens": 8, "depth": 1, "dim": 16, "num_heads": 2}
@@ -56,7 +56,7 @@ def experiment(tmp_path):
             "model": {"name": "flextok", **TINY},
             "data": {"train": {"name": "emoji"}, "validation": {"name": "emoji"}},
             "trainer": {"max_steps": 1, "accelerator": "cpu"},
-            "adversarial": {},
+            "objective": {},
             "evaluation": {},
             **changes,
         }
@@ -95,7 +95,7 @@ def test_every_key_of_a_wrong_type_is_named_in_one_line(experiment, capsys):
 def test_every_key_of_a_model_of_a_wrong_type_is_named(experiment, name):
     """Down to the options of its components, which no dataclass states."""
     registry = TOKENIZERS if name in TOKENIZERS else GENERATORS
-    path = experiment(model={"name": name, **MODELS[name]}, adversarial=None)
+    path = experiment(model={"name": name, **MODELS[name]})
 
     def build(overrides: list[str]) -> None:
         with torch.device("meta"):
@@ -227,7 +227,7 @@ def test_a_file_that_is_no_config(tmp_path, capsys, content):
 
 def test_an_accelerator_that_is_not_there(experiment, capsys, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    path = experiment(adversarial=None, evaluation=None, trainer={"max_steps": 1})
+    path = experiment(evaluation=None, trainer={"max_steps": 1})
     assert main(["train", path, "trainer.accelerator=tpu", "data.validation=null"]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("flextok: trainer")

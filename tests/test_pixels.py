@@ -17,7 +17,8 @@ from flextok.data.web import WebDatasetStream
 from flextok.pipeline import load_model
 from flextok.schema import ConfigError, from_mapping
 from flextok.training.plan import Assumptions, plan
-from flextok.training.run import fill_auto, train
+from flextok.training.prepare import fill_auto
+from flextok.training.run import train
 from flextok.vae import IdentityVAE
 
 AUTO = {"name": "identity", "shift": "auto", "scale": "auto"}

@@ -14,10 +14,10 @@ from flextok.cli import main
 from flextok.config import load_experiment
 from flextok.generators import GENERATORS
 from flextok.machine import FLOPS
+from flextok.registry import build_model
 from flextok.schema import ConfigError
 from flextok.tokenizers import TOKENIZERS
 from flextok.training.plan import GPUS, Assumptions, as_text, measure, plan
-from flextok.training.run import build_model
 
 GPT = {"name": "gpt", "vocab_size": 500, "num_tokens": 64, "depth": 4, "dim": 128, "num_heads": 4}
 

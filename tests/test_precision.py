@@ -13,7 +13,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from flextok.config import TrainerConfig, load_experiment
 from flextok.schema import ConfigError
-from flextok.training.run import check_devices, choose_precision, train
+from flextok.training.run import train
+from flextok.training.trainer import check_devices, choose_precision
 
 
 @pytest.fixture
@@ -104,7 +105,7 @@ def in_fp16(monkeypatch):
             plugin = MixedPrecision("16-mixed", "cpu", scaler)
             super().__init__(**{**options, "precision": None, "plugins": [plugin]})
 
-    monkeypatch.setattr("flextok.training.run.L.Trainer", Trainer)
+    monkeypatch.setattr("flextok.training.trainer.L.Trainer", Trainer)
 
 
 @pytest.mark.parametrize("adversarial", [False, True])
@@ -123,7 +124,13 @@ def test_fp16_gradients_are_unscaled_before_they_are_measured_and_clipped(
     }
     if adversarial:
         spec["model"] = {"name": "titok", **TITOK, "stage": "single"}
-        spec["adversarial"] = {"start": 0, "dim": 32, "num_stages": 1, "lr": 3e-4}
+        spec["objective"] = {
+            "name": "adversarial",
+            "start_step": 0,
+            "dim": 32,
+            "num_stages": 1,
+            "lr": 3e-4,
+        }
     path = tmp_path / "config.yaml"
 
     def run(name, clip):

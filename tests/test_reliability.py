@@ -26,8 +26,8 @@ from flextok.hub import CheckpointError
 from flextok.pipeline import load_model
 from flextok.schema import ConfigError
 from flextok.tokenizers import FlexTok
+from flextok.training.callbacks import NonFiniteLoss
 from flextok.training.checkpoints import find_checkpoint, list_checkpoints, verify
-from flextok.training.finite import NonFiniteLoss
 from flextok.training.run import train
 
 
@@ -74,7 +74,7 @@ def test_the_newest_and_the_best_are_kept(run, monkeypatch):
             self.current_loss = next(losses)
         self.log("val/loss", torch.tensor(self.current_loss), batch_size=1)
 
-    monkeypatch.setattr("flextok.training.modules.TrainingModule.validation_step", validation_step)
+    monkeypatch.setattr("flextok.training.module.TrainingModule.validation_step", validation_step)
     options = ("trainer.max_steps=8", "trainer.checkpoint_every=1", "trainer.validate_every=2")
     folder = run(*options, "trainer.keep_last=3", "trainer.num_pictures=1") / "checkpoints"
     assert set(list_checkpoints(folder)) == {2, 6, 7, 8}
@@ -162,7 +162,7 @@ def test_steps_without_a_finite_loss_are_skipped(run, monkeypatch, value):
     assert all(torch.isfinite(v).all() for v in moved_weights.values())
     assert any(not torch.equal(start_weights[k], moved_weights[k]) for k in start_weights)
     # the same initial weights, untouched by two bad steps
-    from flextok.training.run import build_model
+    from flextok.registry import build_model
 
     torch.manual_seed(0)
     config = load_experiment(untouched / "config.yaml")

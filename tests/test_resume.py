@@ -24,13 +24,16 @@ from flextok.hub import CheckpointError
 from flextok.pipeline import load_model
 from flextok.schema import ConfigError, from_mapping
 from flextok.training.checkpoints import (
-    Checkpoints,
     find_checkpoint,
     list_checkpoints,
     verify,
 )
+from flextok.training.module import TrainingModule
 from flextok.training.optim import regroup
-from flextok.training.run import tokenizer_run, train
+from flextok.training.options import FitOptions
+from flextok.training.prepare import prepare
+from flextok.training.run import fit_options, train
+from flextok.training.saving import Checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -81,9 +84,7 @@ def stop_after(monkeypatch):
             return original(module, batch, index)
 
         with monkeypatch.context() as patch:
-            name = "flextok.training.modules.TrainingModule.training_step"
-            from flextok.training.modules import TrainingModule
-
+            name = "flextok.training.module.TrainingModule.training_step"
             original = TrainingModule.training_step
             patch.setattr(name, lambda m, b, i: training_step(m, b, i, original))
             with pytest.raises(Stop):
@@ -196,8 +197,6 @@ def test_changed_settings_apply_from_the_next_step_on(make, stop_after, caplog, 
         return original(module, batch, index)
 
     with pytest.MonkeyPatch.context() as patch:
-        from flextok.training.modules import TrainingModule
-
         original = TrainingModule.training_step
         patch.setattr(TrainingModule, "training_step", lambda m, b, i: spy(m, b, i, original))
         flat = [part for change in changes.items() for part in change]
@@ -335,7 +334,7 @@ def two_checkpoints(place, tmp_path_factory):
     }
     config = from_mapping(ExperimentConfig, values)
     train(config)
-    return folder / "checkpoints", tokenizer_run(config)[0]
+    return folder / "checkpoints", TrainingModule(prepare(config).objective, fit_options(config))
 
 
 @pytest.mark.parametrize("region", ["start", "middle", "directory"])
@@ -365,7 +364,7 @@ def put_zip_of_text(path: Path) -> None:
 def put_other_model(path: Path) -> None:
     content = torch.load(path, weights_only=True)
     other = tiny_tokenizer(num_registers=4).state_dict()
-    content["state_dict"] = {f"model.{key}": value for key, value in other.items()}
+    content["state_dict"] = {f"objective.model.{key}": value for key, value in other.items()}
     torch.save(content, path)
 
 
@@ -435,7 +434,7 @@ def test_a_damaged_checksum_alone_costs_one_checkpoint_not_the_run(two_checkpoin
     ],
 )
 def test_a_damaged_record_of_the_best_is_passed_over(tmp_path, caplog, content):
-    checkpoints = Checkpoints(tmp_path, every=1)
+    checkpoints = Checkpoints(tmp_path, FitOptions(output_dir=tmp_path, max_steps=9))
     (tmp_path / "best.json").write_text(content)
     assert checkpoints.read_best(5) is None
     assert "best.json is damaged" in caplog.text
@@ -536,11 +535,9 @@ def test_a_run_says_what_it_trains_and_what_came_of_it(make, place, caplog):
     folder = train(make(*changes, max_steps=3, num_pictures=1))
     whole = sum(p.numel() for p in load_model(folder).parameters())
     text = caplog.text
-    assert f"tokenizer flextok: {whole:,} parameters" in text
-    assert "data: 6 pictures of 2 classes (cats, dogs), 6 for validation" in text
-    assert (
-        "device: cpu, 1 in all, precision 32-true; 3 steps of 4 pictures each, 2.0 epochs" in text
-    )
+    assert f"flextok: {whole:,} parameters" in text
+    assert "data: 6 images of 2 classes (cats, dogs), 6 for validation" in text
+    assert "device: cpu, 1 in all, precision 32-true; 3 steps of 4 images each, 2.0 epochs" in text
     best = json.loads((folder / "checkpoints" / "best.json").read_text())
     assert best["step"] == 3
     loss = f"{best['loss']:.4g}"

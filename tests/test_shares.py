@@ -42,7 +42,10 @@ def spec_of(folder, kind):
         "trainer": {**SIX_STEPS, "max_steps": 2, "validate_every": 1, "num_pictures": 1},
     }
     if kind == "adversarial":
-        spec["adversarial"] = {"start": 0, "dim": 32, "num_stages": 1, "lecam_decay": 0.5}
+        spec["objective"] = {
+            **{"name": "adversarial", "start_step": 0, "dim": 32, "num_stages": 1},
+            "lecam_decay": 0.5,
+        }
     return spec
 
 
@@ -112,7 +115,7 @@ def test_lecam_moves_once_a_step_by_the_logits_of_all_processes_and_micro_batche
         torch.load(folder / "checkpoints" / "last.ckpt")["state_dict"] for folder in (one, two)
     ]
     for name in ("real", "fake"):
-        a, b = (float(state[f"lecam.{name}"]) for state in states)
+        a, b = (float(state[f"objective.lecam.{name}"]) for state in states)
         assert a != 0
         assert a == pytest.approx(b, rel=1e-4)
     for key, value in states[0].items():

@@ -9,10 +9,10 @@ from conftest import TINY, tiny_tokenizer
 
 from flextok.config import load_experiment
 from flextok.generators import GENERATORS
+from flextok.registry import build_model
 from flextok.schema import ConfigError
 from flextok.tokenizers import TOKENIZERS
 from flextok.training import study
-from flextok.training.run import build_model
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 spec = importlib.util.spec_from_file_location("experiments_run", EXPERIMENTS / "run.py")

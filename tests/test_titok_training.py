@@ -1,6 +1,7 @@
 """TiTok's whole training, tiny: teacher, both stages, discriminator, MaskGIT, sampling."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,18 +11,20 @@ from PIL import Image
 from test_training import Stop, interrupt_after, logged_losses, weights
 
 from flextok.cli import main
-from flextok.config import AdversarialConfig, OptimConfig, load_experiment
+from flextok.config import OptimConfig, load_experiment
 from flextok.losses import perceptual
 from flextok.losses.adversarial import hinge_discriminator_loss, hinge_generator_loss
+from flextok.objectives import make_objective
 from flextok.pipeline import load_model
 from flextok.quantizers.vq import codebook_usage
+from flextok.registry import build_model
 from flextok.schema import ConfigError
 from flextok.tokenizers import MaskGITVQGAN, TiTok, TiTokConfig, VQGANConfig
-from flextok.training.adversarial import AdversarialModule
-from flextok.training.run import build_model, train
+from flextok.training.optim import make_optimizer
+from flextok.training.run import train
 
 MASKGIT = {"name": "maskgit", "dim": 16, "depth": 1, "num_heads": 2, "dropout": 0.1}
-ADVERSARIAL = {"start": 2, "dim": 32, "num_stages": 1, "weight": 0.1}
+ADVERSARIAL = {"name": "adversarial", "start_step": 2, "dim": 32, "num_stages": 1, "weight": 0.1}
 
 
 def experiment(folder, name, model, **changes):
@@ -46,14 +49,14 @@ def stages(folder):
     at = {name: str(folder / name) for name in ("vqgan", "stage1", "stage2")}
     model = {"name": "titok", "proxy": VQGAN, **TITOK}
     return [
-        experiment(folder, "vqgan", {"name": "maskgit_vqgan", **VQGAN}, adversarial=ADVERSARIAL),
+        experiment(folder, "vqgan", {"name": "maskgit_vqgan", **VQGAN}, objective=ADVERSARIAL),
         experiment(folder, "stage1", {**model, "stage": "proxy"}, start={"proxy": at["vqgan"]}),
         experiment(
             folder,
             "stage2",
             {**model, "stage": "finetune"},
             start={"proxy": at["vqgan"], "first": at["stage1"]},
-            adversarial=ADVERSARIAL,
+            objective=ADVERSARIAL,
         ),
         experiment(folder, "generator", MASKGIT, tokenizer=at["stage2"]),
     ]
@@ -79,9 +82,6 @@ def test_each_stage_starts_from_the_one_before(trained):
     assert str(trained) not in str(second.metadata["start"]), "a card tells no local path"
     assert "of 32 codes in use" in second.metadata["codebook"]
     checkpoint = torch.load(trained / "stage2" / "checkpoints" / "last.ckpt", weights_only=True)
-    starts = checkpoint["metadata"].pop("start")  # of this run, so with its paths
-    assert str(trained / "stage1") in starts["first"]
-    assert checkpoint["metadata"] == {k: v for k, v in second.metadata.items() if k != "start"}
     assert not any("proxy" in key for key in checkpoint["state_dict"])
 
 
@@ -139,8 +139,6 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_to_the_last_bit(
     config.output_dir = str(tmp_path / "run")
     with monkeypatch.context() as patch:
         interrupt_after(patch, 3)
-        if name == "stage2":
-            patch.setattr(AdversarialModule, "training_step", dying(AdversarialModule, 3))
         with pytest.raises(Stop):
             train(config)
     train(config)
@@ -150,49 +148,34 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_to_the_last_bit(
         assert torch.equal(weights(tmp_path / "run")[key], value), key
 
 
-def dying(cls, step):
-    original = cls.training_step
-
-    def training_step(self, batch, batch_index):
-        if self.global_step == step:
-            raise Stop
-        return original(self, batch, batch_index)
-
-    return training_step
-
-
-def tiny_module(start=0, **changes):
+def tiny_objective(start_step=0, model=None):
     torch.manual_seed(0)
-    model = MaskGITVQGAN(VQGANConfig(**VQGAN))
-    adversarial = AdversarialConfig(start=start, dim=32, num_stages=1, lr=3e-3, weight=0.5)
-    optim = OptimConfig(lr=1e-3, betas=[0.9, 0.999], weight_decay=0.01)
-    module = AdversarialModule(model, optim, 10, adversarial).train()
-    module.draws = lambda batch_index: None
-    module.mean_over_processes = lambda values: values
-    module.logged = {}
-    module.log_losses = lambda stage, losses, size: module.logged.update(losses)
-    return module
+    model = model or MaskGITVQGAN(VQGANConfig(**VQGAN))
+    adversarial = {"start_step": start_step, "dim": 32, "num_stages": 1, "lr": 3e-3}
+    torch.manual_seed(0)
+    return make_objective(model, {"name": "adversarial", "weight": 0.5, **adversarial}).train()
+
+
+OPTIM = OptimConfig(lr=1e-3, betas=[0.9, 0.999], weight_decay=0.01)
 
 
 def test_one_backward_pass_equals_alternating_optimizers():
     """Against the published alternation, written out with two optimisers."""
-    module = tiny_module().double()  # Adam makes much of rounding errors
-    model, critic, lecam = (
-        copy.deepcopy(getattr(module, n)) for n in ("model", "discriminator", "lecam")
-    )
+    objective = tiny_objective().double()  # Adam makes much of rounding errors
+    parts = ("model", "discriminator", "lecam")
+    model, critic, lecam = (copy.deepcopy(getattr(objective, part)) for part in parts)
     options = {"betas": (0.9, 0.999), "weight_decay": 0.0}  # decay is tested elsewhere
-    optimizer = module.make_optimizer()
-    for group in optimizer.param_groups:
-        group["weight_decay"] = 0.0
+    optimizer = make_optimizer(objective, replace(OPTIM, weight_decay=0.0))
     generator_step = torch.optim.AdamW(model.parameters(), 1e-3, **options)
     critic_step = torch.optim.AdamW(critic.parameters(), 3e-3, **options)
     draws = torch.Generator().manual_seed(1)
     for _ in range(3):
         images = torch.rand(2, 3, 16, 16, generator=draws, dtype=torch.float64) * 2 - 1
         optimizer.zero_grad()
-        module.training_step({"image": images}, 0).backward()
-        module.on_before_optimizer_step(optimizer)
-        module.configure_gradient_clipping(optimizer, 1.0)
+        objective({"image": images})["loss"].backward()
+        objective.before_step()
+        for part in objective.parts():
+            torch.nn.utils.clip_grad_norm_(part.module.parameters(), 1.0)
         optimizer.step()
 
         critic.requires_grad_(False)
@@ -211,49 +194,41 @@ def test_one_backward_pass_equals_alternating_optimizers():
         torch.nn.utils.clip_grad_norm_(critic.parameters(), 1.0)
         generator_step.step()
         critic_step.step()
-    for ours, theirs in (
-        (module.model, model),
-        (module.discriminator, critic),
-        (module.lecam, lecam),
-    ):
-        for (key, a), b in zip(
-            ours.state_dict().items(), theirs.state_dict().values(), strict=True
-        ):
-            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4, msg=key)
+    for part, theirs in zip(parts, (model, critic, lecam), strict=True):
+        ours = getattr(objective, part).state_dict()
+        for key, value in theirs.state_dict().items():
+            torch.testing.assert_close(ours[key], value, atol=1e-5, rtol=1e-4, msg=key)
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch before 2.9 has no Muon")
 def test_muon_leaves_the_discriminator_to_adamw():
-    """Its parameters join the optimizer later, without the mark that Muon's groups have."""
-    first, second = tiny_module(), tiny_module()
     shape = {"image_size": 16, "patch_size": 4, "num_tokens": 4, "head_dim": 8}
     sizes = {"encoder_dim": 16, "encoder_depth": 1, "decoder_dim": 16, "decoder_depth": 1}
-    torch.manual_seed(0)
-    first.model = TiTok(TiTokConfig(**shape, **sizes))
-    first.optim.name = "muon"
     images = torch.rand(2, 3, 16, 16) * 2 - 1
+    first, second = (tiny_objective(model=TiTok(TiTokConfig(**shape, **sizes))) for _ in range(2))
+    second.load_state_dict(first.state_dict())
     before = copy.deepcopy(first.state_dict())
-    for module in (first, second):
-        optimizer = module.make_optimizer()
-        module.discriminator_losses(images, images.flip(0))["loss"].backward()
-        if module is first:
-            first.model.loss(images)["loss"].backward()
+    for objective, name in ((first, "muon"), (second, "adamw")):
+        optimizer = make_optimizer(objective, replace(OPTIM, name=name))
+        objective({"image": images})["loss"].backward()
         optimizer.step()
-    ours, adamws = (module.discriminator.parameters() for module in (first, second))
+    ours, adamws = (objective.discriminator.parameters() for objective in (first, second))
     assert all(torch.equal(a, b) for a, b in zip(ours, adamws, strict=True))
+    other = second.state_dict()
     for name, now in first.state_dict().items():
         if name.startswith("model.") and "blocks" in name and now.ndim == 2:
             assert not torch.equal(now, before[name]), name
+            assert not torch.equal(now, other[name]), name
 
 
 def test_before_its_start_the_discriminator_neither_learns_nor_counts():
-    module = tiny_module(start=1)
+    objective = tiny_objective(start_step=1)
     images = torch.rand(2, 3, 16, 16) * 2 - 1
-    total = module.training_step({"image": images}, 0)
-    assert total == module.model.loss(images)["loss"]
-    total.backward()
-    assert all((p.grad == 0).all() for p in module.discriminator.parameters())
-    assert "adversarial" not in module.logged
+    losses = objective({"image": images})
+    assert losses["loss"] == objective.eval()({"image": images})["loss"]
+    losses["loss"].backward()
+    assert all((p.grad == 0).all() for p in objective.discriminator.parameters())
+    assert "adversarial" not in losses
 
 
 def test_copies_share_teachers_and_perceptual_networks(monkeypatch):
@@ -284,7 +259,7 @@ class Distance(torch.nn.Module):
         ({"start": {"first": "stage1", "proxy": "vqgan"}}, "has no use for start.first"),
         ({"start": {"proxy": "stage2"}}, r"start.proxy \(got a titok model\)"),
         ({"start": {"teacher": "vqgan"}}, "unknown model to start from 'teacher'"),
-        ({"start": {"proxy": "vqgan"}, "adversarial": {"start": 0}}, "learns no pixels"),
+        ({"start": {"proxy": "vqgan"}, "objective": {"name": "adversarial"}}, "learns no pixels"),
     ],
 )
 def test_a_wrong_start_is_told_before_training(trained, tmp_path, changes, message):
@@ -326,7 +301,7 @@ def test_dead_codes_are_revived_and_usage_is_logged(trained, tmp_path):
         config.data.validation = config.data.train
         config.trainer.validate_every = 8
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("flextok.training.run.build_model", build_with_one_near_code)
+            patch.setattr("flextok.training.prepare.build_model", build_with_one_near_code)
             train(config)
         used[revive_every] = float(load_model(tmp_path / name).metadata["codebook"].split("%")[0])
     assert used[0] == pytest.approx(100 / 32, abs=0.1)

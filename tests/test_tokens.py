@@ -25,7 +25,8 @@ from flextok.data.tokens import (
 )
 from flextok.data.transforms import ImageTransform
 from flextok.data.web import WebDatasetImages
-from flextok.training.run import make_dataset, ready_tokens
+from flextok.registry import make_dataset
+from flextok.training.prepare import ready_tokens
 
 
 @pytest.fixture(scope="module")

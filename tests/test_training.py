@@ -32,12 +32,13 @@ from flextok.generators import GENERATORS
 from flextok.hub import fingerprint
 from flextok.losses import perceptual
 from flextok.pipeline import generate_images, load_model, load_tokenizer_of
+from flextok.registry import build_model
 from flextok.schema import ConfigError, NotFinite
 from flextok.tokenizers import TOKENIZERS, MaskGITVQGAN, VQGANConfig
-from flextok.training.callbacks import Pictures
 from flextok.training.optim import make_optimizer, parameter_groups, warmup_cosine
-from flextok.training.run import build_model, train
+from flextok.training.run import train
 from flextok.training.sharding import compile_blocks
+from flextok.training.validation import Images
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
@@ -95,7 +96,7 @@ class Stop(Exception):
 
 def interrupt_after(monkeypatch, step):
     """Make the run die (as by a crash, no goodbye) when it asks for the given step's loss."""
-    from flextok.training.modules import TrainingModule
+    from flextok.training.module import TrainingModule
 
     original = TrainingModule.training_step
 
@@ -316,13 +317,14 @@ def test_config_mistakes_are_told_before_training(uninterrupted, tmp_path, overr
         )
 
 
-@pytest.mark.parametrize("asked", ["adversarial={}", "evaluation={}", "trainer.revive_every=5"])
-def test_what_a_sharded_model_cannot_do_is_refused(uninterrupted, asked):
-    source = uninterrupted / "tokenizer.yaml"
-    load_experiment(source, [asked])
-    name = asked.split("=")[0]
-    with pytest.raises(ConfigError, match=f"fsdp2 shards the model, {name} needs it whole"):
-        load_experiment(source, ["trainer.strategy=fsdp2", asked])
+@pytest.mark.parametrize(
+    ("asked", "named"),
+    [("evaluation={}", "evaluation"), ("trainer.revive_every=5", "trainer.revive_every")],
+)
+def test_what_a_sharded_model_cannot_do_is_refused(uninterrupted, tmp_path, asked, named):
+    overrides = ["trainer.strategy=fsdp2", asked, f"output_dir={tmp_path / 'run'}"]
+    with pytest.raises(ConfigError, match=f"fsdp2 shards the model, {named} needs it whole"):
+        train(load_experiment(uninterrupted / "tokenizer.yaml", overrides))
 
 
 def test_missing_and_broken_config_files(tmp_path):
@@ -415,8 +417,8 @@ def test_every_shrunk_config_takes_two_steps_in_the_precision_of_a_gpu(
     if spec["model"].get("perceptual"):
         for loss in spec["model"]["perceptual"]:
             monkeypatch.setitem(perceptual.PERCEPTUAL, loss, Difference)
-    if spec.get("adversarial"):
-        overrides.append("adversarial={start: 0, dim: 32, num_stages: 1}")
+    if spec.get("objective", {}).get("name") == "adversarial":
+        overrides += ["objective.start_step=0", "objective.dim=32", "objective.num_stages=1"]
     if "proxy" in spec.get("start", {}):
         MaskGITVQGAN(VQGANConfig(**VQGAN)).save_pretrained(tmp_path / "proxy")
         overrides.append(f"start.proxy={tmp_path / 'proxy'}")
@@ -579,7 +581,7 @@ def test_pictures_that_cannot_be_drawn_end_no_run(tmp_path, caplog):
     def draw(model):
         raise NotFinite("the decoded images hold values that are not finite")
 
-    trainer = SimpleNamespace(sanity_checking=False, is_global_zero=True, global_step=7, loggers=[])
-    Pictures(tmp_path, draw).on_validation_epoch_end(trainer, SimpleNamespace(model=None))
-    assert "step 7: no pictures drawn" in caplog.text
+    trainer = SimpleNamespace(is_global_zero=True, global_step=7, loggers=[])
+    Images(tmp_path, draw).work(trainer, torch.nn.Linear(1, 1))
+    assert "step 7: no images drawn" in caplog.text
     assert not list(tmp_path.iterdir())

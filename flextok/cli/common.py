@@ -60,7 +60,7 @@ def data_of(asked: str | None, model: str, part: str = "validation") -> Any:
     Raises ValueError for any other model."""
     from flextok.config import load_experiment
     from flextok.places import released
-    from flextok.training.run import make_dataset
+    from flextok.registry import make_dataset
 
     if asked is not None:
         return open_data(asked)

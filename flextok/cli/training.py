@@ -18,9 +18,9 @@ from flextok.data.tokens import (
 )
 from flextok.data.transforms import ImageTransform
 from flextok.schema import build
-from flextok.training.checkpoints import Interrupted, requeue
 from flextok.training.plan import Assumptions, as_text, plan
 from flextok.training.run import train
+from flextok.training.saving import Interrupted, requeue
 
 
 def run_train(options: argparse.Namespace) -> None:

@@ -90,9 +90,9 @@ class EfficientNetFeatures(nn.Module):
 
     source = f"PyPI {PACKAGE}"
 
-    def __init__(self) -> None:
+    def __init__(self, pretrained: bool = True):
         super().__init__()
-        self.network = efficientnet_lite0()
+        self.network = efficientnet_lite0(pretrained)
 
     def forward(self, images: Tensor, targets: Tensor) -> Tensor:
         """images, targets: (B, 3, H, W) in [-1, 1]. Returns a scalar."""
@@ -111,7 +111,7 @@ def unit_length(features: Tensor) -> Tensor:
     return features / torch.sqrt(1e-8 + features.square().sum(dim=1, keepdim=True))
 
 
-PERCEPTUAL: dict[str, Callable[[], nn.Module]] = {
+PERCEPTUAL: dict[str, Callable[[bool], nn.Module]] = {
     "lpips": LPIPS,
     "convnext_s": ConvNeXtLogits,
     "efficientnet_lite0": EfficientNetFeatures,
@@ -132,14 +132,14 @@ class PerceptualLoss:
         self.weights = dict(weights)
         self.networks: dict[str, Frozen] = {}
 
-    def load(self) -> dict[str, str]:
+    def load(self, pretrained: bool = True) -> dict[str, str]:
         """Build the networks and load their weights, once; a call does it too. Returns, by name,
         what is used and where it came from, which is logged as well."""
         used = {}
         for name, weight in self.weights.items():
             is_new = name not in self.networks
             if is_new:
-                self.networks[name] = Frozen(load_network(name))
+                self.networks[name] = Frozen(load_network(name, pretrained))
             used[name] = f"weight {weight:g}, from {self.networks[name].network.source}"
             if is_new:
                 log.info("perceptual loss %s: %s", name, used[name])
@@ -155,15 +155,15 @@ class PerceptualLoss:
         return total
 
 
-def load_network(name: str) -> nn.Module:
+def load_network(name: str, pretrained: bool = True) -> nn.Module:
     """A perceptual network by name. Raises ValueError without its weights."""
     try:
-        return PERCEPTUAL[name]()
+        return PERCEPTUAL[name](pretrained)
     except (OSError, RuntimeError) as error:  # no network, no file, or a damaged one
         raise ValueError(
             f"perceptual loss {name!r} needs pretrained weights that are not here ({error}). "
             f"Put them into torch's hub cache ({torch.hub.get_dir()}/checkpoints), or name another "
-            f"one in the model's `perceptual`: efficientnet_lite0 needs no connection."
+            f"one in objective.perceptual: efficientnet_lite0 needs no connection."
         ) from error
 
 

@@ -101,7 +101,7 @@ class ReconstructionObjective(PrefixObjective):
         self.perceptual = PerceptualLoss(self.config.perceptual)
 
     def prepare(self, pretrained: bool = True) -> None:
-        if pretrained and (used := self.perceptual.load()):
+        if used := self.perceptual.load(pretrained):
             self.model.metadata["perceptual"] = used
 
     def forward(

@@ -1,7 +1,8 @@
-"""Callbacks: picture grids, and the export of the model."""
+"""Callbacks at work during the steps: the progress bar, how much of a codebook is used, and steps
+whose loss or gradient is not finite."""
 
+import json
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,14 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from flextok import viz
 from flextok.draws import REVIVE, derived_generator
-from flextok.generators.text import Text
-from flextok.pipeline import decodable_lengths, generate_images, reconstruct_prefixes
+from flextok.files import write_text
+from flextok.quantizers import VQ
 from flextok.quantizers.vq import codebook_usage, count_codes
-from flextok.schema import NotFinite
-from flextok.training.sharding import gather, is_sharded
+from flextok.schema import ConfigError
+from flextok.training.module import TrainingModule
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +51,10 @@ class CodebookUsage(L.Callback):
     revive: also moves codes that those steps never chose onto encoder outputs of the last one.
     """
 
-    def __init__(self, every: int, revive: bool = False, seed: int = 0):
+    def __init__(self, quantizer: torch.nn.Module, every: int, revive: bool = False, seed: int = 0):
+        if revive and not isinstance(quantizer, VQ):
+            raise ConfigError(f"trainer.revive_every={every} needs a learned codebook (vq)")
+        self.quantizer: Any = quantizer
         self.every, self.revive, self.seed = every, revive, seed
         self.counts: Tensor | None = None  # of the codes in whole steps since the last log
         self.pending: Tensor | None = None  # in the step at work
@@ -58,10 +62,10 @@ class CodebookUsage(L.Callback):
         self.counting = True  # whether the batch of validation counts
         self.step = 0
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        self.hook = pl_module.model.quantizer.register_forward_hook(self.count)
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.hook = self.quantizer.register_forward_hook(self.count)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.hook.remove()
 
     def count(self, quantizer: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
@@ -73,7 +77,9 @@ class CodebookUsage(L.Callback):
         elif self.validation_counts is not None and self.counting:
             self.validation_counts += counts
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
+    ) -> None:
         if trainer.global_step == self.step or self.pending is None:
             return  # gradients are being accumulated
         self.step = trainer.global_step
@@ -87,30 +93,32 @@ class CodebookUsage(L.Callback):
         if self.revive:
             draws = derived_generator(self.seed, REVIVE, self.step)
             z = trainer.strategy.broadcast(self.z)  # every process moves the codes alike
-            revived = pl_module.model.quantizer.revive(z, counts, generator=draws)
+            revived = self.quantizer.revive(z, counts, generator=draws)
             pl_module.log("train/codes_revived", float(revived))
         self.counts = None
 
-    def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        self.validation_counts = torch.zeros(
-            pl_module.model.vocab_size, dtype=torch.long, device=pl_module.device
-        )
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        size = self.quantizer.codebook_size
+        self.validation_counts = torch.zeros(size, dtype=torch.long, device=pl_module.device)
 
     def on_validation_batch_start(
-        self, trainer: L.Trainer, pl_module: Any, batch: Any, *args: Any
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, *args: Any
     ) -> None:
         self.counting = batch["count"] > 0
 
-    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: TrainingModule) -> None:  # type: ignore[override]
+        assert self.validation_counts is not None, "validation has started"
         counts = trainer.strategy.reduce(self.validation_counts, reduce_op="sum")
         used, perplexity = self.log_usage(pl_module, "val", counts)
         self.validation_counts = None
-        size = pl_module.model.vocab_size
+        size = self.quantizer.codebook_size
         text = f"{used:.1%} of {size} codes in use, perplexity {perplexity:.0f}"
-        pl_module.model.metadata["codebook"] = text
+        pl_module.objective.model.metadata["codebook"] = text
         log.info("step %d: codebook: %s, over the validation set", trainer.global_step, text)
 
-    def log_usage(self, pl_module: Any, stage: str, counts: Tensor) -> tuple[float, float]:
+    def log_usage(
+        self, pl_module: L.LightningModule, stage: str, counts: Tensor
+    ) -> tuple[float, float]:
         used, perplexity = (float(value) for value in codebook_usage(counts))
         pl_module.log(f"{stage}/codes_used", used)
         pl_module.log(f"{stage}/perplexity", perplexity)
@@ -123,94 +131,70 @@ class CodebookUsage(L.Callback):
         self.counts, self.step = state_dict["counts"], state_dict["step"]
 
 
-class Pictures(L.Callback):
-    """After each validation, writes a grid drawn by `draw` to <folder>/step-<n>.png and to
-    TensorBoard. Listed before the averaging callback, so that it sees the averaged weights."""
-
-    def __init__(self, folder: Path, draw: Callable[[Any], Any]):
-        self.folder, self.draw = folder, draw
-
-    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # of a sharded model no process can draw alone
-        if trainer.sanity_checking or not (trainer.is_global_zero or is_sharded(pl_module)):
-            return
-        try:
-            with torch.no_grad():
-                picture = self.draw(pl_module.model)
-        except NotFinite as error:  # no reason to end a run that may recover
-            log.warning("step %d: no pictures drawn: %s", trainer.global_step, error)
-            return
-        if not trainer.is_global_zero:
-            return
-        viz.save(picture, self.folder / f"step-{trainer.global_step:07d}.png")
-        for logger in trainer.loggers:
-            if isinstance(logger, L.pytorch.loggers.TensorBoardLogger):
-                pixels = torch.tensor(list(picture.tobytes()), dtype=torch.uint8)
-                pixels = pixels.view(picture.height, picture.width, 3)
-                logger.experiment.add_image(
-                    "pictures", pixels, trainer.global_step, dataformats="HWC"
-                )
+class NonFiniteLoss(ValueError):
+    """The run cannot go on; the message names the step, the report and the remedy."""
 
 
-def draw_reconstructions(images: Tensor) -> Callable[[Any], Any]:
-    """images: (n, 3, H, W) in [-1, 1], encoded and decoded at 1, 2, 4, ... tokens."""
+class SkipNonFinite(L.Callback):
+    """Takes the gradients of such a step away before the optimizer sees them. Data and schedule
+    move on. Gradients are shared between processes, so all of them decide alike."""
 
-    def draw(tokenizer: Any) -> Any:
-        lengths = decodable_lengths(tokenizer)
-        return viz.coarse_to_fine(images, reconstruct_prefixes(tokenizer, images, lengths))
+    def __init__(self, folder: Path, limit: int):
+        if limit < 1:
+            raise ValueError(f"max_nonfinite={limit} must be at least 1")
+        self.folder, self.limit = folder, limit
+        self.skipped = 0
+        self.in_a_row = 0
+        self.losses: list[Tensor] = []  # of this process, the latest
 
-    return draw
+    def on_before_backward(self, trainer: L.Trainer, pl_module: Any, loss: Tensor) -> None:
+        scaler = trainer.scaler  # of fp16, which has multiplied the loss
+        unscaled = loss if scaler is None else loss / scaler.scale(torch.ones_like(loss))
+        self.losses = [*self.losses[-19:], unscaled.detach().clone()]
+        # an infinite loss may have finite gradients: make them NaN, here and so everywhere
+        loss.mul_(torch.where(loss.detach().isfinite(), 1.0, torch.nan))
 
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: Any) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if norm.isfinite():
+            self.in_a_row = 0
+            pl_module.log("train/grad_norm", norm)
+        else:
+            self.skipped += 1
+            self.in_a_row += 1
+            for parameter in parameters:
+                parameter.grad = None
+        pl_module.log("train/skipped_steps", float(self.skipped))
+        if self.in_a_row >= self.limit:
+            self.give_up(trainer, optimizer)
 
-def draw_generations(
-    tokenizer: Any, cond: Tensor | Text, names: list[str] | None = None
-) -> Callable[[Any], Any]:
-    """cond: (n,) labels or n prompts, one picture each, decoded at 1, 2, 4, ... tokens."""
+    def give_up(self, trainer: L.Trainer, optimizer: Any) -> None:
+        step = trainer.global_step
+        report = {
+            "step": step,
+            "steps_in_a_row": self.in_a_row,
+            "steps_skipped": self.skipped,
+            "rank": trainer.global_rank,
+            "last_losses": [float(loss) for loss in self.losses],
+            "learning_rates": [group["lr"] for group in optimizer.param_groups],
+            "precision": str(trainer.precision),
+        }
+        path = self.folder / f"nonfinite-step-{step:07d}-rank-{trainer.global_rank}.json"
+        # NaN is no JSON: as words
+        text = json.dumps(json.loads(json.dumps(report), parse_constant=str), indent=2) + "\n"
+        write_text(path, text)
+        raise NonFiniteLoss(
+            f"the loss or its gradient was not finite in {self.in_a_row} steps in a row, up to "
+            f"step {step}; the weights were left as before. Report: {path}. Lower optim.lr or "
+            "optim.grad_clip, choose trainer.precision=32-true or look at the data, then start "
+            "again: the run continues from its last checkpoint"
+        )
 
-    def draw(generator: Any) -> Any:
-        device = next(generator.parameters()).device
-        tokenizer.to(device)
-        lengths = decodable_lengths(tokenizer, generator.num_tokens)
-        pictures = generate_images(generator, tokenizer, cond.to(device), lengths)
-        return viz.coarse_to_fine(None, pictures, names)
+    def state_dict(self) -> dict[str, Any]:
+        return {"skipped": self.skipped, "in_a_row": self.in_a_row}
 
-    return draw
-
-
-class Evaluation(L.Callback):
-    """At validations, every so many steps, runs `evaluate(model, folder)` on all processes, the
-    code of the command, which writes <folder>/step-<n>/report.json; its scores go to the logs as
-    eval/<score>@<tokens>. Listed before the averaging callback, so that it sees the average."""
-
-    def __init__(self, folder: Path, evaluate: Callable[[Any, Path], dict[str, Any]], every: int):
-        """every: steps, a multiple of those between validations."""
-        self.folder, self.evaluate, self.every = folder, evaluate, every
-
-    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.sanity_checking or trainer.global_step % self.every:
-            return
-        report = self.evaluate(pl_module.model, self.folder / f"step-{trainer.global_step:07d}")
-        for result in report["results"]:
-            scores = {f"eval/{k}@{result['num_tokens']}": v for k, v in result["scores"].items()}
-            for logger in trainer.loggers:  # these write on the first process only
-                logger.log_metrics(scores, trainer.global_step)
-
-
-class Export(L.Callback):
-    """Writes the model, as from_pretrained reads it, after each validation. Listed before the
-    averaging callback, so that it sees the averaged weights."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not trainer.sanity_checking:
-            export(pl_module.model, self.folder, trainer.global_step, trainer.is_global_zero)
-
-
-def export(model: Any, folder: Path, step: int, write: bool = True) -> None:
-    """Save a model, a sharded one too: then every process must call this, and one of them write."""
-    state = gather(model.state_dict(), keep=write) if is_sharded(model) else None
-    if write:
-        model.metadata["step"] = step
-        model.save_pretrained(folder, state)
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.skipped, self.in_a_row = state_dict["skipped"], state_dict["in_a_row"]

@@ -8,28 +8,32 @@ import torch
 from torch import nn
 
 from flextok.config import OptimConfig
+from flextok.objectives.base import Objective
 from flextok.schema import ConfigError, unknown_key
 from flextok.training.sharding import blocks
 
 
-def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
+def parameter_groups(objective: Objective, config: OptimConfig) -> list[dict[str, Any]]:
     """Matrices decay; vectors (biases, norms) and what config.no_decay names do not.
     config.lr_scale multiplies the rate of whole parts of the model, by their name. Frozen
     parameters are in no group."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    parts = {name.split(".")[0] for name, _ in model.named_parameters()}
+    names = {p: name.removeprefix("model.") for name, p in objective.named_parameters()}
+    parts = sorted({name.split(".")[0] for name in names.values()})
     for part in config.lr_scale:
         if part not in parts:
-            raise unknown_key("part of the model", part, list(parts), "optim.lr_scale")
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            spared = parameter.ndim < 2 or any(part in name for part in config.no_decay)
-            decay = 0.0 if spared else config.weight_decay
-            scale = config.lr_scale.get(name.split(".")[0], 1.0)
-            groups.setdefault((scale, decay), []).append(parameter)
+            raise unknown_key("part of the model", part, parts, "optim.lr_scale")
+    for module, rate in objective.parts():
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                name = names[parameter]
+                spared = parameter.ndim < 2 or any(part in name for part in config.no_decay)
+                decay = 0.0 if spared else config.weight_decay
+                lr = (rate or config.lr) * config.lr_scale.get(name.split(".")[0], 1.0)
+                groups.setdefault((lr, decay), []).append(parameter)
     return [
-        {"params": parameters, "lr": config.lr * scale, "weight_decay": decay}
-        for (scale, decay), parameters in groups.items()
+        {"params": parameters, "lr": lr, "weight_decay": decay}
+        for (lr, decay), parameters in groups.items()
     ]
 
 
@@ -45,10 +49,11 @@ def warmup_cosine(warmup_steps: int, max_steps: int, final: float) -> Callable[[
     return factor
 
 
-def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    groups, (first, second) = parameter_groups(model, config), config.betas
+def make_optimizer(objective: Objective, config: OptimConfig) -> torch.optim.Optimizer:
+    groups, (first, second) = parameter_groups(objective, config), config.betas
     if config.name == "muon":
-        return MuonAdamW(groups, block_matrices(model), betas=(first, second))
+        matrices = {p for block in blocks(objective.model) for p in block.parameters()}
+        return MuonAdamW(groups, {p for p in matrices if p.ndim == 2}, betas=(first, second))
     return fused_adamw(groups, (first, second))
 
 
@@ -64,7 +69,7 @@ def regroup(
     state: dict[str, Any], before: list[list[str]], after: list[list[str]]
 ) -> dict[str, Any]:
     """An optimizer's state dict, whose groups hold the parameters of those names `before`, for
-    groups that hold them as `after` says. The groups' settings are anybody's: set them anew."""
+    groups that hold them as `after` says. The groups' settings must then be set anew."""
     old, new = ([name for group in groups for name in group] for groups in (before, after))
     if before == after or sorted(old) != sorted(new):
         return state
@@ -76,10 +81,6 @@ def regroup(
             for group in after
         ],
     }
-
-
-def block_matrices(model: nn.Module) -> set[nn.Parameter]:
-    return {p for block in blocks(model) for p in block.parameters() if p.ndim == 2}
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -111,11 +112,6 @@ class MuonAdamW(torch.optim.Optimizer):
         }
         shared = [group for part in self.parts.values() for group in part.param_groups]
         super().__init__(shared, {})
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        if "muon" not in param_group:  # one that came later, of a discriminator
-            param_group = {**self.parts[False].defaults, **param_group, "muon": False}
-        super().add_param_group(param_group)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None if closure is None else closure()

@@ -6,10 +6,10 @@ model of the package is covered. Speed and price are assumptions, printed with t
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from inspect import signature
+from itertools import chain
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -24,15 +24,14 @@ from flextok.config import ExperimentConfig
 from flextok.generators import GENERATORS
 from flextok.generators.conditioning import CONDITIONERS, TextConditioner
 from flextok.generators.text import Text
-from flextok.losses.alignment import RepresentationAlignment
-from flextok.losses.perceptual import PERCEPTUAL, PerceptualLoss
+from flextok.losses.perceptual import PerceptualLoss
+from flextok.nn.blocks import recompute_blocks
 from flextok.nn.frozen import Frozen, NeedsWeights
+from flextok.objectives import Objective, default_objective, make_objective
 from flextok.pipeline import load_model
+from flextok.registry import build_model
 from flextok.schema import ConfigError, check_number, named_spec
-from flextok.tokenizers import TOKENIZERS, MaskGITVQGAN
-from flextok.tokenizers.nested_dropout import NESTED_DROPOUT
-from flextok.training.modules import GeneratorModule, TrainingModule
-from flextok.training.run import build_model, tokenizer_module
+from flextok.tokenizers import TOKENIZERS, FlexTok, MaskGITVQGAN, TiTok
 from flextok.training.sharding import blocks
 
 
@@ -191,12 +190,12 @@ def measure(config: ExperimentConfig) -> Step:
     model = module.model
     sizes = [(p.numel(), p.requires_grad) for p in module.parameters()]
     total, trained = sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
-    beside = sum(p.numel() for network in frozen_networks(model) for p in network.parameters())
+    beside = sum(p.numel() for network in frozen_networks(module) for p in network.parameters())
     parts = [sum(p.numel() for p in block.parameters()) for block in blocks(model)]
     flops, saved = count_sample(module, config)
-    if config.model.get("checkpoint_blocks"):
+    if config.trainer.checkpoint_blocks:
         # besides the blocks' inputs, the activations of the one that is being recomputed
-        whole = replace(config, model={**config.model, "checkpoint_blocks": False})
+        whole = replace(config, trainer=replace(config.trainer, checkpoint_blocks=False))
         saved += (count_sample(build(whole), config)[1] - saved) / max(1, len(parts))
     rest = total - sum(parts)
     return Step(flops, saved, trained, total - trained, beside, max(parts, default=0), rest)
@@ -205,7 +204,7 @@ def measure(config: ExperimentConfig) -> Step:
 META = torch.device("meta")
 
 
-def build(config: ExperimentConfig, device: torch.device = META) -> TrainingModule:
+def build(config: ExperimentConfig, device: torch.device = META) -> Objective:
     """What trains the model of `config`, on a device, without any trained weights. A
     generator's sizes come from its tokenizer where that is at hand, else from the config and the
     published tokenizer (64,000 codes, 256 tokens)."""
@@ -216,10 +215,6 @@ def build(config: ExperimentConfig, device: torch.device = META) -> TrainingModu
     with device:
         if config.task == "tokenizer":
             model = build_model(TOKENIZERS, spec)
-            add_frozen(model)
-            if config.adversarial is not None:  # at its dearest, once the discriminator learns
-                config = replace(config, adversarial=replace(config.adversarial, start=0))
-            module = tokenizer_module(config, model)
         else:
             derived: dict[str, Any] = {}
             try:
@@ -233,62 +228,48 @@ def build(config: ExperimentConfig, device: torch.device = META) -> TrainingModu
             if conditioner["name"] == "class":
                 conditioner = {"num_classes": 1000, **conditioner}
             model = build_model(GENERATORS, {**derived, **spec, "conditioner": conditioner})
-            model.config = replace(
-                model.config, cond_drop=0.0
-            )  # costs nothing, and its null text needs an encoder
-            module = GeneratorModule(model, config.optim, config.trainer.max_steps)
-    alone: Any = module  # a step as training takes it, but without a trainer
-    alone.draws = lambda batch_index: None
-    alone.log_losses = lambda *arguments: None
-    return module.train()
-
-
-def add_frozen(model: Any) -> None:
-    """Give a tokenizer the networks that prepare_training would load, without their weights, and
-    let nested dropout keep all tokens."""
-    for module in model.modules():
-        if isinstance(module, NeedsWeights):
-            module.has_weights = True
-    if getattr(model, "sample_keep", None):
-        model.sample_keep = NESTED_DROPOUT["none"]
-    if getattr(model.config, "repa", None):
-        width = model.decoder.head.in_features
-        options = {**model.config.repa, "pretrained": False}
-        model.repa = RepresentationAlignment(width, **options)
-    if getattr(model.config, "distill", None):
-        model.prepare_training(teacher=type(model)(replace(model.config, distill=None)))
-    if getattr(model.config, "stage", None) == "proxy":
-        model.attach_proxy(MaskGITVQGAN(replace(model.config.proxy, image_size=model.image_size)))
-    losses = getattr(model, "perceptual", None)
-    for name in [] if losses is None else losses.weights:
-        network: Any = PERCEPTUAL[name]
-        if "pretrained" in signature(network).parameters:
-            built = network(pretrained=False)
+        spec = dict(config.objective)
+        if config.task == "generator":
+            spec["cond_drop"] = 0.0  # costs nothing, and its null text needs an encoder
         else:
-            with torch.device("cpu"):  # it comes with its weights
-                built = network()
-        model.perceptual.networks[name] = Frozen(built)
-        model.perceptual.networks[name].to(model.device)
+            spec["nested_dropout"] = "none"  # at its dearest
+        objective = make_objective(model, spec, starts(model, spec))
+        objective.prepare(pretrained=False)
+        for module in model.modules():
+            if isinstance(module, NeedsWeights):
+                module.has_weights = True
+        if config.trainer.checkpoint_blocks:
+            recompute_blocks(model)
+    objective.step = 10**9  # at its dearest: a discriminator learns
+    return objective.train()
 
 
-def perceptual_losses(model: nn.Module) -> list[Frozen]:
-    losses = getattr(model, "perceptual", None)
-    return list(losses.networks.values()) if isinstance(losses, PerceptualLoss) else []
+def starts(model: Any, spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Models without weights in place of those that training would start from."""
+    name = spec.get("name", default_objective(model))
+    if name == "distillation":
+        return {"teacher": FlexTok(model.config)}
+    if isinstance(model, TiTok) and model.config.stage != "single":
+        proxy = MaskGITVQGAN(replace(model.config.proxy, image_size=model.image_size))
+        first = TiTok(replace(model.config, stage="proxy"))
+        return {"proxy": proxy} | ({"first": first} if model.config.stage == "finetune" else {})
+    return {}
 
 
-def frozen_networks(model: nn.Module) -> list[nn.Module]:
-    """The networks that a model looks at in training and that are no part of it."""
-    held = [value for module in model.modules() for value in vars(module).values()]
+def frozen_networks(objective: Objective) -> list[nn.Module]:
+    """The networks that training looks at and that are no part of the model."""
+    held = [value for module in objective.modules() for value in vars(module).values()]
+    lists = [list(value.networks.values()) for value in held if isinstance(value, PerceptualLoss)]
     found = [value for value in held if isinstance(value, Frozen)]
-    return [frozen.network for frozen in (*found, *perceptual_losses(model))]
+    return [frozen.network for frozen in (*found, *chain(*lists))]
 
 
-def count_sample(module: TrainingModule, config: ExperimentConfig) -> tuple[float, float]:
+def count_sample(module: Objective, config: ExperimentConfig) -> tuple[float, float]:
     """Operations and saved bytes of one sample's step."""
     if is_half(config):  # nearly what autocast computes and keeps
         module.to(torch.bfloat16)
-        for loss in perceptual_losses(module.model):
-            loss.network.to(torch.bfloat16)
+        for network in frozen_networks(module):
+            network.to(torch.bfloat16)
     (flops, saved), (more_flops, more_saved) = (count_step(module, n) for n in (1, 2))
     return more_flops - flops, more_saved - saved
 
@@ -311,10 +292,10 @@ def make_batch(model: Any, count: int) -> dict[str, Any]:
         return batch
 
 
-def count_step(module: TrainingModule, count: int) -> tuple[float, float]:
+def count_step(module: Objective, count: int) -> tuple[float, float]:
     """Operations and saved bytes of one step of `count` samples on the meta device."""
     model, batch = module.model, make_batch(module.model, count)
-    networks = (module, *frozen_networks(model))
+    networks = (module, *frozen_networks(module))
     own = {storage(t) for n in networks for t in (*n.parameters(), *n.buffers())}
     kept: dict[int, Tensor] = {}
 
@@ -335,7 +316,7 @@ def count_step(module: TrainingModule, count: int) -> tuple[float, float]:
     fused = mock.patch.object(F, "scaled_dot_product_attention", attention)
     with counter, MetaNumbers(model.num_tokens), fused, no_autocast:
         with saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = module.training_step(batch, 0)
+            loss = module(batch)["loss"]
         for hook in hooks:
             hook.remove()
         saved = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
@@ -442,7 +423,7 @@ def as_text(found: Plan) -> str:
     ]
     if not found.fits:
         lines.append(
-            "to make it fit  trainer.strategy=fsdp2, model.checkpoint_blocks=true, or a smaller "
+            "to make it fit  trainer.strategy=fsdp2, trainer.checkpoint_blocks=true, or a smaller "
             "data.batch_size with trainer.accumulate"
         )
     return "\n".join(lines)

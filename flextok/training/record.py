@@ -1,71 +1,190 @@
-"""What a run was started with: command, config, versions, machine and the state of the source."""
+"""What a run was started with and came to, and what may change when it continues."""
 
 import json
+import logging
 import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 
 import flextok
 from flextok.card import count_parameters
-from flextok.config import ExperimentConfig
-from flextok.data.processes import this_process
-from flextok.files import write_text
-from flextok.schema import to_mapping
+from flextok.config import ExperimentConfig, load_experiment, save_experiment
+from flextok.data.datamodule import DataModule
+from flextok.files import atomic_write, read_mapping, write_text
+from flextok.places import CONFIG, WEIGHTS
+from flextok.schema import ConfigError, to_mapping
+from flextok.tokenizers.base import Tokenizer
+from flextok.training.module import TrainingModule
+from flextok.training.saving import Checkpoints, read_validated
 
 PACKAGES = ("flextok", "torch", "lightning", "numpy", "pillow", "timm", "diffusers", "webdataset")
+log = logging.getLogger(__name__)
+
+# The weights, their class names and the optimizer's state belong to these: they may not change.
+_PARTS = tuple(f"objective.{key}" for key in ("train", "repa", "dim", "num_stages"))
+FIXED = {
+    "another model": ("task", "model", "tokenizer", "start", "objective.name", *_PARTS),
+    "other data": (
+        *("data.train", "data.validation", "data.crop", "data.flip", "data.shift"),
+        "data.token_variants",
+    ),
+    "another optimizer": ("optim.name",),
+}
+# These change no weight, so that a finished run needs no other words about them.
+IDLE = (
+    *("output_dir", "resume", "evaluation", "data.num_workers", "data.token_cache"),
+    *(
+        f"trainer.{key}"
+        for key in (
+            *("max_steps", "accelerator", "devices", "num_nodes", "log_every", "validate_every"),
+            *("checkpoint_every", "keep_last", "max_nonfinite", "num_pictures", "compile"),
+            "checkpoint_blocks",
+        )
+    ),
+)
+Differences = dict[str, tuple[Any, Any]]  # dotted key -> what config.yaml has, what is asked for
 
 
-def record_start(folder: Path, config: ExperimentConfig, step: int) -> None:
-    """Write <folder>/starts/<time>.json, and .diff if the source has uncommitted changes. step: the
-    one that the run continues from."""
-    now = datetime.now(timezone.utc)
-    path = folder / "starts" / f"{now:%Y%m%dT%H%M%S%f}.json"
-    path.parent.mkdir(exist_ok=True)
-    source = source_state()
-    diff = source.pop("diff", "")
-    facts: dict[str, Any] = {
-        "time": now.isoformat(timespec="seconds"),
-        "step": step,
-        "command": sys.argv,
-        "folder": os.getcwd(),
-        "seed": config.seed,
-        "config": to_mapping(config),
-        "source": source,
-        "versions": {"python": platform.python_version(), **versions()},
-        "host": platform.node(),
-        "processes": this_process().world_size,
-        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "slurm_job": os.environ.get("SLURM_JOB_ID"),
-    }
-    text = json.dumps(facts, indent=2, default=str) + "\n"
-    write_text(path, text)
-    if diff:
-        write_text(path.with_suffix(".diff"), diff)
+def differences(there: Any, now: Any, key: str = "") -> Differences:
+    if isinstance(there, Mapping) and isinstance(now, Mapping):
+        found: Differences = {}
+        for name in {**there, **now}:
+            found |= differences(there.get(name), now.get(name), f"{key}.{name}".lstrip("."))
+        return found
+    return {} if there == now or same_file(there, now) else {key: (there, now)}
 
 
-def told_at_start(config: ExperimentConfig, model: Any, data: Any, trainer: Any) -> str:
-    """What is trained, on what and where, in three lines. data: the run's DataModule."""
+def same_file(there: Any, now: Any) -> bool:
+    """Whether two texts name one file or folder, such as a relative and an absolute path."""
+    both = isinstance(there, str) and isinstance(now, str)
+    return both and os.path.exists(there) and os.path.exists(now) and os.path.samefile(there, now)
+
+
+def within(key: str, parts: tuple[str, ...]) -> bool:
+    return any(key == part or key.startswith(f"{part}.") for part in parts)
+
+
+def describe(changes: Differences) -> str:
+    return "; ".join(f"{k}={there!r} there, {now!r} now" for k, (there, now) in changes.items())
+
+
+def check_changes(path: Path, config: ExperimentConfig, step: int) -> Differences:
+    """What differs from the config.yaml at `path`, of a run that has come to `step`, and applies
+    from now on. Raises ConfigError naming what cannot."""
+    if not path.exists():
+        return {}
+    try:
+        before = load_experiment(path)
+    except ConfigError as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"{path} cannot be read ({reason}): write the run's config there again, or pass "
+            "resume=false to start over"
+        ) from None
+    changes = differences(to_mapping(before), to_mapping(config))
+    over = "choose another output_dir, or pass resume=false to start over there"
+    for what, parts in FIXED.items():
+        if fixed := {k: v for k, v in changes.items() if within(k, parts)}:
+            moved = f" Data that only moved: correct {path}." if what == "other data" else ""
+            raise ConfigError(
+                f"{path.parent} holds a run of {what} ({describe(fixed)}): {over}.{moved}"
+            )
+    averages = [c.optim.ema_decay > 0 for c in (before, config)]
+    shards = [c.trainer.strategy == "fsdp2" for c in (before, config)]
+    for name, (there, now) in {"optim.ema_decay": averages, "trainer.strategy": shards}.items():
+        if there != now:
+            found = describe({name: changes[name]})
+            raise ConfigError(f"{path.parent}: its checkpoints do not fit {found}: {over}")
+    effective = {key: change for key, change in changes.items() if not within(key, IDLE)}
+    if step >= config.trainer.max_steps and effective:
+        raise ConfigError(
+            f"{path.parent} is trained to its end, step {step}, and {describe(effective)} would "
+            f"change nothing: raise trainer.max_steps to train on, {over}"
+        )
+    return {k: v for k, v in changes.items() if k in effective or k == "trainer.max_steps"}
+
+
+class Record(L.Callback):
+    """Writes <folder>/starts/<time>.json, and .diff if the source has uncommitted changes, when
+    training starts; before it config.yaml, where an experiment describes the run."""
+
+    def __init__(self, folder: Path, config: ExperimentConfig | None = None):
+        self.folder, self.config = folder, config
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: TrainingModule) -> None:  # type: ignore[override]
+        if not trainer.is_global_zero:
+            return
+        if self.config is not None:
+            config = self.config
+            atomic_write(self.folder / "config.yaml", lambda path: save_experiment(config, path))
+        now = datetime.now(timezone.utc)
+        path = self.folder / "starts" / f"{now:%Y%m%dT%H%M%S%f}.json"
+        path.parent.mkdir(exist_ok=True)
+        source = source_state()
+        diff = source.pop("diff", "")
+        objective = pl_module.objective
+        facts: dict[str, Any] = {
+            "time": now.isoformat(timespec="seconds"),
+            "step": trainer.global_step,
+            "command": sys.argv,
+            "folder": os.getcwd(),
+            "options": to_mapping(pl_module.options),
+            "objective": to_mapping(objective.config),
+            "model": to_mapping(objective.model.config),
+            "config": None if self.config is None else to_mapping(self.config),
+            "source": source,
+            "versions": {"python": platform.python_version(), **versions()},
+            "host": platform.node(),
+            "processes": trainer.world_size,
+            "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+            "slurm_job": os.environ.get("SLURM_JOB_ID"),
+        }
+        write_text(path, json.dumps(facts, indent=2, default=str) + "\n")
+        if diff:
+            write_text(path.with_suffix(".diff"), diff)
+
+
+def is_finished(folder: Path, step: int, max_steps: int, validates: bool) -> bool:
+    """Whether nothing is left to do in a folder whose newest checkpoint is of `step`: it is the
+    last, what it was validated to be is recorded, and the model is exported as it is there."""
+    recorded = not validates or read_validated(folder / "checkpoints") >= step
+    try:
+        found = read_mapping(folder / CONFIG, metadata=dict)["metadata"].get("step")
+    except ValueError:
+        return False
+    exported = found == step and (folder / WEIGHTS).is_file()
+    if finished := step >= max_steps and recorded and exported:
+        log.info("nothing to do: %s is trained to its end, step %d", folder, step)
+    return finished
+
+
+def unit_of(model: Any) -> str:
+    return "images" if isinstance(model, Tokenizer) else "sequences"
+
+
+def start_message(module: TrainingModule, data: DataModule, trainer: L.Trainer) -> str:
+    """What is trained, on what and where, in three lines."""
+    model, options = module.objective.model, module.options
     whole = count_parameters(model)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trained = sum(p.numel() for p in module.objective.parameters() if p.requires_grad)
     classes = list(model.metadata.get("class_names", []))
     some = ", ".join(map(str, classes[:5])) + (", ..." if len(classes) > 5 else "")
-    count, checked = (
-        len(data.stream.dataset),
-        0 if data.evaluation is None else len(data.evaluation),
-    )
-    options, step = config.trainer, config.data.batch_size * config.trainer.accumulate
-    step *= trainer.world_size
-    unit = "pictures" if config.task == "tokenizer" else "sequences"
     kind = "class" if len(classes) == 1 else "classes"
+    count = len(data.stream.dataset)
+    checked = 0 if data.evaluation is None else len(data.evaluation)
+    step = options.batch_size * options.accumulate * trainer.world_size
+    unit = unit_of(model)
     return (
-        f"{config.task} {model.model_type}: {whole:,} parameters, {trained:,} of them trained\n"
+        f"{model.model_type}: {whole:,} parameters, {trained:,} are trained\n"
         f"data: {count:,} {unit} of {len(classes)} {kind} ({some}), {checked:,} for validation\n"
         f"device: {trainer.strategy.root_device}, {trainer.world_size} in all, "
         f"precision {trainer.precision}; {options.max_steps:,} steps of {step:,} {unit} each, "
@@ -73,10 +192,10 @@ def told_at_start(config: ExperimentConfig, model: Any, data: Any, trainer: Any)
     )
 
 
-def told_at_end(config: ExperimentConfig, folder: Path, step: int, checkpoints: Any) -> str:
-    """How far the run came, its scores and what to do next. checkpoints: the run's callback."""
+def end_message(model: Any, folder: Path, step: int, checkpoints: Checkpoints) -> str:
+    """How far the run came, its scores and what to do next."""
     if checkpoints.last_loss is None:
-        score = "not validated: no data.validation"
+        score = "not validated: no validation set"
     else:
         best = checkpoints.best or {"loss": checkpoints.last_loss, "step": step}
         score = (
@@ -84,7 +203,7 @@ def told_at_end(config: ExperimentConfig, folder: Path, step: int, checkpoints: 
             f"{best['step']} (its checkpoint is in {folder / 'checkpoints'})"
         )
     following = f"flextok sample {folder}"
-    if config.task == "tokenizer":
+    if isinstance(model, Tokenizer):
         following = f"flextok reconstruct PICTURE --model {folder}, or a generator with tokenizer="
         following += str(folder)
     return f"step {step}: {score}\nmodel: {folder}; next: {following}"

@@ -11,8 +11,10 @@ from flextok.config import ExperimentConfig, load_experiment
 from flextok.evaluation import Cell, Options, evaluate
 from flextok.files import read_mapping, write_text
 from flextok.pipeline import load_model
+from flextok.registry import make_dataset
 from flextok.schema import ConfigError, to_mapping
-from flextok.training.run import cache_device, fill_auto, load_tokenizer, make_dataset, train
+from flextok.training.prepare import cache_device, fill_auto, load_tokenizer
+from flextok.training.run import train
 
 log = logging.getLogger(__name__)
 

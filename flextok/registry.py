@@ -1,0 +1,53 @@
+"""What a config may name: models, objectives, data sets and components, and how they are built."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from flextok.data.datasets import DATASETS
+from flextok.data.labels import Joined
+from flextok.data.web import WebDatasetStream
+from flextok.generators import GENERATORS
+from flextok.generators.conditioning import CONDITIONERS, TEXT_ENCODERS
+from flextok.hub import Pretrained
+from flextok.objectives import OBJECTIVES
+from flextok.quantizers import QUANTIZERS
+from flextok.schema import ConfigError, build, check_number, from_mapping, named_spec
+from flextok.tokenizers import TOKENIZERS
+from flextok.vae import VAES
+
+MODELS: dict[str, type[Pretrained]] = {**TOKENIZERS, **GENERATORS}
+# where a config names a component: the registry that it is chosen from
+REGISTRIES: dict[str, Mapping[str, Callable[..., Any]]] = {
+    **{"train": DATASETS, "validation": DATASETS},
+    **{"model": {name: model.config_class for name, model in MODELS.items()}},
+    **{"objective": {name: objective.config_class for name, objective in OBJECTIVES.items()}},
+    **{"vae": VAES, "quantizer": QUANTIZERS},
+    **{"conditioner": CONDITIONERS, "encoder": TEXT_ENCODERS},
+}
+
+
+def build_model(registry: Mapping[str, type[Any]], spec: Mapping[str, Any]) -> Any:
+    """Build the model that `spec` names: {"name": "flextok", **its config's keys}."""
+    return registry[named_spec(spec, "model", list(registry))["name"]](model_config(registry, spec))
+
+
+def model_config(registry: Mapping[str, type[Any]], spec: Mapping[str, Any]) -> Any:
+    """The checked config of the model that `spec` names."""
+    keys = named_spec(spec, "model", list(registry))
+    return from_mapping(registry[keys.pop("name")].config_class, keys, "model")
+
+
+def make_dataset(spec: dict[str, Any] | list[dict[str, Any]]) -> Any:
+    """Build the dataset that a spec names; a list of specs is concatenated, each as often as its
+    `repeat` says, once by default."""
+    if isinstance(spec, dict):
+        return build(DATASETS, spec, "dataset")
+    parts = []
+    for part in spec:
+        keys = dict(part)
+        repeat = keys.pop("repeat", 1)
+        check_number("repeat", repeat, 1, 10_000, whole=True, hint=" times a dataset")
+        parts += [build(DATASETS, keys, "dataset")] * repeat
+    if any(isinstance(part, WebDatasetStream) for part in parts):
+        raise ConfigError("a webdataset_stream stands alone: list all its shards as its urls")
+    return Joined(parts)

@@ -1,0 +1,200 @@
+"""Training from Python: fit() trains any objective on any torch data set."""
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import LearningRateMonitor
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from flextok.config import ExperimentConfig
+from flextok.cpu import accelerate
+from flextok.data.datamodule import DataModule
+from flextok.data.loading import told_in_one_line
+from flextok.data.processes import this_process
+from flextok.data.stream import Item, collate
+from flextok.data.transforms import ImageTransform
+from flextok.files import only_one, writing
+from flextok.hub import Pretrained
+from flextok.objectives.base import Objective
+from flextok.pipeline import load_model
+from flextok.schema import ConfigError, from_mapping, to_mapping
+from flextok.tokenizers.base import Tokenizer
+from flextok.training.callbacks import CodebookUsage, Progress, SkipNonFinite
+from flextok.training.checkpoints import find_checkpoint, list_checkpoints, set_aside
+from flextok.training.module import TrainingModule
+from flextok.training.optim import make_optimizer
+from flextok.training.options import FitOptions
+from flextok.training.record import Record, end_message, is_finished, start_message
+from flextok.training.saving import Checkpoints
+from flextok.training.sharding import compile_blocks
+from flextok.training.trainer import check_devices, device_type, make_trainer
+from flextok.training.validation import Export, Images, draw_reconstructions, export
+
+log = logging.getLogger(__name__)
+
+
+def fit(
+    objective: Objective,
+    train_set: Dataset[Any],
+    validation_set: Dataset[Any] | None = None,
+    *,
+    options: FitOptions,
+    callbacks: Sequence[L.Callback] = (),
+    experiment: ExperimentConfig | None = None,
+) -> Pretrained:
+    """Train objective.model, or continue where options.output_dir has a run of it. Returns it.
+
+    Of a tokenizer, the data sets' items are images: {"image": ...} or (image, label), a PIL image
+    or a tensor (3, H, W) in [-1, 1]. Of a generator they are {"indices": (k,), "label": ...} or
+    {"indices": ..., "text": ...}, such as a TokenDataset's.
+
+    options.output_dir becomes a model folder for from_pretrained. It also holds checkpoints/,
+    logs/, pictures/ and starts/ (how the run was started each time). A kill at any moment loses
+    nothing: the same call continues to the same weights. Raises Interrupted where a signal stopped
+    the run, after it is saved.
+
+    callbacks: Lightning's or your own, beside those that every run has. experiment: what
+    output_dir's config.yaml is to hold."""
+    options = from_mapping(
+        FitOptions, {**to_mapping(options), "output_dir": str(options.output_dir)}
+    )
+    check_devices(options)
+    check_sharding(objective, options)
+    folder = Path(options.output_dir)
+    # LOCAL_RANK alone: Lightning started this process, torchrun or SLURM did not
+    leads = this_process().rank == 0 and int(os.environ.get("LOCAL_RANK", 0)) == 0
+    with only_one(folder) if leads else nullcontext(), writing(folder, only_full=True):
+        checkpoints, validates = folder / "checkpoints", validation_set is not None
+        newest = max(list_checkpoints(checkpoints), default=0) if options.resume else 0
+        if newest and is_finished(folder, newest, options.max_steps, validates):
+            objective.model.load_state_dict(load_model(folder).state_dict())
+            return objective.model.eval()
+        L.seed_everything(options.seed, verbose=False)
+        objective.prepare()
+        objective.train()
+        if device_type(options.accelerator) == "cpu":
+            accelerate(objective)
+        module = TrainingModule(objective, options)
+        make_optimizer(objective, options.optim)  # its errors come before anything is written
+        model = objective.model
+        data = make_data(model, train_set, validation_set, options)
+        last = find_checkpoint(checkpoints, module) if options.resume else None
+        saving = Checkpoints(checkpoints, options)
+        trainer = make_trainer(
+            options,
+            validates,
+            [
+                Record(folder, experiment),
+                LearningRateMonitor("step"),
+                Progress(refresh_rate=10),
+                SkipNonFinite(folder, options.max_nonfinite),
+                *tokenizer_callbacks(model, data, options),
+                *callbacks,
+                Export(folder),
+                saving,
+            ],
+        )
+        if last is not None:
+            step = int(last.stem.removeprefix("step-"))
+            log.info("continuing from %s, step %d", last, step)
+            # Lightning does not start a run that is at its end, where only the last validation or
+            # the export is missing: Checkpoints takes this one step back
+            trainer.fit_loop.epoch_loop.max_steps = max(options.max_steps, step + 1)
+        elif leads and not options.resume:
+            set_aside(checkpoints)
+        if options.compile:
+            compile_blocks(model)
+        if leads:
+            log.info("%s", start_message(module, data, trainer))
+        with told_in_one_line():
+            path = None if last is None else str(last)
+            trainer.fit(module, data, ckpt_path=path, weights_only=True)
+        # the averaged weights are in place
+        export(model, folder, trainer.global_step, trainer.is_global_zero)
+        if leads:
+            log.info("%s", end_message(model, folder, trainer.global_step, saving))
+    return model.eval()
+
+
+def check_sharding(objective: Objective, options: FitOptions) -> None:
+    """Refuse what a model that is shared out over processes cannot do."""
+    if options.strategy != "fsdp2":
+        return
+    if options.optim.name == "muon":
+        raise ConfigError("optim.name=muon needs whole matrices: take trainer.strategy=ddp")
+    asked = {
+        "a discriminator": len(objective.parts()) > 1,
+        "trainer.revive_every": options.revive_every,
+    }
+    for name in (name for name, value in asked.items() if value):
+        raise ConfigError(f"trainer.strategy=fsdp2 shards the model, {name} needs it whole: ddp?")
+
+
+def make_data(
+    model: Any, train_set: Any, validation_set: Any | None, options: FitOptions
+) -> DataModule:
+    """The run's batches. A tokenizer's images are brought to its size; a generator's items are
+    taken as they are."""
+    prepare: Any = take_as_it_is
+    if isinstance(model, Tokenizer):
+        prepare = partial(
+            prepare_image,
+            ImageTransform(model.image_size, options.flip, options.crop, options.shift),
+        )
+    return DataModule(
+        train_set,
+        validation_set,
+        prepare,
+        batch_size=options.batch_size,
+        num_workers=options.num_workers,
+        seed=options.seed,
+    )
+
+
+def prepare_image(
+    transform: ImageTransform, item: Any, generator: torch.Generator | None
+) -> dict[str, Tensor]:
+    """item: a mapping with "image", or a tuple that begins with one."""
+    image = item["image"] if isinstance(item, Mapping) else item[0]
+    if isinstance(image, Image.Image):
+        return {"image": transform(image, generator)}
+    side = transform.size
+    if not isinstance(image, Tensor) or image.shape != (3, side, side):
+        found = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
+        raise ValueError(
+            f"an item's image is {found}: give PIL images, or tensors (3, {side}, {side})"
+        )
+    return {"image": image}
+
+
+def take_as_it_is(item: Item, generator: torch.Generator | None) -> Item:
+    return item
+
+
+def tokenizer_callbacks(model: Any, data: DataModule, options: FitOptions) -> list[L.Callback]:
+    """Of a tokenizer: how much of its codebook is used, and how it decodes validation images."""
+    found: list[L.Callback] = []
+    if isinstance(model, Tokenizer) and model.vocab_size:
+        every = options.revive_every or options.log_every
+        found.append(
+            CodebookUsage(model.quantizer, every, bool(options.revive_every), options.seed)
+        )
+    elif options.revive_every:
+        raise ConfigError(f"trainer.revive_every={options.revive_every} needs a codebook (vq)")
+    samples = data.evaluation
+    if isinstance(model, Tokenizer) and samples is not None and options.num_pictures:
+        count = min(options.num_pictures, len(samples))
+        shown = collate([samples[i * len(samples) // count] for i in range(count)])
+        if shown:
+            folder = Path(options.output_dir) / "pictures"
+            found.append(Images(folder, draw_reconstructions(shown["image"])))
+    return found

@@ -1,0 +1,314 @@
+"""From an experiment to what fit() takes. A generator's images are tokenized, and its captions
+read, once, into caches: a step of its own, with a progress bar, before training."""
+
+import json
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from flextok.config import ExperimentConfig, load_experiment
+from flextok.data.datasets import take
+from flextok.data.labels import list_names
+from flextok.data.pictures import UNLABELLED
+from flextok.data.pixels import measure_pixels
+from flextok.data.processes import local_device
+from flextok.data.text import build_text_cache
+from flextok.data.tokens import (
+    TokenDataset,
+    build_token_cache,
+    cache_identity,
+    wait_until_finished,
+)
+from flextok.data.transforms import ImageTransform
+from flextok.evaluation import Cell, Options, evaluate
+from flextok.evaluation.job import make_job
+from flextok.generators import GENERATORS
+from flextok.generators.conditioning import CONDITIONERS, TextConditioner
+from flextok.generators.text import Text, load_encoder
+from flextok.hub import Pretrained, fingerprint
+from flextok.objectives import Objective, make_objective
+from flextok.pipeline import expected_codes, load_model, remember_tokenizer
+from flextok.registry import build_model, make_dataset, model_config
+from flextok.schema import ConfigError, build, named_spec
+from flextok.tokenizers import TOKENIZERS, FlexTokConfig, TiTokConfig
+from flextok.tokenizers.base import Tokenizer, same_codes
+from flextok.training.validation import Evaluation, Images, draw_generations
+
+log = logging.getLogger(__name__)
+
+
+class Run(NamedTuple):
+    """What fit() takes."""
+
+    objective: Objective
+    train_set: Dataset[Any]
+    validation_set: Dataset[Any] | None
+    callbacks: list[L.Callback]
+
+
+def prepare(config: ExperimentConfig) -> Run:
+    """Build the model, its objective and the data sets of an experiment, and fill the caches."""
+    return prepare_tokenizer(config) if config.task == "tokenizer" else prepare_generator(config)
+
+
+def prepare_tokenizer(config: ExperimentConfig) -> Run:
+    objective = build_objective(config, TOKENIZERS, config.model)
+    train_set = make_dataset(config.data.train)
+    validation_set = make_dataset(config.data.validation) if config.data.validation else None
+    objective.model.metadata["class_names"] = list(train_set.class_names)
+    evaluations = evaluation(config, objective.model, None)
+    return Run(objective, train_set, validation_set, evaluations)
+
+
+def prepare_generator(config: ExperimentConfig) -> Run:
+    assert config.tokenizer is not None, "the config is checked"
+    tokenizer, folder = load_tokenizer(config), Path(config.output_dir)
+    derived: dict[str, Any] = {
+        "vocab_size": tokenizer.vocab_size,
+        "num_tokens": tokenizer.num_tokens,
+        "conditioner": {"name": "class"},
+    }
+    spec = {**derived, **config.model}
+    spec["conditioner"] = named_spec(spec["conditioner"], "conditioner", list(CONDITIONERS))
+    check_length(model_config(GENERATORS, spec).num_tokens, tokenizer)
+    cache = Path(config.data.token_cache or folder / "tokens")
+    train_set = cached_tokens(config, tokenizer, cache / "train", config.data.train)
+    validation_set = None
+    if config.data.validation:
+        place, data_spec = cache / "validation", config.data.validation
+        validation_set = cached_tokens(config, tokenizer, place, data_spec, augment=False)
+    class_names = train_set.class_names
+    if spec["conditioner"]["name"] == "class":
+        spec["conditioner"] = {"num_classes": len(class_names), **spec["conditioner"]}
+        check_classes(class_names, spec["conditioner"]["num_classes"])
+        if validation_set is not None:
+            validation_set.count_classes_in(class_names)
+    objective = build_objective(config, GENERATORS, spec)
+    model = objective.model
+    model.metadata["class_names"] = class_names
+    remember_tokenizer(model, folder, tokenizer, config.tokenizer)
+    number = config.trainer.num_pictures
+    cond: Tensor | Text = torch.arange(number) % max(1, len(class_names))
+    names = None
+    if isinstance(model.conditioner, TextConditioner):
+        pinned = model.conditioner.pinned(model.config.conditioner)
+        model.config = replace(model.config, conditioner=pinned)
+        for part, tokens in {"train": train_set, "validation": validation_set}.items():
+            if tokens is not None:
+                add_text(model.conditioner, cache / part / "text", tokens, config)
+        load_encoder.cache_clear()  # from here on the cached rows do
+        shown = validation_set or train_set
+        assert shown.text is not None, "add_text sets it"
+        names = list(dict.fromkeys(shown.captions))[:number]
+        cond = Text.pad([shown.text[name] for name in names])
+    callbacks = evaluation(config, tokenizer, model)
+    if validation_set is not None and number:
+        callbacks.append(Images(folder / "pictures", draw_generations(tokenizer, cond, names)))
+    return Run(objective, train_set, validation_set, callbacks)
+
+
+# Models
+
+
+def build_objective(
+    config: ExperimentConfig, registry: Mapping[str, type[Pretrained]], spec: Mapping[str, Any]
+) -> Objective:
+    """The experiment's objective, of the model that `spec` names and the trained models that
+    config.start names, which the model's metadata then hold."""
+    start = {name: load_model(path) for name, path in config.start.items()}
+    torch.manual_seed(config.seed)  # the first weights depend on nothing else
+    model = build_model(registry, spec)
+    if start:
+        model.metadata["start"] = {
+            name: f"{path} (weights {fingerprint(start[name])})"
+            for name, path in config.start.items()
+        }
+    return make_objective(model, config.objective, start)
+
+
+def load_tokenizer(config: ExperimentConfig) -> Tokenizer:
+    assert config.tokenizer is not None, "the config is checked"
+    tokenizer = load_model(config.tokenizer)
+    if not isinstance(tokenizer, Tokenizer):
+        raise ConfigError(f"tokenizer={config.tokenizer!r} holds a {tokenizer.model_type} model")
+    if not tokenizer.vocab_size:
+        raise ConfigError(
+            f"tokenizer={config.tokenizer!r} is continuous (KL): it has no indices to generate"
+        )
+    if isinstance(tokenizer.config, TiTokConfig) and tokenizer.config.stage == "proxy":
+        raise ConfigError(
+            f"tokenizer={config.tokenizer!r} is a first stage, without pixels: train the second one"
+        )
+    return tokenizer
+
+
+# A generator's data: sequences of indices, and captions
+
+
+def check_classes(class_names: list[str], num_classes: int) -> None:
+    """Refuse a class generator whose data has other classes than it, or pictures without one."""
+    if num_classes != len(class_names):
+        raise ConfigError(
+            f"model.conditioner.num_classes={num_classes}, but the data has the "
+            f"{list_names(class_names)}: leave num_classes out, or name the data's class_names"
+        )
+    if UNLABELLED in class_names and len(class_names) > 1:
+        raise ConfigError(
+            f"some pictures of data.train have no class ({UNLABELLED}) and others one of the "
+            f"{list_names(class_names)}: give all a class, or choose another model.conditioner"
+        )
+
+
+def check_length(num_tokens: int, tokenizer: Any) -> None:
+    """Refuse a generator whose sequences its tokenizer cannot decode."""
+    whole = tokenizer.num_tokens
+    if not 1 <= num_tokens <= whole or (num_tokens < whole and not tokenizer.ordered):
+        wanted = f"at most {whole} and at least 1" if tokenizer.ordered else f"{whole}"
+        raise ConfigError(
+            f"model.num_tokens={num_tokens} must be {wanted}, as the tokenizer has it"
+        )
+
+
+def cached_tokens(
+    config: ExperimentConfig, tokenizer: Any, folder: Path, spec: Any, augment: bool = True
+) -> TokenDataset:
+    if isinstance(spec, dict) and spec.get("name") == "tokens":
+        return ready_tokens(spec, tokenizer)
+    transform = make_transform(config, tokenizer.image_size)
+    tokenizer.to(cache_device(config))
+    build_token_cache(
+        folder,
+        tokenizer,
+        make_dataset(spec),
+        transform,
+        identity=cache_identity(tokenizer, spec, transform),
+        variants=config.data.token_variants if augment else 1,
+        num_workers=config.data.num_workers,
+        seed=config.seed,
+    )
+    tokenizer.to("cpu")
+    wait_until_finished(folder)
+    tokens = TokenDataset(folder)
+    tokens.check_codes(tokenizer)
+    return tokens
+
+
+def ready_tokens(spec: dict[str, Any], tokenizer: Any) -> TokenDataset:
+    """What flextok tokenize wrote, if with this tokenizer. spec: {name: tokens, path: folder}."""
+    tokens: TokenDataset = build({"tokens": TokenDataset}, spec, "dataset")
+    if not same_codes(tokens.manifest, tokenizer):
+        raise ConfigError(
+            f"the tokens in {spec['path']} were made by another tokenizer "
+            f"({expected_codes(tokens.manifest)}, not codes {tokenizer.codes_id}): name that one, "
+            "or run flextok tokenize with this one"
+        )
+    tokens.check_codes(tokenizer)
+    return tokens
+
+
+def make_transform(config: ExperimentConfig, size: int) -> ImageTransform:
+    return ImageTransform(size, config.data.flip, config.data.crop, config.data.shift)
+
+
+def cache_device(config: ExperimentConfig) -> str:
+    """Where tokenizer and text encoder fill the caches: this process's GPU, if it trains on one."""
+    return "cpu" if config.trainer.accelerator == "cpu" else local_device()
+
+
+def add_text(
+    conditioner: TextConditioner, folder: Path, tokens: TokenDataset, config: ExperimentConfig
+) -> None:
+    """Give a token data set the rows of its captions, cached in `folder`."""
+    without = tokens.captions.count("")
+    if without == len(tokens):
+        raise ConfigError(
+            "no picture has a caption: a text conditioner needs them (.txt files beside pictures, "
+            "a caption column or key), or choose conditioner {name: class}"
+        )
+    if without:
+        log.warning("%d of %d pictures have no caption: null text", without, len(tokens))
+    sided = sum(bool(re.search(r"\b(left|right)\b", caption)) for caption in tokens.captions)
+    if config.data.flip and sided:
+        log.warning("data.flip=true mirrors pictures, and %d captions say left or right", sided)
+    encoder = conditioner.encoder
+    tokens.text = build_text_cache(folder, encoder, tokens.captions, cache_device(config))
+    conditioner.null_row = tokens.text[""]
+
+
+# Evaluation in training
+
+
+def evaluation(config: ExperimentConfig, tokenizer: Any, generator: Any | None) -> list[L.Callback]:
+    """The callback that evaluates at validations; none where none is asked. One of the two models
+    is the one that is trained."""
+    asked = config.evaluation
+    if asked is None:
+        return []
+    assert config.data.validation is not None, "the config is checked"
+    images = take(make_dataset(config.data.validation), asked.limit)
+    options = Options(networks=tuple(asked.networks), batch_size=asked.batch_size, seed=config.seed)
+    trained = tokenizer if generator is None else generator
+    cells = [Cell(k) for k in asked.num_tokens or [trained.num_tokens]]
+    make_job(tokenizer, generator, cells, options)  # mistakes, missing weights: before training
+    names = {"model": config.output_dir, "data": json.dumps(config.data.validation)}
+
+    def measured(model: Any, folder: Path) -> dict[str, Any]:
+        tokenizer.to(next(model.parameters()).device)
+        return evaluate(model, images, cells, options, folder, names, tokenizer)
+
+    every = asked.every * config.trainer.validate_every
+    return [Evaluation(Path(config.output_dir) / "evaluation", measured, every)]
+
+
+# Images, and the pixels' mean and deviation
+
+
+def fill_auto(config: ExperimentConfig, stored: Path | None = None) -> ExperimentConfig:
+    """The config with numbers for an identity VAE's `shift: auto` and `scale: auto`: those of the
+    run's own config.yaml (`stored`), else of the model that it starts from, else of the training
+    pictures."""
+    vae = config.model.get("vae")
+    if not isinstance(vae, dict) or vae.get("name") != "identity":
+        return config
+    keys = [key for key in ("shift", "scale") if vae.get(key) == "auto"]
+    if not keys or config.task != "tokenizer":
+        return config
+    known: list[dict[str, Any]] = []
+    if stored is not None and stored.is_file():
+        known.append(load_experiment(stored).model.get("vae") or {})
+    else:
+        starts = [load_model(path).config for path in config.start.values()]
+        known += [start.vae for start in starts if isinstance(start, FlexTokConfig)]
+    for found in known:
+        numbers = {"shift": 0.0, "scale": 1.0, **found}
+        if found.get("name") == "identity" and "auto" not in numbers.values():
+            filled = {key: numbers[key] for key in keys}
+            break
+    else:
+        filled = {key: value for key, value in measured_vae(config).items() if key in keys}
+    return replace(config, model={**config.model, "vae": {**vae, **filled}})
+
+
+def measured_vae(config: ExperimentConfig) -> dict[str, float]:
+    """shift and scale that give the training images mean 0 and deviation 1."""
+    size = model_config(TOKENIZERS, config.model).image_size
+    mean, deviation, count = measure_pixels(make_dataset(config.data.train), size)
+    if deviation < 1e-3:
+        raise ConfigError(
+            f"the pixels of {count} training images deviate by {deviation:.2g} only: they are "
+            "all of one colour; look at data.train, or give model.vae.scale"
+        )
+    found = {"shift": float(f"{mean:.3g}"), "scale": float(f"{1 / deviation:.3g}")}
+    log.info(
+        "pixels of %d training images: mean %.3g, deviation %.3g; model.vae: shift %g, scale %g",
+        *(count, mean, deviation, found["shift"], found["scale"]),
+    )
+    return found

@@ -1,0 +1,98 @@
+"""Lightning's Trainer as runs need it, and the devices and precision that it trains with."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from flextok.config import TrainerConfig
+from flextok.data.processes import this_process
+from flextok.schema import ConfigError
+from flextok.training.checkpoints import WholeFiles
+from flextok.training.options import FitOptions
+from flextok.training.saving import Events, Rows
+from flextok.training.sharding import ShardedStrategy
+
+
+def make_trainer(options: FitOptions, validates: bool, callbacks: list[L.Callback]) -> L.Trainer:
+    """The trainer of a run. Raises ConfigError for a device or strategy that is not there."""
+    sharded, folder = options.strategy == "fsdp2", Path(options.output_dir)
+    plugins: list[Any] = [] if sharded else [WholeFiles()]
+    if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
+        # Checkpoints saves on signals, between two steps
+        plugins.append(SLURMEnvironment(auto_requeue=False))
+    try:
+        trainer = L.Trainer(
+            accelerator=options.accelerator,
+            devices=options.devices,
+            num_nodes=options.num_nodes,
+            strategy=ShardedStrategy() if sharded else options.strategy,
+            plugins=plugins,
+            precision=choose_precision(options),
+            max_steps=options.max_steps,
+            accumulate_grad_batches=options.accumulate,
+            gradient_clip_val=options.optim.grad_clip or None,
+            log_every_n_steps=options.log_every,
+            val_check_interval=options.validate_every * options.accumulate if validates else None,
+            check_val_every_n_epoch=None if validates else 1,
+            limit_val_batches=None if validates else 0,
+            num_sanity_val_steps=0,
+            callbacks=callbacks,
+            logger=[
+                Rows(folder / "logs", name="csv"),  # a resumed run adds a version_<n>
+                Events(folder / "logs", name="tensorboard", version=""),
+            ],
+            use_distributed_sampler=False,  # the stream and the validation set shard themselves
+            enable_model_summary=False,
+        )
+    except (MisconfigurationException, ImportError) as error:  # no such device, or its library
+        raise ConfigError(f"trainer.accelerator={options.accelerator}: {error}") from error
+    if isinstance(trainer.strategy, DDPStrategy):
+        # buffers are constants, or moved alike on all processes: never sent around in a forward
+        trainer.strategy._ddp_kwargs["broadcast_buffers"] = False
+    return trainer
+
+
+def check_devices(options: TrainerConfig) -> None:
+    """Refuse a device that is not there, more processes than a CPU has cores, and what the device
+    cannot do."""
+    device, cores = device_type(options.accelerator), os.cpu_count() or 1
+    if options.accelerator in ("gpu", "cuda", "mps") and device_type("gpu") not in ("cuda", "mps"):
+        raise ConfigError(f"trainer.accelerator={options.accelerator}: there is none, take auto")
+    asked = int(options.devices) if str(options.devices).isdigit() else 1
+    if device == "cpu" and asked > cores and this_process().world_size == 1:
+        raise ConfigError(
+            f"trainer.devices={asked} must be at most {cores} on this CPU, the number of its "
+            "cores: each device is a process"
+        )
+    if device == "cpu" and "," in str(options.devices):
+        raise ConfigError(
+            f"trainer.devices={options.devices} numbers GPUs: for a CPU say how many processes"
+        )
+    if options.precision == "16-mixed" and (device == "cpu" or options.strategy == "fsdp2"):
+        where = "on a CPU" if device == "cpu" else "with trainer.strategy=fsdp2"
+        raise ConfigError(f"trainer.precision=16-mixed does not work {where}: take bf16-mixed")
+
+
+def device_type(accelerator: str) -> str:
+    """What Lightning takes for trainer.accelerator: cuda, mps or cpu."""
+    if accelerator not in ("auto", "gpu"):
+        return accelerator
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def choose_precision(options: TrainerConfig) -> Any:
+    """The precision that `auto` stands for on the device that trains. On a CPU bf16 takes longer
+    for the small models that train there, even where the processor has instructions for it."""
+    if options.precision != "auto":
+        return options.precision
+    on_cuda = device_type(options.accelerator) == "cuda"
+    fast = on_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16-mixed" if fast else "32-true"

@@ -1,0 +1,244 @@
+"""Training from Python: fit(), and an objective in whatever wraps it."""
+
+import functools
+import re
+import sys
+from pathlib import Path
+
+import accelerate
+import pytest
+import torch
+from conftest import TINY, tiny_gpt, tiny_tokenizer
+from PIL import Image
+from processes import finish, start_ranks
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Dataset
+
+import flextok
+from flextok import FitOptions, FlexTok, FlexTokConfig, fit
+from flextok.config import OptimConfig
+from flextok.objectives import make_objective
+from flextok.training.checkpoints import list_checkpoints
+
+STEPS, WHOLE = 4, 8  # a batch of eight, or two of four
+SETTINGS = {
+    "flow": {"batch_lengths": 4, "nested_dropout": "uniform", "null_prob": 0.3},
+    "next_token": {"cond_drop": 0.4},
+}
+
+
+def make(name):
+    """A tiny model's objective, the same in every process."""
+    torch.manual_seed(0)
+    model = tiny_tokenizer(drop_mode="truncate") if name == "flow" else tiny_gpt()
+    objective = make_objective(model, {"name": name, **SETTINGS[name]})
+    objective.prepare()
+    return objective.train()
+
+
+def batches(name):
+    """The whole batch of each step."""
+    draws = torch.Generator().manual_seed(5)
+    for _ in range(STEPS):
+        if name == "flow":
+            yield {"image": torch.rand(WHOLE, 3, 16, 16, generator=draws) * 2 - 1}
+        else:
+            labels = torch.randint(0, 5, (WHOLE,), generator=draws)
+            yield {"indices": torch.randint(0, 200, (WHOLE, 8), generator=draws), "label": labels}
+
+
+def take_steps(name, objective, optimizer, rank=0, world_size=1, backward=torch.Tensor.backward):
+    """A loop as anybody may write it: each process takes its rows of the batch."""
+    share = WHOLE // world_size
+    for step, whole in enumerate(batches(name)):
+        mine = range(rank * share, (rank + 1) * share)
+        batch = {key: value[mine.start : mine.stop] for key, value in whole.items()}
+        draws = torch.Generator().manual_seed(step)
+        optimizer.zero_grad()
+        backward(objective({**batch, "row": mine}, draws)["loss"])
+        optimizer.step()
+
+
+def save(objective, path):
+    torch.save(objective.model.state_dict(), path)
+
+
+def optimizer_of(objective):
+    return torch.optim.AdamW((p for p in objective.parameters() if p.requires_grad), lr=1e-3)
+
+
+def by_hand(name, path):
+    distributed.init_process_group("gloo")
+    objective = DistributedDataParallel(make(name))
+    rank = distributed.get_rank()
+    take_steps(name, objective, optimizer_of(objective), rank, 2)
+    if rank == 0:
+        save(objective.module, path)
+    distributed.destroy_process_group()
+    sys.exit(0)
+
+
+def by_accelerate(name, path):
+    accelerator = accelerate.Accelerator(cpu=True)
+    objective = make(name)
+    wrapped, optimizer = accelerator.prepare(objective, optimizer_of(objective))
+    rank = accelerator.process_index
+    take_steps(name, wrapped, optimizer, rank, accelerator.num_processes, accelerator.backward)
+    assert accelerator.num_processes == 2
+    if rank == 0:
+        save(accelerator.unwrap_model(wrapped), path)
+    accelerator.end_training()
+    sys.exit(0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["flow", "next_token"])
+@pytest.mark.parametrize("train", [by_hand, by_accelerate])
+def test_two_processes_end_where_one_with_the_whole_batch_does(tmp_path, name, train):
+    one = make(name)
+    before = {key: value.clone() for key, value in one.model.state_dict().items()}
+    take_steps(name, one, optimizer_of(one))
+    path = tmp_path / "weights"
+    work = functools.partial(train, name, path)
+    codes = finish(*start_ranks(2, [], tmp_path / "log", work), timeout=120)
+    text = "\n".join(p.read_text()[-3000:] for p in tmp_path.glob("log.*"))
+    assert codes == [0, 0], text
+    two = torch.load(path)
+    moved = 0.0
+    for key, value in one.model.state_dict().items():
+        torch.testing.assert_close(two[key], value, atol=1e-5, rtol=0, msg=key)
+        moved = max(moved, float((value - before[key]).abs().max()))
+    assert moved > 1e-3
+
+
+class Drawn(Dataset):
+    """Items as a user may have them: of a tokenizer in any of four forms."""
+
+    def __init__(self, name, form="tuple"):
+        self.name, self.form = name, form
+
+    def __len__(self):
+        return 24
+
+    def __getitem__(self, i):
+        draws = torch.Generator().manual_seed(i)
+        if self.name == "next_token":
+            return {"indices": torch.randint(0, 200, (8,), generator=draws), "label": i % 5}
+        levels = torch.randint(0, 256, (3, 16, 16), generator=draws)
+        image = Image.fromarray(levels.byte().permute(1, 2, 0).numpy())
+        tensor = levels / 127.5 - 1
+        forms = {
+            "tuple": (image, 3),
+            "dict": {"image": image},
+            "tensor": (tensor, 3),
+            "tensors": {"image": tensor, "label": 3, "caption": "a cat"},
+        }
+        return forms[self.form]
+
+
+def options(folder, **changes):
+    common = {"max_steps": STEPS, "accelerator": "cpu", "devices": 1, "num_pictures": 2}
+    return FitOptions(**{"output_dir": folder, "batch_size": WHOLE, **common, **changes})
+
+
+def by_fit(name, folder):
+    fit(make(name), Drawn(name), options=options(folder, batch_size=4, devices=2, strategy="ddp"))
+    sys.exit(0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["flow", "next_token"])
+def test_two_processes_of_fit_end_where_one_with_the_whole_batch_does(tmp_path, name):
+    fit(make(name), Drawn(name), options=options(tmp_path / "one"))
+    work = functools.partial(by_fit, name, tmp_path / "two")
+    codes = finish(*start_ranks(2, [], tmp_path / "log", work), timeout=120)
+    text = "\n".join(p.read_text()[-3000:] for p in tmp_path.glob("log.*"))
+    assert codes == [0, 0], text
+    one, two = (flextok.load_model(tmp_path / part).state_dict() for part in ("one", "two"))
+    for key, value in one.items():
+        torch.testing.assert_close(two[key], value, atol=1e-5, rtol=0, msg=key)
+
+
+def test_items_in_any_form_train_alike(tmp_path):
+    """PIL images or tensors, in mappings or tuples, with or without label and caption."""
+    results = [
+        fit(make("flow"), Drawn("flow", form), options=options(tmp_path / form, max_steps=2))
+        for form in ("tuple", "dict", "tensor", "tensors")
+    ]
+    first = results[0].state_dict()
+    for model in results[1:]:
+        assert all(torch.equal(value, first[key]) for key, value in model.state_dict().items())
+
+
+def test_an_image_of_another_size_is_refused_by_name(tmp_path):
+    class Large(Drawn):
+        def __getitem__(self, i):
+            return torch.zeros(3, 20, 20), 0
+
+    with pytest.raises(ValueError, match=r"an item's image is \(3, 20, 20\): give PIL images"):
+        fit(make("flow"), Large("flow"), options=options(tmp_path))
+
+
+def test_fit_returns_the_model_and_leaves_a_folder_that_loads(tmp_path):
+    objective = make("flow")
+    ema = OptimConfig(lr=1e-3, warmup_steps=1, ema_decay=0.5)
+    asked = options(tmp_path, optim=ema, validate_every=2)
+    model = fit(objective, Drawn("flow"), Drawn("flow"), options=asked)
+    assert model is objective.model
+    assert not model.training
+    saved = FlexTok.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(value, saved[key]) for key, value in model.state_dict().items())
+    assert {p.name for p in (tmp_path / "pictures").iterdir()} == {
+        "step-0000002.png",
+        "step-0000004.png",
+    }
+    # again: nothing is to do, and the fresh model gets the trained weights
+    checkpoints = {
+        p: p.stat().st_mtime_ns for p in list_checkpoints(tmp_path / "checkpoints").values()
+    }
+    again = fit(make("flow"), Drawn("flow"), Drawn("flow"), options=asked)
+    assert all(torch.equal(value, saved[key]) for key, value in again.state_dict().items())
+    assert checkpoints == {p: p.stat().st_mtime_ns for p in checkpoints}
+
+
+def test_a_run_of_another_objective_is_passed_over_and_then_refused(tmp_path):
+    fit(make("flow"), Drawn("flow"), options=options(tmp_path))
+    smaller = make_objective(FlexTok(FlexTokConfig(**{**TINY, "decoder_depth": 1})))
+    with pytest.raises(ValueError, match="is of another model"):
+        fit(smaller, Drawn("flow"), options=options(tmp_path, max_steps=9))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["flow", "next_token"])
+def test_a_compiled_objective_has_the_same_gradients(name):
+    batch = next(iter(batches(name)))
+
+    def gradients(objective, call):
+        call(batch, torch.Generator().manual_seed(0))["loss"].backward()
+        return torch.cat([p.grad.flatten() for p in objective.parameters() if p.grad is not None])
+
+    plain, objective = make(name), make(name)
+    compiled = torch.compile(objective, backend="aot_eager")
+    expected = gradients(plain, plain)
+    assert expected.abs().max() > 0
+    torch.testing.assert_close(gradients(objective, compiled), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_the_readmes_way_to_train_from_python(tmp_path, monkeypatch):
+    readme = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
+    (code,) = [c for c in re.findall(r"```python\n(.*?)```", readme, re.S) if "fit(" in c]
+    assert len([line for line in code.splitlines() if line.strip()]) < 20
+    draws = torch.Generator().manual_seed(0)
+    (tmp_path / "pictures").mkdir()
+    for i in range(4):
+        levels = torch.randint(0, 256, (40, 30, 3), generator=draws).byte()
+        Image.fromarray(levels.numpy()).save(tmp_path / "pictures" / f"{i}.jpg")
+    monkeypatch.chdir(tmp_path)
+    short = re.sub(r"max_steps=[\d_]+", "max_steps=2", code)
+    assert short != code
+    monkeypatch.setattr(
+        "flextok.training.fit.check_devices", lambda given: setattr(given, "accelerator", "cpu")
+    )
+    exec(compile(short, "README.md", "exec"), {})
+    assert list(list_checkpoints(tmp_path / "outputs/mine/checkpoints")) == [2]
