@@ -15,13 +15,14 @@ from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 
 from flextok.config import load_experiment
+from flextok.objectives import OBJECTIVES, make_objective
 from flextok.pipeline import load_model
 from flextok.registry import build_model
-from flextok.tokenizers import TOKENIZERS, FlexTok
+from flextok.tokenizers import TOKENIZERS
 from flextok.tokenizers.networks import Encoder, FlowDecoder
 from flextok.training.checkpoints import find_checkpoint, list_checkpoints, verify
 from flextok.training.run import train
-from flextok.training.sharding import gather, shard
+from flextok.training.sharding import gather, is_sharded, shard, whole
 
 STEPS = 20
 
@@ -76,7 +77,8 @@ def record_work(folder):
     step, in training."""
     rank = os.environ["RANK"]
     parts = {"encoder": Encoder, "decoder": FlowDecoder}
-    plain = {name: part.forward for name, part in parts.items()} | {"loss": FlexTok.loss}
+    flow = OBJECTIVES["flow"]
+    plain = {name: part.forward for name, part in parts.items()} | {"loss": flow.forward}
     work = []
 
     def loss(self, *arguments, **options):
@@ -95,7 +97,7 @@ def record_work(folder):
         work.append(["decoder", *registers.shape[:2]])
         return plain["decoder"](self, x_t, t, registers, mask)
 
-    FlexTok.loss, Encoder.forward, FlowDecoder.forward = loss, encode, decode
+    flow.forward, Encoder.forward, FlowDecoder.forward = loss, encode, decode
 
 
 @pytest.mark.slow
@@ -179,23 +181,29 @@ def alone(tmp_path):
     ],
     ids=["titok", "titok of many lengths", "flextok of many lengths"],
 )
-def test_sharded_methods_that_call_others_or_run_a_network_often(alone, spec):
-    """TiTok's loss calls reconstruct, which calls decode_codes; each length runs the blocks."""
-    plain, sharded = (build_model(TOKENIZERS, spec).train() for _ in range(2))
+def test_a_sharded_objective_has_the_same_gradients_codes_and_images(alone, spec):
+    """Each length runs the blocks once more; encode and decode are no forward of the objective."""
+    plain, sharded = (make_objective(build_model(TOKENIZERS, spec)).train() for _ in range(2))
     for parameter in plain.parameters():  # no zero hides a gradient
         torch.nn.init.normal_(parameter.data, std=0.1)
     sharded.load_state_dict(plain.state_dict())
     shard(sharded, alone)
     images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    for model in (plain, sharded):
-        model.loss(images, torch.Generator().manual_seed(1))["loss"].backward()
+    for objective in (plain, sharded):
+        objective({"image": images}, torch.Generator().manual_seed(1))["loss"].backward()
     trained = {n: p.grad for n, p in sharded.named_parameters() if p.grad is not None}
     gradients = gather(trained, keep=True)
     for name, parameter in plain.named_parameters():
         assert (parameter.grad is None) == (name not in gradients), name
         if name in gradients:
             assert torch.allclose(parameter.grad, gradients[name], atol=1e-6), name
-    if spec["name"] == "titok":
-        indices = plain.encode(images)
-        assert torch.equal(sharded.encode(images), indices)
-        assert torch.allclose(sharded.decode(indices), plain.decode(indices), atol=1e-6)
+    indices = plain.model.encode(images)
+    noise = {"generator": torch.Generator().manual_seed(2)}
+    with whole(sharded):
+        assert torch.equal(sharded.model.encode(images), indices)
+        decoded = sharded.model.decode(indices, **noise)
+    noise = {"generator": torch.Generator().manual_seed(2)}
+    assert torch.allclose(decoded, plain.model.decode(indices, **noise), atol=1e-5)
+    # and trains on, sharded as before
+    sharded({"image": images}, torch.Generator().manual_seed(1))["loss"].backward()
+    assert is_sharded(sharded)

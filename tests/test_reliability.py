@@ -23,12 +23,16 @@ from test_training import (
 
 from flextok.config import load_experiment
 from flextok.hub import CheckpointError
+from flextok.objectives import OBJECTIVES
 from flextok.pipeline import load_model
+from flextok.registry import build_model
 from flextok.schema import ConfigError
 from flextok.tokenizers import FlexTok
 from flextok.training.callbacks import NonFiniteLoss
 from flextok.training.checkpoints import find_checkpoint, list_checkpoints, verify
 from flextok.training.run import train
+
+FlowObjective = OBJECTIVES["flow"]
 
 
 @pytest.fixture
@@ -140,15 +144,15 @@ def test_every_start_is_recorded(run):
 def spoil(monkeypatch, steps, value=torch.nan):
     """Make the loss of those calls not finite; of an infinite one the gradient stays finite."""
     calls = iter(range(10_000))
-    original = FlexTok.loss
+    original = FlowObjective.forward
 
-    def loss(self, *arguments, **options):
+    def forward(self, *arguments, **options):
         losses = original(self, *arguments, **options)
         if self.training and next(calls) in steps:
             losses["loss"] = losses["loss"] * value if value != value else losses["loss"] + value
         return losses
 
-    monkeypatch.setattr(FlexTok, "loss", loss)
+    monkeypatch.setattr(FlowObjective, "forward", forward)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -162,8 +166,6 @@ def test_steps_without_a_finite_loss_are_skipped(run, monkeypatch, value):
     assert all(torch.isfinite(v).all() for v in moved_weights.values())
     assert any(not torch.equal(start_weights[k], moved_weights[k]) for k in start_weights)
     # the same initial weights, untouched by two bad steps
-    from flextok.registry import build_model
-
     torch.manual_seed(0)
     config = load_experiment(untouched / "config.yaml")
     torch.manual_seed(config.seed)

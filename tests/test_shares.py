@@ -13,6 +13,7 @@ from flextok.data.datamodule import DataModule, Shares, collate_shares, prepare_
 from flextok.data.datasets import ImageFolder
 from flextok.data.stream import EvaluationSet
 from flextok.data.transforms import ImageTransform
+from flextok.objectives import make_objective
 from flextok.pipeline import load_model
 from flextok.training.run import train
 
@@ -81,7 +82,8 @@ def test_any_number_of_pictures_and_damaged_ones_ends_with_the_exact_average(tmp
     images = readable(tmp_path / "validation")
     assert len(images) == {7: 7, 8: 8, "9 pictures": 9}.get(case, 9 - len(DAMAGED.get(case, ())))
     with torch.no_grad():
-        expected = [float(model.loss(image[None])["loss"]) for image in images]
+        objective = make_objective(model).eval()
+        expected = [float(objective({"image": image[None]})["loss"]) for image in images]
     assert validation_losses(run)[-1] == pytest.approx(sum(expected) / len(expected), rel=1e-4)
 
 

@@ -31,6 +31,7 @@ from flextok.evaluation import Cell, Options, evaluate
 from flextok.generators import GENERATORS
 from flextok.hub import fingerprint
 from flextok.losses import perceptual
+from flextok.objectives import make_objective
 from flextok.pipeline import generate_images, load_model, load_tokenizer_of
 from flextok.registry import build_model
 from flextok.schema import ConfigError, NotFinite
@@ -481,12 +482,12 @@ def test_vae_weights_come_from_a_diffusers_folder(tmp_path):
 
 
 def test_parameter_groups_spare_vectors_and_tokens():
-    model = tiny_tokenizer()
-    names = {id(p): n for n, p in model.named_parameters()}
+    objective = make_objective(tiny_tokenizer())
+    names = {id(p): n.removeprefix("model.") for n, p in objective.named_parameters()}
     config = OptimConfig(lr=1e-3, weight_decay=0.1, lr_scale={"encoder": 0.5})
     options = {
         names[id(p)]: (group["lr"], group["weight_decay"])
-        for group in parameter_groups(model, config)
+        for group in parameter_groups(objective, config)
         for p in group["params"]
     }
     assert options["encoder.blocks.0.attn.wq.weight"] == (5e-4, 0.1)
@@ -495,7 +496,7 @@ def test_parameter_groups_spare_vectors_and_tokens():
     assert options["decoder.register_pos"] == options["decoder.head.bias"] == (1e-3, 0.0)
     assert "decoder.patch_pos" not in options  # fixed
     with pytest.raises(ConfigError, match="unknown part of the model 'encodr'"):
-        parameter_groups(model, OptimConfig(lr_scale={"encodr": 1.0}))
+        parameter_groups(objective, OptimConfig(lr_scale={"encodr": 1.0}))
 
 
 def test_the_schedule_warms_up_then_falls_to_its_end():
@@ -508,11 +509,13 @@ def test_the_schedule_warms_up_then_falls_to_its_end():
 
 
 def take_steps(model, optimizer, steps=3):
+    objective = make_objective(model)
     draws = torch.Generator().manual_seed(1)
     for _ in range(steps):
         indices = torch.randint(0, 200, (4, 8), generator=draws)
         optimizer.zero_grad()
-        model.loss(indices, torch.zeros(4, dtype=torch.long), generator=draws)["loss"].backward()
+        batch = {"indices": indices, "label": torch.zeros(4, dtype=torch.long)}
+        objective(batch, draws)["loss"].backward()
         optimizer.step()
 
 
@@ -520,9 +523,10 @@ def take_steps(model, optimizer, steps=3):
 def test_muon_turns_the_blocks_matrices_and_adamw_the_rest(tmp_path):
     config = OptimConfig(name="muon", lr=1e-3, weight_decay=0.0)
     model, reference = tiny_gpt().train(), tiny_gpt().train()
-    optimizer = make_optimizer(model, config)
+    optimizer = make_optimizer(make_objective(model), config)
     take_steps(model, optimizer, 1)
-    take_steps(reference, make_optimizer(reference, OptimConfig(lr=1e-3, weight_decay=0.0)), 1)
+    adamw = OptimConfig(lr=1e-3, weight_decay=0.0)
+    take_steps(reference, make_optimizer(make_objective(reference), adamw), 1)
     turned = {
         name
         for (name, a), b in zip(model.named_parameters(), reference.parameters(), strict=True)
@@ -538,7 +542,7 @@ def test_muon_turns_the_blocks_matrices_and_adamw_the_rest(tmp_path):
     resumed = tiny_gpt().train()
     weights_, state = torch.load(tmp_path / "state", weights_only=True)
     resumed.load_state_dict(weights_)
-    continued = make_optimizer(resumed, config)
+    continued = make_optimizer(make_objective(resumed), config)
     continued.load_state_dict(state)
     take_steps(resumed, continued)
     # the draws begin anew in each call: run the first one's again
@@ -564,7 +568,8 @@ def test_recomputing_or_compiling_the_blocks_changes_no_gradient():
     indices, cond = torch.arange(32).view(4, 8), torch.zeros(4, dtype=torch.long)
 
     def gradients(model):
-        model.train().loss(indices, cond, torch.Generator().manual_seed(0))["loss"].backward()
+        objective, draws = make_objective(model.train()), torch.Generator().manual_seed(0)
+        objective({"indices": indices, "label": cond}, draws)["loss"].backward()
         return torch.cat([p.grad.flatten() for p in model.parameters()])
 
     compiled = tiny_gpt()
@@ -582,6 +587,6 @@ def test_pictures_that_cannot_be_drawn_end_no_run(tmp_path, caplog):
         raise NotFinite("the decoded images hold values that are not finite")
 
     trainer = SimpleNamespace(is_global_zero=True, global_step=7, loggers=[])
-    Images(tmp_path, draw).work(trainer, torch.nn.Linear(1, 1))
+    Images(tmp_path, draw).work(trainer, make_objective(tiny_gpt()))
     assert "step 7: no images drawn" in caplog.text
     assert not list(tmp_path.iterdir())

@@ -108,9 +108,12 @@ class TrainingModule(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Bring the optimizer's state into the groups that its present settings ask for."""
-        before, (state,) = checkpoint["optimizer_names"], checkpoint["optimizer_states"]
-        after = self.names_in(make_optimizer(self.objective, self.options.optim))
-        checkpoint["optimizer_states"] = [regroup(state, before, after)]
+        states = checkpoint.get("optimizer_states")  # a folder's are loaded by their names
+        if states:
+            after = self.names_in(make_optimizer(self.objective, self.options.optim))
+            checkpoint["optimizer_states"] = [
+                regroup(state, checkpoint["optimizer_names"], after) for state in states
+            ]
 
     def on_train_start(self) -> None:
         """A run that continues takes its optimizer's settings from the options, and from the

@@ -260,12 +260,12 @@ def evaluation(config: ExperimentConfig, tokenizer: Any, generator: Any | None) 
     make_job(tokenizer, generator, cells, options)  # mistakes, missing weights: before training
     names = {"model": config.output_dir, "data": json.dumps(config.data.validation)}
 
-    def measured(model: Any, folder: Path) -> dict[str, Any]:
+    def measure(model: Any, folder: Path) -> dict[str, Any]:
         tokenizer.to(next(model.parameters()).device)
         return evaluate(model, images, cells, options, folder, names, tokenizer)
 
     every = asked.every * config.trainer.validate_every
-    return [Evaluation(Path(config.output_dir) / "evaluation", measured, every)]
+    return [Evaluation(Path(config.output_dir) / "evaluation", measure, every)]
 
 
 # Images, and the pixels' mean and deviation

@@ -14,6 +14,7 @@ from torch import Tensor
 from flextok import viz
 from flextok.generators.text import Text
 from flextok.hub import Pretrained
+from flextok.objectives import Objective
 from flextok.pipeline import decodable_lengths, generate_images, reconstruct_prefixes
 from flextok.schema import NotFinite
 from flextok.training.module import TrainingModule
@@ -23,12 +24,12 @@ log = logging.getLogger(__name__)
 
 
 class AfterValidation(L.Callback):
-    """Calls a function of the averaged model at the end of each validation."""
+    """Does its work with the averaged weights at the end of each validation."""
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: TrainingModule) -> None:  # type: ignore[override]
-        self.work(trainer, pl_module.objective.model)
+        self.work(trainer, pl_module.objective)
 
-    def work(self, trainer: L.Trainer, model: Any) -> None:
+    def work(self, trainer: L.Trainer, objective: Objective) -> None:
         raise NotImplementedError
 
 
@@ -38,15 +39,18 @@ class Images(AfterValidation):
     def __init__(self, folder: Path, draw: Callable[[Any], Image.Image]):
         self.folder, self.draw = folder, draw
 
-    def work(self, trainer: L.Trainer, model: Any) -> None:
-        with whole(model), torch.no_grad():
-            if not trainer.is_global_zero:
-                return
-            try:
-                grid = self.draw(model)
-            except NotFinite as error:  # no reason to end a run that may recover
-                log.warning("step %d: no images drawn: %s", trainer.global_step, error)
-                return
+    def work(self, trainer: L.Trainer, objective: Objective) -> None:
+        # FSDP2 notes each forward: all processes must take the same ones
+        if not (trainer.is_global_zero or is_sharded(objective)):
+            return
+        try:
+            with whole(objective), torch.no_grad():
+                grid = self.draw(objective.model)
+        except NotFinite as error:  # no reason to end a run that may recover
+            log.warning("step %d: no images drawn: %s", trainer.global_step, error)
+            return
+        if not trainer.is_global_zero:
+            return
         viz.save(grid, self.folder / f"step-{trainer.global_step:07d}.png")
         for logger in trainer.loggers:
             if isinstance(logger, L.pytorch.loggers.TensorBoardLogger):
@@ -66,10 +70,10 @@ class Evaluation(AfterValidation):
         """every: steps, a multiple of those between validations."""
         self.folder, self.evaluate, self.every = folder, evaluate, every
 
-    def work(self, trainer: L.Trainer, model: Any) -> None:
+    def work(self, trainer: L.Trainer, objective: Objective) -> None:
         if trainer.global_step % self.every:
             return
-        report = self.evaluate(model, self.folder / f"step-{trainer.global_step:07d}")
+        report = self.evaluate(objective.model, self.folder / f"step-{trainer.global_step:07d}")
         for result in report["results"]:
             scores = {f"eval/{k}@{result['num_tokens']}": v for k, v in result["scores"].items()}
             for logger in trainer.loggers:  # these write on the first process only
@@ -82,8 +86,8 @@ class Export(AfterValidation):
     def __init__(self, folder: Path):
         self.folder = folder
 
-    def work(self, trainer: L.Trainer, model: Any) -> None:
-        export(model, self.folder, trainer.global_step, trainer.is_global_zero)
+    def work(self, trainer: L.Trainer, objective: Objective) -> None:
+        export(objective.model, self.folder, trainer.global_step, trainer.is_global_zero)
 
 
 def export(model: Pretrained, folder: Path, step: int, write: bool = True) -> None:
