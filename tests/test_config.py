@@ -108,7 +108,7 @@ def test_the_ends_of_the_ranges_are_legal():
 
 
 def test_a_config_made_in_python_is_checked_too(tmp_path):
-    data = DataConfig({"name": "emoji"})
+    data = DataConfig(train={"name": "emoji"})
     config = ExperimentConfig("tokenizer", str(tmp_path / "x"), {}, data, TrainerConfig(1))
     with pytest.raises(ConfigError, match=r"evaluation needs data\.validation"):
         replace(config, evaluation=EvaluationConfig())

@@ -228,7 +228,7 @@ def test_a_compiled_objective_has_the_same_gradients(name):
 def test_the_readmes_way_to_train_from_python(tmp_path, monkeypatch):
     readme = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
     (code,) = [c for c in re.findall(r"```python\n(.*?)```", readme, re.S) if "fit(" in c]
-    assert len([line for line in code.splitlines() if line.strip()]) < 20
+    assert len([line for line in code.splitlines() if line.strip()]) < 14
     draws = torch.Generator().manual_seed(0)
     (tmp_path / "pictures").mkdir()
     for i in range(4):

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import TITOK, VQGAN, tiny_gpt, tiny_tokenizer
+from flextok.tokenizers.distillation import DistillConfig
 from golden.titok.load import load_case
 from huggingface_hub import errors
 
@@ -22,7 +23,6 @@ from flextok.tokenizers import (
     TiTokConfig,
     VQGANConfig,
 )
-from flextok.tokenizers.distillation import DistillConfig
 from flextok.tokenizers.flextok import DecodeOptions
 
 
