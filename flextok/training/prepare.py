@@ -255,9 +255,9 @@ def evaluation(config: ExperimentConfig, tokenizer: Any, generator: Any | None) 
     assert config.data.validation is not None, "the config is checked"
     images = take(make_dataset(config.data.validation), asked.limit)
     options = Options(networks=tuple(asked.networks), batch_size=asked.batch_size, seed=config.seed)
-    trained = tokenizer if generator is None else generator
+    trained = generator or tokenizer
     cells = [Cell(k) for k in asked.num_tokens or [trained.num_tokens]]
-    make_job(tokenizer, generator, cells, options)  # mistakes, missing weights: before training
+    make_job(trained, cells, options, tokenizer)  # raises for mistakes and missing weights
     names = {"model": config.output_dir, "data": json.dumps(config.data.validation)}
 
     def measure(model: Any, folder: Path) -> dict[str, Any]:
