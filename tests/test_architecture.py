@@ -25,7 +25,7 @@ FLOORS = [
     {"tokenizers", "generators", "objectives"},
     {"cpu"},
     {"pipeline", "data", "evaluation", "viz"},
-    {"config", "fake_gpu", "machine"},
+    {"config", "registry", "fake_gpu", "machine"},
     {"training", "emoji"},
     {"demo", "bench"},
     {"cli"},

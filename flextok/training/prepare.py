@@ -25,7 +25,6 @@ from flextok.data.tokens import (
     TokenDataset,
     build_token_cache,
     cache_identity,
-    wait_until_finished,
 )
 from flextok.data.transforms import ImageTransform
 from flextok.evaluation import Cell, Options, evaluate
@@ -184,7 +183,7 @@ def cached_tokens(
         return ready_tokens(spec, tokenizer)
     transform = make_transform(config, tokenizer.image_size)
     tokenizer.to(cache_device(config))
-    build_token_cache(
+    store = build_token_cache(
         folder,
         tokenizer,
         make_dataset(spec),
@@ -195,7 +194,7 @@ def cached_tokens(
         seed=config.seed,
     )
     tokenizer.to("cpu")
-    wait_until_finished(folder)
+    store.wait()
     tokens = TokenDataset(folder)
     tokens.check_codes(tokenizer)
     return tokens
