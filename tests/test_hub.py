@@ -62,14 +62,44 @@ def test_half_precision_files_load_as_float32(tmp_path, images):
     )
 
 
-def test_training_only_parts_stay_out(tmp_path):
-    repa = {"model": "vit_tiny_patch16_224", "pretrained": False, "hidden_dim": 8}
-    model = tiny_tokenizer(repa=repa)
-    model.prepare_training()
+OLDER = [
+    (tiny_tokenizer, {"nested_dropout": "none", "null_prob": 0.1, "repa": None}, {"ordered": True}),
+    (
+        lambda: tiny_tokenizer(token_grid=[4, 2]),
+        {"nested_dropout": "none", "cross_length": None, "checkpoint_blocks": True},
+        {"ordered": False},
+    ),
+    (
+        tiny_tokenizer,
+        {"distill": {"num_steps": 3, "teacher_steps": 5}, "batch_lengths": 8},
+        {"distilled": True},
+    ),
+    (
+        lambda: TiTok(TiTokConfig(**TITOK)),
+        {"nested_dropout": "uniform", "perceptual": {"lpips": 1.0}},
+        {"ordered": True},
+    ),
+    (lambda: TiTok(TiTokConfig(**TITOK)), {"nested_dropout": "none"}, {"ordered": False}),
+    (tiny_gpt, {"cond_drop": 0.1, "context_noise": 0.2, "checkpoint_blocks": False}, {}),
+]
+
+
+@pytest.mark.parametrize(("make", "older", "expected"), OLDER)
+def test_a_model_saved_with_the_keys_of_its_training_still_loads(tmp_path, make, older, expected):
+    """They stood in a model's config before training had objectives of its own."""
+    model = make()
     model.save_pretrained(tmp_path)
-    loaded = FlexTok.from_pretrained(tmp_path)
-    assert loaded.repa is None
-    assert loaded.config.repa is None
+
+    def change(header):
+        header["config"] = {k: v for k, v in header["config"].items() if k not in expected} | older
+
+    edit(tmp_path / "config.json", change)
+    loaded = load_model(tmp_path)
+    assert {key: getattr(loaded.config, key) for key in expected} == expected
+    if "distill" in older:
+        decode = loaded.config.decode
+        assert (decode.num_steps, decode.solver, decode.guidance_scale) == (3, "euler", 1.0)
+    assert all(torch.equal(loaded.state_dict()[k], v) for k, v in model.state_dict().items())
 
 
 def test_truncated_weights(tmp_path):
@@ -202,7 +232,7 @@ def test_the_codes_are_those_of_what_encodes(kind, ours, others):
     [
         (
             "flextok",
-            {"decode": {"num_steps": 3}, "max_timestep": 1.0, "nested_dropout": "none"},
+            {"decode": {"num_steps": 3}, "max_timestep": 1.0, "prediction": "x0"},
             True,
         ),
         ("flextok", {"vae": {"name": "identity", "shift": 0, "scale": 1}}, True),  # as by default
@@ -210,7 +240,7 @@ def test_the_codes_are_those_of_what_encodes(kind, ours, others):
         ("flextok", {"quantizer": {"name": "fsq", "levels": [8, 5, 5], "gain": 0.8}}, False),
         ("flextok", {"quantizer": {"name": "fsq", "levels": [5, 8, 5]}}, False),
         ("flextok", {"head_dim": 8}, False),
-        ("titok", {"nested_dropout": "uniform"}, True),
+        ("titok", {"ordered": True}, True),
         ("titok", {"legacy": True}, False),
         ("titok", {"quantizer": {**TITOK["quantizer"], "commitment": 0.5}}, True),
         ("titok", {"quantizer": {**TITOK["quantizer"], "l2_norm": False}}, False),
@@ -231,7 +261,7 @@ def family(tmp_path):
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     remember_tokenizer(gpt, tmp_path / "gpt", tokenizer, str(tmp_path / "tokenizer"))
     gpt.save_pretrained(tmp_path / "gpt")
-    distilled = tiny_tokenizer(distill=DistillConfig(num_steps=2), decode=DecodeOptions())
+    distilled = tiny_tokenizer(distilled=True, decode=DecodeOptions(2, guidance_scale=1.0))
     add_noise(distilled, "decoder.")
     distilled.save_pretrained(tmp_path / "distilled")
     add_noise(tokenizer, "encoder.")
@@ -283,7 +313,7 @@ def test_a_generator_without_its_tokenizer_asks_for_one(family, tmp_path):
     ):
         load_tokenizer_of(load_model(place), place)
     found = load_tokenizer_of(load_model(place), place, str(family / "distilled"))
-    assert found.config.distill is not None
+    assert found.config.distilled
 
 
 def test_a_copy_of_a_generator_of_the_package_finds_the_package_s_tokenizer(releases, tmp_path):

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from flextok.cli import main
 from flextok.config import ExperimentConfig, leaves, load_experiment
 from flextok.generators import GENERATORS
+from flextok.objectives import make_objective
 from flextok.printing import one_line, printable
 from flextok.registry import build_model, make_dataset
 from flextok.tokenizers import TOKENIZERS
@@ -21,7 +22,7 @@ WRONG = ["[{x: 1}]", "{x: [1]}", "true", "1.5", "some text", "[1, 2]", "null", "
 GPT = {"vocab_size": 200, "num_tokens": 8, "depth": 1, "dim": 16, "num_heads": 2}
 CLASS = {"conditioner": {"name": "class", "num_classes": 5}}
 MODELS = {
-    "flextok": {**TINY, "decode": {}, "distill": None},
+    "flextok": {**TINY, "decode": {}},
     "titok": {**TITOK, "proxy": {}},
     "maskgit_vqgan": VQGAN,
     "gpt": {**GPT, **CLASS, "generate": {}},
@@ -203,8 +204,8 @@ def test_values_that_no_run_can_use(experiment, override):
 
 @pytest.mark.parametrize("repa", [{"model": "nothing"}, {"modl": "a"}, {"weight": "big"}])
 def test_mistakes_in_the_alignment(repa):
-    model = build_model(TOKENIZERS, {"name": "flextok", **TINY, "repa": repa})
-    message = mistake(model.prepare_training) or ""
+    model = build_model(TOKENIZERS, {"name": "flextok", **TINY})
+    message = mistake(make_objective(model, {"repa": repa}).prepare) or ""
     assert next(iter(repa)) in message
     assert str(next(iter(repa.values()))) in message or "unknown key" in message
 

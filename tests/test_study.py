@@ -56,7 +56,7 @@ def test_a_study_trains_and_measures_once(picture_folder, tmp_path, monkeypatch,
         assert [row["num_tokens"] for row in found["report"]["results"]] == [1, 4]  # of eight
         assert found["cpu_seconds_per_step"] > 0
         assert f"{found['report']['results'][1]['scores']['psnr']:.2f} |" in printed, name
-    assert results["cross_length"]["config"]["model"]["cross_length"] == 1.0
+    assert results["cross_length"]["config"]["objective"]["weight"] == 1.0
     # what is there is read
     monkeypatch.setattr(study, "train", lambda config: pytest.fail("trained again"))
     run.main(["--steps", "2", "--seeds", "0", *common])
@@ -88,6 +88,6 @@ def test_a_study_of_generators(picture_folder, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "PSNR" not in printed  # nothing to compare a generated picture with
     found = json.loads((tmp_path / "runs/noisy_context/seed-0/result.json").read_text())
-    assert found["config"]["model"]["context_noise"] == 0.1
+    assert found["config"]["objective"]["context_noise"] == 0.1
     first, *_ = found["report"]["results"]
     assert f"{first['scores']['frechet_efficientnet_lite0']:.1f} |" in printed

@@ -14,7 +14,7 @@ from flextok.cli import main
 from flextok.config import OptimConfig, load_experiment
 from flextok.losses import perceptual
 from flextok.losses.adversarial import hinge_discriminator_loss, hinge_generator_loss
-from flextok.objectives import make_objective
+from flextok.objectives import ReconstructionObjective, make_objective
 from flextok.pipeline import load_model
 from flextok.quantizers.vq import codebook_usage
 from flextok.registry import build_model
@@ -179,14 +179,13 @@ def test_one_backward_pass_equals_alternating_optimizers():
         optimizer.step()
 
         critic.requires_grad_(False)
-        result = model.reconstruct(images)
-        total = model.reconstruction_losses(images, result)["loss"]
-        total = total + 0.5 * hinge_generator_loss(critic(result.images))
+        losses, _, made = ReconstructionObjective(model).reconstruct({"image": images})
+        total = losses["loss"] + 0.5 * hinge_generator_loss(critic(made))
         generator_step.zero_grad()
         total.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         critic.requires_grad_(True)
-        real, fake = critic(images), critic(result.images.detach())
+        real, fake = critic(images), critic(made.detach())
         loss = hinge_discriminator_loss(real, fake) + 1e-3 * lecam(real, fake)
         lecam.update(real, fake)
         critic_step.zero_grad()
@@ -233,20 +232,25 @@ def test_before_its_start_the_discriminator_neither_learns_nor_counts():
 
 def test_copies_share_teachers_and_perceptual_networks(monkeypatch):
     monkeypatch.setitem(perceptual.PERCEPTUAL, "lpips", Distance)
-    config = TiTokConfig(
-        **TITOK, proxy=VQGANConfig(**VQGAN), stage="proxy", perceptual={"lpips": 2.0}
-    )
-    model = TiTok(config)
-    model.prepare_training(proxy=MaskGITVQGAN(VQGANConfig(**VQGAN)))
-    copied = copy.deepcopy(model)
-    assert copied.proxy is model.proxy
-    assert copied.perceptual.networks["lpips"].network is model.perceptual.networks["lpips"].network
-    assert copied.encoder.head is not model.encoder.head
+    proxy = VQGANConfig(**VQGAN)
+    model = TiTok(TiTokConfig(**TITOK, proxy=proxy, stage="proxy"))
+    learner = make_objective(model, {}, {"proxy": MaskGITVQGAN(proxy)})
+    assert copy.deepcopy(learner).model.proxy is model.proxy
+    model = TiTok(TiTokConfig(**TITOK))
+    objective = make_objective(model, {"perceptual": {"lpips": 2.0}})
+    objective.prepare()
+    copied = copy.deepcopy(objective)
+    ours, theirs = (o.perceptual.networks["lpips"].network for o in (objective, copied))
+    assert ours is theirs
+    assert copied.model.encoder.head is not model.encoder.head
     assert model.metadata["perceptual"] == {"lpips": "weight 2, from a test"}
 
 
 class Distance(torch.nn.Module):
     source = "a test"
+
+    def __init__(self, pretrained=True):
+        super().__init__()
 
     def forward(self, images, targets):
         return (images - targets).abs().mean()
@@ -255,8 +259,8 @@ class Distance(torch.nn.Module):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"start": {}}, "stage 'proxy' starts from a trained maskgit_vqgan.*start.proxy"),
-        ({"start": {"first": "stage1", "proxy": "vqgan"}}, "has no use for start.first"),
+        ({"start": {}}, "starts from a trained maskgit_vqgan.*start.proxy"),
+        ({"start": {"first": "stage1", "proxy": "vqgan"}}, "unknown model to start from 'first'"),
         ({"start": {"proxy": "stage2"}}, r"start.proxy \(got a titok model\)"),
         ({"start": {"teacher": "vqgan"}}, "unknown model to start from 'teacher'"),
         ({"start": {"proxy": "vqgan"}, "objective": {"name": "adversarial"}}, "learns no pixels"),
@@ -321,7 +325,7 @@ def test_components_combine_freely(trained, tmp_path, name):
     """FSQ in TiTok, and MaskGIT over FlexTok's indices, by config alone."""
     (tmp_path / "pictures").symlink_to(trained / "pictures")
     fsq = {"name": "fsq", "levels": [4, 4]}
-    tail = {**TITOK, "quantizer": fsq, "nested_dropout": "uniform"}
+    tail = {**TITOK, "quantizer": fsq, "ordered": True}
     flex = {"image_size": 16, "patch_size": 4, "num_registers": 6, "head_dim": 16}
     flex |= {"encoder_depth": 1, "encoder_dim": 32, "decoder_depth": 2, "decoder_dim": 32}
     flex |= {"vae": {"name": "identity"}, "quantizer": fsq, "decode": {"num_steps": 2}}
@@ -344,9 +348,9 @@ def test_the_teacher_may_quantize_with_fsq():
     spec = VQGANConfig(**{**VQGAN, "quantizer": {"name": "fsq", "levels": [4, 4]}})
     teacher = MaskGITVQGAN(spec).eval()
     first = TiTok(TiTokConfig(**TITOK, stage="proxy", proxy=spec))
-    first.prepare_training(proxy=teacher)
+    make_objective(first, {}, {"proxy": teacher})
     second = TiTok(TiTokConfig(**TITOK, stage="finetune", proxy=spec))
-    second.prepare_training(proxy=teacher, first=first)
+    make_objective(second, {}, {"proxy": teacher, "first": first})
     images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
     indices = first.eval().encode(images)
     decoded = first.decode(indices)

@@ -49,7 +49,6 @@ def test_a_foreign_class_is_refused_by_name(tmp_path, flextok_weights, place):
         ("enc_transformer", "depth", 3, "enc_transformer.depth = 3"),
         ("enc_seq_packer", "mask_mode", "full", "enc_seq_packer.mask_mode = 'full'"),
         ("dec_time_embedder", "max_timestep", "high", "max_timestep = 'high'"),
-        ("dec_nested_dropout", "size_sampling_mode", "odd", "unknown nested dropout 'odd'"),
         ("enc_transformer", "head_dim", 32, "dec_transformer.head_dim = 64"),
     ],
 )
@@ -466,7 +465,8 @@ def test_no_number_of_a_config_costs_time_or_memory(tmp_path, kind):
         ("flextok", {"image_size": 65_536}, "does not fit its config: 'decoder.patch_pos'"),
         ("flextok", {"decode": {"num_steps": 10**9}}, "num_steps=1000000000"),
         ("flextok", {"quantizer": {"name": "fsq", "levels": [10**9] * 9}}, r"levels=.* 2\^31"),
-        ("flextok", {"time_sampler": {"name": "mode", "u": 3}}, "unknown key 'u'"),
+        ("flextok", {"decode": {"guidance": {"name": "apg", "u": 3}}}, "unknown key 'u'"),
+        ("flextok", {"distill": 5, "decode": 3}, "decode must be a mapping"),
         ("kl", {"vae": {"name": "kl", "block_channels": [8] * 99}}, "block_channels=.* 1 to 8"),
         ("titok", {"num_tokens": 60_000}, "num_tokens=60000, but 'encoder.latent_tokens' states 6"),
         ("titok", {"head_dim": 64}, "num_heads=0"),

@@ -235,7 +235,7 @@ def test_hinge_and_lecam():
 
 
 def test_perceptual_weights_are_never_substituted(monkeypatch):
-    def missing():
+    def missing(pretrained):
         raise OSError("no route to host")
 
     monkeypatch.setitem(perceptual.PERCEPTUAL, "lpips", missing)
