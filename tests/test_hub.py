@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import TITOK, VQGAN, tiny_gpt, tiny_tokenizer
-from flextok.tokenizers.distillation import DistillConfig
 from golden.titok.load import load_case
 from huggingface_hub import errors
 
