@@ -302,7 +302,7 @@ def test_an_ignored_hangup_stays_ignored(tmp_path):
     path = config(tmp_path, max_steps=2)
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        from flextok.training.checkpoints import Checkpoints, catch
+        from flextok.training.saving import Checkpoints, catch
 
         caught = catch(Checkpoints(path.parent, 1).receive)
         assert signal.SIGHUP not in caught
