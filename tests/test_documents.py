@@ -14,9 +14,11 @@ import pytest
 from conftest import tiny_gpt, tiny_releases, tiny_tokenizer
 from PIL import Image
 
+from flextok import evaluation
 from flextok.cli import main, make_parser
 from flextok.cli.common import data_spec
 from flextok.config import load_experiment
+from flextok.evaluation import evaluators
 from flextok.pipeline import remember_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -198,6 +200,8 @@ def test_short_commands_run(desk, monkeypatch, command):
 def test_python_examples_run(desk, monkeypatch, page):
     """In order, as one session; of those that load published weights, the imports and the names."""
     monkeypatch.chdir(desk)
+    monkeypatch.setattr(evaluators, "EVALUATORS", evaluators.EVALUATORS.copy())
+    monkeypatch.setattr(evaluation, "EVALUATORS", evaluators.EVALUATORS)  # a page adds one
     session: dict[str, object] = {}
     for code in blocks(page, "python"):
         if re.search(r"EPFL|yucornetto|fun-research", code):
