@@ -173,7 +173,8 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
     if origin is typing.Annotated:
         value = _coerce(args[0], value, where)
         for bounds in args[1:]:
-            bounds.check(value, where)
+            if isinstance(bounds, Bounds):  # beside a command's help
+                bounds.check(value, where)
         return value
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:

@@ -85,12 +85,12 @@ def test_an_unconditional_generator_refuses_conditions(folder, capsys, asked):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--seed", "-1"], "--seed -1 must be a whole number"),
-        (["--seed", str(2**63)], f"--seed {2**63} must be a whole number"),
-        (["--num-samples", "100000000"], "--num-samples 100000000 must be"),
+        (["--seed", "-1"], "seed=-1 must be at least 0"),
+        (["--seed", str(2**63)], f"seed={2**63} must be"),
+        (["--num-samples", "100000000"], "num_samples=100000000 must be at least 1"),
         (["--num-samples", "9000"], "do not fit one grid"),
         (["--steps", "1000000000"], "num_steps=1000000000 must be"),
-        (["--class-guidance", "nan"], "guidance_scale=nan must be"),
+        (["--class-guidance", "nan"], "class_guidance=nan must be a finite number"),
         (["--temperature", "1e-45"], "temperature=1e-45 must be a number from 0.0001"),
         (["--top-p", "nan"], "top_p=nan must be"),
         (["--output", "x.pgn"], "x.pgn must end in .png"),

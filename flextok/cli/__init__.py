@@ -14,9 +14,8 @@ from collections.abc import Iterator
 from types import FrameType
 
 from flextok import __version__
-from flextok.cli import arguments
+from flextok.cli.arguments import add_commands
 from flextok.cli.common import write_json
-from flextok.cli.measure_arguments import add_measuring
 from flextok.cli.options import AnyOrder
 from flextok.printing import PrintableFormatter, one_line
 
@@ -97,6 +96,5 @@ def make_parser() -> argparse.ArgumentParser:
         help="flextok <command> --help teaches each",
         parser_class=AnyOrder,
     )
-    arguments.add_commands(commands)
-    add_measuring(commands)
+    add_commands(commands)
     return parser

@@ -1,10 +1,10 @@
 """`flextok align`: how far generated scenes show their prompts."""
 
-import argparse
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from flextok.cli.arguments import Align
 from flextok.cli.common import data_spec, pick_device, token_lengths
 from flextok.cli.options import decoding_options
 from flextok.data.datasets import DATASETS
@@ -17,7 +17,7 @@ from flextok.pipeline import load_model, load_tokenizer_of
 from flextok.schema import build
 
 
-def run_align(options: argparse.Namespace) -> dict[str, Any]:
+def run_align(options: Align) -> dict[str, Any]:
     spec = data_spec(options.data or "emoji_scenes:validation")
     scenes = build(DATASETS, spec, "dataset")
     if not isinstance(scenes, EmojiScenes):

@@ -1,293 +1,422 @@
-"""What each command takes. Nothing here imports torch, which --help would wait for; the modules
-beside this one do the work."""
+"""What each command takes, a dataclass each. Its docstring is the command's --help: what it does,
+more about it, examples. Keyword-only fields are options, the others positional arguments."""
+
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Annotated, ClassVar, Literal
 
 from flextok.cli.options import (
     BY_CLASS,
     BY_PROMPT,
-    MOST_CLASSES,
-    RECONSTRUCTED,
-    SAMPLING,
     TOKENIZER,
     Commands,
+    Count,
+    Decoding,
+    Device,
+    Json,
+    Loading,
+    Sampling,
+    Seed,
+    Solving,
     add_command,
-    add_fields,
-    add_solving,
 )
+from flextok.schema import Bounds
+
+MOST_CLASSES = 16  # in a grid whose classes nobody named
+RECONSTRUCTED = "outputs/reconstructed"
+SETS = "emoji:validation, emoji_scenes:train, a picture folder, shards (*.tar), {name: ...}"
+Data = Annotated[str | None, SETS]
+OwnData = Annotated[str | None, f"{SETS}; default: what the model was validated on"]
+Limit = Annotated[Count | None, "take this many images, evenly spread"]
+Lengths = Annotated[list[int] | None, "default 1 2 4 ... all, or all"]
+ItsTokenizer = Annotated[str | None, "generator: another place to find its tokenizer"]
 
 
 def add_commands(commands: Commands) -> None:
-    add_training(commands)
-    add_sample(commands)
-    add_reconstruct(commands)
-    add_align(commands)
-    add_bench(commands)
-    add_demo(commands)
-    add_models(commands)
+    for name, (kind, work) in COMMANDS.items():
+        add_command(commands, name, kind, work)
 
 
-def add_training(commands: Commands) -> None:
-    train = add_command(
-        commands,
-        "train",
-        "training.run_train",
-        "train a tokenizer or a generator from a config",
-        "One YAML file states everything about a run; key=value changes it. The output folder gets "
-        "checkpoints, logs, pictures and the model. An interrupted run continues when started "
-        "again by the same command.",
-        "flextok train configs/quickstart_tokenizer.yaml\n"
-        "flextok train configs/quickstart_tokenizer.yaml output_dir=outputs/mine optim.lr=1e-3 \\\n"
-        '    "data.train={name: folder, root: pictures}"',
-    )
-    train.add_argument(
-        "arguments",
-        nargs="+",
-        metavar="CONFIG [key=value ...]",
-        help="a YAML file, see configs/, and what to change in it, e.g. optim.lr=1e-4; several "
-        "files, which take no changes, are trained one after the other",
-    )
+@dataclass
+class Train:
+    """train a tokenizer or a generator from a config
 
-    tokenize = add_command(
-        commands,
-        "tokenize",
-        "training.run_tokenize",
-        "encode a data set once, for generators to train on",
-        "Writes shards of indices, labels and captions. Run it again to continue; "
-        "torchrun or srun share the work. A generator reads the result by "
-        "data.train={name: tokens, path: <output>}.",
-        "flextok tokenize emoji emoji:train outputs/tokens --variants 4\n"
-        "torchrun --nproc-per-node=8 -m flextok.cli tokenize MODEL 'shards-{000..999}.tar' tokens",
-        *("--seed", "--batch-size", "--num-workers", "--device", "--json"),
-    )
-    tokenize.add_argument("model", help="folder or hub id of a tokenizer")
-    tokenize.add_argument(
-        "data", help="a folder of pictures, emoji:train, shards (*.tar) or {name: folder, root: x}"
-    )
-    tokenize.add_argument("output", help="the folder to write")
-    tokenize.add_argument("--variants", type=int, default=1, help="encodings of each picture")
-    tokenize.add_argument("--crop", choices=("center", "random"), default="center")
-    tokenize.add_argument("--flip", action="store_true", help="mirror half of the variants")
-    tokenize.add_argument("--shift", type=float, default=0.0, help="as data.shift in configs")
-    tokenize.add_argument("--part-size", type=int, default=16_384, help="encodings a shard")
-    tokenize.add_argument("--bf16", action="store_true", help="encode in bf16: GPUs only")
-    tokenize.add_argument("--verify", action="store_true", help="then check all checksums")
+    One YAML file states everything about a run; key=value changes it. The output folder gets
+    checkpoints, logs, pictures and the model. An interrupted run continues when started again by
+    the same command.
 
-    plan = add_command(
-        commands,
-        "plan",
-        "training.run_plan",
-        "a run's memory, arithmetic, data rate and cost, before it runs",
-        "From the config's sizes and stated assumptions; docs/scale.md has how they were checked.",
-        "flextok plan configs/flextok_d18_d28.yaml --gpus 128\n"
-        "flextok plan configs/ar_class_1.33B.yaml --gpus 8 --gpu a100 --json plan.json\n"
-        "flextok plan configs/flextok_d12_d12.yaml --gpus 1 --gpu rtx4090 data.batch_size=8",
-        "--json",
-    )
-    plan.add_argument("config", help="a YAML file, see configs/")
-    plan.add_argument("overrides", nargs="*", metavar="key=value")
-    plan.add_argument("--gpus", type=int, required=True, help="how many, over all nodes")
-    plan.add_argument("--gpu", default="h100", help="a100, h100, h200, rtx3090, ...")
-    plan.add_argument("--utilisation", type=float, default=0.35, help="of peak arithmetic")
-    plan.add_argument("--price", type=float, help="dollars a GPU hour, 2.5 for rented ones")
-    plan.add_argument("--picture-kb", type=float, default=110.0, help="a picture file's size")
+    flextok train configs/quickstart_tokenizer.yaml
+    flextok train configs/quickstart_tokenizer.yaml output_dir=outputs/mine optim.lr=1e-3 \\
+        "data.train={name: folder, root: pictures}"
+    """
 
-    index = add_command(
-        commands,
-        "index",
-        "training.run_index",
-        "count the samples of WebDataset shards, for streaming them",
-        "The file that it writes is what a webdataset_stream takes as urls: it states each shard's "
-        "number of samples, hence an epoch's length.",
-        "flextok index 'shards-{000..999}.tar' shards.json\n"
-        "flextok index 's3://bucket/{000..999}.tar' shards.json --fetch 'aws s3 cp {url} -'",
-        "--json",
-    )
-    index.add_argument("urls", nargs="+", help="paths or URLs, with {000..012} or *")
-    index.add_argument("output", help="the .json to write")
-    index.add_argument("--fetch", help="a command that writes the shard {url} to standard output")
+    arguments: Annotated[
+        list[str],
+        "a YAML file, see configs/, and what to change in it, e.g. optim.lr=1e-4; several files, "
+        "which take no changes, are trained one after the other",
+        {"metavar": "CONFIG [key=value ...]"},
+    ]
 
 
-def add_sample(commands: Commands) -> None:
-    sample = add_command(
-        commands,
-        "sample",
-        "sample.run_sample",
-        "reconstruct pictures, or generate by class or prompt, as a coarse-to-fine grid",
-        "With a tokenizer: reconstruct --images or --data at each of --num-tokens. "
-        "With a generator: generate --classes, or --prompt, --prompts-file or the captions of "
-        "--data; prompts also get their last pictures as files beside the grid. "
-        "Without a model: the one for the purpose of those that come with the package.",
-        "flextok sample\n"
-        "flextok sample --images cat.jpg --num-tokens 1 16 256\n"
-        "flextok sample --classes food-fruit heart none --num-samples 4\n"
-        'flextok sample --prompt "a red heart left of a bomb" --output heart.png\n'
-        "flextok sample outputs/quickstart/generator",
-        *("--data", "--limit", "--num-tokens", "--num-samples", "--tokenizer", "--seed"),
-        *("--device", "--json"),
-    )
-    sample.add_argument(
-        "model",
-        nargs="?",
-        help="folder, name or hub id of a tokenizer or a generator; "
+@dataclass
+class Tokenize(Loading, Seed, Device, Json):
+    """encode a data set once, for generators to train on
+
+    Writes shards of indices, labels and captions. Run it again to continue; torchrun or srun share
+    the work. A generator reads the result by data.train={name: tokens, path: <output>}.
+
+    flextok tokenize emoji emoji:train outputs/tokens --variants 4
+    torchrun --nproc-per-node=8 -m flextok.cli tokenize MODEL 'shards-{000..999}.tar' tokens
+    """
+
+    model: Annotated[str, "folder or hub id of a tokenizer"]
+    data: Annotated[str, SETS]
+    output: Annotated[str, "the folder to write"]
+    _: KW_ONLY
+    variants: Annotated[Count, "encodings of each picture"] = 1
+    crop: Literal["center", "random"] = "center"
+    flip: Annotated[bool, "mirror half of the variants"] = False
+    shift: Annotated[float, "as data.shift in configs"] = 0.0
+    part_size: Annotated[Count, "encodings a shard"] = 16_384
+    bf16: Annotated[bool, "encode in bf16: GPUs only"] = False
+    verify: Annotated[bool, "then check all checksums"] = False
+
+
+@dataclass
+class Plan(Json):
+    """a run's memory, arithmetic, data rate and cost, before it runs
+
+    From the config's sizes and stated assumptions; docs/scale.md has how they were checked.
+
+    flextok plan configs/flextok_d18_d28.yaml --gpus 128
+    flextok plan configs/ar_class_1.33B.yaml --gpus 8 --gpu a100 --json plan.json
+    flextok plan configs/flextok_d12_d12.yaml --gpus 1 --gpu rtx4090 data.batch_size=8
+    """
+
+    config: Annotated[str, "a YAML file, see configs/"]
+    overrides: Annotated[list[str], {"metavar": "key=value"}] = field(default_factory=list)
+    _: KW_ONLY
+    gpus: Annotated[int, "how many, over all nodes"]
+    gpu: Annotated[str, "a100, h100, h200, rtx3090, ..."] = "h100"
+    utilisation: Annotated[float, "of peak arithmetic"] = 0.35
+    price: Annotated[float | None, "dollars a GPU hour, 2.5 for rented ones"] = None
+    picture_kb: Annotated[float, "a picture file's size"] = 110.0
+
+
+@dataclass
+class Index(Json):
+    """count the samples of WebDataset shards, for streaming them
+
+    The file that it writes is what a webdataset_stream takes as urls: it states each shard's number
+    of samples, hence an epoch's length.
+
+    flextok index 'shards-{000..999}.tar' shards.json
+    flextok index 's3://bucket/{000..999}.tar' shards.json --fetch 'aws s3 cp {url} -'
+    """
+
+    urls: Annotated[list[str], "paths or URLs, with {000..012} or *"]
+    output: Annotated[str, "the .json to write"]
+    _: KW_ONLY
+    fetch: Annotated[str | None, "a command that writes the shard {url} to standard output"] = None
+
+
+@dataclass
+class Sample(Decoding, Sampling, Seed, Device, Json):
+    """reconstruct pictures, or generate by class or prompt, as a coarse-to-fine grid
+
+    With a tokenizer: reconstruct --images or --data at each of --num-tokens. With a generator:
+    generate --classes, or --prompt, --prompts-file or the captions of --data; prompts also get
+    their last pictures as files beside the grid. Without a model: the one for the purpose of those
+    that come with the package.
+
+    flextok sample
+    flextok sample --images cat.jpg --num-tokens 1 16 256
+    flextok sample --classes food-fruit heart none --num-samples 4
+    flextok sample --prompt "a red heart left of a bomb" --output heart.png
+    flextok sample outputs/quickstart/generator
+    """
+
+    model: Annotated[
+        str,
+        "folder, name or hub id of a tokenizer or a generator; "
         f"default {TOKENIZER}, {BY_CLASS} or {BY_PROMPT}",
-    )
-    sample.add_argument("--images", nargs="+", metavar="FILE", help="picture files or folders")
-    sample.add_argument(
-        "--classes",
-        nargs="*",
-        metavar="CLASS",
-        help="names, else numbers, else 'none' (or ''), for no class; alone: all, or "
+    ] = ""
+    _: KW_ONLY
+    images: Annotated[list[str] | None, "picture files or folders"] = None
+    classes: Annotated[
+        list[str] | None,
+        "names, else numbers, else 'none' (or ''), for no class; alone: all, or "
         f"{MOST_CLASSES} of them",
+        {"nargs": "*"},
+    ] = None
+    prompt: Annotated[list[str] | None, "texts; '' = none"] = None
+    prompts_file: Annotated[str | None, "one prompt a line"] = None
+    data: Data = None
+    limit: Limit = None
+    num_tokens: Lengths = None
+    num_samples: Annotated[int, Bounds(1, 1_000_000), "images a class or prompt"] = 1
+    tokenizer: ItsTokenizer = None
+    output: Annotated[str, "the PNG to write"] = "outputs/sample.png"
+
+
+@dataclass
+class Reconstruct(Decoding, Seed, Device, Json):
+    """encode pictures and decode their first tokens, one PNG each
+
+    Crops each picture to a square of the model's size, encodes it and decodes it from all tokens,
+    or from the first few. Several pictures or lengths go to a folder, as <picture>-<tokens>.png. A
+    picture named - is read from standard input, and its reconstruction goes to standard output.
+    Unreadable pictures are skipped, and the exit code is 1 then.
+
+    flextok reconstruct cat.jpg
+    flextok reconstruct holiday/ --num-tokens 1 4 16 --output outputs/holiday --json
+    flextok reconstruct - --num-tokens 4 < cat.jpg > cat-4.png
+    """
+
+    pictures: Annotated[list[str], "files, folders or -"]
+    _: KW_ONLY
+    model: Annotated[str, "a tokenizer's folder, name or hub id"] = TOKENIZER
+    num_tokens: Annotated[list[int] | None, "default: all"] = None
+    output: Annotated[str | None, f"folder, file.png or - (stdout); {RECONSTRUCTED}"] = None
+
+
+@dataclass(kw_only=True)
+class Networks:
+    networks: Annotated[
+        list[str] | None,
+        "inception (FID), efficientnet_lite0 (offline, no FID), lpips; default: inception and "
+        "lpips, or what is at hand",
+        {"nargs": "*"},
+    ] = None
+    inception_weights: Annotated[str | None, "default: torch's cache"] = None
+
+
+@dataclass(kw_only=True)
+class Measuring(Seed, Loading, Device, Json):
+    folder: ClassVar[str]  # in outputs/, for what the command writes by default
+    model: str
+    limit: Limit = None
+    output: Annotated[str | None, "folder to write; default: outputs/, command, model"] = None
+    dtype: Annotated[
+        Literal["float64", "float32"] | None,
+        "float64 gives the same numbers for any batch size: the default on a CPU; on a GPU float32",
+    ] = None
+
+
+@dataclass
+class Evaluate(Networks, Decoding, Measuring):
+    """FID, inception score, KID, precision, PSNR, SSIM, LPIPS, sharpness, code usage
+
+    A tokenizer reconstructs DATA; a generator is compared with DATA. Writes report.json. Several
+    processes: torchrun --nproc-per-node=N -m flextok.cli evaluate ...
+
+    flextok evaluate emoji emoji:validation
+    flextok evaluate emoji-class emoji:train --num-samples 960
+    """
+
+    model: Annotated[str, "folder or hub id of a tokenizer or a generator"]
+    data: Annotated[str, f"{SETS}; for a generator also an ADM reference .npz"]
+    _: KW_ONLY
+    folder = "evaluation"
+    tokenizer: ItsTokenizer = None
+    num_tokens: Annotated[list[int] | None, "default: all"] = None
+    num_samples: Annotated[Count | None, "generator: how many images"] = None
+    labels: Annotated[
+        Literal["balanced", "data"], "generator: all classes alike, or as often as in DATA"
+    ] = "balanced"
+    reference: Annotated[str | None, "tokenizer: also compare with this .npz"] = None
+    save_reference: Annotated[str | None, "write DATA's statistics to this .npz"] = None
+
+
+@dataclass
+class Sweep(Networks, Solving, Measuring):
+    """reconstruction quality against the number of tokens, steps and guidance
+
+    Prints a table and writes report.json, sweep.csv, tokens.png, bits.png, time.png, strips.png and
+    variance.png.
+
+    flextok sweep emoji --data emoji:validation --steps 1 4
+    """
+
+    model: Annotated[str, "folder or hub id of a tokenizer"]
+    _: KW_ONLY
+    folder = "sweep"
+    data: OwnData = None
+    num_tokens: Lengths = None
+    num_pictures: Annotated[int, "in the strips and the map"] = 6
+    steps: Annotated[list[int] | None, "decoder steps"] = None
+    guidance_scale: Annotated[list[float] | None, "decoder guidance, 1 = none"] = None
+    networks: Annotated[list[str], "as for evaluate; default: none", {"nargs": "*"}] = field(
+        default_factory=list
     )
-    sample.add_argument("--prompt", nargs="+", metavar="TEXT", help="texts; '' = none")
-    sample.add_argument("--prompts-file", metavar="FILE", help="one prompt a line")
-    sample.add_argument("--output", default="outputs/sample.png", help="the PNG to write")
-    add_fields(sample, SAMPLING)
-    add_solving(sample)
 
 
-def add_reconstruct(commands: Commands) -> None:
-    parser = add_command(
-        commands,
-        "reconstruct",
-        "reconstruct.run_reconstruct",
-        "encode pictures and decode their first tokens, one PNG each",
-        "Crops each picture to a square of the model's size, encodes it and decodes it from all "
-        "tokens, or from the first few. Several pictures or lengths go to a folder, as "
-        "<picture>-<tokens>.png. A picture named - is read from standard input, and its "
-        "reconstruction goes to standard output. Unreadable pictures are skipped, and the exit "
-        "code is 1 then.",
-        "flextok reconstruct cat.jpg\n"
-        "flextok reconstruct holiday/ --num-tokens 1 4 16 --output outputs/holiday --json\n"
-        "flextok reconstruct - --num-tokens 4 < cat.jpg > cat-4.png",
-        *("--num-tokens", "--seed", "--device", "--json"),
-    )
-    parser.add_argument("pictures", nargs="+", metavar="PICTURE", help="files, folders or -")
-    parser.add_argument("--model", default=TOKENIZER, help="a tokenizer's folder, name or hub id")
-    add_solving(parser)
-    parser.add_argument(
-        "--output", help=f"a folder, a file.png or - (standard output); default {RECONSTRUCTED}"
-    )
+@dataclass
+class Adaptive(Decoding, Measuring):
+    """how many tokens each image needs to meet a target, and whether complexity shows
+
+    Finds the shortest prefix that meets the target, image by image, and tests by rank
+    correlation whether images of more objects need more, where labels count them.
+
+    flextok adaptive emoji --target psnr=18 --limit 64
+    """
+
+    model: Annotated[str, "folder or hub id of a tokenizer that decodes prefixes"]
+    _: KW_ONLY
+    folder = "adaptive"
+    target: Annotated[str, "psnr=20, ssim=, lpips=0.3, ..."]
+    data: OwnData = None
 
 
-def add_align(commands: Commands) -> None:
-    align = add_command(
-        commands,
-        "align",
-        "align.run_align",
-        "how well generated emoji scenes show their prompts, against the number of tokens",
-        "A small classifier, trained on real scenes, reads generated ones; the same "
-        "pictures scored against shuffled prompts are the control.",
-        "flextok align emoji-text --limit 64 --json align.json \\\n"
-        '    --data "{name: emoji_scenes, max_objects: 2, vocabulary: basic, prompts: held_out}"',
-        *("--tokenizer", "--data", "--limit", "--num-tokens", "--seed", "--device", "--json"),
-    )
-    align.add_argument("model", help="folder or hub id of a generator")
-    align.add_argument("--probe", metavar="FILE", help="keep the classifier here, or take it")
-    align.add_argument("--probe-steps", type=int, default=1500, help="its training, if needed")
-    add_solving(align)
+@dataclass
+class Probe(Measuring):
+    """class accuracy of a linear probe on the first 1, 2, 4, ... codes
+
+    Trains a linear classifier on the codes of labelled images and tests it on others: how well the
+    first codes predict the class.
+
+    flextok probe emoji --train emoji:train --data emoji:validation
+    """
+
+    model: Annotated[str, "folder or hub id of a tokenizer"]
+    _: KW_ONLY
+    folder = "probe"
+    train: Annotated[str | None, "labelled images; default: those it was trained on"] = None
+    data: OwnData = None
+    num_tokens: Lengths = None
 
 
-def add_bench(commands: Commands) -> None:
-    bench = add_command(
-        commands,
-        "bench",
-        "bench.run_bench",
-        "seconds, FLOP/s, memory of encoding, decoding, generating and a training step",
-        "Random weights at named sizes, beside the machine's own best rates; on a CPU, "
-        "compare CPU seconds with --threads 1.",
-        "flextok bench quickstart\nflextok bench d12-d12 ar-49M --threads 1 --json bench.json",
-        *("--device", "--json"),
-    )
-    bench.add_argument("sizes", nargs="*", metavar="SIZE", help="names, all, or config files")
-    bench.add_argument("--only", default="", metavar="TEXT", help="rows whose name holds this")
-    bench.add_argument("--batch", type=int, nargs="+", help="in place of a size's own")
-    bench.add_argument("--steps", type=int, default=4, help="of FlexTok's decoder")
-    bench.add_argument("--repeats", type=int, default=3, help="the best of these counts")
-    bench.add_argument("--compare-mkl", action="store_true", help="also without oneDNN, on a CPU")
-    bench.add_argument("--threads", type=int, help="of the CPU")
-    bench.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+@dataclass
+class Align(Decoding, Seed, Device, Json):
+    """how well generated emoji scenes show their prompts, against the number of tokens
+
+    A small classifier, trained on real scenes, reads generated ones; the same pictures scored
+    against shuffled prompts are the control.
+
+    flextok align emoji-text --limit 64 --json align.json \\
+        --data "{name: emoji_scenes, max_objects: 2, vocabulary: basic, prompts: held_out}"
+    """
+
+    model: Annotated[str, "folder or hub id of a generator"]
+    _: KW_ONLY
+    tokenizer: ItsTokenizer = None
+    data: Data = None
+    limit: Limit = None
+    num_tokens: Lengths = None
+    probe: Annotated[str | None, "a file to keep the classifier in, or take it from"] = None
+    probe_steps: Annotated[int, Bounds(1, 1_000_000), "its training, if needed"] = 1500
 
 
-def add_demo(commands: Commands) -> None:
-    parser = add_command(
-        commands,
-        "demo",
-        "demo.run_demo",
-        "a web page to take pictures apart and grow new ones, on this machine",
-        "Drop a picture and slide its number of tokens; with a generator, watch a picture of a "
-        "class or a prompt grow token by token. The page is served to this machine only, works "
-        "offline, keeps no files, and stops with Ctrl-C. Needs pip install 'flextok[demo]'.",
-        "flextok demo\n"
-        "flextok demo outputs/quickstart/tokenizer outputs/quickstart/generator --port 8000",
-        "--device",
-    )
-    parser.add_argument(
-        "models",
-        nargs="*",
-        default=[TOKENIZER, BY_CLASS, BY_PROMPT],
-        metavar="MODEL",
-        help="folders, names or hub ids: a tokenizer to reconstruct with, generators with theirs; "
+@dataclass
+class Bench(Device, Json):
+    """seconds, FLOP/s, memory of encoding, decoding, generating and a training step
+
+    Random weights at named sizes, beside the machine's own best rates; on a CPU, compare CPU
+    seconds with --threads 1.
+
+    flextok bench quickstart
+    flextok bench d12-d12 ar-49M --threads 1 --json bench.json
+    """
+
+    sizes: Annotated[list[str], "names, all, or config files"] = field(default_factory=list)
+    _: KW_ONLY
+    only: Annotated[str, "rows whose name holds this"] = ""
+    batch: Annotated[list[int] | None, "in place of a size's own"] = None
+    steps: Annotated[int, "of FlexTok's decoder"] = 4
+    repeats: Annotated[Count, "the best of these counts"] = 3
+    compare_mkl: Annotated[bool, "also without oneDNN, on a CPU"] = False
+    threads: Annotated[Count | None, "of the CPU"] = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+@dataclass
+class Demo(Device):
+    """a web page to take pictures apart and grow new ones, on this machine
+
+    Drop a picture and slide its number of tokens; with a generator, watch a picture of a class or a
+    prompt grow token by token. The page is served to this machine only, works offline, keeps no
+    files, and stops with Ctrl-C. Needs pip install 'flextok[demo]'.
+
+    flextok demo
+    flextok demo outputs/quickstart/tokenizer outputs/quickstart/generator --port 8000
+    """
+
+    models: Annotated[
+        list[str],
+        "folders, names or hub ids: a tokenizer to reconstruct with, generators with theirs; "
         "default: those that come with the package",
-    )
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 shows it to your network")
-    parser.add_argument(
-        "--allow-host",
-        nargs="+",
-        default=[],
-        metavar="NAME",
-        help="names in a browser's address bar that the page answers to, beside this machine's own",
-    )
-    parser.add_argument("--port", type=int, help="by default the first free one from 7860")
-    parser.add_argument("--max-megabytes", type=float, default=10, help="of one upload")
-    parser.add_argument("--max-megapixels", type=float, default=40, help="of one upload")
-    parser.add_argument("--queue", type=int, default=16, help="how many clicks may wait")
+    ] = field(default_factory=lambda: [TOKENIZER, BY_CLASS, BY_PROMPT])
+    _: KW_ONLY
+    host: Annotated[str, "0.0.0.0 shows it to your network"] = "127.0.0.1"
+    allow_host: Annotated[
+        list[str],
+        "names in a browser's address bar that the page answers to, beside this machine's own",
+    ] = field(default_factory=list)
+    port: Annotated[int | None, "by default the first free one from 7860"] = None
+    max_megabytes: Annotated[float, "of one upload"] = 10
+    max_megapixels: Annotated[float, "of one upload"] = 40
+    queue: Annotated[Count, "how many clicks may wait"] = 16
 
 
-def add_models(commands: Commands) -> None:
-    info = add_command(
-        commands,
-        "info",
-        "models.run_info",
-        "a model's config, sizes, vocabulary, bits per image and provenance",
-        "Reads the header of the weight file only, so it is quick for the largest models too. "
-        "What a published file left open is listed as assumed.",
-        "flextok info emoji-class\n"
-        "flextok info EPFL-VILAB/flextok_d12_d12_in1k --json | jq .parameters.total",
-        "--json",
-    )
-    info.add_argument(
-        "model",
-        nargs="?",
-        default=TOKENIZER,
-        help=f"folder, weight file, name or hub id, published ones too; default {TOKENIZER}",
-    )
+@dataclass
+class Info(Json):
+    """a model's config, sizes, vocabulary, bits per image and provenance
 
-    add_command(
-        commands,
-        "models",
-        "models.run_models",
-        "the models that come with the package",
-        "Lists tokenizers and generators. Their names serve wherever a command takes a model.",
-        "flextok models\nflextok info emoji-class",
-        "--json",
-    )
+    Reads the header of the weight file only, so it is quick for the largest models too. What a
+    published file left open is listed as assumed.
 
-    convert = add_command(
-        commands,
-        "convert",
-        "models.run_convert",
-        "write a published model in our layout",
-        "Checks that every tensor is used and none is missing, then writes "
-        "model.safetensors, config.json and a model card.",
-        "flextok convert EPFL-VILAB/flextok_d12_d12_in1k outputs/flextok_d12\n"
-        "flextok convert weights.safetensors outputs/mine max_timestep=1.0 vae.scaling_factor=0.5",
-        "--json",
-    )
-    convert.add_argument("input", help="folder, weight file, hub id, or owner/name/file.bin")
-    convert.add_argument("output", help="the folder to write")
-    convert.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key=value",
-        help="config fields to change, e.g. max_timestep=1.0 or vae.scaling_factor=0.5",
-    )
+    flextok info emoji-class
+    flextok info EPFL-VILAB/flextok_d12_d12_in1k --json | jq .parameters.total
+    """
+
+    model: Annotated[str, "folder, weight file, name or hub id, published ones too"] = TOKENIZER
+
+
+@dataclass
+class Models(Json):
+    """the models that come with the package
+
+    Lists tokenizers and generators. Their names serve wherever a command takes a model.
+
+    flextok models
+    flextok info emoji-class
+    """
+
+
+@dataclass
+class Convert(Json):
+    """write a published model in our layout
+
+    Checks that every tensor is used and none is missing, then writes model.safetensors, config.json
+    and a model card.
+
+    flextok convert EPFL-VILAB/flextok_d12_d12_in1k outputs/flextok_d12
+    flextok convert weights.safetensors outputs/mine max_timestep=1.0 vae.scaling_factor=0.5
+    """
+
+    input: Annotated[str, "folder, weight file, hub id, or owner/name/file.bin"]
+    output: Annotated[str, "the folder to write"]
+    overrides: Annotated[
+        list[str],
+        "config fields to change, e.g. max_timestep=1.0 or vae.scaling_factor=0.5",
+        {"metavar": "key=value"},
+    ] = field(default_factory=list)
+
+
+COMMANDS: dict[str, tuple[type, str]] = {
+    "train": (Train, "training.run_train"),
+    "tokenize": (Tokenize, "training.run_tokenize"),
+    "plan": (Plan, "training.run_plan"),
+    "index": (Index, "training.run_index"),
+    "sample": (Sample, "sample.run_sample"),
+    "reconstruct": (Reconstruct, "reconstruct.run_reconstruct"),
+    "evaluate": (Evaluate, "measure.run_evaluate"),
+    "sweep": (Sweep, "measure.run_sweep"),
+    "adaptive": (Adaptive, "measure.run_adaptive"),
+    "probe": (Probe, "measure.run_probe"),
+    "align": (Align, "align.run_align"),
+    "bench": (Bench, "bench.run_bench"),
+    "demo": (Demo, "demo.run_demo"),
+    "info": (Info, "models.run_info"),
+    "models": (Models, "models.run_models"),
+    "convert": (Convert, "models.run_convert"),
+}

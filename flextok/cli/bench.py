@@ -1,6 +1,5 @@
 """`flextok bench`: what models cost on this machine."""
 
-import argparse
 from typing import Any
 
 import torch
@@ -14,10 +13,11 @@ from flextok.bench import (
     format_machine,
     format_result,
 )
+from flextok.cli.arguments import Bench
 from flextok.cli.common import pick_device
 
 
-def run_bench(options: argparse.Namespace) -> dict[str, Any]:
+def run_bench(options: Bench) -> dict[str, Any]:
     if options.threads:
         torch.set_num_threads(options.threads)
     sizes = list(SIZES) if options.sizes == ["all"] else options.sizes or list(DEFAULT_SIZES)

@@ -1,11 +1,10 @@
 """`flextok demo`: the web page."""
 
-import argparse
-
+from flextok.cli.arguments import Demo
 from flextok.cli.common import pick_device
 
 
-def run_demo(options: argparse.Namespace) -> None:
+def run_demo(options: Demo) -> None:
     print("starting the page: loading Gradio and the models ...", flush=True)
     try:
         from flextok.demo.guard import LOOPBACK

@@ -1,6 +1,5 @@
 """`flextok evaluate | sweep | adaptive | probe`: the commands that measure."""
 
-import argparse
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 import torch
 
+from flextok.cli.arguments import Adaptive, Evaluate, Measuring, Probe, Sweep
 from flextok.cli.common import data_of, open_data, output_of, pick_device, token_lengths
 from flextok.cli.options import decoding_options
 from flextok.data.datasets import take
@@ -24,30 +24,29 @@ from flextok.pipeline import load_model, load_tokenizer_of
 from flextok.places import released
 
 
-def prepare_output(options: argparse.Namespace) -> None:
-    """Set options.output, the folder to write, and find it fit before the work."""
+def prepare_output(options: Measuring) -> Path:
+    """The folder to write, found fit before the work."""
     options.output = output_of(options.output, options.folder, options.model)
     check_output(Path(options.output))
+    return Path(options.output)
 
 
-def load_for_measuring(options: argparse.Namespace) -> Any:
+def load_for_measuring(options: Measuring) -> Any:
     """The model on its device and in its precision."""
     device = pick_device(options.device)
     double = options.dtype == "float64" or (options.dtype is None and device == "cpu")
     return load_model(options.model, device).to(torch.float64 if double else torch.float32)
 
 
-def measuring_options(
-    options: argparse.Namespace, decoding: Mapping[str, Any] | None = None
-) -> Options:
-    asked = {f.name: vars(options)[f.name] for f in fields(Options) if f.name in options}
+def measuring_options(options: Measuring, decoding: Mapping[str, Any] | None = None) -> Options:
+    asked = {f.name: vars(options)[f.name] for f in fields(Options) if f.name in vars(options)}
     return Options(**asked, decoding=decoding or {})
 
 
-def run_evaluate(options: argparse.Namespace) -> dict[str, Any] | None:
+def run_evaluate(options: Evaluate) -> dict[str, Any] | None:
     how = measuring_options(options, decoding_options(options))
     names = {"model": options.model, "data": options.data}
-    prepare_output(options)
+    output = prepare_output(options)
     with processes.joined():
         model, tokenizer = load_for_measuring(options), None
         stored = options.data.endswith(".npz")
@@ -56,16 +55,16 @@ def run_evaluate(options: argparse.Namespace) -> dict[str, Any] | None:
             place = (model, options.model, options.tokenizer)
             tokenizer = load_tokenizer_of(*place, model.device).to(next(model.parameters()).dtype)
         cells = [Cell(k) for k in options.num_tokens or [model.num_tokens]]
-        report = evaluate(model, data, cells, how, options.output, names, tokenizer)
+        report = evaluate(model, data, cells, how, output, names, tokenizer)
         if processes.rank() != 0:
             return None
         print_report(report)
-        print(f"wrote {Path(options.output) / 'report.json'}")
+        print(f"wrote {output / 'report.json'}")
         return report
 
 
-def run_sweep(options: argparse.Namespace) -> dict[str, Any]:
-    prepare_output(options)
+def run_sweep(options: Sweep) -> dict[str, Any]:
+    output = prepare_output(options)
     data = data_of(options.data, options.model)
     model = load_for_measuring(options)
     cells = ("num_steps", "guidance_scale")  # of which there may be several
@@ -74,7 +73,7 @@ def run_sweep(options: argparse.Namespace) -> dict[str, Any]:
         model,
         take(data, options.limit),
         measuring_options(options, alike),
-        options.output,
+        output,
         token_lengths(options.num_tokens, model, model.num_tokens),
         options.steps,
         options.guidance_scale,
@@ -83,13 +82,13 @@ def run_sweep(options: argparse.Namespace) -> dict[str, Any]:
     )
     print(sweep_table(report))
     print_warnings(report)
-    print(f"wrote {options.output}")
+    print(f"wrote {output}")
     return report
 
 
-def run_adaptive(options: argparse.Namespace) -> dict[str, Any]:
+def run_adaptive(options: Adaptive) -> dict[str, Any]:
     target = Target.parse(options.target)
-    prepare_output(options)
+    output = prepare_output(options)
     if options.data is None and options.model in released():
         options.data = "emoji_scenes:validation"
     data = take(data_of(options.data, options.model), options.limit or 256)
@@ -109,18 +108,18 @@ def run_adaptive(options: argparse.Namespace) -> dict[str, Any]:
         f"{report['count']} images, {report['met']} meet {report['target']}; "
         f"{report['mean_tokens']:.1f} tokens each, at most {report['decodes_per_picture']} decodes"
     )
-    return write_measured(report, model, options)
+    return write_measured(report, model, options, output)
 
 
-def run_probe(options: argparse.Namespace) -> dict[str, Any]:
-    prepare_output(options)
+def run_probe(options: Probe) -> dict[str, Any]:
+    output = prepare_output(options)
     train = take(data_of(options.train, options.model, "train"), options.limit)
     test = take(data_of(options.data, options.model), options.limit)
     model = load_for_measuring(options)
     lengths = token_lengths(options.num_tokens, model, model.num_tokens)
     report = linear_probe(model, train, test, measuring_options(options), lengths)
     print(probe_table(report))
-    return write_measured(report, model, options)
+    return write_measured(report, model, options, output)
 
 
 def print_report(report: dict[str, Any]) -> None:
@@ -146,10 +145,10 @@ def print_warnings(report: dict[str, Any]) -> None:
 
 
 def write_measured(
-    report: dict[str, Any], model: Any, options: argparse.Namespace
+    report: dict[str, Any], model: Any, options: Measuring, output: Path
 ) -> dict[str, Any]:
     """report.json of a command that is not one of the passes, with what it was asked."""
-    asked = {k: v for k, v in vars(options).items() if k not in ("run", "dtype", "json", "folder")}
+    asked = {k: v for k, v in vars(options).items() if k not in ("dtype", "json")}
     document = {"settings": {**asked, **model_settings(model, model)}, **report}
-    print(f"wrote {write_report(document, Path(options.output))}")
+    print(f"wrote {write_report(document, output)}")
     return document

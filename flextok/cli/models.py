@@ -1,17 +1,17 @@
 """`flextok info | convert`: what a model is, and published ones in our layout."""
 
-import argparse
 import json
 from typing import Any
 
 from flextok.card import model_facts, summary
+from flextok.cli.arguments import Convert, Info, Models
 from flextok.generators import Generator
 from flextok.pipeline import load_model
 from flextok.places import released
 from flextok.printing import printable
 
 
-def run_models(options: argparse.Namespace) -> list[dict[str, Any]]:
+def run_models(options: Models) -> list[dict[str, Any]]:
     found = []
     for name in released():
         model = load_model(name, "meta")  # the weights stay in their file
@@ -24,7 +24,7 @@ def run_models(options: argparse.Namespace) -> list[dict[str, Any]]:
     return found
 
 
-def run_info(options: argparse.Namespace) -> dict[str, Any]:
+def run_info(options: Info) -> dict[str, Any]:
     facts = model_facts(load_model(options.model, "meta"))  # the weights stay in their file
     lines = summary(facts)
     width = max(map(len, lines)) + 2
@@ -34,7 +34,7 @@ def run_info(options: argparse.Namespace) -> dict[str, Any]:
     return facts
 
 
-def run_convert(options: argparse.Namespace) -> dict[str, Any]:
+def run_convert(options: Convert) -> dict[str, Any]:
     overrides = {}
     for entry in options.overrides:
         key, equals, text = entry.partition("=")

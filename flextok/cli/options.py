@@ -1,80 +1,33 @@
-"""Options that several commands take, with the ranges of their numbers, and how a command is added.
-Importing this imports no torch, which --help would wait for."""
+"""A command's arguments are a dataclass: this turns its fields into argparse's, and what was parsed
+into the dataclass. And the options that several commands take. Importing this imports no torch,
+which --help would wait for."""
 
 import argparse
+import dataclasses
+import functools
+import inspect
 import pkgutil
 import textwrap
-from collections.abc import Callable
-from typing import Any, TypeAlias
+import types
+import typing
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeAlias
 
-from flextok.schema import NotFinite, check_number
+from flextok.schema import Bounds, NotFinite, from_mapping
 
 # the models that come with the package: a tokenizer, and generators by class and by prompt
 TOKENIZER, BY_CLASS, BY_PROMPT = "emoji", "emoji-class", "emoji-text"
-MOST_CLASSES = 16  # in a grid whose classes nobody named
-RECONSTRUCTED = "outputs/reconstructed"
-Run = Callable[[argparse.Namespace], Any]
-Table = dict[str, tuple[list[str], type, str]]  # a field of some options: its flags, type and help
-
-
-def json_file(name: str) -> str:
-    """Refuses what is no JSON file's name: the option would swallow the argument behind it."""
-    if name != "-" and not name.endswith(".json"):
-        raise argparse.ArgumentTypeError(f"{name!r} must end in .json, or put --json last")
-    return name
-
-
-# options of several commands
-SHARED: dict[str, dict[str, Any]] = {
-    "--data": {
-        "metavar": "SET",
-        "help": "emoji:validation, emoji_scenes:train, a picture folder, shards (*.tar), or "
-        "{name: ...} as in configs",
-    },
-    "--limit": {"type": int, "help": "take this many of --data, evenly spread"},
-    "--num-tokens": {"type": int, "nargs": "+", "help": "default 1 2 4 ... all, or all"},
-    "--num-samples": {"type": int, "default": 1, "help": "images a class or prompt"},
-    "--tokenizer": {"help": "generator: another place to find its tokenizer"},
-    "--seed": {"type": int, "default": 0},
-    "--batch-size": {"type": int, "default": 64},
-    "--num-workers": {"type": int, "default": 0},
-    "--device": {"help": "cpu, cuda, ...; a GPU where there is one"},
-    "--json": {
-        "nargs": "?",
-        "const": "-",
-        "type": json_file,
-        "metavar": "FILE.json",
-        "help": "write the numbers to a file; without a name to standard output, and nothing else",
-    },
+# field of the options of decode() -> field of Decoding; the same of generate() and Sampling
+DECODING = {
+    "num_steps": "steps",
+    **{name: name for name in ("guidance_scale", "solver", "guidance_interval", "time_shift")},
 }
-# the least and the most that makes sense, of whole numbers
-RANGES = {
-    "seed": (0, 2**63 - 1),
-    "num_workers": (0, 1000),
-    "batch_size": (1, 1_000_000),
-    "limit": (1, 2**63 - 1),
-    "num_samples": (1, 1_000_000),
-    "probe_steps": (1, 1_000_000),
+SAMPLING = {
+    **{name: name for name in ("temperature", "top_k", "top_p")},
+    "guidance_scale": "class_guidance",
+    "num_steps": "generator_steps",
 }
-# of decode() and of generate()
-DECODING: Table = {
-    "num_steps": (["--steps"], int, "decoder steps"),
-    "guidance_scale": (["--guidance-scale"], float, "decoder guidance, 1 = none"),
-    "solver": (["--solver"], str, "euler, heun or ab2"),
-    "guidance_interval": (["--guidance-interval"], float, "LOW HIGH: guided times"),
-    "time_shift": (["--time-shift"], float, "> 1: more steps near the noise"),
-}
-SAMPLING: Table = {
-    "temperature": (["--temperature"], float, "1 = the model's own probabilities"),
-    "top_k": (["--top-k"], int, "draw from so many of the likeliest indices"),
-    "top_p": (["--top-p"], float, "draw from the likeliest indices of this total probability"),
-    "guidance_scale": (
-        ["--class-guidance", "--text-guidance"],
-        float,
-        "generator's guidance; none is 1, and 0 for a MaskGIT with linear or constant decay",
-    ),
-    "num_steps": (["--generator-steps"], int, "MaskGIT's sampling steps"),
-}
+Count = Annotated[int, Bounds(1, 2**40)]
 
 
 class AnyOrder(argparse.ArgumentParser):
@@ -96,69 +49,141 @@ class AnyOrder(argparse.ArgumentParser):
 Commands: TypeAlias = "argparse._SubParsersAction[AnyOrder]"
 
 
-def add_command(
-    commands: Commands,
-    name: str,
-    run: Run | str,
-    help: str,
-    description: str,
-    examples: str,
-    *shared: str,
-) -> argparse.ArgumentParser:
-    """A command whose --help explains it with examples; `run`, a function or the name of one below
-    flextok.cli, does the work and returns what --json writes. shared: its options of SHARED."""
+def add_command(commands: Commands, name: str, kind: type, work: str) -> None:
+    """A command that parses into the dataclass `kind` and gives it to the function named `work`
+    below flextok.cli. The docstring of `kind` holds what it does, more about it, and examples."""
+    summary, description, examples = inspect.cleandoc(kind.__doc__ or "").split("\n\n")
     parser = commands.add_parser(
         name,
-        help=help,
+        help=summary,
         description=textwrap.fill(description, 88),
         epilog="examples:\n" + textwrap.indent(examples, "  "),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(run=checked(run))
-    for flag in shared:
-        parser.add_argument(flag, **SHARED[flag])
-    return parser
+    hints = typing.get_type_hints(kind, include_extras=True)
+    for field in dataclasses.fields(kind):
+        add_field(parser, field, hints[field.name])
+    parser.set_defaults(run=functools.partial(run_command, kind, work))
 
 
-def checked(run: Run | str) -> Run:
-    """`run`, before which the numbers are held to RANGES, and whose NotFinite errors say which
+def add_field(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], hint: Any) -> None:
+    """The argument of a field: an option if it is keyword-only, else positional. Beside its type
+    stand its help and, in a mapping, what argparse is to do otherwise."""
+    notes: list[Any] = []
+    while typing.get_origin(hint) in (Annotated, typing.Union, types.UnionType):
+        hint, *more = typing.get_args(hint)  # of a union with None the first counts
+        notes += more
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    default = None if field.default is dataclasses.MISSING else field.default
+    if field.default_factory is not dataclasses.MISSING:
+        default = field.default_factory()
+    settings: dict[str, Any] = {"type": hint, "default": default}
+    if hint is bool:
+        settings = {"action": "store_true"}
+    elif origin is Literal:
+        settings |= {"type": type(arguments[0]), "choices": arguments}
+    elif origin is tuple:
+        settings |= {"type": arguments[0], "nargs": len(arguments)}
+    elif origin is list:
+        settings |= {"type": arguments[0], "nargs": "+"}
+    settings["help"] = next((note for note in notes if isinstance(note, str)), None)
+    optional = default is not None
+    if not field.kw_only and optional:
+        settings["nargs"] = "*" if origin is list else "?"
+    for note in notes:
+        settings |= note if isinstance(note, dict) else {}
+    flags = [f"--{field.name.replace('_', '-')}", *settings.pop("also", ())]
+    if field.kw_only:
+        required = field.default is field.default_factory is dataclasses.MISSING
+        parser.add_argument(*flags, dest=field.name, required=required, **settings)
+    else:
+        parser.add_argument(field.name, **settings)
+
+
+def run_command(kind: type, work: str, parsed: argparse.Namespace) -> Any:
+    """What a command's work returns. Its arguments are checked before; NotFinite errors say which
     model's numbers are not finite."""
-
-    def work(options: argparse.Namespace) -> Any:
-        for name, (low, high) in RANGES.items():
-            if (value := vars(options).get(name)) is not None:
-                check_number(f"--{name.replace('_', '-')}", value, low, high, whole=True)
-        try:
-            found = pkgutil.resolve_name(f"flextok.cli.{run}") if isinstance(run, str) else run
-            return found(options)
-        except NotFinite as error:
-            model = vars(options).get("model")
-            raise NotFinite(f"{model}: {error}" if model else str(error)) from error
-
-    return work
+    values = {field.name: vars(parsed)[field.name] for field in dataclasses.fields(kind)}
+    options: object = from_mapping(kind, values)
+    try:
+        return pkgutil.resolve_name(f"flextok.cli.{work}")(options)
+    except NotFinite as error:
+        model = values.get("model")
+        raise NotFinite(f"{model}: {error}" if model else str(error)) from error
 
 
-def add_solving(parser: argparse.ArgumentParser, several: bool = False) -> None:
-    """The decoder's options; several: of steps and scales, to be compared."""
-    add_fields(parser, DECODING, ("num_steps", "guidance_scale") if several else ())
+def json_file(name: str) -> str:
+    """Refuses what is no JSON file's name: the option would swallow the argument behind it."""
+    if name != "-" and not name.endswith(".json"):
+        raise argparse.ArgumentTypeError(f"{name!r} must end in .json, or put --json last")
+    return name
 
 
-def add_fields(
-    parser: argparse.ArgumentParser,
-    table: Table,
-    several: tuple[str, ...] = (),
-) -> None:
-    for field, (flags, kind, text) in table.items():
-        number = 2 if field == "guidance_interval" else "+" if field in several else None
-        parser.add_argument(*flags, type=kind, help=text, nargs=number)
+JSON = {"nargs": "?", "const": "-", "type": json_file, "metavar": "FILE.json"}
 
 
-def chosen(options: argparse.Namespace, table: Table) -> dict[str, Any]:
-    """The fields that were asked for."""
-    dests = {field: flags[0].strip("-").replace("-", "_") for field, (flags, *_) in table.items()}
-    found = {field: vars(options)[dest] for field, dest in dests.items()}
+@dataclass(kw_only=True)
+class Json:
+    json: Annotated[
+        str | None,
+        "write the numbers to a file; without a name to standard output, and nothing else",
+        JSON,
+    ] = None
+
+
+@dataclass(kw_only=True)
+class Device:
+    device: Annotated[str | None, "cpu, cuda, ...; a GPU where there is one"] = None
+
+
+@dataclass(kw_only=True)
+class Seed:
+    seed: Annotated[int, Bounds(0, 2**63 - 1)] = 0
+
+
+@dataclass(kw_only=True)
+class Loading:
+    batch_size: Annotated[int, Bounds(1, 1_000_000)] = 64
+    num_workers: Annotated[int, Bounds(0, 1000)] = 0
+
+
+@dataclass(kw_only=True)
+class Solving:
+    """Of a decoder that solves an equation."""
+
+    solver: Annotated[str | None, "euler, heun or ab2"] = None
+    guidance_interval: Annotated[
+        tuple[float, float] | None, "guided times", {"metavar": ("LOW", "HIGH")}
+    ] = None
+    time_shift: Annotated[float | None, "> 1: more steps near the noise"] = None
+
+
+@dataclass(kw_only=True)
+class Decoding(Solving):
+    steps: Annotated[int | None, "decoder steps"] = None
+    guidance_scale: Annotated[float | None, "decoder guidance, 1 = none"] = None
+
+
+@dataclass(kw_only=True)
+class Sampling:
+    """Of a generator."""
+
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    class_guidance: Annotated[
+        float | None,
+        "generator's guidance; none is 1, and 0 for a MaskGIT with linear or constant decay",
+        {"also": ["--text-guidance"]},
+    ] = None
+    generator_steps: Annotated[int | None, "MaskGIT's sampling steps"] = None
+
+
+def chosen(options: object, table: dict[str, str]) -> dict[str, Any]:
+    """The options of decode() (table: DECODING) or generate() (SAMPLING) that were asked for."""
+    found = {field: vars(options).get(name) for field, name in table.items()}
     return {field: value for field, value in found.items() if value is not None}
 
 
-def decoding_options(options: argparse.Namespace) -> dict[str, Any]:
+def decoding_options(options: Solving) -> dict[str, Any]:
     return chosen(options, DECODING)

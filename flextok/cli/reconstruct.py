@@ -1,6 +1,5 @@
 """`flextok reconstruct`: pictures in, their reconstructions from the first tokens out, as PNG."""
 
-import argparse
 import io
 import logging
 import sys
@@ -12,8 +11,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from flextok import viz
+from flextok.cli.arguments import RECONSTRUCTED, Reconstruct
 from flextok.cli.common import check_lengths, load_tokenizer
-from flextok.cli.options import RECONSTRUCTED, decoding_options
+from flextok.cli.options import decoding_options
 from flextok.data.datasets import EXTENSIONS
 from flextok.data.pictures import CorruptPicture, list_pictures, load_picture
 from flextok.data.transforms import ImageTransform, to_image
@@ -25,7 +25,7 @@ from flextok.printing import printable
 log = logging.getLogger(__name__)
 
 
-def run_reconstruct(options: argparse.Namespace) -> list[dict[str, Any]]:
+def run_reconstruct(options: Reconstruct) -> list[dict[str, Any]]:
     sources = dict(list_sources(options.pictures))
     number = len(sources) * len(set(options.num_tokens or [0]))
     output = options.output or ("-" if options.pictures == ["-"] else RECONSTRUCTED)

@@ -1,6 +1,5 @@
 """`flextok sample`: images by class or prompt, and coarse-to-fine grids."""
 
-import argparse
 import difflib
 import sys
 from collections.abc import Iterator
@@ -13,11 +12,11 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from flextok import viz
+from flextok.cli.arguments import MOST_CLASSES, Sample
 from flextok.cli.common import data_of, open_data, pick_device, token_lengths
 from flextok.cli.options import (
     BY_CLASS,
     BY_PROMPT,
-    MOST_CLASSES,
     SAMPLING,
     TOKENIZER,
     chosen,
@@ -53,12 +52,12 @@ TAKES: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 
 
-def run_sample(options: argparse.Namespace) -> dict[str, Any]:
+def run_sample(options: Sample) -> dict[str, Any]:
     output = Path(options.output)
     if output.is_dir():
         raise ValueError(f"--output {output} is a folder: name a picture, such as grid.png in it")
     viz.picture_format(output)
-    if options.model is None:
+    if not options.model:
         by_prompt = options.prompt or options.prompts_file
         by_class = options.classes is not None
         options.model = BY_PROMPT if by_prompt else BY_CLASS if by_class else TOKENIZER
@@ -124,7 +123,7 @@ def collect(
     return {k: torch.cat([batch[k] for batch in kept]) for k in kept[0]}, done, files
 
 
-def check_taken(kind: str, options: argparse.Namespace) -> None:
+def check_taken(kind: str, options: Sample) -> None:
     """Raise ValueError for an option that a model of this kind does not take, and for two of which
     it takes one."""
     does, taken = TAKES[kind]
@@ -139,7 +138,7 @@ def check_taken(kind: str, options: argparse.Namespace) -> None:
 
 
 def reconstruction(
-    model: Tokenizer, lengths: list[int], options: argparse.Namespace
+    model: Tokenizer, lengths: list[int], options: Sample
 ) -> tuple[list[str], Batches]:
     """--images, --data or what the model was validated on; unreadable ones are skipped."""
     decoding = checked(model, decoding_options(options))  # raises before the work
@@ -160,7 +159,7 @@ def reconstruction(
 
 
 def generation(
-    model: Generator, tokenizer: Tokenizer, lengths: list[int], options: argparse.Namespace
+    model: Generator, tokenizer: Tokenizer, lengths: list[int], options: Sample
 ) -> tuple[list[str], Batches]:
     """Images by class, by prompt or without a condition, and their names."""
     cond: Tensor | list[str]
@@ -179,9 +178,9 @@ def generation(
     return names, ((None, batch) for batch in made)
 
 
-def read_prompts(options: argparse.Namespace) -> list[str]:
+def read_prompts(options: Sample) -> list[str]:
     """--prompt, --prompts-file or the captions of --data, each --num-samples times."""
-    prompts = options.prompt
+    prompts = options.prompt or []
     if options.prompts_file:
         prompts = read_lines(Path(options.prompts_file))
     elif options.data:

@@ -1,12 +1,12 @@
 """`flextok train | tokenize | plan | index`: runs from configs, data sets into tokens."""
 
-import argparse
 import logging
 import os
 import sys
 from dataclasses import asdict
 from typing import Any
 
+from flextok.cli.arguments import Index, Plan, Tokenize, Train
 from flextok.cli.common import data_spec, load_tokenizer, write_json
 from flextok.config import load_experiment
 from flextok.data.datasets import DATASETS
@@ -23,7 +23,7 @@ from flextok.training.run import train
 from flextok.training.saving import Interrupted, requeue
 
 
-def run_train(options: argparse.Namespace) -> None:
+def run_train(options: Train) -> None:
     for chatty in ("lightning.pytorch", "lightning.fabric"):  # importing them set their level
         logging.getLogger(chatty).setLevel(logging.WARNING)
     # a file may have an = in its name
@@ -40,14 +40,14 @@ def run_train(options: argparse.Namespace) -> None:
         raise SystemExit(128 + stop.signum) from None
 
 
-def run_plan(options: argparse.Namespace) -> dict[str, Any]:
+def run_plan(options: Plan) -> dict[str, Any]:
     assumed = Assumptions(options.gpu, options.utilisation, options.price, options.picture_kb)
     found = plan(load_experiment(options.config, options.overrides), options.gpus, assumed)
     print(as_text(found))
     return asdict(found)
 
 
-def run_index(options: argparse.Namespace) -> dict[str, Any]:
+def run_index(options: Index) -> dict[str, Any]:
     index = write_index(options.urls, parse_fetch(options.fetch))
     write_json(options.output, index)
     total = sum(shard["nsamples"] for shard in index["shardlist"])
@@ -55,7 +55,7 @@ def run_index(options: argparse.Namespace) -> dict[str, Any]:
     return {"output": options.output, "samples": total, "shards": len(index["shardlist"])}
 
 
-def run_tokenize(options: argparse.Namespace) -> dict[str, Any] | None:
+def run_tokenize(options: Tokenize) -> dict[str, Any] | None:
     tokenizer = load_tokenizer(options.model, options.device)
     spec = data_spec(options.data)
     transform = ImageTransform(tokenizer.image_size, options.flip, options.crop, options.shift)
