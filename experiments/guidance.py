@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from run import score_tables
 
-from flextok.data.emoji import Emoji
+from flextok.emoji.datasets import Emoji
 from flextok.evaluation import Cell, Options, evaluate
 from flextok.pipeline import load_model
 from flextok.training.study import write_json

@@ -3,9 +3,10 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from flextok.data.datasets import DATASETS
+from flextok.data import datasets
 from flextok.data.labels import Joined
 from flextok.data.web import WebDatasetStream
+from flextok.emoji.datasets import Emoji, EmojiScenes
 from flextok.generators import GENERATORS
 from flextok.generators.conditioning import CONDITIONERS, TEXT_ENCODERS
 from flextok.hub import Pretrained
@@ -15,6 +16,7 @@ from flextok.schema import ConfigError, build, check_number, from_mapping, named
 from flextok.tokenizers import TOKENIZERS
 from flextok.vae import VAES
 
+DATASETS = {**datasets.DATASETS, "emoji": Emoji, "emoji_scenes": EmojiScenes}
 MODELS: dict[str, type[Pretrained]] = {**TOKENIZERS, **GENERATORS}
 # where a config names a component: the registry that it is chosen from
 REGISTRIES: dict[str, Mapping[str, Callable[..., Any]]] = {

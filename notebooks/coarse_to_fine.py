@@ -25,9 +25,9 @@ import torch
 from IPython.display import display
 
 from flextok import FlexTok, viz
-from flextok.data.emoji import Emoji
 from flextok.data.pictures import load_picture
 from flextok.data.transforms import ImageTransform
+from flextok.emoji.datasets import Emoji
 from flextok.pipeline import decodable_lengths, reconstruct_prefixes
 
 PICTURE = None  # "cat.jpg"

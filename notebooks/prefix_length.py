@@ -27,8 +27,8 @@ from IPython.display import Image, display
 
 from flextok import FlexTok, viz
 from flextok.data.datasets import take
-from flextok.data.emoji import Emoji
 from flextok.data.transforms import ImageTransform
+from flextok.emoji.datasets import Emoji
 from flextok.evaluation import Options, adaptive
 from flextok.evaluation.sweep import format_table, sweep
 

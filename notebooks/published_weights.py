@@ -30,8 +30,8 @@ from IPython.display import display
 
 from flextok import FlexTok, viz
 from flextok.card import model_facts, summary
-from flextok.data.emoji import Emoji
 from flextok.data.transforms import ImageTransform
+from flextok.emoji.datasets import Emoji
 from flextok.pipeline import load_model, reconstruct_prefixes
 from flextok.storage import CheckpointError
 

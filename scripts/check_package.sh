@@ -15,7 +15,7 @@ cd "$work"
 env/bin/pip install --quiet "$(echo dist/*.whl)[demo]"
 env/bin/python - << 'EOF'
 import flextok, pathlib
-from flextok.data.emoji import Emoji
+from flextok.emoji.datasets import Emoji
 assert pathlib.Path("env").resolve() in pathlib.Path(flextok.__file__).parents, flextok.__file__
 assert (pathlib.Path(flextok.__file__).parent / "py.typed").is_file()
 Emoji("validation")[0]["image"].save("picture.jpg")

@@ -2,7 +2,7 @@
 
 Input: the npm package @lobehub/fluent-emoji-3d (downloaded with npm, or given with --package)
 and Unicode's emoji-test.txt (Debian package unicode-data), which names and groups the emoji.
-Output: flextok/data/assets/emoji-64.tar, with `<code points>.webp` and `<code points>.json` side
+Output: flextok/emoji/assets/emoji-64.tar, with `<code points>.webp` and `<code points>.json` side
 by side. Running it twice writes the same bytes (with the same Pillow and libwebp).
 
     python scripts/pack_emoji.py
@@ -28,7 +28,7 @@ import numpy as np
 from PIL import Image
 
 PACKAGE = "@lobehub/fluent-emoji-3d@1.1.0"
-OUTPUT = Path(__file__).resolve().parents[1] / "flextok" / "data" / "assets" / "emoji-64.tar"
+OUTPUT = Path(__file__).resolve().parents[1] / "flextok" / "emoji" / "assets" / "emoji-64.tar"
 SIZE = 64
 MAX_BYTES = 7_999_999
 VALIDATION_PERCENT = 10

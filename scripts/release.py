@@ -12,8 +12,8 @@ import sys
 import torch
 
 from flextok.data.datasets import take
-from flextok.data.emoji import Emoji
 from flextok.data.transforms import ImageTransform
+from flextok.emoji.datasets import Emoji
 from flextok.pipeline import is_generator, load_model, load_tokenizer_of, remember_tokenizer
 from flextok.places import RELEASES
 

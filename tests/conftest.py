@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from flextok.data.emoji import Emoji
+from flextok.emoji.datasets import Emoji
 from flextok.generators import GPT, GPTConfig
 from flextok.objectives import NextTokenConfig, NextTokenObjective
 from flextok.pipeline import remember_tokenizer

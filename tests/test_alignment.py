@@ -5,9 +5,9 @@ import pytest
 import torch
 from conftest import tiny_gpt
 
-from flextok.data.emoji import EmojiScenes
 from flextok.emoji.alignment import alignment, derangement, format_report
-from flextok.emoji.scene_probe import (
+from flextok.emoji.datasets import EmojiScenes
+from flextok.emoji.probe import (
     GRIDS,
     Probe,
     degrade,

@@ -24,9 +24,9 @@ FLOORS = [
     },
     {"tokenizers", "generators", "objectives"},
     {"cpu"},
-    {"pipeline", "data", "evaluation", "viz"},
+    {"pipeline", "data", "evaluation", "viz", "emoji"},
     {"config", "registry", "fake_gpu", "machine"},
-    {"training", "emoji"},
+    {"training"},
     {"demo", "bench"},
     {"cli"},
 ]
@@ -76,3 +76,10 @@ def test_frameworks_stay_in_their_rooms(library, allowed):
         place = path.relative_to(PACKAGE).as_posix()
         used = any(name.split(".")[0] == library for name in imports(path))
         assert not used or place.startswith(allowed), f"{place} imports {library}"
+
+
+def test_only_the_registry_and_the_commands_know_the_emoji():
+    for path in MODULES:
+        place = path.relative_to(PACKAGE).as_posix()
+        if any(name.startswith("flextok.emoji") for name in imports(path)):
+            assert place.startswith(("emoji/", "registry.py", "cli/", "demo/")), place

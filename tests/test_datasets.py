@@ -14,10 +14,10 @@ import pytest
 from conftest import write_shard
 from PIL import Image
 
-from flextok.data.datasets import DATASETS, HuggingFaceImages, ImageFolder, WebDatasetImages
-from flextok.data.emoji import Emoji, EmojiScenes
+from flextok.data.datasets import HuggingFaceImages, ImageFolder, WebDatasetImages
+from flextok.emoji.datasets import Emoji, EmojiScenes
 from flextok.images import CorruptPicture, load_picture, to_rgb
-from flextok.registry import make_dataset
+from flextok.registry import DATASETS, make_dataset
 from flextok.schema import ConfigError
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
@@ -330,7 +330,7 @@ def test_webdataset_json_fields_and_names(tmp_path):
 
 
 def test_webdataset_reads_the_emoji_shard_as_emoji_does():
-    shard = resources.files("flextok.data").joinpath("assets", "emoji-64.tar")
+    shard = resources.files("flextok.emoji").joinpath("assets", "emoji-64.tar")
     dataset = WebDatasetImages(str(shard), label_key="group", caption_key="name")
     emoji = Emoji("all")
     assert dataset.class_names == emoji.class_names

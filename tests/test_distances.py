@@ -6,8 +6,8 @@ import pytest
 import torch
 from PIL import ImageFilter
 
-from flextok.data.emoji import Emoji
 from flextok.data.transforms import ImageTransform
+from flextok.emoji.datasets import Emoji
 from flextok.evaluation.distances import (
     Statistics,
     frechet_distance,

@@ -297,4 +297,4 @@ def test_the_wheel_works_away_from_the_repository(tmp_path, desk):
         )
         subprocess.run([sys.executable, "-c", code], cwd=desk, env=environment, check=True)
     assert (env / "flextok/py.typed").is_file()
-    assert (env / "flextok/data/assets/emoji-64.tar").is_file()
+    assert (env / "flextok/emoji/assets/emoji-64.tar").is_file()

@@ -10,7 +10,8 @@ import pytest
 import webdataset
 from PIL import Image
 
-from flextok.data.emoji import (
+from flextok.emoji.captions import noun_phrase
+from flextok.emoji.datasets import (
     BASIC,
     COLORS,
     Emoji,
@@ -18,9 +19,8 @@ from flextok.data.emoji import (
     read_shard,
     select_records,
 )
-from flextok.data.scene_captions import noun_phrase
 
-SHARD = resources.files("flextok.data").joinpath("assets", "emoji-64.tar")
+SHARD = resources.files("flextok.emoji").joinpath("assets", "emoji-64.tar")
 
 
 def test_shard_is_small_and_readable_by_webdataset():

@@ -11,10 +11,10 @@ import torch
 from conftest import TITOK, tiny_gpt, tiny_tokenizer
 
 from flextok.data.datasets import ImageFolder, take
-from flextok.data.emoji import Emoji
 from flextok.data.pictures import CorruptPicture
 from flextok.data.transforms import ImageTransform
 from flextok.draws import NOISE, row_generators
+from flextok.emoji.datasets import Emoji
 from flextok.evaluation import (
     EVALUATORS,
     Cell,

@@ -6,8 +6,8 @@ import pickle
 import pytest
 import torch
 
-from flextok.data.emoji import Emoji
 from flextok.data.transforms import ImageTransform
+from flextok.emoji.datasets import Emoji
 from flextok.evaluation import Setting, features
 from flextok.evaluation.evaluators import FeatureDistances, load_evaluators
 from flextok.evaluation.metrics import lpips, mse, psnr, sharpness, ssim, to_8_bit

@@ -6,9 +6,9 @@ import pytest
 import torch
 from conftest import TINY, tiny_tokenizer
 
-from flextok.data.emoji import Emoji
 from flextok.data.transforms import ImageTransform
 from flextok.draws import BatchDraws
+from flextok.emoji.datasets import Emoji
 from flextok.flow.path import interpolate
 from flextok.losses import RepresentationAlignment
 from flextok.nn.blocks import recompute_blocks

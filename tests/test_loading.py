@@ -24,13 +24,13 @@ from flextok.cli import interruptible_imports
 from flextok.config import load_experiment
 from flextok.data.datamodule import DataModule, Shares, prepare_image
 from flextok.data.datasets import ImageFolder, PictureFiles
-from flextok.data.emoji import Emoji, EmojiScenes
 from flextok.data.loading import SIGNALS, WorkerDied, make_loader, told_in_one_line
 from flextok.data.shard_stream import ShardStream
 from flextok.data.stream import EvaluationSet, Stream, collate
 from flextok.data.tokens import TokenDataset, build_token_cache, cache_identity
 from flextok.data.transforms import ImageTransform
 from flextok.data.web import WebDatasetImages, WebDatasetStream
+from flextok.emoji.datasets import Emoji, EmojiScenes
 from flextok.training.checkpoints import list_checkpoints
 from flextok.training.run import train
 

@@ -9,8 +9,8 @@ from PIL import Image
 
 from flextok.cli import main
 from flextok.data.datasets import take
-from flextok.data.emoji import Emoji
 from flextok.data.transforms import ImageTransform
+from flextok.emoji.datasets import Emoji
 from flextok.evaluation.metrics import psnr
 from flextok.pipeline import generate_images, load_model, load_tokenizer_of, reconstruct_prefixes
 from flextok.places import RELEASES, released

@@ -13,9 +13,9 @@ from PIL import Image
 from flextok.cli import main
 from flextok.config import load_experiment, save_experiment
 from flextok.data.datasets import labels_count, take
-from flextok.data.emoji import Emoji, EmojiScenes
 from flextok.data.transforms import to_uint8
 from flextok.draws import NOISE, row_generators
+from flextok.emoji.datasets import Emoji, EmojiScenes
 from flextok.evaluation import Cell, Options
 from flextok.evaluation.adaptive import Target, encode, relate, spearman
 from flextok.evaluation.evaluators import EVALUATORS, Comparison

@@ -23,7 +23,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from flextok.data.datasets import DATASETS, HuggingFaceImages, WebDatasetImages
+from flextok.data.datasets import HuggingFaceImages, WebDatasetImages
 from flextok.data.parts import PartStore
 from flextok.data.processes import Process
 from flextok.data.stream import collate
@@ -40,6 +40,7 @@ from flextok.generators.text import (
 )
 from flextok.generators.words import PIECES, WordEncoder
 from flextok.hub import CheckpointError
+from flextok.registry import DATASETS
 
 PROMPTS = ["a red heart", "", "a bomb left of a whale"]
 SMALL = {"vocab_size": 384, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}

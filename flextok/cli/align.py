@@ -7,19 +7,18 @@ from typing import Any
 from flextok.cli.arguments import Align
 from flextok.cli.common import data_spec, pick_device, token_lengths
 from flextok.cli.options import decoding_options
-from flextok.data.datasets import DATASETS
-from flextok.data.emoji import EmojiScenes
 from flextok.emoji.alignment import alignment, format_report
-from flextok.emoji.scene_probe import Probe, train_probe
+from flextok.emoji.datasets import EmojiScenes
+from flextok.emoji.probe import Probe, train_probe
 from flextok.generators import Generator
 from flextok.pipeline import decoding_options as checked
 from flextok.pipeline import load_model, load_tokenizer_of
-from flextok.schema import build
+from flextok.registry import make_dataset
 
 
 def run_align(options: Align) -> dict[str, Any]:
     spec = data_spec(options.data or "emoji_scenes:validation")
-    scenes = build(DATASETS, spec, "dataset")
+    scenes = make_dataset(spec)
     if not isinstance(scenes, EmojiScenes):
         raise ValueError("--data must be emoji_scenes: the classifier reads those")
     generator = load_model(options.model, pick_device(options.device))
@@ -32,7 +31,7 @@ def run_align(options: Align) -> dict[str, Any]:
         probe = Probe.load(options.probe).to(generator.device)
     else:
         known = {"split": "train", "prompts": "train" if scenes.prompts == "held_out" else "all"}
-        real = build(DATASETS, {**spec, **known}, "dataset")
+        real = make_dataset({**spec, **known})
         probe = train_probe(
             real, tokenizer.image_size, options.probe_steps, device=generator.device
         )

@@ -78,10 +78,9 @@ def data_of(asked: str | None, model: str, part: str = "validation") -> Any:
 
 
 def open_data(name: str) -> Any:
-    from flextok.data.datasets import DATASETS
-    from flextok.schema import build
+    from flextok.registry import make_dataset
 
-    return build(DATASETS, data_spec(name), "dataset")
+    return make_dataset(data_spec(name))
 
 
 def data_spec(name: str) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from typing import Any
 from flextok.cli.arguments import Index, Plan, Tokenize, Train
 from flextok.cli.common import data_spec, load_tokenizer, write_json
 from flextok.config import load_experiment
-from flextok.data.datasets import DATASETS
 from flextok.data.openers import parse_fetch
 from flextok.data.shards import write_index
 from flextok.data.tokens import (
@@ -17,7 +16,7 @@ from flextok.data.tokens import (
     cache_identity,
 )
 from flextok.data.transforms import ImageTransform
-from flextok.schema import build
+from flextok.registry import make_dataset
 from flextok.training.plan import Assumptions, as_text, plan
 from flextok.training.run import train
 from flextok.training.saving import Interrupted, requeue
@@ -62,7 +61,7 @@ def run_tokenize(options: Tokenize) -> dict[str, Any] | None:
     store = build_token_cache(
         options.output,
         tokenizer,
-        build(DATASETS, spec, "dataset"),
+        make_dataset(spec),
         transform,
         cache_identity(tokenizer, spec, transform, options.bf16),
         options.variants,

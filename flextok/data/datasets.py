@@ -13,7 +13,6 @@ from typing import Any
 
 from torch.utils.data import Dataset, Subset
 
-from flextok.data.emoji import Emoji, EmojiScenes
 from flextok.data.labels import (
     as_label,
     captioned,
@@ -187,8 +186,6 @@ class HuggingFaceImages(Dataset[dict[str, Any]]):
 
 
 DATASETS: dict[str, Callable[..., Dataset[dict[str, Any]]]] = {
-    "emoji": Emoji,
-    "emoji_scenes": EmojiScenes,
     "folder": ImageFolder,
     "huggingface": HuggingFaceImages,
     "webdataset": WebDatasetImages,

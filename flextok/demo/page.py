@@ -11,12 +11,12 @@ import gradio as gr
 from fastapi import Depends, FastAPI
 from PIL import Image
 
-from flextok.data.emoji import Emoji
 from flextok.demo.guard import Guard
 from flextok.demo.markup import CSS, DROP, DROP_CSS, DROP_SCRIPT, figure, strip, tokens
 from flextok.demo.messages import bound_memory, message_check
 from flextok.demo.studio import MAX_PROMPT, MAX_SEED, Pair, Studio
 from flextok.demo.upload import Limits, megabytes, read_picture
+from flextok.emoji.datasets import Emoji
 from flextok.tokenizers.base import Tokenizer
 
 INTRO = """# FlexTok

@@ -1,1 +1,2 @@
-"""The toy world of emoji: how far generated scenes show their prompts."""
+"""The toy world of emoji, which comes with the package: its data sets, their captions, and how far
+generated scenes show their prompts."""

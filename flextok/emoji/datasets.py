@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from flextok.data.scene_captions import describe, noun_phrase, with_article
+from flextok.emoji.captions import describe, noun_phrase, with_article
 
 SPLITS = ("train", "validation", "all")
 
@@ -37,7 +37,7 @@ class EmojiRecord(NamedTuple):
 @cache
 def read_shard() -> tuple[EmojiRecord, ...]:
     """All emoji in the order of their code points, read once per process."""
-    data = resources.files("flextok.data").joinpath("assets/emoji-64.tar").read_bytes()
+    data = resources.files("flextok.emoji").joinpath("assets/emoji-64.tar").read_bytes()
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         files = {m.name: f.read() for m in tar if (f := tar.extractfile(m)) is not None}
     records = []
