@@ -14,7 +14,7 @@ from flextok.emoji.datasets import Emoji
 from flextok.evaluation.metrics import psnr
 from flextok.pipeline import generate_images, load_model, load_tokenizer_of, reconstruct_prefixes
 from flextok.places import RELEASES, released
-from flextok.storage import read_tensors
+from flextok.storage import CheckpointError, read_tensors
 
 ROOT = Path(__file__).parent.parent
 NAMES = ["emoji", "emoji-class", "emoji-few-step", "emoji-one-step", "emoji-text"]
@@ -90,6 +90,39 @@ def test_the_generators_take_every_decoder_of_their_codes(name):
     for tokenizer in [None, *TOKENIZERS]:
         found = load_tokenizer_of(generator, name, tokenizer)
         assert found.codes_id == generator.metadata["codes_id"]
+
+
+@pytest.mark.parametrize("decoder", ["emoji-few-step", "emoji-one-step"])
+@pytest.mark.parametrize("name", ["emoji-class", "emoji-text"])
+def test_a_generator_draws_through_every_decoder_of_its_codes(name, decoder):
+    """The same indices, so the same motif: nearer to its own decoder's image than another one."""
+    generator = load_model(name)
+    names = generator.metadata.get("class_names", [])
+    cond = (
+        torch.tensor([names.index("heart"), names.index("flag")]) if names else ["a key", "a frog"]
+    )
+    own, other = (load_tokenizer_of(generator, name, place) for place in (None, decoder))
+    assert not torch.equal(own.decoder.head.weight, other.decoder.head.weight)
+    expected, drawn = (generate_images(generator, t, cond, [64], seed=1)[64] for t in (own, other))
+    assert (psnr(drawn, expected) > psnr(drawn, expected.flip(0)) + 3).all()
+
+
+@pytest.mark.parametrize("name", ["emoji-class", "emoji-text"])
+def test_a_tokenizer_of_other_codes_is_refused_by_name(name, tmp_path, capsys):
+    other, generator = load_model("emoji-few-step"), load_model(name)
+    with torch.no_grad():
+        other.encoder.head.weight.mul_(1.01)
+    folder = other.save_pretrained(tmp_path / "other-codes")
+    with pytest.raises(CheckpointError, match=rf"other-codes' \(codes {other.codes_id}\) is not"):
+        load_tokenizer_of(generator, name, str(folder))
+    output = tmp_path / "sample.png"
+    asked = ["--prompt", "a frog"] if name == "emoji-text" else ["--classes", "heart"]
+    command = ["sample", name, *asked, "--output", str(output), "--tokenizer"]
+    assert main([*command, str(folder)]) == 1
+    assert other.codes_id in capsys.readouterr().err
+    assert not output.exists()
+    assert main([*command, "emoji-one-step"]) == 0
+    assert output.exists()
 
 
 def test_classes_and_prompts_change_the_picture():

@@ -13,7 +13,7 @@ from flextok.objectives.masked_tokens import MaskedTokensConfig, MaskedTokensObj
 from flextok.objectives.next_token import NextTokenConfig, NextTokenObjective
 from flextok.objectives.proxy_codes import ProxyCodesObjective
 from flextok.objectives.reconstruction import ReconstructionConfig, ReconstructionObjective
-from flextok.schema import ConfigError, from_mapping, unknown_key
+from flextok.schema import ConfigError, from_mapping, to_mapping, unknown_key
 from flextok.tokenizers import TiTok
 
 OBJECTIVES: dict[str, type[Objective]] = {
@@ -77,4 +77,6 @@ def make_objective(
             raise ConfigError(
                 f"unknown model to start from {key!r}: objective {name} takes {known}."
             )
-    return objective(model, from_mapping(objective.config_class, options, "objective"), **given)
+    config: Any = from_mapping(objective.config_class, options, "objective")
+    model.metadata["objective"] = {"name": name, **to_mapping(config)}  # for the model card
+    return objective(model, config, **given)
