@@ -8,7 +8,6 @@ import os
 import re
 import tempfile
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -43,7 +42,6 @@ class Pretrained(nn.Module):
     model_type: str
     config_class: type
     config: Any
-    training_only: tuple[str, ...] = ()  # "name." of parts that inference never needs
     # config keys that a tensor states: its name and axis, or None and how its numbered ones begin
     stated: tuple[tuple[str, str, int | None], ...] = ()
     local_paths: tuple[str, ...] = ()  # config keys that may name a folder; dots descend
@@ -101,7 +99,6 @@ class Pretrained(nn.Module):
                 if isinstance(value, str) and value.startswith("."):
                     values = override(values, {key: str(home / value)})
             config: Any = from_mapping(cls.config_class, values)
-            config = replace(config, **{part.rstrip("."): None for part in cls.training_only})
             cls.check_stated(config, stored.state)
             # no memory and no draws for weights that get replaced
             with torch.device("meta"), SkipNormal():
@@ -173,7 +170,6 @@ class Pretrained(nn.Module):
         tensors = {
             key: value.detach().contiguous().cpu()
             for key, value in (self.state_dict() if state is None else state).items()
-            if not key.startswith(self.training_only)
         }
         header = {
             "model_type": self.model_type,
@@ -193,10 +189,9 @@ class Pretrained(nn.Module):
         return folder
 
     def written_config(self, folder: Path | None) -> dict[str, Any]:
-        """The config as saved in `folder`, None = for other machines: training's parts left out,
-        folders named relative to it."""
-        dropped = {name.rstrip("."): None for name in self.training_only}
-        config = to_mapping(replace(self.config, **dropped))
+        """The config as saved in `folder`, None = for other machines: folders named relative to
+        it."""
+        config = to_mapping(self.config)
         for key in self.local_paths:
             value = look_up(config, key)
             if isinstance(value, str) and (is_path(value) or Path(value).is_dir()):
