@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from flextok.data import datasets
-from flextok.data.labels import Joined
+from flextok.data.sets import Joined
 from flextok.data.web import WebDatasetStream
 from flextok.emoji.datasets import Emoji, EmojiScenes
 from flextok.generators import GENERATORS

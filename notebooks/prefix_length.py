@@ -26,7 +26,7 @@ from pathlib import Path
 from IPython.display import Image, display
 
 from flextok import FlexTok, viz
-from flextok.data.datasets import take
+from flextok.data.sets import take
 from flextok.data.transforms import ImageTransform
 from flextok.emoji.datasets import Emoji
 from flextok.evaluation import Options, adaptive

@@ -30,7 +30,8 @@ from IPython.display import display
 
 from flextok import FlexTok, viz
 from flextok.config import load_experiment
-from flextok.data.datasets import ImageFolder, take
+from flextok.data.datasets import ImageFolder
+from flextok.data.sets import take
 from flextok.data.transforms import ImageTransform
 from flextok.emoji.datasets import Emoji
 from flextok.pipeline import reconstruct_prefixes

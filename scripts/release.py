@@ -11,7 +11,7 @@ import sys
 
 import torch
 
-from flextok.data.datasets import take
+from flextok.data.sets import take
 from flextok.data.transforms import ImageTransform
 from flextok.emoji.datasets import Emoji
 from flextok.pipeline import is_generator, load_model, load_tokenizer_of, remember_tokenizer

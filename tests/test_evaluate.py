@@ -10,8 +10,9 @@ import pytest
 import torch
 from conftest import TITOK, tiny_gpt, tiny_tokenizer
 
-from flextok.data.datasets import ImageFolder, take
+from flextok.data.datasets import ImageFolder
 from flextok.data.pictures import CorruptPicture
+from flextok.data.sets import take
 from flextok.data.transforms import ImageTransform
 from flextok.draws import NOISE, row_generators
 from flextok.emoji.datasets import Emoji

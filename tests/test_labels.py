@@ -11,8 +11,9 @@ from PIL import Image
 from flextok.cli import main
 from flextok.config import ExperimentConfig
 from flextok.data.datasets import HuggingFaceImages, ImageFolder
-from flextok.data.labels import by_name, index_labels
+from flextok.data.labels import index_labels
 from flextok.data.pictures import CorruptPicture
+from flextok.data.sets import by_name
 from flextok.data.web import WebDatasetImages, WebDatasetStream
 from flextok.evaluation import Cell, Options, evaluate
 from flextok.registry import make_dataset

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from flextok.cli import main
-from flextok.data.datasets import take
+from flextok.data.sets import take
 from flextok.data.transforms import ImageTransform
 from flextok.emoji.datasets import Emoji
 from flextok.evaluation.metrics import psnr

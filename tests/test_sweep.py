@@ -12,7 +12,7 @@ from PIL import Image
 
 from flextok.cli import main
 from flextok.config import load_experiment, save_experiment
-from flextok.data.datasets import labels_count, take
+from flextok.data.sets import labels_count, take
 from flextok.data.transforms import to_uint8
 from flextok.draws import NOISE, row_generators
 from flextok.emoji.datasets import Emoji, EmojiScenes

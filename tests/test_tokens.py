@@ -13,16 +13,11 @@ from conftest import draw_pictures, tiny_tokenizer, write_shard
 from processes import finish, start, start_ranks
 
 from flextok.cli import main
-from flextok.data.datasets import ImageFolder, take
+from flextok.data.datasets import ImageFolder
 from flextok.data.parts import PartStore
 from flextok.data.processes import Process, this_process
-from flextok.data.tokens import (
-    TokenDataset,
-    build_token_cache,
-    cache_identity,
-    data_files,
-    encode,
-)
+from flextok.data.sets import data_files, take
+from flextok.data.tokens import TokenDataset, build_token_cache, cache_identity, encode
 from flextok.data.transforms import ImageTransform
 from flextok.data.web import WebDatasetImages
 from flextok.registry import make_dataset

@@ -23,8 +23,9 @@ from conftest import (
 from test_text import save_encoder
 
 from flextok.config import OptimConfig, load_experiment
-from flextok.data.datasets import ImageFolder, take
+from flextok.data.datasets import ImageFolder
 from flextok.data.parts import PartStore
+from flextok.data.sets import take
 from flextok.data.text import TextCache
 from flextok.data.tokens import TokenDataset
 from flextok.evaluation import Cell, Options, evaluate

@@ -10,7 +10,7 @@ import torch
 from flextok.cli.arguments import Adaptive, Evaluate, Measuring, Probe, Sweep
 from flextok.cli.common import data_of, open_data, output_of, pick_device, token_lengths
 from flextok.cli.options import decoding_options
-from flextok.data.datasets import take
+from flextok.data.sets import take
 from flextok.evaluation import Cell, Options, evaluate, processes
 from flextok.evaluation.adaptive import Target, relate
 from flextok.evaluation.job import model_settings

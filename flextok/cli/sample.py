@@ -22,9 +22,10 @@ from flextok.cli.options import (
     chosen,
     decoding_options,
 )
-from flextok.data.datasets import PictureFiles, take
+from flextok.data.datasets import PictureFiles
 from flextok.data.labels import find_class, label_table
 from flextok.data.pictures import decode_text
+from flextok.data.sets import take
 from flextok.data.stream import collate
 from flextok.data.transforms import to_image
 from flextok.evaluation.sources import Images, skipping

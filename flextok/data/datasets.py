@@ -1,17 +1,15 @@
-"""The registry of data sets, and those that read a user's own pictures.
+"""Data sets that read a user's own pictures, and their names in configs.
 
-Every data set is map-style, has `class_names`, and gives the same item: image (PIL RGB), label
-(int, an index into class_names), caption (str), key (str), and captions (a list) where a picture
-has several. What cannot be read raises CorruptPicture; the stream skips and counts it. state()
-tells, a line each, the files that it reads with their sizes and times: a cache is made anew when
-they change. A new data set is one class here and one line in DATASETS.
+Each is an ImageSet (flextok/data/sets.py) whose images are PIL images in mode RGB. What cannot be
+read raises CorruptPicture; training skips and counts it. state() yields a line for each file that
+is read, with its size and time: a cache is refused when they change.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset
 
 from flextok.data.labels import (
     as_label,
@@ -191,24 +189,6 @@ DATASETS: dict[str, Callable[..., Dataset[dict[str, Any]]]] = {
     "webdataset": WebDatasetImages,
     "webdataset_stream": WebDatasetStream,
 }
-
-
-def take(dataset: Any, limit: int | None) -> Any:
-    """At most `limit` items of a data set, evenly spread; None takes all."""
-    if limit is None or limit >= len(dataset):
-        return dataset
-    if limit < 1:
-        raise ValueError(f"limit {limit} must be at least 1")
-    chosen: Any = Subset(dataset, [i * len(dataset) // limit for i in range(limit)])
-    chosen.class_names = dataset.class_names
-    chosen.labels_count = labels_count(dataset)
-    return chosen
-
-
-def labels_count(dataset: Any) -> bool:
-    """Whether a data set's labels are numbers of something, as those of emoji_scenes, and not just
-    numbers of classes."""
-    return getattr(dataset, "labels_count", False)
 
 
 def load_huggingface(datasets: Any, path: str, split: str, config: str | None) -> Any:

@@ -3,10 +3,8 @@ file calls a class is looked up by name first and by number second, and data set
 compared by name."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
-
-from torch.utils.data import ConcatDataset, Dataset
 
 from flextok.data.pictures import clean_text
 
@@ -92,24 +90,6 @@ def list_names(names: Sequence[str]) -> str:
     return f"{len(names)} classes {', '.join(names[:9])}{', ...' if len(names) > 9 else ''}"
 
 
-class Relabelled(Dataset[dict[str, Any]]):
-    """A data set whose labels count in other class names."""
-
-    def __init__(self, dataset: Any, class_names: Sequence[str]) -> None:
-        self.dataset, self.class_names = dataset, list(class_names)
-        self.numbers = renumbering(dataset.class_names, class_names)
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        item = self.dataset[index]
-        return {**item, "label": self.numbers[item["label"]]}
-
-    def state(self) -> Iterator[str]:
-        yield from self.dataset.state()
-
-
 def renumbering(found: Sequence[str], wanted: Sequence[str]) -> list[int]:
     """For each of the classes `found`, the number that it has among `wanted`, by name. Raises
     ValueError naming the classes that `wanted` lacks."""
@@ -120,25 +100,6 @@ def renumbering(found: Sequence[str], wanted: Sequence[str]) -> list[int]:
             f"{list_names(wanted)}: leave them out, or mend their names"
         )
     return [table[name] for name in found]
-
-
-def by_name(dataset: Any, class_names: Sequence[str]) -> Any:
-    """The data set with labels that count in class_names. Raises ValueError as renumbering."""
-    same = list(dataset.class_names) == list(class_names)
-    return dataset if same else Relabelled(dataset, class_names)
-
-
-class Joined(ConcatDataset[dict[str, Any]]):
-    """Data sets one after the other; their classes are all that any of them has, by name."""
-
-    def __init__(self, datasets: Sequence[Any]) -> None:
-        self.class_names = list(dict.fromkeys(n for one in datasets for n in one.class_names))
-        super().__init__([by_name(one, self.class_names) for one in datasets])
-
-    def state(self) -> Iterator[str]:
-        parts: list[Any] = self.datasets
-        for part in dict.fromkeys(parts):  # a repeated one once
-            yield from part.state()
 
 
 def texts_of(value: object) -> list[str]:

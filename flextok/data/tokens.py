@@ -1,19 +1,19 @@
 """A token cache: every image of a data set as indices, in several augmented variants."""
 
-import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset
 
-from flextok.data.labels import renumbering
+from flextok.data.labels import list_names, renumbering
 from flextok.data.parts import PartStore, Rows
 from flextok.data.pictures import UNLABELLED
 from flextok.data.processes import Process
+from flextok.data.sets import adapt, data_files
 from flextok.data.stream import Item
 from flextok.data.text import TextCache
 from flextok.data.transforms import ImageTransform
@@ -40,10 +40,13 @@ class Variants(Dataset):
         generator = derived_generator(self.seed, index, variant) if variant else None
         item = self.dataset[index]
         image = self.transform(item["image"], generator)
-        several = item.get("captions") or [item["caption"]]
+        label, names = int(item["label"]), self.dataset.class_names
+        if label not in range(len(names)):
+            raise ValueError(f"label {label} is none of the {list_names(names)}: give class_names")
+        several = item.get("captions") or [item.get("caption", "")]
         caption = several[variant % len(several)]  # each in turn
         caption = "" if caption == UNLABELLED else caption
-        return {"image": image, "label": item["label"], "caption": caption}
+        return {"image": image, "label": label, "caption": caption}
 
 
 def cache_identity(
@@ -81,6 +84,7 @@ def build_token_cache(
         raise ValueError("the tokenizer is continuous (KL): it has no indices to cache")
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
+    dataset = adapt(dataset)
     source = Variants(dataset, transform, variants, seed)
     made_from = {**identity, "variants": variants, "seed": seed, "data_files": data_files(dataset)}
     made_from["class_names"] = list(dataset.class_names)
@@ -102,21 +106,6 @@ def encode(tokenizer: Tokenizer, batch: dict[str, Any], seed: int, bf16: bool) -
     check_indices(indices, tokenizer.num_tokens, tokenizer.vocab_size)
     dtype = torch.uint16 if tokenizer.vocab_size <= 2**16 else torch.uint32
     return {"indices": indices.to(dtype), "label": batch["label"], "caption": batch["caption"]}
-
-
-@runtime_checkable
-class Files(Protocol):
-    """A data set that knows which files it reads."""
-
-    def state(self) -> Iterator[str]: ...
-
-
-def data_files(dataset: Any) -> str:
-    """A hash of the names, sizes and times of the files behind a data set; none are known of one
-    that was made in Python."""
-    whole = dataset.dataset if isinstance(dataset, Subset) else dataset
-    lines = whole.state() if isinstance(whole, Files) else iter(())
-    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
 class TokenDataset(Dataset):

@@ -26,7 +26,9 @@ def to_uint8(images: Tensor) -> np.ndarray:
 
 
 def to_image(image: Tensor) -> Image.Image:
-    """(3, H, W) float in [-1, 1] -> RGB picture."""
+    """(3, H, W) float in [-1, 1], or uint8 -> RGB picture."""
+    if image.dtype == torch.uint8:
+        return Image.fromarray(image.movedim(0, -1).cpu().numpy())
     return Image.fromarray(to_uint8(image))
 
 
@@ -48,8 +50,9 @@ def random_shift(image: Image.Image, generator: torch.Generator, fraction: float
 
 
 class ImageTransform:
-    """A picture, as load_picture takes it -> (3, size, size) in [-1, 1]. With a generator it
-    augments; without it is the deterministic evaluation transform (bicubic, center crop)."""
+    """A picture, as load_picture takes it, or a tensor (3, H, W), uint8 or float in [-1, 1] ->
+    (3, size, size) in [-1, 1]. With a generator it augments; without, it is the deterministic
+    evaluation transform (bicubic, center crop)."""
 
     def __init__(self, size: int, flip: bool = False, crop: str = "center", shift: float = 0.0):
         if crop not in ("center", "random"):
@@ -58,8 +61,10 @@ class ImageTransform:
             raise ValueError(f"shift={shift} must be in [0, 0.5), a fraction of the picture")
         self.size, self.flip, self.crop, self.shift = size, flip, crop, shift
 
-    def __call__(self, picture: PictureSource, generator: torch.Generator | None = None) -> Tensor:
-        image = load_picture(picture)
+    def __call__(
+        self, picture: PictureSource | Tensor, generator: torch.Generator | None = None
+    ) -> Tensor:
+        image = to_image(picture) if isinstance(picture, Tensor) else load_picture(picture)
         if generator is None:
             return to_tensor(center_crop(image, self.size))
         if self.crop == "random":

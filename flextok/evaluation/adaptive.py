@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flextok.data.datasets import labels_count
+from flextok.data.sets import labels_count
 from flextok.draws import NOISE, row_generators
 from flextok.evaluation import sources
 from flextok.evaluation.evaluators import EVALUATORS, Comparison, FeatureDistances, Setting

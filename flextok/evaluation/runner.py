@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from flextok.data.labels import by_name
 from flextok.data.parts import PartStore, Rows
 from flextok.data.processes import Process
+from flextok.data.sets import by_name
 from flextok.evaluation import processes, sources
 from flextok.evaluation.distances import NEIGHBOURS, statistics
 from flextok.evaluation.job import Cell, Job, Options, make_job

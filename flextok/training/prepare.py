@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from flextok.config import ExperimentConfig, load_experiment
-from flextok.data.datasets import take
 from flextok.data.labels import list_names
 from flextok.data.pictures import UNLABELLED
 from flextok.data.pixels import measure_pixels
 from flextok.data.processes import local_device
+from flextok.data.sets import take
 from flextok.data.text import build_text_cache
 from flextok.data.tokens import (
     TokenDataset,

@@ -1,0 +1,146 @@
+"""What a data set of images is: any map-style torch data set. What is asked of it beyond that is
+here, and how several become one, some of one are taken, and labels change their numbers."""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from torch.utils.data import ConcatDataset, Dataset, Subset
+
+from flextok.data.labels import check_names, renumbering
+from flextok.data.pictures import UNLABELLED
+
+
+@runtime_checkable
+class ImageSet(Protocol):
+    """A data set that knows its classes. Its items: image (whatever ImageTransform takes), label
+    (an index into class_names), caption and key (texts) and, of an image with several, captions."""
+
+    class_names: Sequence[str]
+
+
+@runtime_checkable
+class HasClasses(Protocol):
+    """A data set with torchvision's name for its class names."""
+
+    classes: Sequence[str]
+
+
+@runtime_checkable
+class Files(Protocol):
+    """A data set that knows which files it reads: a line for each, with its size and time."""
+
+    def state(self) -> Iterator[str]: ...
+
+
+@runtime_checkable
+class Counting(Protocol):
+    """A data set whose labels may be numbers of something, as those of scenes, rather than numbers
+    of classes."""
+
+    labels_count: bool
+
+
+def adapt(dataset: Any, class_names: Sequence[str] | int | None = None) -> Any:
+    """Any map-style torch data set as an ImageSet. Its items may be mappings with "image" and,
+    perhaps, "label" and "caption", or tuples (image, label), or images. class_names: the labels'
+    names, or how many there are; by default torchvision's `classes`."""
+    if isinstance(dataset, ImageSet) and class_names is None:
+        return dataset
+    if isinstance(dataset, Subset):
+        return Taken(adapt(dataset.dataset, class_names), dataset.indices)
+    return Adapted(dataset, class_names)
+
+
+class Adapted(Dataset[dict[str, Any]]):
+    def __init__(self, dataset: Any, class_names: Sequence[str] | int | None = None) -> None:
+        self.dataset = dataset
+        if class_names is None and isinstance(dataset, HasClasses):
+            class_names = [str(name) for name in dataset.classes]
+        self.class_names = check_names([UNLABELLED] if class_names is None else class_names)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        found = self.dataset[index]
+        if not isinstance(found, Mapping):
+            several = found if isinstance(found, tuple | list) else (found,)
+            found = dict(zip(("image", "label"), several, strict=False))
+        item = {"label": 0, "key": str(index), **found}
+        known = item["label"] in range(len(self.class_names))
+        return {"caption": self.class_names[item["label"]] if known else "", **item}
+
+
+class Relabelled(Dataset[dict[str, Any]]):
+    """A data set whose labels count in other class names."""
+
+    def __init__(self, dataset: Any, class_names: Sequence[str]) -> None:
+        self.dataset, self.class_names = dataset, list(class_names)
+        self.numbers = renumbering(dataset.class_names, class_names)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        item = self.dataset[index]
+        return {**item, "label": self.numbers[item["label"]]}
+
+    def state(self) -> Iterator[str]:
+        return state_of(self.dataset)
+
+
+class Joined(ConcatDataset[dict[str, Any]]):
+    """Data sets one after the other; their classes are all that any of them has, by name."""
+
+    def __init__(self, datasets: Sequence[Any]) -> None:
+        parts = [adapt(one) for one in datasets]
+        self.class_names = list(dict.fromkeys(n for part in parts for n in part.class_names))
+        super().__init__([by_name(part, self.class_names) for part in parts])
+
+    def state(self) -> Iterator[str]:
+        for part in dict.fromkeys(self.datasets):  # a repeated one once
+            yield from state_of(part)
+
+
+class Taken(Subset[dict[str, Any]]):
+    """Some items of a data set."""
+
+    def __init__(self, dataset: Any, indices: Sequence[int]) -> None:
+        super().__init__(dataset, indices)
+        self.class_names, self.labels_count = dataset.class_names, labels_count(dataset)
+
+    def state(self) -> Iterator[str]:
+        return state_of(self.dataset)
+
+
+def by_name(dataset: Any, class_names: Sequence[str]) -> Any:
+    """The data set with labels that count in class_names. Raises ValueError as renumbering."""
+    dataset = adapt(dataset)
+    same = list(dataset.class_names) == list(class_names)
+    return dataset if same else Relabelled(dataset, class_names)
+
+
+def take(dataset: Any, limit: int | None) -> Any:
+    """At most `limit` items of a data set, evenly spread; None takes all."""
+    if limit is None or limit >= len(dataset):
+        return dataset
+    if limit < 1:
+        raise ValueError(f"limit {limit} must be at least 1")
+    return Taken(adapt(dataset), [i * len(dataset) // limit for i in range(limit)])
+
+
+def labels_count(dataset: Any) -> bool:
+    """Whether a data set's labels are numbers of something, and not just numbers of classes."""
+    return isinstance(dataset, Counting) and dataset.labels_count
+
+
+def state_of(dataset: Any) -> Iterator[str]:
+    """The files behind a data set; none are known of one that was made in Python."""
+    return dataset.state() if isinstance(dataset, Files) else iter(())
+
+
+def data_files(dataset: Any) -> str:
+    """A hash of the names, sizes and times of the files behind a data set."""
+    lines = "\n".join(state_of(dataset)).encode("utf-8", "surrogateescape")
+    return hashlib.sha256(lines).hexdigest()[:16]
