@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from flextok.data.datamodule import prepare_image
 from flextok.data.loading import make_loader, told_in_one_line
+from flextok.data.sets import adapt
 from flextok.data.stream import EvaluationSet, Item, collate
 from flextok.data.transforms import ImageTransform
 from flextok.draws import CODES, NOISE, Rng, row_generators
@@ -34,7 +35,7 @@ class Images(Dataset):
     def __init__(self, dataset: Any, image_size: int):
         if len(dataset) == 0:
             raise ValueError("the data set is empty: nothing to evaluate")
-        self.dataset, self.prepare = dataset, prepare_image(ImageTransform(image_size))
+        self.dataset, self.prepare = adapt(dataset), prepare_image(ImageTransform(image_size))
 
     def __len__(self) -> int:
         return len(self.dataset)

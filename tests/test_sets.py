@@ -1,0 +1,96 @@
+"""Any torch data set of images goes in; several become one, and labels go by name."""
+
+import pytest
+import torch
+from conftest import CATS_AND_DOGS, draw_pictures, tiny_tokenizer
+from PIL import Image
+from torch.utils.data import Dataset, Subset, TensorDataset
+
+from flextok.data.datasets import ImageFolder
+from flextok.data.sets import Joined, adapt, data_files, labels_count, take
+from flextok.data.tokens import TokenDataset, build_token_cache
+from flextok.data.transforms import ImageTransform
+from flextok.emoji.datasets import EmojiScenes
+
+
+class Listed(Dataset):
+    """A user's own data set."""
+
+    def __init__(self, items):
+        self.items = items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        return self.items[index]
+
+
+RED = Image.new("RGB", (20, 16), "red")
+
+
+def tokens_of(dataset, folder):
+    build_token_cache(folder, tiny_tokenizer(), dataset, ImageTransform(16), {})
+    return TokenDataset(folder)
+
+
+def test_items_may_be_mappings_tuples_or_images(tmp_path):
+    tensor = torch.rand(3, 16, 16) * 2 - 1
+    items = [RED, (RED,), (RED, 2), [RED, torch.tensor(1)], {"image": RED}]
+    items += [{"image": RED, "label": 1, "caption": "a red image"}, (tensor, 0)]
+    dataset = adapt(Listed(items), class_names=["ant", "bee", "cat"])
+    found = [dataset[i] for i in range(len(dataset))]
+    assert [int(item["label"]) for item in found] == [0, 0, 2, 1, 0, 1, 0]
+    assert [item["caption"] for item in found][2:6] == ["cat", "bee", "ant", "a red image"]
+    tokens = tokens_of(dataset, tmp_path)
+    assert tokens.class_names == ["ant", "bee", "cat"]
+    assert [int(tokens[i]["label"]) for i in range(7)] == [0, 0, 2, 1, 0, 1, 0]
+    assert tokens.captions == ["ant", "ant", "cat", "bee", "ant", "a red image", "ant"]
+    assert all(torch.equal(tokens[i]["indices"], tokens[0]["indices"]) for i in range(6))
+
+
+def test_a_torchvision_data_set_as_it_is(tmp_path):
+    folders = pytest.importorskip("torchvision.datasets")
+    draw_pictures(tmp_path / "images", CATS_AND_DOGS)
+    ours = tokens_of(ImageFolder(tmp_path / "images"), tmp_path / "ours")
+    theirs = tokens_of(folders.ImageFolder(tmp_path / "images"), tmp_path / "theirs")
+    assert theirs.class_names == ours.class_names == ["cats", "dogs"]
+    assert theirs.captions == ours.captions
+    for i in range(6):
+        assert theirs[i]["label"] == ours[i]["label"]
+        assert torch.equal(theirs[i]["indices"], ours[i]["indices"])
+
+
+def test_tensors_in_8_bit_or_as_the_package_has_them(tmp_path):
+    pixels = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
+    labels = torch.tensor([0, 1, 1, 0])
+    bytes_ = tokens_of(adapt(TensorDataset(pixels, labels), 2), tmp_path / "bytes")
+    images = pixels / 127.5 - 1
+    floats = tokens_of(adapt(TensorDataset(images, labels), 2), tmp_path / "floats")
+    assert torch.equal(bytes_.indices[:].long(), floats.indices[:].long())
+    assert torch.equal(bytes_.labels, labels)
+
+
+def test_labels_without_class_names_are_refused_where_they_matter(tmp_path):
+    with pytest.raises(ValueError, match="label 3 is none of the 1 classes unlabelled: give class"):
+        tokens_of(Listed([(RED, 3)]), tmp_path)
+
+
+def test_some_items_keep_their_classes_and_their_files(tmp_path):
+    draw_pictures(tmp_path, CATS_AND_DOGS)
+    whole = ImageFolder(tmp_path)
+    for some in (take(whole, 3), adapt(Subset(whole, [0, 2, 4]))):
+        assert some.class_names == ["cats", "dogs"]
+        assert [some[i]["label"] for i in range(3)] == [0, 0, 1]
+        assert data_files(some) == data_files(whole)
+        assert not labels_count(some)
+    assert labels_count(take(EmojiScenes(length=10), 2))
+    with pytest.raises(ValueError, match="limit 0 must be at least 1"):
+        take(whole, 0)
+
+
+def test_data_sets_of_all_kinds_are_joined_by_name():
+    one, two = adapt(Listed([(RED, 1)]), ["ant", "bee"]), adapt(Listed([(RED, 0)]), ["bee"])
+    joined = Joined([one, two])
+    assert joined.class_names == ["ant", "bee"]
+    assert [joined[i]["label"] for i in range(2)] == [1, 1]
