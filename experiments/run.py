@@ -3,8 +3,8 @@
     python experiments/run.py --steps 600 --seeds 0 1 [--only base paper ifsq]
     python experiments/run.py --base generator --steps 1000 --batch-size 32 --seeds 0 1
 
-A recipe is a file of recipes/, the config keys that it changes in base.yaml; those of generators
-are in generator_recipes/ and change generator.yaml. Every run has a folder
+A recipe is a file of recipes/, which inherits base.yaml; those of generators are in
+generator_recipes/ and inherit generator.yaml. Every run has a folder
 <output>/<recipe>/seed-<n> with result.json. What is finished is skipped, what was interrupted goes
 on; another budget wants another --output. <output>/table.md is written anew after each run, from
 all that is finished there. Several of these may run side by side, each with its own --only.
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from flextok.config import ExperimentConfig, load_experiment
 from flextok.training.study import train_and_measure
@@ -30,10 +29,7 @@ LENGTHS = [1, 4, 16, 64, 256]
 
 
 def recipe_config(base: str, name: str, overrides: list[str]) -> ExperimentConfig:
-    changes = yaml.safe_load((FOLDERS[base] / f"{name}.yaml").read_text("utf-8"))
-    texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in changes.items()}
-    changed = [f"{key}={text}" for key, text in texts.items()]
-    return load_experiment(HERE / f"{base}.yaml", [*changed, *overrides])
+    return load_experiment(FOLDERS[base] / f"{name}.yaml", overrides)
 
 
 def finished(output: Path) -> dict[str, list[dict[str, Any]]]:

@@ -164,8 +164,9 @@ def load_experiment(path: str | Path, overrides: list[str] | None = None) -> Exp
 
 
 def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The mapping of a YAML file, `merged` over that of the file, named relative to it, that its
-    key `base` holds. above: the files that it is the base of."""
+    """The mapping of a YAML file, `merged` over those of the files that its key `base` names, one
+    or a list of them, relative to it; a later one over the earlier. above: the files that it is the
+    base of."""
     chain = " -> ".join(map(str, (*above, path)))
     if not os.path.isfile(path):
         where = f" ({chain})" if above else ""
@@ -179,23 +180,24 @@ def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     values: Any = OmegaConf.to_container(loaded)
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must be a mapping of keys: see configs/ for the shipped ones")
-    if "base" not in values:
-        return values
-    base = values.pop("base")
-    if not isinstance(base, str):
-        raise ConfigError(f"{path}: base={base!r} must be the name of another config file")
-    whole = read_yaml(path.parent / base, (*above, path))
-    return {**whole, **{key: merged(whole.get(key), value) for key, value in values.items()}}
+    bases = values.pop("base", [])
+    bases = bases if isinstance(bases, list) else [bases]
+    if not all(isinstance(base, str) for base in bases):
+        raise ConfigError(f"{path}: base={bases!r} must name other config files")
+    whole: dict[str, Any] = {}
+    for over in (*(read_yaml(path.parent / base, (*above, path)) for base in bases), values):
+        whole |= {key: merged(key, whole.get(key), value) for key, value in over.items()}
+    return whole
 
 
-def merged(base: Any, value: Any) -> Any:
+def merged(key: str, base: Any, value: Any) -> Any:
     """`value` over `base`: mappings are merged key by key. All else, an empty mapping and one that
-    names another component replace what was there."""
+    names another component (an optimizer is none) replace what was there."""
     if not (value and isinstance(value, dict) and isinstance(base, dict)):
         return value
-    if value.get("name") not in (None, base.get("name")):
+    if key != "optim" and value.get("name") not in (None, base.get("name")):
         return value
-    return {**base, **{key: merged(base.get(key), below) for key, below in value.items()}}
+    return {**base, **{key: merged(key, base.get(key), below) for key, below in value.items()}}
 
 
 # keys that are written otherwise now

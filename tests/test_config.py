@@ -173,7 +173,7 @@ def test_a_file_changes_its_base(tmp_path):
         ({"a": "base: b.yaml", "b": "base: a.yaml"}, r"a.yaml -> .*b.yaml -> .*a.yaml leads back"),
         ({"a": "base: a.yaml"}, r"a.yaml -> .*a.yaml leads back to itself"),
         ({"a": "base: c.yaml"}, r"no config file .*c.yaml' \(.*a.yaml -> .*c.yaml\)"),
-        ({"a": "base: [b.yaml]"}, r"a.yaml: base=\['b.yaml'\] must be the name"),
+        ({"a": "base: [b.yaml, 1]"}, r"a.yaml: base=\['b.yaml', 1\] must name other config files"),
         ({"a": "base: b.yaml", "b": "[1]"}, r"b.yaml must be a mapping"),
         ({"a": "base: b.yaml", "b": "{"}, r"b.yaml is not valid YAML"),
         ({"a": "base: b.yaml", "b": "nodel: 1"}, r"unknown key 'nodel'"),

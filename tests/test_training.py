@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -398,9 +399,8 @@ def test_every_shrunk_config_takes_two_steps_in_the_precision_of_a_gpu(
     ]
     for part in ("train", "validation"):
         overrides.append(f"data.{part}={{name: folder, root: {picture_folder}}}")
-    name = yaml.safe_load(path.read_text())["model"]["name"]
-    overrides += SHRUNKEN[name]
-    spec = yaml.safe_load(path.read_text())
+    spec = asdict(load_experiment(path))
+    overrides += SHRUNKEN[spec["model"]["name"]]
     if spec["task"] == "generator":
         overrides.append(f"tokenizer={uninterrupted / 'tokenizer'}")
         conditioner = spec["model"].get("conditioner", {})
