@@ -6,6 +6,7 @@ import typing
 from dataclasses import is_dataclass, replace
 
 import pytest
+import yaml
 
 from flextok.config import (
     DataConfig,
@@ -183,3 +184,28 @@ def test_mistakes_of_a_base_name_the_files(tmp_path, files, message):
     write(tmp_path, **files)
     with pytest.raises(ConfigError, match=message):
         load_experiment(tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "message"),
+    [
+        ("model", "null_prob", r"model.null_prob belongs elsewhere: objective.null_prob"),
+        ("model", "cond_drop", r"model.cond_drop belongs elsewhere: objective.cond_drop"),
+        ("model", "checkpoint_blocks", r"elsewhere: trainer.checkpoint_blocks"),
+        ("model", "distill", r"model.distill is now objective=\{name: distillation"),
+        ("model", "cross_length", r"is now objective=\{name: cross_length, weight"),
+        ("objective", "decode", r"objective.decode belongs elsewhere: model.decode"),
+        ("trainer", "lr", r"trainer.lr belongs elsewhere: .*optim.lr"),
+        ("data", "max_steps", r"data.max_steps belongs elsewhere: trainer.max_steps"),
+        (None, "adversarial", r"adversarial is now objective=\{name: adversarial"),
+        (None, "batch_size", r"^batch_size belongs elsewhere: data.batch_size or evaluation"),
+    ],
+)
+def test_a_key_in_the_wrong_section_is_told_its_place(tmp_path, section, key, message):
+    """Keys that moved to the objective's section, and any other."""
+    values = {k: dict(v) if isinstance(v, dict) else v for k, v in MINIMAL.items()}
+    (values.setdefault(section, {}) if section else values)[key] = 1
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(values))
+    with pytest.raises(ConfigError, match=message):
+        load_experiment(path)

@@ -24,6 +24,7 @@ from flextok.hub import CheckpointError
 from flextok.pipeline import load_model
 from flextok.schema import ConfigError, from_mapping
 from flextok.training.checkpoints import (
+    WholeFiles,
     find_checkpoint,
     list_checkpoints,
     verify,
@@ -310,6 +311,32 @@ def test_a_damaged_config_beside_checkpoints_is_refused(make, stop_after):
             train(make())
     save_experiment(make(), path)
     train(make())
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_run_of_an_older_version_is_refused_clearly(make, stop_after, finished):
+    """Its checkpoints hold a model, not an objective, and its config.yaml has keys elsewhere."""
+    config = make()
+    if finished:
+        train(config)
+    else:
+        stop_after(3, config)
+    folder = Path(config.output_dir)
+    for path in list_checkpoints(folder / "checkpoints").values():
+        content = torch.load(path, weights_only=True)
+        del content["run_format"]
+        states = content["state_dict"].items()
+        content["state_dict"] = {key.removeprefix("objective."): v for key, v in states}
+        WholeFiles().save_checkpoint(content, path)
+    written = folder / "config.yaml"
+    written.write_text(written.read_text().replace("model:\n", "model:\n  null_prob: 0.2\n"))
+    before = snapshot(folder)
+    for again in (config, make(max_steps=9)):
+        with pytest.raises(ConfigError, match=r"of another version .*cannot continue: .*resume=fa"):
+            train(again)
+    assert snapshot(folder) == before
+    train(make("resume", False))
+    assert load_model(folder).metadata["step"] == 4
 
 
 # Checkpoints: every damage is found, and the one before is taken.

@@ -24,6 +24,7 @@ from flextok.data.stream import Item, collate
 from flextok.data.transforms import ImageTransform
 from flextok.files import only_one, writing
 from flextok.hub import Pretrained
+from flextok.nn.blocks import recompute_blocks
 from flextok.objectives.base import Objective
 from flextok.pipeline import load_model
 from flextok.schema import ConfigError, from_mapping, to_mapping
@@ -81,6 +82,8 @@ def fit(
         L.seed_everything(options.seed, verbose=False)
         objective.prepare()
         objective.train()
+        if options.checkpoint_blocks:
+            recompute_blocks(objective.model)
         if device_type(options.accelerator) == "cpu":
             accelerate(objective)
         module = TrainingModule(objective, options)

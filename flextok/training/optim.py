@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from flextok.config import OptimConfig
+from flextok.nn.blocks import transformer_blocks
 from flextok.objectives.base import Objective
 from flextok.schema import ConfigError, unknown_key
-from flextok.training.sharding import blocks
 
 
 def parameter_groups(objective: Objective, config: OptimConfig) -> list[dict[str, Any]]:
@@ -52,7 +52,7 @@ def warmup_cosine(warmup_steps: int, max_steps: int, final: float) -> Callable[[
 def make_optimizer(objective: Objective, config: OptimConfig) -> torch.optim.Optimizer:
     groups, (first, second) = parameter_groups(objective, config), config.betas
     if config.name == "muon":
-        matrices = {p for block in blocks(objective.model) for p in block.parameters()}
+        matrices = {p for block in transformer_blocks(objective.model) for p in block.parameters()}
         return MuonAdamW(groups, {p for p in matrices if p.ndim == 2}, betas=(first, second))
     return fused_adamw(groups, (first, second))
 

@@ -25,14 +25,13 @@ from flextok.generators import GENERATORS
 from flextok.generators.conditioning import CONDITIONERS, TextConditioner
 from flextok.generators.text import Text
 from flextok.losses.perceptual import PerceptualLoss
-from flextok.nn.blocks import recompute_blocks
+from flextok.nn.blocks import recompute_blocks, transformer_blocks
 from flextok.nn.frozen import Frozen, NeedsWeights
 from flextok.objectives import Objective, default_objective, make_objective
 from flextok.pipeline import load_model
 from flextok.registry import build_model
 from flextok.schema import ConfigError, check_number, named_spec
 from flextok.tokenizers import TOKENIZERS, FlexTok, MaskGITVQGAN, TiTok
-from flextok.training.sharding import blocks
 
 
 class GPU(NamedTuple):
@@ -191,7 +190,7 @@ def measure(config: ExperimentConfig) -> Step:
     sizes = [(p.numel(), p.requires_grad) for p in module.parameters()]
     total, trained = sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
     beside = sum(p.numel() for network in frozen_networks(module) for p in network.parameters())
-    parts = [sum(p.numel() for p in block.parameters()) for block in blocks(model)]
+    parts = [sum(p.numel() for p in block.parameters()) for block in transformer_blocks(model)]
     flops, saved = count_sample(module, config)
     if config.trainer.checkpoint_blocks:
         # besides the blocks' inputs, the activations of the one that is being recomputed
@@ -309,7 +308,7 @@ def count_step(module: Objective, count: int) -> tuple[float, float]:
             if isinstance(argument, Tensor):
                 keep(argument)
 
-    hooks = [block.register_forward_pre_hook(keep_inputs) for block in blocks(model)]
+    hooks = [block.register_forward_pre_hook(keep_inputs) for block in transformer_blocks(model)]
     counter, attention = FlopCounterMode(display=False), CountAttention()
     # the meta device has no autocast; the model has its types already
     no_autocast = mock.patch.object(torch, "autocast", return_value=nullcontext())

@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from flextok.files import sync
+from flextok.nn.blocks import transformer_blocks
 from flextok.training.checkpoints import crc32, remove
 
 
@@ -57,17 +58,10 @@ class ShardedStrategy(ModelParallelStrategy):
         self.barrier()
 
 
-def blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """The transformer blocks of a model: what its module lists named "blocks" hold."""
-    for name, module in model.named_modules():
-        if name.split(".")[-1] == "blocks" and isinstance(module, nn.ModuleList):
-            yield from module
-
-
 def compile_blocks(model: nn.Module, **options: Any) -> None:
     """torch.compile each transformer block: one graph serves all that are alike, and hooks that
     gather or recompute stay outside of it."""
-    for block in blocks(model):
+    for block in transformer_blocks(model):
         block.forward = torch.compile(block.forward, **options)
 
 
@@ -77,7 +71,7 @@ def shard(objective: nn.Module, mesh: DeviceMesh, bf16: bool = False) -> None:
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32
     )
-    for module in (*blocks(objective), objective):
+    for module in (*transformer_blocks(objective), objective):
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
 
 
