@@ -97,10 +97,10 @@ def test_the_generators_take_every_decoder_of_their_codes(name):
 def test_a_generator_draws_through_every_decoder_of_its_codes(name, decoder):
     """The same indices, so the same motif: nearer to its own decoder's image than another one."""
     generator = load_model(name)
-    names = generator.metadata.get("class_names", [])
-    cond = (
-        torch.tensor([names.index("heart"), names.index("flag")]) if names else ["a key", "a frog"]
-    )
+    names = generator.metadata["class_names"]
+    cond = ["a key", "a frog"]
+    if name == "emoji-class":
+        cond = torch.tensor([names.index("heart"), names.index("flag")])
     own, other = (load_tokenizer_of(generator, name, place) for place in (None, decoder))
     assert not torch.equal(own.decoder.head.weight, other.decoder.head.weight)
     expected, drawn = (generate_images(generator, t, cond, [64], seed=1)[64] for t in (own, other))

@@ -66,17 +66,11 @@ def make_objective(
 ) -> Objective:
     """The objective that `spec`, {"name": ..., **its config's keys}, states for a model. start: the
     trained models that it begins with, by name. Raises ConfigError."""
-    options, given = dict(spec or {}), dict(start or {})
+    options = dict(spec or {})
     name = options.pop("name", default_objective(model))
     if name not in OBJECTIVES:
         raise unknown_key("objective", name, list(OBJECTIVES))
     objective = OBJECTIVES[name]
-    for key in given:
-        if key not in objective.starts:
-            known = ", ".join(objective.starts) or "none"
-            raise ConfigError(
-                f"unknown model to start from {key!r}: objective {name} takes {known}."
-            )
     config: Any = from_mapping(objective.config_class, options, "objective")
     model.metadata["objective"] = {"name": name, **to_mapping(config)}  # for the model card
-    return objective(model, config, **given)
+    return objective(model, config, **(start or {}))

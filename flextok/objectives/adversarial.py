@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
+from flextok.hub import Pretrained
 from flextok.losses.adversarial import (
     LeCam,
     PatchDiscriminator,
@@ -17,7 +18,6 @@ from flextok.losses.adversarial import (
 from flextok.objectives.base import Part
 from flextok.objectives.reconstruction import ReconstructionConfig, ReconstructionObjective
 from flextok.schema import Bounds, Share, Size
-from flextok.tokenizers import MaskGITVQGAN, TiTok
 
 
 @dataclass
@@ -44,15 +44,8 @@ class AdversarialObjective(ReconstructionObjective):
     config_class = AdversarialConfig
     config: AdversarialConfig
 
-    def __init__(
-        self,
-        model: TiTok | MaskGITVQGAN,
-        config: AdversarialConfig | None = None,
-        *,
-        first: TiTok | None = None,
-        proxy: MaskGITVQGAN | None = None,
-    ):
-        super().__init__(model, config, first=first, proxy=proxy)
+    def begin(self, first: Pretrained | None = None, proxy: Pretrained | None = None) -> None:
+        super().begin(first, proxy)
         self.discriminator = PatchDiscriminator(self.config.dim, self.config.num_stages)
         self.lecam = LeCam(self.config.lecam_decay)
         self.judged: list[Tensor] = []  # mean logits of the real and the fake, of each micro-batch

@@ -31,15 +31,26 @@ class Objective(nn.Module):
     config: Any
     step: int = 0  # optimizer steps done, set by whoever trains
 
-    def __init__(self, model: Pretrained, config: Any = None):
-        """Raises ConfigError for a model or a config that does not fit."""
+    def __init__(self, model: Pretrained, config: Any = None, **start: Pretrained):
+        """config: of `config_class`, with its defaults if None; start: trained models to begin
+        with, see `begin`. Raises ConfigError for what does not fit."""
         super().__init__()
         if model.model_type not in self.models:
             raise ConfigError(
                 f"{type(self).__name__} trains {' and '.join(self.models)} models, not a "
                 f"{model.model_type}"
             )
+        for name in start:
+            if name not in self.starts:
+                known = ", ".join(self.starts) or "none"
+                raise ConfigError(
+                    f"unknown model to start from {name!r}: {type(self).__name__} takes {known}."
+                )
         self.model, self.config = model, self.config_class() if config is None else config
+        self.begin(**start)
+
+    def begin(self) -> None:
+        """Set up what training needs; parameters are the trained models that `starts` lists."""
 
     def prepare(self, pretrained: bool = True) -> None:
         """Load what training needs, once, before the optimizer is made. pretrained: with the

@@ -6,9 +6,9 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
+from flextok.hub import Pretrained
 from flextok.objectives.flow import FlowConfig, FlowObjective, Noised
 from flextok.schema import Bounds, ConfigError
-from flextok.tokenizers import FlexTok
 
 
 @dataclass
@@ -28,15 +28,9 @@ class CrossLengthObjective(FlowObjective):
     config_class = CrossLengthConfig
     config: CrossLengthConfig
 
-    def __init__(
-        self,
-        model: FlexTok,
-        config: CrossLengthConfig | None = None,
-        *,
-        weights: FlexTok | None = None,
-    ):
-        super().__init__(model, config, weights=weights)
-        if self.config.nested_dropout == "none" or not model.ordered:
+    def begin(self, weights: Pretrained | None = None) -> None:
+        super().begin(weights)
+        if self.config.nested_dropout == "none" or not self.model.ordered:
             raise ConfigError(
                 "cross_length compares prefixes: it needs a nested_dropout other than none"
             )

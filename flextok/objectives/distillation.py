@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from flextok.flow.path import flow_error, linear_times, shift_times, x0_of
+from flextok.hub import Pretrained
 from flextok.nn.frozen import Frozen
 from flextok.objectives.base import Objective, draws_of, need
 from flextok.objectives.flow import begin_as, nested_dropout
@@ -47,25 +48,19 @@ class DistillationObjective(Objective):
     model: FlexTok
     config: DistillationConfig
 
-    def __init__(
-        self,
-        model: FlexTok,
-        config: DistillationConfig | None = None,
-        *,
-        teacher: FlexTok | None = None,
-    ):
+    def begin(self, teacher: Pretrained | None = None) -> None:
         """The model begins as the teacher, and only its decoder learns. From here on it decodes in
         config.num_steps Euler steps without guidance."""
-        super().__init__(model, config)
-        config = self.config
-        begin_as(model, need("teacher", teacher, FlexTok))
+        model, config = self.model, self.config
+        trained = need("teacher", teacher, FlexTok)
+        begin_as(model, trained)
         few = {"num_steps": config.num_steps, "solver": "euler"}
         fixed: dict[str, Any] = {**few, "guidance_scale": 1.0, "guidance_interval": None}
         decode = replace(model.config.decode, **fixed)
         model.config = replace(model.config, decode=decode, distilled=True)
         model.encoder.requires_grad_(False)
         model.decoder.null_token.requires_grad_(False)  # guidance is the teacher's
-        self.teacher = Frozen(need("teacher", teacher, FlexTok))
+        self.teacher = Frozen(trained)
         self.nested_dropout = nested_dropout(model, config.nested_dropout, config.batch_lengths)
 
     def forward(

@@ -16,6 +16,7 @@ from flextok.flow.path import (
     interpolate,
     velocity_target,
 )
+from flextok.hub import Pretrained
 from flextok.losses import RepresentationAlignment
 from flextok.nn.devices import to_device
 from flextok.objectives.base import Objective, draws_of, need, train_only
@@ -61,13 +62,10 @@ class FlowObjective(Objective):
     model: FlexTok
     config: FlowConfig
 
-    def __init__(
-        self, model: FlexTok, config: FlowConfig | None = None, *, weights: FlexTok | None = None
-    ):
+    def begin(self, weights: Pretrained | None = None) -> None:
         """weights: a trained model to go on from; one of another image size lends its positions,
         interpolated."""
-        super().__init__(model, config)
-        config = self.config
+        model, config = self.model, self.config
         self.nested_dropout = nested_dropout(model, config.nested_dropout, config.batch_lengths)
         self.sample_times = build(TIME_SAMPLERS, config.time_sampler, "time sampler")
         self.alignment: RepresentationAlignment | None = None
@@ -156,11 +154,8 @@ class FlowObjective(Objective):
 def nested_dropout(model: FlexTok, name: str | None, batch_lengths: int) -> NestedDropout:
     """As the model takes it: truncated, each length is a group as short as it can be; with mask
     tokens all rows are one."""
-    name = name or ("pow2" if model.ordered else "none")
-    if name != "none" and not model.ordered:
-        raise ConfigError(f"nested_dropout={name} trains prefixes: set model.ordered=true, or none")
     strata = batch_lengths if model.config.drop_mode == "truncate" else None
-    return NestedDropout(name, model.num_tokens, strata)
+    return NestedDropout.of(model, name, strata, default="pow2")
 
 
 def begin_as(model: FlexTok, trained: FlexTok) -> None:

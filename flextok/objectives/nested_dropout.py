@@ -13,7 +13,8 @@ from torch import Tensor
 
 from flextok.draws import BatchDraws
 from flextok.nn.devices import to_device
-from flextok.schema import build
+from flextok.schema import ConfigError, build
+from flextok.tokenizers import Tokenizer
 
 
 def uniform(u: float, num_registers: int) -> int:
@@ -70,6 +71,19 @@ class NestedDropout:
         if strata is not None:
             order = sorted(range(strata), key=radical_inverse)
             self.places = [order.index(j) / strata for j in range(strata)]
+
+    @classmethod
+    def of(
+        cls, model: Tokenizer, name: str | None, strata: int | None, default: str
+    ) -> "NestedDropout":
+        """name: None = `default` where the model is ordered, else none. Raises ConfigError for
+        prefixes of a model that is not."""
+        name = name or (default if model.ordered else "none")
+        if name != "none" and not model.ordered:
+            raise ConfigError(
+                f"nested_dropout={name} trains prefixes: set model.ordered=true, or none"
+            )
+        return cls(name, model.num_tokens, strata)
 
     def lengths(self, draws: BatchDraws) -> list[int]:
         """One for each row."""

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flextok.hub import Pretrained
 from flextok.objectives.base import need
 from flextok.objectives.nested_dropout import take_rows
 from flextok.objectives.reconstruction import PrefixConfig, PrefixObjective
@@ -23,15 +24,14 @@ class ProxyCodesObjective(PrefixObjective):
     starts = ("proxy",)
     model: TiTok
 
-    def __init__(
-        self, model: TiTok, config: PrefixConfig | None = None, *, proxy: MaskGITVQGAN | None = None
-    ):
+    def begin(self, proxy: Pretrained | None = None) -> None:
         """proxy: the VQGAN, unless the model has one attached."""
-        super().__init__(model, config)
-        if model.config.stage != "proxy":
-            raise ConfigError(f"stage {model.config.stage!r} learns pixels, not a proxy's indices")
-        if proxy is not None or model.frozen_proxy is None:
-            model.attach_proxy(need("proxy", proxy, MaskGITVQGAN))
+        super().begin()
+        stage = self.model.config.stage
+        if stage != "proxy":
+            raise ConfigError(f"stage {stage!r} learns pixels, not a proxy's indices")
+        if proxy is not None or self.model.frozen_proxy is None:
+            self.model.attach_proxy(need("proxy", proxy, MaskGITVQGAN))
 
     def forward(
         self, batch: Mapping[str, Any], generator: torch.Generator | None = None

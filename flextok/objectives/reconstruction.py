@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flextok.hub import Pretrained
 from flextok.losses.perceptual import PerceptualLoss
 from flextok.objectives.base import Objective, draws_of, need, train_only
 from flextok.objectives.nested_dropout import NestedDropout, take_rows
@@ -34,14 +35,9 @@ class PrefixObjective(Objective):
 
     config: PrefixConfig
 
-    def __init__(self, model: TiTok | MaskGITVQGAN, config: Any = None):
-        super().__init__(model, config)
-        name = self.config.nested_dropout or ("uniform" if model.ordered else "none")
-        if name != "none" and not model.ordered:
-            raise ConfigError(
-                f"nested_dropout={name} trains prefixes: set model.ordered=true, or none"
-            )
-        self.nested_dropout = NestedDropout(name, model.num_tokens, self.config.batch_lengths)
+    def begin(self) -> None:
+        name, strata = self.config.nested_dropout, self.config.batch_lengths
+        self.nested_dropout = NestedDropout.of(self.model, name, strata, default="uniform")
 
     def decoded(
         self,
@@ -73,26 +69,18 @@ class ReconstructionObjective(PrefixObjective):
     starts = ("first", "proxy")
     config: ReconstructionConfig
 
-    def __init__(
-        self,
-        model: TiTok | MaskGITVQGAN,
-        config: ReconstructionConfig | None = None,
-        *,
-        first: TiTok | None = None,
-        proxy: MaskGITVQGAN | None = None,
-    ):
+    def begin(self, first: Pretrained | None = None, proxy: Pretrained | None = None) -> None:
         """first, proxy: what a TiTok of the stage "finetune" begins with, unless it is trained
         already: its first stage, and the VQGAN whose decoder gives the pixels."""
-        super().__init__(model, config)
-        stage = model.config.stage if isinstance(model, TiTok) else None
+        super().begin()
+        model, train = self.model, self.config.train
+        stage = model.config.stage if isinstance(model, TiTok) else "single"
         if stage == "proxy":
             raise ConfigError("a TiTok of stage 'proxy' learns no pixels: objective=proxy_codes")
-        train = self.config.train
-        if stage == "finetune" and isinstance(model, TiTok):
-            if not model.has_weights or first or proxy:
-                model.start_finetuning(
-                    need("first", first, TiTok), need("proxy", proxy, MaskGITVQGAN)
-                )
+        if stage == "finetune":
+            if first or proxy or not model.has_weights:
+                trained = need("first", first, TiTok), need("proxy", proxy, MaskGITVQGAN)
+                model.start_finetuning(*trained)
             train = train or ["decoder", "pixel_decoder", "pixel_quantizer"]
         elif first or proxy:
             name = "first" if first else "proxy"
