@@ -13,7 +13,7 @@ from flextok.objectives.masked_tokens import MaskedTokensConfig, MaskedTokensObj
 from flextok.objectives.next_token import NextTokenConfig, NextTokenObjective
 from flextok.objectives.proxy_codes import ProxyCodesObjective
 from flextok.objectives.reconstruction import ReconstructionConfig, ReconstructionObjective
-from flextok.schema import ConfigError, from_mapping, to_mapping, unknown_key
+from flextok.schema import from_mapping, to_mapping, unknown_key
 from flextok.tokenizers import TiTok
 
 OBJECTIVES: dict[str, type[Objective]] = {

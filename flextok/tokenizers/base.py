@@ -17,9 +17,11 @@ from flextok.draws import POSTERIOR, Rng, row_generators
 from flextok.hub import Pretrained, fingerprint
 from flextok.images import picture_batch
 from flextok.nn.devices import span, to_device
-from flextok.schema import NotFinite, defaults_of, with_options
+from flextok.quantizers import QUANTIZERS
+from flextok.schema import NotFinite, defaults_of, to_mapping, with_options
 
 Pictures = Tensor | Image.Image | Sequence[Image.Image]
+_QUANTIZER_LOSSES = "commitment codebook_weight weight"  # options that no index depends on
 _warned: WeakSet[nn.Module] = WeakSet()  # tokenizers that were given images in [0, 1]
 
 
@@ -35,7 +37,9 @@ class Tokenizer(Pretrained):
     ordered: bool  # any prefix of the indices decodes
     stochastic: bool = False  # decode draws noise
     quantizer: Any  # one of quantizers
-    codes_weights: ClassVar[tuple[str, ...]]  # how the weights that decide the indices begin
+    # what decides the indices: how its weights begin, and the keys of the config
+    codes_weights: ClassVar[tuple[str, ...]]
+    codes_keys: ClassVar[tuple[str, ...]]
 
     @property
     def num_tokens(self) -> int:
@@ -54,8 +58,11 @@ class Tokenizer(Pretrained):
         return self.image_size, self.num_tokens, self.vocab_size
 
     def codes_settings(self) -> dict[str, Any]:
-        """What of the config decides the indices."""
-        raise NotImplementedError
+        """What of the config decides the indices; nothing that only training or decoding reads."""
+        config = {"num_tokens": self.num_tokens, **to_mapping(self.config)}
+        settings = {key: config[key] for key in self.codes_keys}
+        settings["quantizer"] = component(QUANTIZERS, config["quantizer"], _QUANTIZER_LOSSES)
+        return settings
 
     @property
     def codes_id(self) -> str:

@@ -13,12 +13,7 @@ from torch import Tensor, nn
 
 from flextok.draws import Rng, draw
 from flextok.flow.guidance import GUIDANCE, within
-from flextok.flow.path import (
-    Quantity,
-    linear_times,
-    shift_times,
-    velocity_of,
-)
+from flextok.flow.path import Quantity, linear_times, shift_times, velocity_of
 from flextok.flow.solvers import SOLVERS
 from flextok.nn.attention import Attention
 from flextok.nn.blocks import SegmentModulation
@@ -119,6 +114,7 @@ class FlexTok(Tokenizer):
         ("decoder_depth", "decoder.blocks.", None),
     )
     codes_weights = ("vae.vae.encoder.", "vae.vae.quant_conv.", "encoder.", "quantizer.")
+    codes_keys = ("image_size", "patch_size", "num_tokens", "token_grid", "head_dim")
 
     def __init__(self, config: FlexTokConfig):
         super().__init__()
@@ -129,32 +125,27 @@ class FlexTok(Tokenizer):
         if config.image_size % stride:
             raise ValueError(f"image_size={config.image_size} must be a multiple of {stride}")
         grid = config.image_size // stride
-        token_grid = check_token_grid(config.token_grid, config.num_registers, grid)
         encoder_dim = config.encoder_dim or 64 * config.encoder_depth
         decoder_dim = config.decoder_dim or 64 * config.decoder_depth
-        shared: dict[str, Any] = {
-            "channels": self.vae.channels,
-            "grid": grid,
-            "patch_size": config.patch_size,
-            "num_registers": config.num_registers,
-            "position_temperature": config.position_temperature,
-        }
+        patches = (self.vae.channels, grid, config.patch_size, config.position_temperature)
         self.encoder = Encoder(
+            *patches,
             dim=encoder_dim,
             depth=config.encoder_depth,
             num_heads=encoder_dim // config.head_dim,
             out_dim=self.quantizer.dim,
-            token_grid=token_grid,
-            **shared,
+            token_grid=config.token_grid,
+            num_registers=config.num_registers,
         )
         self.decoder = FlowDecoder(
+            *patches,
             dim=decoder_dim,
             depth=config.decoder_depth,
             num_heads=decoder_dim // config.head_dim,
             code_dim=self.quantizer.dim,
             max_timestep=config.max_timestep,
             drop_mode=config.drop_mode,
-            **shared,
+            num_registers=config.num_registers,
         )
         self.init_weights()
 
@@ -167,16 +158,8 @@ class FlexTok(Tokenizer):
         return self.config.decode
 
     def codes_settings(self) -> dict[str, Any]:
-        config = self.config
-        return {
-            "image_size": config.image_size,
-            "patch_size": config.patch_size,
-            "num_tokens": config.num_registers,
-            "token_grid": config.token_grid,
-            "head_dim": config.head_dim,
-            "vae": component(VAES, config.vae, unused="weights slicing"),
-            "quantizer": component(QUANTIZERS, config.quantizer, unused="weight"),
-        }
+        vae = component(VAES, self.config.vae, unused="weights slicing")
+        return {**super().codes_settings(), "vae": vae}
 
     @property
     def noise_shape(self) -> tuple[int, int, int]:
@@ -196,17 +179,12 @@ class FlexTok(Tokenizer):
             for module in part.modules():
                 if isinstance(module, SegmentModulation):
                     nn.init.zeros_(module.linear.weight)
-        tokens = (
-            self.encoder.registers,
-            self.decoder.register_pos,
-            self.decoder.mask_token,
-            self.decoder.null_token,
-        )
-        for token in tokens:
+        registers, decoder = self.encoder.registers, self.decoder
+        for token in (registers, decoder.register_pos, decoder.mask_token, decoder.null_token):
             if token is not None:
                 nn.init.normal_(token, std=self.config.token_std)
-        if self.config.register_start == "spread" and self.encoder.registers is not None:
-            add_places(self.encoder.registers, self.encoder.patch_pos)
+        if self.config.register_start == "spread" and registers is not None:
+            add_places(registers, self.encoder.patch_pos)
             add_places(self.decoder.register_pos, self.decoder.patch_pos)
             for module in self.modules():
                 if isinstance(module, Attention):
@@ -217,12 +195,9 @@ class FlexTok(Tokenizer):
         self, x_t: Tensor, t: Tensor, registers: Tensor, mask: Tensor | None = None
     ) -> Tensor:
         """The velocity at x_t (B, C, h, w) and t (B,) or (), whatever the head predicts."""
-        return self._to_velocity(self.decoder(x_t, t, registers, mask).prediction, x_t, t)
-
-    def _to_velocity(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        return (
-            prediction if self.config.prediction == "velocity" else velocity_of(prediction, x_t, t)
-        )
+        prediction = self.decoder(x_t, t, registers, mask).prediction
+        predicts_velocity = self.config.prediction == "velocity"
+        return prediction if predicts_velocity else velocity_of(prediction, x_t, t)
 
     @torch.no_grad()
     def encode(
@@ -332,18 +307,3 @@ class FlexTok(Tokenizer):
         guide = build(GUIDANCE, chosen.guidance, "guidance")
         solve = build(SOLVERS, chosen.solver, "solver")
         return solve(guide(conditional, unconditional, scale), x, times)
-
-
-def check_token_grid(
-    token_grid: list[int] | None, num_registers: int, grid: int
-) -> tuple[int, int] | None:
-    """The (rows, columns) of a 2D baseline's tokens. Raises ValueError unless they make up
-    num_registers tokens and divide the grid of patches."""
-    if token_grid is None:
-        return None
-    if len(token_grid) != 2 or any(n < 1 or grid % n for n in token_grid):
-        raise ValueError(f"token_grid={token_grid} must be two divisors of {grid}, the patches")
-    rows, columns = token_grid
-    if rows * columns != num_registers:
-        raise ValueError(f"num_registers={num_registers} must be {rows * columns}, the token_grid")
-    return rows, columns

@@ -1,6 +1,8 @@
 """FlexTok's two networks (arXiv 2502.13967, section 3): the encoder with registers, and the
 decoder, a rectified-flow DiT over patches and registers. Time: t=1 is noise (flow/path.py)."""
 
+import math
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -25,17 +27,22 @@ class Encoder(nn.Module):
         channels: int,
         grid: int,
         patch_size: int,
+        position_temperature: float,
         dim: int,
         depth: int,
         num_heads: int,
         num_registers: int,
         out_dim: int,
-        token_grid: tuple[int, int] | None = None,
-        position_temperature: float = 10_000.0,
+        token_grid: Sequence[int] | None = None,
     ):
         super().__init__()
+        if token_grid is not None:
+            if len(token_grid) != 2 or any(n < 1 or grid % n for n in token_grid):
+                raise ValueError(f"token_grid={token_grid} must be two divisors of {grid} patches")
+            if (tokens := math.prod(token_grid)) != num_registers:
+                raise ValueError(f"num_registers={num_registers} must be {tokens}, the token_grid")
         self.patch_size = patch_size
-        self.token_grid = token_grid
+        self.token_grid: Any = token_grid and tuple(token_grid)
         self.patch_embed = nn.Linear(channels * patch_size**2, dim)
         positions = sincos_2d(dim, grid, grid, position_temperature)
         self.patch_pos = nn.Parameter(positions, requires_grad=False)
@@ -55,7 +62,9 @@ class Encoder(nn.Module):
             for block in self.blocks:
                 x = block(x)
             x = rearrange(x, "b (h w) d -> b d h w", w=self.patch_pos.shape[-1])
-            x = F.adaptive_avg_pool2d(x, self.token_grid).flatten(2).transpose(1, 2)  # (B, K, D)
+            x = (
+                F.adaptive_avg_pool2d(x, tuple(self.token_grid or ())).flatten(2).transpose(1, 2)
+            )  # (B, K, D)
             return self.head(self.norm(x))
         registers = self.registers[:length]
         num_patches = x.shape[1]
@@ -83,12 +92,12 @@ class FlowDecoder(nn.Module):
         channels: int,
         grid: int,
         patch_size: int,
+        position_temperature: float,
         dim: int,
         depth: int,
         num_heads: int,
         num_registers: int,
         code_dim: int,
-        position_temperature: float = 10_000.0,
         max_timestep: float = 1.0,
         drop_mode: Literal["mask", "truncate"] = "mask",
     ):

@@ -28,7 +28,6 @@ from flextok.tokenizers.base import (
     check_finite,
     check_indices,
     check_keep,
-    component,
     images_to_encode,
 )
 from flextok.tokenizers.networks import add_places
@@ -86,6 +85,7 @@ class TiTok(Tokenizer, NeedsWeights):
     model_type = "titok"
     config_class = TiTokConfig
     codes_weights = ("encoder.", "quantizer.")
+    codes_keys = ("image_size", "patch_size", "num_tokens", "head_dim", "legacy")
     stated = (
         ("num_tokens", "encoder.latent_tokens", 0),
         ("encoder_dim", "encoder.patch_embed.weight", 0),
@@ -151,17 +151,6 @@ class TiTok(Tokenizer, NeedsWeights):
         return nn.Sequential(
             nn.Linear(dim, 2 * dim), nn.Tanh(), nn.Linear(2 * dim, self.proxy_vocab_size)
         )
-
-    def codes_settings(self) -> dict[str, Any]:
-        config, losses = self.config, "commitment codebook_weight weight"
-        return {
-            "image_size": config.image_size,
-            "patch_size": config.patch_size,
-            "num_tokens": config.num_tokens,
-            "head_dim": config.head_dim,
-            "legacy": config.legacy,
-            "quantizer": component(QUANTIZERS, config.quantizer, unused=losses),
-        }
 
     def init_weights(self) -> None:
         """published: linear N(0, 0.02), cut at 2, no bias; wider in models narrower than the

@@ -25,7 +25,6 @@ from flextok.tokenizers.base import (
     check_finite,
     check_indices,
     check_keep,
-    component,
     images_to_encode,
 )
 
@@ -134,6 +133,7 @@ class MaskGITVQGAN(Tokenizer):
     config_class = VQGANConfig
     ordered = False
     codes_weights = ("encoder.", "quantizer.")
+    codes_keys = ("image_size", "multipliers", "norm_groups")
     stated = (
         ("dim", "decoder.norm_out.weight", 0),
         ("num_blocks", "decoder.up.0.", None),
@@ -159,15 +159,6 @@ class MaskGITVQGAN(Tokenizer):
     @property
     def num_tokens(self) -> int:
         return self.grid**2
-
-    def codes_settings(self) -> dict[str, Any]:
-        losses = "commitment codebook_weight"
-        return {
-            "image_size": self.config.image_size,
-            "multipliers": self.config.multipliers,
-            "norm_groups": self.config.norm_groups,
-            "quantizer": component(QUANTIZERS, self.config.quantizer, unused=losses),
-        }
 
     @torch.no_grad()
     def encode(self, images: Pictures, *, generator: Rng = None) -> Tensor:
