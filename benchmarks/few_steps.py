@@ -12,7 +12,8 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from flextok.cli.common import open_data, write_json
+from flextok.cli.common import open_data
+from flextok.cli.options import write_json
 from flextok.evaluation import Cell, Options, evaluate
 from flextok.pipeline import load_model
 

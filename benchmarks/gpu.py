@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from flextok.bench import bench, format_machine, format_result
-from flextok.cli.common import write_json
+from flextok.cli.options import write_json
 from flextok.config import ExperimentConfig, load_experiment
 from flextok.fake_gpu import DEVICE, FakeGPU, autocast
 from flextok.machine import measure, measure_machine, peak_memory, reset_peak_memory

@@ -17,7 +17,7 @@ import torch
 
 from flextok import viz
 from flextok.bench import SIZES, measure
-from flextok.cli.common import write_json
+from flextok.cli.options import write_json
 from flextok.generators import GENERATORS
 from flextok.registry import build_model
 from flextok.tokenizers import TOKENIZERS

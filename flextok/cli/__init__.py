@@ -15,8 +15,7 @@ from types import FrameType
 
 from flextok import __version__
 from flextok.cli.arguments import add_commands
-from flextok.cli.common import write_json
-from flextok.cli.options import AnyOrder
+from flextok.cli.options import AnyOrder, write_json
 from flextok.printing import PrintableFormatter, one_line
 
 DESCRIPTION = "Images as short, ordered token sequences."

@@ -1,22 +1,23 @@
-"""What the commands share when they run: devices, tokenizers, data sets, folders, JSON."""
+"""What the commands share when they run: devices, tokenizers, data sets, folders."""
 
-import json
 import os
 import re
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:  # importing torch takes seconds, which --help would wait for
-    from flextok.tokenizers.base import Tokenizer
+import torch
+import yaml
+
+from flextok.config import load_experiment
+from flextok.data.processes import local_device
+from flextok.pipeline import decodable_lengths, load_model
+from flextok.places import released
+from flextok.registry import make_dataset
+from flextok.tokenizers import Tokenizer
 
 
 def pick_device(name: str | None) -> str:
     """The device of that name. By default this process's GPU, else MPS, else the CPU."""
-    import torch
-
-    from flextok.data.processes import local_device
-
     if name is not None:
         try:
             torch.empty(0, device=name)
@@ -25,20 +26,15 @@ def pick_device(name: str | None) -> str:
     return name or local_device()
 
 
-def load_tokenizer(name: str, device: str | None) -> "Tokenizer":
-    from flextok.pipeline import load_model
-    from flextok.tokenizers.base import Tokenizer
-
+def load_tokenizer(name: str, device: str | None) -> Tokenizer:
     model = load_model(name, pick_device(device))
     if not isinstance(model, Tokenizer):
         raise ValueError(f"{name} is a generator: name the tokenizer whose indices it predicts")
     return model
 
 
-def token_lengths(asked: list[int] | None, tokenizer: "Tokenizer", total: int) -> list[int]:
+def token_lengths(asked: list[int] | None, tokenizer: Tokenizer, total: int) -> list[int]:
     """Those asked for, sorted; by default 1, 2, 4, ... where the tokenizer decodes prefixes."""
-    from flextok.pipeline import decodable_lengths
-
     return check_lengths(asked or decodable_lengths(tokenizer, total), total)
 
 
@@ -58,10 +54,6 @@ def data_of(asked: str | None, model: str, part: str = "validation") -> Any:
     """The data set asked for; by default the one a model was validated (or, with part train,
     trained) on, as its folder's config.yaml has it, and the emoji for the package's own models.
     Raises ValueError for any other model."""
-    from flextok.config import load_experiment
-    from flextok.places import released
-    from flextok.registry import make_dataset
-
     if asked is not None:
         return open_data(asked)
     if model in released():
@@ -78,8 +70,6 @@ def data_of(asked: str | None, model: str, part: str = "validation") -> Any:
 
 
 def open_data(name: str) -> Any:
-    from flextok.registry import make_dataset
-
     return make_dataset(data_spec(name))
 
 
@@ -87,8 +77,6 @@ def data_spec(name: str) -> dict[str, Any]:
     """emoji, emoji:validation, emoji_scenes:train, a folder of pictures, WebDataset shards (*.tar)
     or a spec as in configs, {name: folder, root: pictures}."""
     if name.startswith("{"):
-        import yaml
-
         try:
             return yaml.safe_load(name)
         except yaml.YAMLError as error:
@@ -104,14 +92,3 @@ def data_spec(name: str) -> dict[str, Any]:
             "emoji_scenes[:split] nor {name: ...}"
         )
     return {"name": dataset, "split": split or "validation"}
-
-
-def write_json(path: str, content: Any) -> None:
-    from flextok.files import write_text
-
-    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
-    if path == "-":
-        sys.stdout.write(text)
-        return
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write_text(Path(path), text)

@@ -6,13 +6,17 @@ import argparse
 import dataclasses
 import functools
 import inspect
+import json
 import pkgutil
+import sys
 import textwrap
 import types
 import typing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
+from flextok.files import write_text
 from flextok.schema import Bounds, NotFinite, from_mapping
 
 # the models that come with the package: a tokenizer, and generators by class and by prompt
@@ -187,3 +191,12 @@ def chosen(options: object, table: dict[str, str]) -> dict[str, Any]:
 
 def decoding_options(options: Solving) -> dict[str, Any]:
     return chosen(options, DECODING)
+
+
+def write_json(path: str, content: Any) -> None:
+    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    if path == "-":
+        sys.stdout.write(text)
+        return
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_text(Path(path), text)

@@ -7,7 +7,8 @@ from dataclasses import asdict
 from typing import Any
 
 from flextok.cli.arguments import Index, Plan, Tokenize, Train
-from flextok.cli.common import data_spec, load_tokenizer, write_json
+from flextok.cli.common import data_spec, load_tokenizer
+from flextok.cli.options import write_json
 from flextok.config import load_experiment
 from flextok.data.openers import parse_fetch
 from flextok.data.shards import write_index
