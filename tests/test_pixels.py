@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import SIX_STEPS, TINY, tiny_tokenizer, write_shard
+from helpers.files import write_shard
+from helpers.models import TINY, tiny_tokenizer
+from helpers.runs import SIX_STEPS
 from PIL import Image
 
 from flextok.config import ExperimentConfig, load_experiment
