@@ -26,7 +26,6 @@ from torch.utils.data import DataLoader
 from flextok.config import load_experiment
 from flextok.data.datamodule import DataModule
 from flextok.data.processes import local_device
-from flextok.data.shard_stream import Layout, ShardStream
 from flextok.data.stream import PositionSampler, collate
 from flextok.draws import derived_generator
 from flextok.objectives import Objective
@@ -51,8 +50,6 @@ def rate(step: Callable[[], object], samples: int, seconds: float, warm_up: int 
 
 def loader_rate(data: DataModule, workers: int, seconds: float) -> float:
     data.num_workers = workers
-    if isinstance(data.stream, ShardStream):
-        data.stream.lay_out(Layout(data.batch_size, 1, max(1, workers)))
     sampler = PositionSampler(data.batch_size)
     batches = iter(DataLoader(data.stream, batch_sampler=sampler, **data._loader_options()))
     # what the workers fetched ahead at the start must not count as speed

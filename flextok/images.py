@@ -48,13 +48,14 @@ PictureSource = str | os.PathLike[str] | bytes | IO[bytes] | Image.Image
 class CorruptPicture(ValueError):
     """A picture that cannot be read; the message names it and the reason."""
 
-    def __init__(self, name: str, reason: object) -> None:
+    def __init__(self, name: str, reason: object, samples: int = 1) -> None:
+        """samples: how many are unreadable for this same reason."""
         super().__init__(f"{name}: {reason}")
-        self.name, self.reason = name, str(reason)
+        self.name, self.reason, self.samples = name, str(reason), samples
 
-    def __reduce__(self) -> tuple[type, tuple[str, str]]:
-        """Two arguments, not the message alone: it must survive the way out of a data worker."""
-        return type(self), (self.name, self.reason)
+    def __reduce__(self) -> tuple[type, tuple[str, str, int]]:
+        """Not the message alone: it must survive the way out of a data worker."""
+        return type(self), (self.name, self.reason, self.samples)
 
 
 def load_picture(source: PictureSource, name: str | None = None) -> Image.Image:

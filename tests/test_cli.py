@@ -4,8 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers.files import write_shard
-from helpers.models import tiny_gpt, tiny_tokenizer
+from conftest import tiny_gpt, tiny_tokenizer, write_shard
 from PIL import Image
 
 from flextok import viz

@@ -6,8 +6,7 @@ import sys
 
 import pytest
 import torch
-from helpers.files import bomb, encoded, png
-from helpers.models import TITOK, tiny_gpt, tiny_tokenizer
+from conftest import TITOK, bomb, encoded, png, tiny_gpt, tiny_tokenizer
 from PIL import Image
 from starlette.datastructures import Headers
 

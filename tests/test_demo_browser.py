@@ -6,8 +6,7 @@ import urllib.error
 import urllib.request
 
 import pytest
-from helpers.files import bomb, encoded, png
-from helpers.models import tiny_gpt, tiny_tokenizer
+from conftest import bomb, encoded, png, tiny_gpt, tiny_tokenizer
 from PIL import Image
 
 from flextok.pipeline import remember_tokenizer

@@ -6,8 +6,7 @@ import time
 import urllib.parse
 
 import pytest
-from helpers.files import encoded, png
-from helpers.models import tiny_gpt, tiny_tokenizer
+from conftest import encoded, png, tiny_gpt, tiny_tokenizer
 
 from flextok.pipeline import remember_tokenizer
 

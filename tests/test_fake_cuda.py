@@ -6,7 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from helpers.models import TINY, TITOK, VQGAN
+from conftest import TINY, TITOK, VQGAN
 
 from flextok.fake_gpu import DEVICE, FakeGPU, autocast
 from flextok.generators import GENERATORS

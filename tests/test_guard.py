@@ -6,9 +6,7 @@ import csv
 import pytest
 import torch
 import yaml
-from helpers.files import draw_pictures
-from helpers.models import TINY, TITOK, VQGAN
-from helpers.runs import SIX_STEPS
+from conftest import SIX_STEPS, TINY, TITOK, VQGAN, draw_pictures
 
 from flextok.config import load_experiment
 from flextok.data.transforms import ImageTransform

@@ -15,10 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers.files import CATS_AND_DOGS, draw_pictures, write_shard
-from helpers.models import TINY, tiny_tokenizer
-from helpers.processes import finish, start
-from helpers.runs import SIX_STEPS
+from conftest import CATS_AND_DOGS, SIX_STEPS, TINY, draw_pictures, tiny_tokenizer, write_shard
+from processes import finish, start
 from torch.utils.data import Dataset
 
 import flextok
@@ -27,7 +25,6 @@ from flextok.config import load_experiment
 from flextok.data.datamodule import DataModule, Shares, prepare_image
 from flextok.data.datasets import ImageFolder, PictureFiles
 from flextok.data.loading import SIGNALS, WorkerDied, make_loader, told_in_one_line
-from flextok.data.shard_stream import ShardStream
 from flextok.data.stream import EvaluationSet, Stream, collate
 from flextok.data.tokens import TokenDataset, build_token_cache, cache_identity
 from flextok.data.transforms import ImageTransform
@@ -132,7 +129,7 @@ def test_every_data_set_reaches_a_spawned_worker(tmp_path, name):
     evaluation.skips = stream_skips = None  # a shared counter travels at a process's start only
     item = spawned(Shares(evaluation))[1][0]
     assert torch.equal(item["image"], evaluation[1]["image"])
-    stream = (ShardStream if name == "stream" else Stream)(dataset, prepare)
+    stream = Stream(dataset, prepare)
     stream.skips = stream_skips
     assert torch.equal(spawned(stream)[5]["image"], stream[5]["image"])
 

@@ -11,13 +11,19 @@ import threading
 import urllib.request
 
 import pytest
-from helpers.files import write_shard
+from conftest import write_shard
 from PIL import Image
 
 from flextok.cli import main
 from flextok.data import openers
 from flextok.data.shards import expand_shards, stated_counts, write_index
 from flextok.data.web import WebDatasetStream
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """Of fetched shards."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 def picture() -> bytes:
@@ -141,11 +147,12 @@ def test_a_command_gets_no_address_from_an_index_that_a_shell_would_read(tmp_pat
     assert WebDatasetStream(write(index, *plain), label_key=None, fetch=fetch).shards == plain
 
 
-def test_a_command_that_fails_is_damage_and_is_not_left_running(tmp_path, shard):
+def test_a_command_that_fails_is_damage_and_is_not_left_running(tmp_path, shard, caplog):
     failing = [sys.executable, "-c", "import sys; sys.exit(3)", "{url}"]
     data = WebDatasetStream("s3://b/a.tar", samples=2, label_key=None, fetch=failing)
     with pytest.raises(ValueError, match="damaged after 0 of 2"):
         data[0]
+    assert "s3://b/a.tar is damaged" in caplog.text
     tail = f"import sys; sys.stdout.buffer.write(open({shard!r}, 'rb').read()); sys.exit(3)"
     with (
         pytest.raises(OSError, match="ended with 3"),

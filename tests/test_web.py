@@ -9,16 +9,14 @@ import resource
 import struct
 import threading
 import zlib
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers.files import write_shard
-from helpers.models import tiny_tokenizer
-from helpers.runs import Stop, interrupt_after, logged_losses, tokenizer_yaml, weights
+from conftest import tiny_tokenizer, write_shard
 from PIL import Image
+from test_training import Stop, interrupt_after, logged_losses, tokenizer_yaml, weights
 from torch.utils.data import DataLoader
 
 from flextok.cli import main
@@ -26,14 +24,19 @@ from flextok.config import load_experiment
 from flextok.data.datamodule import prepare_image
 from flextok.data.datasets import ImageFolder
 from flextok.data.pictures import CorruptPicture, load_picture
-from flextok.data.shard_stream import Layout, ShardStream
-from flextok.data.stream import EvaluationSet, PositionSampler, collate
+from flextok.data.stream import EvaluationSet, PositionSampler, Stream, collate
 from flextok.data.tokens import TokenDataset, build_token_cache, cache_identity
 from flextok.data.transforms import ImageTransform
-from flextok.data.web import Cursor, WebDatasetImages, WebDatasetStream
+from flextok.data.web import WebDatasetImages, WebDatasetStream
 from flextok.training.run import train
 
 SIZES = (7, 12, 5, 9)  # of the shards: 33 samples
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """Of fetched shards."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 def encoded(color=(255, 0, 0), size=(8, 8), form="PNG", mode="RGB", **options) -> bytes:
@@ -65,25 +68,20 @@ def number_of(item, generator):
     return {"number": int(np.asarray(item["image"])[0, 0, 0]), "label": item["label"]}
 
 
-def epochs(folder, count=1, layout=None, start=0, **options) -> list[list[int]]:
-    """The batches of each process (one after the other), until the end of `count` epochs."""
-    layout = layout or Layout(1)
+def epochs(folder, count=1, batch=1, ranks=1, workers=0, start=0, **options) -> list[list[int]]:
+    """The batches of all processes, in order, until the end of `count` epochs."""
     data = dataset(folder, **options)
-    batches = []
-    for rank in range(layout.world_size):
-        stream = ShardStream(data, number_of, seed=5)
-        stream.lay_out(layout)
+    found = []
+    for rank in range(ranks):
         loader = DataLoader(
-            stream,
-            batch_sampler=PositionSampler(layout.batch_size, start, rank, layout.world_size),
-            num_workers=layout.workers if layout.workers > 1 else 0,
+            Stream(data, number_of, seed=5),
+            batch_sampler=PositionSampler(batch, start, rank, ranks),
+            num_workers=workers,
             collate_fn=collate,
         )
-        total = count * stream.span * layout.workers // layout.batch_size - start
-        batches += [
-            batch["number"].tolist() for batch, _ in zip(loader, range(total), strict=False)
-        ]
-    return batches
+        total = count * len(data) // (batch * ranks) - start
+        found.append([b["number"].tolist() for b, _ in zip(loader, range(total), strict=False)])
+    return [batch for step in zip(*found, strict=True) for batch in step]
 
 
 def test_a_stream_is_also_a_data_set(shards):
@@ -104,48 +102,41 @@ def test_an_epoch_has_every_sample_once_in_an_order_of_its_own(shards):
     assert sorted(first) == sorted(second) == list(range(33))
     assert first != second
     assert first == np.array(epochs(shards, 1)).ravel().tolist()
-    # shuffled within blocks and in the order of the shards
-    assert first != sorted(first)
-    whole = {*range(7)} | {*range(7, 19)}
-    assert set(first) >= whole
+    # a shard is read from one block to the next, and shuffled
+    ends = np.cumsum(SIZES)
+    for shard, size in enumerate(SIZES):
+        places = [i for i, n in enumerate(first) if ends[shard] - size <= n < ends[shard]]
+        assert max(places) - min(places) < size + 2 * 4
+        assert [first[i] for i in places] != sorted(first[i] for i in places)
+    # larger blocks mix the shards
+    mixed = epochs(shards, 1, shuffle=33)
+    assert sorted(n for (n,) in mixed) == list(range(33))
+    assert {n // 11 for (n,) in mixed[:11]} == {0, 1, 2}
 
 
-@pytest.mark.parametrize(
-    "layout", [Layout(1, 3, 1), Layout(2, 1, 2), Layout(1, 2, 4)], ids=lambda x: f"{x.lanes} lanes"
-)
-def test_no_reader_starves_and_no_sample_is_read_twice(shards, layout):
-    """More readers than shards too."""
-    found = Counter(n for batch in epochs(shards, 1, layout) for n in batch)
-    assert set(found.values()) == {1}
-    assert len(found) > 33 - layout.lanes * layout.batch_size
-    per_rank = len(epochs(shards, 1, layout)) / layout.world_size
-    assert per_rank == int(per_rank)  # all processes end together
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 0), (1, 3), (2, 0), (4, 2), (17, 0)])
+def test_the_order_does_not_depend_on_the_readers(shards, ranks, workers):
+    """More readers than shards too: none starves, and all processes end together."""
+    whole = [n for (n,) in epochs(shards, 2)]
+    found = [n for batch in epochs(shards, 2, 1, ranks, workers) for n in batch]
+    assert found == whole[: len(found)]
+    assert len(found) > 66 - ranks
 
 
 def test_a_continued_stream_is_the_one_never_stopped(shards):
-    for layout in (Layout(2), Layout(2, 1, 2)):
-        whole = epochs(shards, 3, layout)
-        for start in (1, 7, len(whole) - 2):
-            assert epochs(shards, 3, layout, start) == whole[start:]
+    for ranks, workers in ((1, 0), (1, 2), (2, 0)):
+        whole = epochs(shards, 3, 2, ranks, workers)
+        for start in (1, 7, len(whole) // ranks - 2):
+            assert epochs(shards, 3, 2, ranks, workers, start) == whole[start * ranks :]
 
 
-def test_continuing_with_other_readers_repeats_no_more_than_was_seen(shards):
-    before, after = Layout(3, 1, 1), Layout(3, 1, 2)
-    seen = [n for batch in epochs(shards, 1, before)[:4] for n in batch]
-    rest = [n for batch in epochs(shards, 1, after, start=4) for n in batch]
-    assert len(rest) <= 33 - len(seen)
-    assert max(Counter(rest).values()) == 1
-    # the next epoch is whole again, from each reader's second sample in these batches on
-    first, second, *others = epochs(shards, 2, after, start=10)
-    later = [*first[1:], *second[1:], *(n for batch in others for n in batch)]
-    del later[-1]  # of the epoch after that
-    assert len(set(later)) == len(later) == 30
-
-
-def test_too_few_samples_for_so_many_readers(shards):
-    stream = ShardStream(dataset(shards), number_of)
-    with pytest.raises(ValueError, match="33 samples are too few for 17 processes with 2 workers"):
-        stream.lay_out(Layout(1, 17, 2))
+def test_continuing_with_other_readers_repeats_nothing(shards):
+    """It repeated as many samples of the epoch as had been seen."""
+    seen = [n for batch in epochs(shards, 1, 3)[:4] for n in batch]
+    for batch, ranks, workers, start in ((3, 2, 1, 2), (1, 12, 0, 1), (2, 1, 2, 6)):
+        rest = epochs(shards, 1, batch, ranks, workers, start)
+        found = [*seen, *(n for batch in rest for n in batch)]
+        assert len(set(found)) == len(found) > 33 - batch * ranks
 
 
 # --- damage ---------------------------------------------------------------------------------------
@@ -278,24 +269,24 @@ def test_hostile_shards_train_and_are_counted(tmp_path, caplog):
     data = WebDatasetStream(
         str(tmp_path / "index.json"), label_key=None, image_key="jpg;png;gif;webp", shuffle=3
     )
-    stream = ShardStream(data, prepare_image(ImageTransform(8)))
+    stream = Stream(data, prepare_image(ImageTransform(8)))
     assert len(data) == 27
     with caplog.at_level(logging.WARNING):
         batches = [stream[position]["image"] for position in range(27)]
     assert all(image.isfinite().all() for image in batches)
-    # 3 hopeless pictures (asked for, or standing in), 3 or 4 samples of b, 4 of c
-    assert stream.skips.count.value >= 3 + 3 + 4
+    # 3 hopeless pictures, 3 samples of b, 4 of c
+    assert stream.skips.count.value == 3 + 3 + 4
     assert "b.tar: damaged after 3 of 6 samples" in caplog.text
     assert "c.tar: damaged after 0 of 4 samples" in caplog.text
-    again = ShardStream(data, prepare_image(ImageTransform(8)))
+    again = Stream(data, prepare_image(ImageTransform(8)))
     assert all(torch.equal(again[p]["image"], batches[p]) for p in (26, 0, 13))
 
 
 def test_nothing_readable_is_an_error(tmp_path):
     (tmp_path / "c.tar").write_bytes(b"")
     data = WebDatasetStream(str(tmp_path / "c.tar"), samples=5, label_key=None)
-    with pytest.raises(ValueError, match="none of 5 samples can be read"):
-        ShardStream(data, number_of)[0]
+    with pytest.raises(ValueError, match="none of the 5 samples can be read"):
+        Stream(data, number_of)[0]
     with pytest.raises(ValueError, match="hold no sample"):
         WebDatasetStream(str(tmp_path / "c.tar"), label_key=None)
 
@@ -362,13 +353,15 @@ def test_shards_over_http_are_indexed_and_streamed(shards, server, tmp_path, cap
     assert main(["index", urls, str(index)]) == 0
     assert "33 samples in 4 shards" in capsys.readouterr().out
     remote = WebDatasetStream(str(index), class_names=3, shuffle=4)
-    stream, local = ShardStream(remote, number_of), ShardStream(dataset(shards), number_of)
-    assert [stream[p] for p in range(20)] == [local[p] for p in range(20)]
+    stream, local = Stream(remote, number_of), Stream(dataset(shards), number_of)
+    assert [stream[p] for p in range(70)] == [local[p] for p in range(70)]
     # a shard that is gone
     (shards / "2.tar").rename(shards / "2.gone")
-    shard = remote.read(2, 0, 5, Cursor())
-    assert all(isinstance(raw, CorruptPicture) for raw in shard)
-    assert "2.tar: damaged after 0 of 5" in str(shard[0])
+    again = WebDatasetStream(str(index), class_names=3, shuffle=4, cache=str(tmp_path / "other"))
+    assert again[3]["label"] == 0
+    for number in range(19, 24):
+        with pytest.raises(CorruptPicture, match=r"2\.tar: damaged after 0 of 5"):
+            again[number]
 
 
 def test_mistakes(shards):

@@ -10,10 +10,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from flextok.data.loading import make_loader
 from flextok.data.pictures import CorruptPicture
-from flextok.data.shard_stream import Layout, ShardStream
 from flextok.data.stream import EvaluationSet, Item, PositionSampler, Stream, collate
 from flextok.data.transforms import ImageTransform
-from flextok.data.web import WebDatasetStream
 
 
 def prepare_image(transform: ImageTransform) -> Callable[[Item, torch.Generator | None], Item]:
@@ -71,8 +69,7 @@ class DataModule(L.LightningDataModule):
         seed: int = 0,
     ):
         super().__init__()
-        streams = isinstance(train, WebDatasetStream)
-        self.stream = (ShardStream if streams else Stream)(train, prepare, seed)
+        self.stream = Stream(train, prepare, seed)
         self.evaluation = EvaluationSet(validation, prepare) if validation is not None else None
         if validation is not None and len(validation) == 0:
             raise ValueError("the validation set is empty: name another, or data.validation=null")
@@ -83,9 +80,6 @@ class DataModule(L.LightningDataModule):
         assert trainer is not None, "the data module is driven by a Trainer"
         # batches already consumed: with a resumed run Lightning restores global_step before this
         start = trainer.global_step * trainer.accumulate_grad_batches
-        if isinstance(self.stream, ShardStream):
-            workers = max(1, self.num_workers)
-            self.stream.lay_out(Layout(self.batch_size, trainer.world_size, workers))
         sampler = PositionSampler(self.batch_size, start, trainer.global_rank, trainer.world_size)
         options = self._loader_options()
         return make_loader(self.stream, batch_sampler=sampler, collate_fn=collate, **options)

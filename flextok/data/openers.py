@@ -20,6 +20,12 @@ from urllib.parse import urljoin
 SCHEME = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.-]+)\s*:")  # two letters or more: C:\ is a drive
 # an address from a file, as one word of a command: nothing in it that a shell behind it would read
 SAFE = re.compile(r"(?!file:)[a-z][a-z0-9+.-]+://[\w./~:=%+@,-]+")
+BUSY = (429, 500, 502, 503, 504)  # answers of a server that may give another one later
+HANDLERS = (  # none for file:, data: and ftp:
+    *(urllib.request.ProxyHandler, urllib.request.HTTPHandler, urllib.request.HTTPSHandler),
+    *(urllib.request.HTTPRedirectHandler, urllib.request.HTTPErrorProcessor),
+    urllib.request.HTTPDefaultErrorHandler,
+)
 WAITS = (1, 3, 9)  # seconds before an address that failed for now is asked again
 TIMEOUT = 60  # seconds without a byte
 DRAINED = 64  # MB read behind a tar's end, to see how a transfer ends
@@ -126,25 +132,16 @@ def from_web(url: str) -> Iterator[IO[bytes]]:
 
 def answer(url: str) -> http.client.HTTPResponse:
     """The answer of an http(s) server, which may redirect to http(s) only."""
-    opener = urllib.request.OpenerDirector()  # without handlers for file:, data: and ftp:
-    for handler in (
-        urllib.request.ProxyHandler(),
-        urllib.request.HTTPHandler(),
-        urllib.request.HTTPSHandler(),
-        urllib.request.HTTPRedirectHandler(),
-        urllib.request.HTTPErrorProcessor(),
-        urllib.request.HTTPDefaultErrorHandler(),
-    ):
-        opener.add_handler(handler)
+    opener = urllib.request.OpenerDirector()
+    for kind in HANDLERS:
+        opener.add_handler(kind())
     request = urllib.request.Request(url, headers={"User-Agent": "flextok"})
     for wait in (*WAITS, None):
         try:
             response = opener.open(request, timeout=TIMEOUT)
-        except urllib.error.HTTPError as error:
-            if wait is None or error.code not in (429, 500, 502, 503, 504):
-                raise
-        except OSError:
-            if wait is None:
+        except OSError as error:
+            final = isinstance(error, urllib.error.HTTPError) and error.code not in BUSY
+            if wait is None or final:
                 raise
         else:
             if not isinstance(response, http.client.HTTPResponse):

@@ -1,7 +1,7 @@
 """The tar files of WebDataset: their addresses, their number of samples, and what is in them.
 
-Any shard can be read from its beginning to its end (see openers), a local one also at random, by
-member offset.
+Any shard can be read from its beginning to its end (see openers); a plain one on a local disk is
+read at random, through the Table of its members.
 """
 
 import glob
@@ -13,41 +13,32 @@ import os
 import re
 import tarfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from webdataset.shardlists import expand_urls
+import numpy as np
+from braceexpand import braceexpand
 
-from flextok.data.labels import NUMBER, as_label, texts_of
 from flextok.data.openers import check_address, check_listed, is_http, is_remote, open_shard
-from flextok.data.pictures import CorruptPicture, decode_text, read_text
+from flextok.data.pictures import CorruptPicture, decode_text
 from flextok.data.stream import SkipCounter
 
 MAX_INDEX = 64 << 20  # bytes of an index file: some 600,000 shards
 MAX_SAMPLES = 10**9  # that an index may state for one shard
-MAX_SAMPLE = 128 << 20  # bytes of a streamed sample, or of a local one's member
+MAX_SAMPLE = 128 << 20  # bytes of a streamed sample, or of a member of a local one
 MAX_EXTENSION = 32 << 10  # bytes of a long name, or of other facts that precede a member
 EXTENDING = (  # types of tar headers whose content is read with the headers
     *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
     *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
 )
-Members = Mapping[str, bytes]  # extension, lower case -> content
+COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # how such a file begins
 Span = tuple[int, int]  # offset and size in the shard
 # what a truncated, empty, forged or unreachable shard raises, plain or compressed
 SHARD_ERRORS = (
     *(tarfile.TarError, OSError, EOFError, ValueError, http.client.HTTPException),
     *(zlib.error, lzma.LZMAError, OverflowError, RecursionError, MemoryError),
 )
-
-
-@dataclass
-class Raw:
-    """An undecoded sample of a stream."""
-
-    name: str  # shard and key
-    members: Members
 
 
 def state_of(path: str | Path) -> str:
@@ -112,21 +103,34 @@ def write_index(urls: str | Sequence[str], fetch: list[str] | None = None) -> di
 
 
 def count_samples(shard: str, fetch: list[str] | None = None) -> int:
+    """How many samples of a shard can be read, with a warning where it is damaged."""
+    plain = fetch is None and is_plain(shard)
     count = 0
-    plain = fetch is None and not is_remote(shard) and shard.endswith(".tar")
-    samples = read_index(shard) if plain else stream_samples(shard, fetch)
-    skips = SkipCounter()
     try:
-        for count, _ in enumerate(samples, start=1):  # noqa: B007
-            pass
+        for _ in read_index(shard) if plain else stream_samples(shard, fetch):
+            count += 1
     except SHARD_ERRORS as error:
-        skips.skip(CorruptPicture(shard, f"damaged after {count} samples: {error}"))
+        SkipCounter().skip(CorruptPicture(shard, f"damaged after {count} samples: {error}"))
     return count
 
 
-def stream_samples(url: str, fetch: list[str] | None = None) -> Iterator[Raw]:
-    """The samples of a shard in order. Raises one of SHARD_ERRORS where it is damaged; the sample
-    in which that happens is left out."""
+def is_plain(shard: str) -> bool:
+    """Whether a shard is a local file that is not compressed. One that cannot be opened is, too:
+    whoever reads it gets the reason."""
+    if is_remote(shard):
+        return False
+    try:
+        with open_shard(shard) as file:
+            return not file.read(6).startswith(COMPRESSED)
+    except OSError:
+        return True
+
+
+def stream_samples(
+    url: str, fetch: list[str] | None = None
+) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """(key, extension -> content) of the samples of a shard in order. Raises one of SHARD_ERRORS
+    where it is damaged; the sample in which that happens is left out."""
     with (
         open_shard(url, fetch) as stream,
         tarfile.open(fileobj=stream, mode="r|*", tarinfo=Header) as tar,
@@ -142,7 +146,7 @@ def stream_samples(url: str, fetch: list[str] | None = None) -> Iterator[Raw]:
                 content = tar.extractfile(header)
                 assert content is not None, "it is a regular file"
                 members[extension] = content.read()
-            yield Raw(f"{url}: {key}", members)
+            yield key, members
 
 
 class Header(tarfile.TarInfo):
@@ -171,29 +175,27 @@ def files(tar: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
 def expand_shards(urls: str | Sequence[str], fetch: list[str] | None = None) -> list[str]:
     """Braces and globs to local files and URLs, in order. A file of that very name goes first."""
     shards: list[str] = []
-    for url in expand_braces([urls] if isinstance(urls, str) else urls):
-        path = os.path.expanduser(url)
-        is_file = os.path.isfile(path)  # unlike Path's, it takes an address of any length
-        if not is_file and is_remote(check_address(url, fetch)):
-            shards.append(url)
-            continue
-        found = [path] if is_file else [f for f in sorted(glob.glob(path)) if os.path.isfile(f)]
-        if not found:
-            raise ValueError(f"urls={url!r} matches no file")
-        shards += found
-    if not shards:
-        raise ValueError(f"urls={urls!r} names no shard")
-    return shards
-
-
-def expand_braces(urls: Sequence[str]) -> Iterator[str]:
-    for url in urls:
+    for url in [urls] if isinstance(urls, str) else urls:
         if not isinstance(url, str):
             raise ValueError(f"urls holds {url!r}, which is no path or address")
         try:
-            yield from [url] if os.path.isfile(os.path.expanduser(url)) else expand_urls(url)
+            # unlike Path's, isfile takes an address of any length
+            several = [url] if os.path.isfile(os.path.expanduser(url)) else [*braceexpand(url)]
         except ValueError as error:  # unbalanced braces
             raise ValueError(f"urls={url!r}: {error}") from None
+        for one in several:
+            path = os.path.expanduser(one)
+            if os.path.isfile(path):
+                shards.append(path)
+            elif is_remote(check_address(one, fetch)):
+                shards.append(one)
+            elif found := [file for file in sorted(glob.glob(path)) if os.path.isfile(file)]:
+                shards += found
+            else:
+                raise ValueError(f"urls={one!r} matches no file")
+    if not shards:
+        raise ValueError(f"urls={urls!r} names no shard")
+    return shards
 
 
 def read_index(shard: str) -> Iterator[tuple[str, dict[str, Span]]]:
@@ -204,76 +206,44 @@ def read_index(shard: str) -> Iterator[tuple[str, dict[str, Span]]]:
             yield key, {extension: (h.offset_data, h.size) for _, extension, h in group}
 
 
-def whole_samples(shard: str, skips: SkipCounter) -> Iterator[tuple[str, dict[str, Span]]]:
-    """What read_index gives of a shard before it is damaged, if it is."""
+class Table(NamedTuple):
+    """Where the members of a local shard's samples lie. Arrays, not objects: a table of millions is
+    shared between workers without copies."""
+
+    path: str
+    keys: list[str]  # of the samples
+    extensions: list[str]
+    spans: np.ndarray  # (samples, extensions, 2): offset and size; a size of -1 for no such member
+    damage: str  # what ended the shard before its end, if anything did
+
+    def read(self, row: int, extensions: Collection[str], name: str) -> dict[str, bytes]:
+        """The members of a sample with these extensions. The file is opened anew for each sample:
+        nothing to share between, or to send to, worker processes. Raises CorruptPicture for a
+        member that is too large."""
+        members = {}
+        with open(self.path, "rb") as file:
+            for extension, span in zip(self.extensions, self.spans[row], strict=True):
+                offset, size = span.tolist()
+                if size > MAX_SAMPLE and extension in extensions:
+                    reason = f"a member of {size} bytes is larger than {MAX_SAMPLE}"
+                    raise CorruptPicture(name, reason)
+                if size >= 0 and extension in extensions:
+                    file.seek(offset)
+                    members[extension] = file.read(size)
+        return members
+
+
+def read_table(path: str, extensions: Collection[str]) -> Table:
+    """The table of a plain local shard, of members with these extensions. Of a damaged one, what
+    lies before the damage."""
+    keys, found, damage = [], [], ""
+    extensions = sorted(extensions)
     try:
-        yield from read_index(shard)
+        for key, members in read_index(path):
+            keys.append(key)
+            found.append([members.get(extension, (0, -1)) for extension in extensions])
     except SHARD_ERRORS as error:
-        reason = f"{error}; what lies before the damage is used"
-        skips.skip(CorruptPicture(f"{shard} is no whole, uncompressed tar", reason))
-
-
-def read_member(shard: str, span: Span) -> bytes:
-    """Opened anew for each read: nothing to share between, or to send to, worker processes. Raises
-    CorruptPicture for a member that is too large."""
-    if span[1] > MAX_SAMPLE:
-        raise CorruptPicture(shard, f"a member of {span[1]} bytes is larger than {MAX_SAMPLE}")
-    with open(shard, "rb") as file:
-        file.seek(span[0])
-        return file.read(span[1])
-
-
-class LocalMembers(Mapping[str, bytes]):
-    """The members of a local shard's sample, each read when it is asked for."""
-
-    def __init__(self, shard: str, spans: Mapping[str, Span]):
-        self.shard, self.spans = shard, spans
-
-    def __getitem__(self, extension: str) -> bytes:
-        return read_member(self.shard, self.spans[extension])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.spans)
-
-    def __len__(self) -> int:
-        return len(self.spans)
-
-
-def find_label(members: Members, keys: str, name: str) -> int | str | None:
-    """A sample's label by the first of keys that it has. A number in a member is one where it is
-    written as such: 7 and not 007. Raises CorruptPicture, naming the sample."""
-    value, is_member = find(members, keys, name)
-    if is_member:
-        return int(str(value)) if NUMBER.fullmatch(str(value)) else str(value)
-    try:
-        return None if value is None else as_label(value)
-    except ValueError as error:
-        raise CorruptPicture(name, error) from None
-
-
-def find_captions(members: Members, keys: str, name: str) -> list[str]:
-    """A sample's captions, likewise; text stays text."""
-    try:
-        return texts_of(find(members, keys, name)[0])
-    except ValueError as error:
-        raise CorruptPicture(name, error) from None
-
-
-def find(members: Members, keys: str, name: str) -> tuple[object, bool]:
-    """The first of keys that is a member of the sample, as text, or a field of its .json, as it
-    stands there; and whether it is a member. Raises CorruptPicture, naming the sample, when its
-    .json cannot be read."""
-    fields: dict[str, object] = {}
-    for key in keys.split(";"):
-        if key in members:
-            return read_text(members[key], name), True
-        if "json" in members:
-            try:
-                fields = fields or json.loads(read_text(members["json"], name))
-            except (ValueError, RecursionError) as error:
-                raise CorruptPicture(name, f"unreadable .json ({error})") from None
-            if not isinstance(fields, dict):
-                raise CorruptPicture(name, "its .json is no mapping of fields")
-            if fields.get(key) is not None:
-                return fields[key], False
-    return None, False
+        damage = str(error) or type(error).__name__
+    spans = np.array(found, dtype=np.int64).reshape(len(keys), len(extensions), 2)
+    held = np.flatnonzero((spans[:, :, 1] >= 0).any(0))
+    return Table(path, keys, [extensions[i] for i in held], spans[:, held], damage)

@@ -1,23 +1,24 @@
 """Endless shuffled training data, addressed by position.
 
-Sample p of the stream is a pure function of (dataset, seed, p): its epoch's permutation and its
+Sample p of the stream is a pure function of (dataset, seed, p): its epoch's order and its
 augmentation draws are derived, never carried along. So an interrupted run continues with exactly
-the batches that it would have seen, and any number of workers gives the same ones.
+the batches that it would have seen, with any number of processes and workers.
 """
 
 import hashlib
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing import RawArray, Value
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset, Sampler, default_collate
 
 from flextok.data.pictures import CorruptPicture
-from flextok.draws import AUGMENT, ORDER, derived_generator
+from flextok.draws import AUGMENT, BLOCK, ORDER, derived_generator
 from flextok.generators.text import Text
 
 log = logging.getLogger(__name__)
@@ -25,27 +26,29 @@ Item = Mapping[str, Any]
 
 
 class SkipCounter:
-    """Counts unreadable samples over all worker processes and epochs and says so, naming each
-    once."""
+    """Counts unreadable samples over all worker processes and epochs and names each once in a
+    warning."""
 
     size = 4096  # how many are known again
 
     def __init__(self) -> None:
         self.count = Value("q", 0)
-        self.told = RawArray("q", self.size + 1)  # how many, and a hash of each message
+        self.known = RawArray("q", self.size + 1)  # how many, and a hash of each name
 
-    def skip(self, error: Exception, samples: int = 1) -> None:
-        digest = hashlib.blake2b(f"{samples} {error}".encode("utf-8", "replace"), digest_size=7)
+    def skip(self, error: CorruptPicture) -> None:
+        digest = hashlib.blake2b(error.name.encode("utf-8", "replace"), digest_size=7)
         key = int.from_bytes(digest.digest(), "big")
         with self.count.get_lock():
-            known = self.told[0]
-            if key in self.told[1 : known + 1]:
+            known = self.known[0]
+            if key in self.known[1 : known + 1]:
                 return
             if known < self.size:
-                self.told[0], self.told[known + 1] = known + 1, key
-            self.count.value += samples
+                self.known[0], self.known[known + 1] = known + 1, key
+            self.count.value += error.samples
             count = self.count.value
-        what = "an unreadable sample" if samples == 1 else f"{samples} unreadable samples"
+        what = (
+            f"{error.samples} unreadable samples" if error.samples > 1 else "an unreadable sample"
+        )
         log.warning("skipped %s (%d so far): %s", what, count, error)
 
 
@@ -59,9 +62,27 @@ def counter_of(dataset: Any) -> SkipCounter:
     return _counters.setdefault(dataset, SkipCounter())
 
 
+class Sharded(Dataset[dict[str, Any]]):
+    """A data set in shards, whose samples are quick to read once their shard is at hand."""
+
+    counts: Sequence[int]  # samples of each shard
+    shuffle: int  # so many samples of the shards in a row are shuffled at a time
+
+    def __len__(self) -> int:
+        return sum(self.counts)
+
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """Have these shards at hand soon, without waiting for them."""
+
+
 class Stream(Dataset):
-    """Maps a position p >= 0 to an augmented sample. An unreadable sample is skipped with a counted
-    warning: the next one in dataset order stands in."""
+    """Maps a position p >= 0 to an augmented sample.
+
+    An epoch has every sample once: those of a data set in a new order; of a Sharded one, the shards
+    in a new order and, in a row of their samples, blocks of `shuffle`, each in an order of its own.
+    An unreadable sample is skipped with a counted warning: one of those that the epoch has 1, 3, 7,
+    15... positions later stands in, so that no sample stands in for the whole of a lost shard.
+    """
 
     def __init__(
         self,
@@ -73,25 +94,45 @@ class Stream(Dataset):
         if len(dataset) == 0:
             raise ValueError("the dataset is empty: nothing to train on")
         self.dataset, self.prepare, self.seed, self.shuffle = dataset, prepare, seed, shuffle
+        self.block_size = dataset.shuffle if isinstance(dataset, Sharded) else len(dataset)
         self.skips = counter_of(dataset)
-        self._order: tuple[int, Tensor] | None = None
+        self._block: tuple[tuple[int, int], np.ndarray] | None = None
 
     def index_at(self, position: int) -> int:
         epoch, offset = divmod(position, len(self.dataset))
         if not self.shuffle:
             return offset
-        if self._order is None or self._order[0] != epoch:
-            generator = derived_generator(self.seed, ORDER, epoch)
-            self._order = (epoch, torch.randperm(len(self.dataset), generator=generator))
-        return int(self._order[1][offset])
+        number, place = divmod(offset, self.block_size)
+        if self._block is None or self._block[0] != (epoch, number):
+            self._block = ((epoch, number), self._indices(epoch, number))
+        return int(self._block[1][place])
+
+    def _indices(self, epoch: int, number: int) -> np.ndarray:
+        """The indices of a block's samples, in order."""
+        order = derived_generator(self.seed, ORDER, epoch)
+        if not isinstance(self.dataset, Sharded):
+            return torch.randperm(len(self.dataset), generator=order).numpy()
+        counts = np.asarray(self.dataset.counts)
+        shards = torch.randperm(len(counts), generator=order).numpy()
+        ends = np.cumsum(counts[shards])
+        first = number * self.block_size
+        rows = np.arange(first, min(first + self.block_size, len(self.dataset)))
+        turns = np.searchsorted(ends, rows, side="right")
+        following = np.searchsorted(ends, rows[-1] + self.block_size, side="right")
+        self.dataset.prefetch(shards[turns[0] : following + 1].tolist())
+        indices = rows + (np.cumsum(counts)[shards] - ends)[turns]
+        draws = derived_generator(self.seed, BLOCK, epoch, number)
+        return indices[torch.randperm(len(rows), generator=draws).numpy()]
 
     def __getitem__(self, position: int) -> Item:
         size = len(self.dataset)
-        first = self.index_at(position)
-        for attempt in range(size):
+        begin = position - position % size
+        jumps = (2**k - 1 for k in range(size.bit_length()))
+        for later in itertools.chain(jumps, range(size)):
+            index = self.index_at(begin + (position + later) % size)
             generator = derived_generator(self.seed, AUGMENT, position)
             try:
-                return self.prepare(self.dataset[(first + attempt) % size], generator)
+                return self.prepare(self.dataset[index], generator)
             except CorruptPicture as error:
                 self.skips.skip(error)
         raise ValueError(f"none of the {size} samples can be read; see the warnings above")
@@ -119,19 +160,13 @@ class PositionSampler(Sampler[list[int]]):
     """Endless batches of stream positions for one process, from `start` batches on."""
 
     def __init__(self, batch_size: int, start: int = 0, rank: int = 0, world_size: int = 1):
-        self.batch_size, self.start, self.rank, self.world_size = (
-            batch_size,
-            start,
-            rank,
-            world_size,
-        )
+        self.batch_size, self.start = batch_size, start
+        self.rank, self.world_size = rank, world_size
 
     def __iter__(self) -> Iterator[list[int]]:
-        batch = self.start
-        while True:
+        for batch in itertools.count(self.start):
             first = (batch * self.world_size + self.rank) * self.batch_size
             yield list(range(first, first + self.batch_size))
-            batch += 1
 
 
 def collate(items: Sequence[Item | None]) -> Any:

@@ -1,41 +1,109 @@
-"""WebDataset shards (tar) as data sets: local ones read at random, any ones (see openers) as
-streams. What is damaged is counted, named and left out; it never stops a run."""
+"""WebDataset shards (tar) as data sets, read at random: local ones, and any that are fetched to a
+cache first. What is damaged is counted, named and left out; it never stops a run."""
 
+import contextlib
+import json
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from threading import Thread
+from typing import Any, TypeVar
 
 import numpy as np
-from torch.utils.data import Dataset
 
-from flextok.data.labels import captioned, check_names, find_class, index_labels, label_table
+from flextok.data import labels
 from flextok.data.openers import is_remote, parse_fetch
 from flextok.data.pictures import EXTENSIONS, UNLABELLED, CorruptPicture, load_picture, read_text
+from flextok.data.shard_cache import ShardCache
 from flextok.data.shards import (
-    SHARD_ERRORS,
-    LocalMembers,
-    Raw,
+    Table,
     expand_shards,
-    find_captions,
-    find_label,
-    read_member,
+    read_index,
+    read_table,
     state_of,
     stated_counts,
-    stream_samples,
-    whole_samples,
 )
-from flextok.data.stream import SkipCounter
+from flextok.data.stream import Sharded, SkipCounter
 
 IMAGE_KEY = ";".join(extension[1:] for extension in EXTENSIONS)
+HELD = 100_000  # samples whose places a stream holds in memory
+T = TypeVar("T")
 
 
-class WebDatasetImages(Dataset[dict[str, Any]]):
-    """Local WebDataset shards (tar), read at random: each is indexed once, by member offset.
+class Shards(Sharded):
+    """The samples of tar shards, in order.
 
     Keys are alternatives joined by ";", the first that a sample has counts: an extension ("cls") or
     a field of its .json. Labels are class names or, where no class has that name, class numbers.
     """
+
+    class_names: list[str]
+    labels: list[int] | None = None  # of each sample, where they are known beforehand
+    keys_name_shards = True
+
+    def __init__(
+        self, shards: list[str], image_key: str, label_key: str | None, caption_key: str
+    ) -> None:
+        self.shards, self.label_key, self.caption_key = shards, label_key, caption_key
+        self.image_keys = image_key.split(";")
+        self.label_keys = {*(label_key or "").split(";"), "json"}
+        self.extensions = {*self.image_keys, *self.label_keys, *caption_key.split(";")}
+        self.tables: dict[int, Table] = {}
+
+    def describe(self, counts: Sequence[int], class_names: list[str], shuffle: int) -> None:
+        """counts: samples of each shard."""
+        self.counts, self.ends, self.shuffle = counts, np.cumsum(counts), shuffle
+        self.class_names, self.numbers = class_names, labels.label_table(class_names)
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"index={index} must be in [0, {len(self)})")
+        number = int(np.searchsorted(self.ends, index, side="right"))
+        shard, count, table = self.shards[number], self.counts[number], self.table(number)
+        row = index - int(self.ends[number]) + count
+        if row >= (whole := len(table.keys)):
+            reason = f"damaged after {whole} of {count} samples: {table.damage or 'it ends'}"
+            raise CorruptPicture(shard, reason, count - whole)
+        name = f"{shard}: {table.keys[row]}"
+        members = table.read(row, self.extensions, name)
+        image = next((members[key] for key in self.image_keys if key in members), None)
+        if image is None:
+            raise CorruptPicture(name, "the sample holds no picture")
+        if self.labels is None:
+            stated = self.find_label(members, name)
+            label = None if stated is None else labels.find_class(self.numbers, stated)
+            if label is None:
+                raise CorruptPicture(name, f"label {stated!r} is none of the class_names")
+        else:
+            label = self.labels[index]
+        texts = find(members, self.caption_key, name, labels.texts_of, labels.texts_of)
+        return {
+            "image": load_picture(image, name),
+            "label": label,
+            **labels.captioned(texts or [], self.class_names[label]),
+            "key": name if self.keys_name_shards else table.keys[row],
+        }
+
+    def table(self, number: int) -> Table:
+        return self.tables[number]
+
+    def find_label(self, members: Mapping[str, bytes], name: str) -> int | str | None:
+        """The label as the sample states it. Raises CorruptPicture, naming the sample."""
+        if self.label_key is None:
+            return UNLABELLED
+        return find(members, self.label_key, name, written_label, labels.as_label)
+
+    def state(self) -> Iterator[str]:
+        for shard, count in zip(self.shards, self.counts, strict=True):
+            yield f"{shard} {count} {state_of(shard)}"
+
+
+class WebDatasetImages(Shards):
+    """Local WebDataset shards, each of which is indexed once, at the start."""
+
+    keys_name_shards = False
 
     def __init__(
         self,
@@ -46,90 +114,54 @@ class WebDatasetImages(Dataset[dict[str, Any]]):
         class_names: Sequence[str] | int | None = None,
     ) -> None:
         """urls: paths, with {000..012} or * where there are many. label_key None: one class."""
-        self.shards = expand_shards(urls)
+        super().__init__(expand_shards(urls), image_key, label_key, caption_key)
         if remote := [shard for shard in self.shards if is_remote(shard)]:
             raise ValueError(f"urls={remote[0]!r} is remote: take name webdataset_stream for it")
-        self.caption_key = caption_key
-        self.keys: list[str] = []
-        rows: list[tuple[int, ...]] = []
-        labels: list[int | str] = []
-        skips = SkipCounter()
-        for number, shard in enumerate(self.shards):
-            for key, spans in whole_samples(shard, skips):
-                members = LocalMembers(shard, spans)
-                name = f"{shard}: {key}"
-                image = next((spans[k] for k in image_key.split(";") if k in spans), (0, -1))
-                try:
-                    label = (
-                        UNLABELLED if label_key is None else find_label(members, label_key, name)
-                    )
-                except CorruptPicture as error:
-                    skips.skip(error)
-                    continue
-                if label is None:
-                    raise ValueError(
-                        f"label_key={label_key!r} is not in {name}, which has "
-                        f"{', '.join(spans)}; name another or set label_key to null"
-                    )
-                text = spans.get(next((k for k in caption_key.split(";") if k in spans), ""))
-                record = spans.get("json")
-                self.keys.append(key)
-                labels.append(label)
-                rows.append((number, *image, *(text or (0, -1)), *(record or (0, -1))))
-        # arrays, not objects: a data set of millions is shared between workers without copies
-        self.table = np.array(rows, dtype=np.int64).reshape(-1, 7)
-        if not rows:
+        found: list[int | str] = []
+        self.tables = {n: self._index(shard, found) for n, shard in enumerate(self.shards)}
+        if not found:
             raise ValueError(f"urls={urls!r}: no sample can be read; see the warnings above")
-        if (self.table[:, 2] < 0).all():
+        if not any(set(self.image_keys) & set(table.extensions) for table in self.tables.values()):
             raise ValueError(f"image_key={image_key!r} is in no sample of urls={urls!r}")
-        self.class_names, self.labels = index_labels(labels, class_names)
+        names, self.labels = labels.index_labels(found, class_names)
+        self.describe([len(table.keys) for table in self.tables.values()], names, len(found))
 
-    def __len__(self) -> int:
-        return len(self.keys)
+    def _index(self, shard: str, found: list[int | str]) -> Table:
+        """The table of a shard's samples whose labels can be read; their labels go into `found`."""
+        skips = SkipCounter()
+        table = read_table(shard, self.extensions)
+        if table.damage:
+            reason = f"{table.damage}; what lies before the damage is used"
+            skips.skip(CorruptPicture(f"{shard} is no whole, uncompressed tar", reason))
+        kept = []
+        for row, key in enumerate(table.keys):
+            name = f"{shard}: {key}"
+            try:
+                label = self.find_label(table.read(row, self.label_keys, name), name)
+            except CorruptPicture as error:
+                skips.skip(error)
+                continue
+            if label is None:
+                has = next(spans for other, spans in read_index(shard) if other == key)
+                raise ValueError(
+                    f"label_key={self.label_key!r} is not in {name}, which has "
+                    f"{', '.join(has)}; name another or set label_key to null"
+                )
+            found.append(label)
+            kept.append(row)
+        return table._replace(keys=[table.keys[row] for row in kept], spans=table.spans[kept])
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        shard = self.shards[self.table[index, 0]]
-        offsets = self.table[index, 1:].reshape(3, 2).tolist()
-        image, text, record = (None if size < 0 else (offset, size) for offset, size in offsets)
-        key, label = self.keys[index], self.labels[index]
-        name = f"{shard}: {key}"
-        if image is None:
-            raise CorruptPicture(name, "the sample holds no picture")
-        captions: list[str] = []
-        if text is not None:
-            captions = [read_text(read_member(shard, text), name)]
-        elif record is not None:
-            members = LocalMembers(shard, {"json": record})
-            captions = find_captions(members, self.caption_key, name)
-        return {
-            "image": load_picture(read_member(shard, image), name),
-            "label": label,
-            **captioned(captions, self.class_names[label]),
-            "key": key,
-        }
-
-    def state(self) -> Iterator[str]:
-        for shard in self.shards:
-            yield f"{shard} {state_of(shard)}"
-
-
-@dataclass
-class Cursor:
-    """A place in an opened shard."""
-
-    shard: int = -1
-    next: int = 0  # sample
-    samples: Iterator[Raw] = field(default_factory=lambda: iter(()))
-    process: int = field(default_factory=os.getpid)  # a forked one must not read along
-    damage: CorruptPicture | None = None
+    @property
+    def keys(self) -> list[str]:
+        return [key for table in self.tables.values() for key in table.keys]
 
 
-class WebDatasetStream(Dataset[dict[str, Any]]):
-    """WebDataset shards, local or remote, read from their beginning to their end.
+class WebDatasetStream(Shards):
+    """WebDataset shards, local or remote, as many as there are.
 
     Its length, hence an epoch's, is stated: by an index file (see `flextok index`), by `samples`
-    for each shard, or counted in local shards. Training reads it through ShardStream; taken by
-    index it is quick in ascending order only. A shard that holds fewer samples than stated is
+    for each shard, or counted in local shards. A shard is indexed when it is needed. What is remote
+    or compressed is fetched to a cache before. A shard that holds fewer samples than stated is
     damaged: the missing ones count as unreadable.
     """
 
@@ -141,14 +173,17 @@ class WebDatasetStream(Dataset[dict[str, Any]]):
         image_key: str = IMAGE_KEY,
         label_key: str | None = "cls;label",
         caption_key: str = "txt;caption",
-        shuffle: int = 1000,
+        shuffle: int = 10_000,
         fetch: str | Sequence[str] | None = None,
+        cache: str | None = None,
+        cache_gb: float = 100.0,
     ) -> None:
         """urls: paths and URLs with {000..012}, or an index file (.json). class_names: names, or
-        their number where the labels are numbers. Keys as in WebDatasetImages. shuffle: so many
-        samples in a row, in each reader's part of the shuffled shards, are held and shuffled.
+        their number where the labels are numbers. shuffle: so many samples of the shuffled shards
+        in a row are shuffled at a time; the shards that hold them must fit into the cache together.
         fetch: a command that writes the shard {url} to its standard output, for addresses that are
-        not http(s); it is run without a shell."""
+        not http(s); it is run without a shell. cache: a folder for copies of at most cache_gb
+        gigabytes, best on a local disk; by default ~/.cache/flextok/shards."""
         if shuffle < 1:
             raise ValueError(f"shuffle={shuffle} must be at least 1: samples shuffled at a time")
         if label_key is None:
@@ -158,83 +193,75 @@ class WebDatasetStream(Dataset[dict[str, Any]]):
                 "a stream's labels are not known beforehand: give class_names, a list or how many "
                 "numbers there are, or label_key=null for data without labels"
             )
-        self.class_names = check_names(class_names)
-        self.table = label_table(self.class_names)
-        self.fetch = parse_fetch(fetch)
-        self.shards, self.counts = stated_counts(urls, samples, self.fetch)
-        self.ends = np.cumsum(self.counts)
-        if not self.ends[-1]:
+        names = labels.check_names(class_names)
+        command = parse_fetch(fetch)
+        self.cache = ShardCache(cache, cache_gb, command)
+        shards, counts = stated_counts(urls, samples, command)
+        super().__init__(shards, image_key, label_key, caption_key)
+        self.describe(counts, names, shuffle)
+        if not len(self):
             raise ValueError(f"urls={urls!r} hold no sample that can be read")
-        self.image_key, self.label_key, self.caption_key = image_key, label_key, caption_key
-        self.shuffle = shuffle
-        self.cursor = Cursor()
-        self.latest: tuple[int, Raw | CorruptPicture] | None = None  # index and sample
+        self.prefetching: Thread | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # an open shard stays in its process
-        return {**self.__dict__, "cursor": Cursor(), "latest": None}
-
-    def __len__(self) -> int:
-        return int(self.ends[-1])
+        return {**self.__dict__, "tables": {}, "prefetching": None}
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"index={index} must be in [0, {len(self)})")
-        if self.latest is None or self.latest[0] != index:
-            shard = int(np.searchsorted(self.ends, index, side="right"))
-            first = index - int(self.ends[shard]) + self.counts[shard]
-            self.latest = (index, self.read(shard, first, first + 1, self.cursor)[0])
-        raw = self.latest[1]
-        if isinstance(raw, CorruptPicture):
-            raise raw
-        return self.item(raw)
+        for _ in range(9):
+            with contextlib.suppress(FileNotFoundError):
+                return super().__getitem__(index)
+            self.tables.clear()  # another process made room in the cache
+        raise ValueError(f"cache_gb={self.cache.limit / 1e9:g} is too small for so many shards")
 
-    def read(self, shard: int, first: int, last: int, cursor: Cursor) -> list[Raw | CorruptPicture]:
-        """Samples first to last - 1 of a shard, undecoded, moving the cursor; those that it lacks
-        are one and the same CorruptPicture."""
-        if (cursor.shard, cursor.process) != (shard, os.getpid()) or cursor.next > first:
-            cursor.shard, cursor.next, cursor.damage = shard, 0, None
-            cursor.samples = stream_samples(self.shards[shard], self.fetch)
-            cursor.process = os.getpid()
-        found: list[Raw | CorruptPicture] = []
-        while cursor.damage is None and cursor.next < last:
+    def table(self, number: int) -> Table:
+        if number not in self.tables:
+            shard = self.shards[number]
+            copied = self.cache.holds(shard)
+            path = str(self.cache.get(shard, self.counts[number])) if copied else shard
+            self.tables[number] = read_table(path, self.extensions)
+            if copied and not os.path.exists(path):
+                raise FileNotFoundError(path)
+            held = sum(len(table.keys) for table in self.tables.values())
+            while held > max(HELD, 4 * self.shuffle) and len(self.tables) > 1:
+                held -= len(self.tables.pop(next(iter(self.tables))).keys)
+        return self.tables[number]
+
+    def prefetch(self, shards: Sequence[int]) -> None:
+        if self.prefetching is None or not self.prefetching.is_alive():
+            wanted = [(self.shards[n], self.counts[n]) for n in shards]
+            self.prefetching = Thread(target=self.cache.prefetch, args=(wanted,), daemon=True)
+            self.prefetching.start()
+
+
+def written_label(text: str) -> int | str:
+    """The label in a member: a number where it is written as one, 7 and not 007."""
+    return int(text) if labels.NUMBER.fullmatch(text) else text
+
+
+def find(
+    members: Mapping[str, bytes],
+    keys: str,
+    name: str,
+    of_member: Callable[[str], T],
+    of_field: Callable[[object], T],
+) -> T | None:
+    """The first of keys that is a member of the sample, by its text, or a field of its .json.
+    Raises CorruptPicture, naming the sample, for what cannot be read and where of_field raises
+    ValueError."""
+    fields: dict[str, object] = {}
+    for key in keys.split(";"):
+        if key in members:
+            return of_member(read_text(members[key], name))
+        if "json" in members:
             try:
-                raw = next(cursor.samples)
-            except StopIteration:
-                cursor.damage = self.damage(cursor, "it ends")
-            except SHARD_ERRORS as error:
-                cursor.damage = self.damage(cursor, str(error) or type(error).__name__)
-            else:
-                if cursor.next >= first:
-                    found.append(raw)
-                cursor.next += 1
-        return found + [cursor.damage] * (last - first - len(found))  # type: ignore[list-item]
-
-    def damage(self, cursor: Cursor, reason: str) -> CorruptPicture:
-        stated = self.counts[cursor.shard]
-        return CorruptPicture(
-            self.shards[cursor.shard], f"damaged after {cursor.next} of {stated} samples: {reason}"
-        )
-
-    def item(self, raw: Raw) -> dict[str, Any]:
-        """Decode a sample. Raises CorruptPicture."""
-        image = next((k for k in self.image_key.split(";") if k in raw.members), None)
-        if image is None:
-            raise CorruptPicture(raw.name, "the sample holds no picture")
-        label: int | str | None = UNLABELLED
-        if self.label_key is not None:
-            label = find_label(raw.members, self.label_key, raw.name)
-        index = None if label is None else find_class(self.table, label)
-        if index is None:
-            raise CorruptPicture(raw.name, f"label {label!r} is none of the class_names")
-        captions = find_captions(raw.members, self.caption_key, raw.name)
-        return {
-            "image": load_picture(raw.members[image], raw.name),
-            "label": index,
-            **captioned(captions, self.class_names[index]),
-            "key": raw.name,
-        }
-
-    def state(self) -> Iterator[str]:
-        for shard, count in zip(self.shards, self.counts, strict=True):
-            yield f"{shard} {count} {state_of(shard)}"
+                fields = fields or json.loads(read_text(members["json"], name))
+            except (ValueError, RecursionError) as error:
+                raise CorruptPicture(name, f"unreadable .json ({error})") from None
+            if not isinstance(fields, dict):
+                raise CorruptPicture(name, "its .json is no mapping of fields")
+            if fields.get(key) is not None:
+                try:
+                    return of_field(fields[key])
+                except ValueError as error:
+                    raise CorruptPicture(name, error) from None
+    return None
