@@ -1,6 +1,6 @@
 """From a condition to pictures: a generator and its tokenizer together."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,15 @@ from torch import Tensor
 from flextok.cpu import accelerate
 from flextok.draws import CODES, NOISE, row_generators
 from flextok.generators import GENERATORS, Generator
+from flextok.generators.conditioning import Cond
 from flextok.hub import Pretrained
 from flextok.places import find_reference, read_model, resolve
 from flextok.schema import check_number
 from flextok.storage import CheckpointError
 from flextok.tokenizers import TOKENIZERS, Tokenizer
 from flextok.tokenizers.base import as_images, encode_rows, same_codes
+
+Asked = Mapping[str, Any] | None  # options by name
 
 
 def load_model(
@@ -37,11 +40,9 @@ def load_model(
     return accelerate(model) if torch.device(device).type == "cpu" else model
 
 
-def is_generator(model: Any) -> bool:
-    return isinstance(model, Generator)
-
-
-def remember_tokenizer(generator: Pretrained, folder: Path, tokenizer: Any, source: str) -> None:
+def remember_tokenizer(
+    generator: Pretrained, folder: Path, tokenizer: Tokenizer, source: str
+) -> None:
     """Note in a generator, to be saved in `folder`, which tokenizer it was trained on: where it
     lies (saved as a path relative to that folder, so that both can move together) or its name or
     hub id, and what its codes are."""
@@ -54,18 +55,18 @@ def remember_tokenizer(generator: Pretrained, folder: Path, tokenizer: Any, sour
 
 
 def load_tokenizer_of(
-    generator: Any,
+    generator: Generator,
     folder: str | Path,
     override: str | None = None,
     device: str | torch.device = "cpu",
-) -> Any:
+) -> Tokenizer:
     """The tokenizer that a generator, loaded from `folder` (or by its name or hub id), was trained
     on; override: any other of the same codes, such as one with a few-step decoder. One of other
     codes is refused with CheckpointError."""
     record = generator.metadata
     place = override or find_tokenizer(generator, folder)
     tokenizer = load_model(place, device)
-    if tokenizer.model_type not in TOKENIZERS:
+    if not isinstance(tokenizer, Tokenizer):
         raise CheckpointError(f"{place} is a {tokenizer.model_type} model, not a tokenizer")
     if not {"codes_id", "tokenizer_fingerprint"} & set(record) or same_codes(record, tokenizer):
         return tokenizer
@@ -81,7 +82,7 @@ def load_tokenizer_of(
     )
 
 
-def find_tokenizer(generator: Any, folder: str | Path) -> Path | str:
+def find_tokenizer(generator: Generator, folder: str | Path) -> Path | str:
     """Where the tokenizer lies that a generator, loaded from `folder`, names. Raises
     CheckpointError."""
     record = generator.metadata
@@ -105,37 +106,32 @@ def expected_codes(record: Mapping[str, Any]) -> str:
 
 
 def generate_images(
-    generator: Any,
-    tokenizer: Any,
-    cond: Any,
+    generator: Generator,
+    tokenizer: Tokenizer,
+    cond: Cond,
     num_tokens: list[int] | None = None,
     seed: int = 0,
-    sampling: dict[str, Any] | None = None,
-    decoding: dict[str, Any] | None = None,
+    sampling: Asked = None,
+    decoding: Asked = None,
     progress: Callable[[int], None] | None = None,
     batch_size: int = 64,
 ) -> dict[int, Tensor]:
     """cond: (B,) labels or B prompts. Generates max(num_tokens) indices once and decodes each
-    prefix length with the same initial noise. sampling and decoding go to generate() and decode(),
-    None = the model's own. Picture r depends on seed and r, not on batch_size. Returns prefix
-    length -> (B, 3, H, W) in [-1, 1], shortest first."""
-    batches = list(
-        generate_batches(
-            *(generator, tokenizer, cond, num_tokens, seed, sampling, decoding),
-            *(progress, batch_size),
-        )
-    )
-    return {k: torch.cat([batch[k] for batch in batches]) for k in batches[0]}
+    prefix length with the same initial noise. sampling and decoding are options of generate() and
+    decode() by name, None = the model's own. Image r depends on seed and r, not on batch_size.
+    Returns prefix length -> (B, 3, H, W) in [-1, 1], shortest first."""
+    how = (num_tokens, seed, sampling, decoding, progress, batch_size)
+    return joined(generate_batches(generator, tokenizer, cond, *how))
 
 
 def generate_batches(
-    generator: Any,
-    tokenizer: Any,
-    cond: Any,
+    generator: Generator,
+    tokenizer: Tokenizer,
+    cond: Cond,
     num_tokens: list[int] | None = None,
     seed: int = 0,
-    sampling: dict[str, Any] | None = None,
-    decoding: dict[str, Any] | None = None,
+    sampling: Asked = None,
+    decoding: Asked = None,
     progress: Callable[[int], None] | None = None,
     batch_size: int = 64,
 ) -> Iterator[dict[int, Tensor]]:
@@ -143,105 +139,99 @@ def generate_batches(
     lengths = sorted(set(num_tokens or [generator.num_tokens]))
     options = generator.generate_options(sampling or {})
     tokenizer.decode_options(decoding or {})  # raises before the work, not after it
-    check_number("batch_size", batch_size, 1, 2**31, whole=True)
-    for start in range(0, len(cond), batch_size):
-        some = cond[start : start + batch_size]
-        rows = range(start, start + len(some))
+    for rows in batches_of(len(cond), batch_size):
         indices = generator.generate(
-            some,
-            num_tokens=lengths[-1],
-            generator=row_generators(seed, CODES, rows),
+            cond[rows.start : rows.stop],
+            lengths[-1],
             options=options,
+            generator=row_generators(seed, CODES, rows),
             progress=progress,
         )
         yield decode_prefixes(tokenizer, indices, lengths, seed, decoding, rows)
 
 
 def grow_images(
-    generator: Any,
-    tokenizer: Any,
-    cond: Any,
+    generator: Generator,
+    tokenizer: Tokenizer,
+    cond: Cond,
     lengths: list[int],
     seed: int = 0,
-    sampling: dict[str, Any] | None = None,
-    decoding: dict[str, Any] | None = None,
+    sampling: Asked = None,
+    decoding: Asked = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """As generate_images, but yields (length, (B, 3, H, W) in [-1, 1]) as soon as that many indices
-    are there, shortest first. A generator that does not write them in order (MaskGIT) yields the
+    are there, shortest first. A generator that does not generate them in order (MaskGIT) yields the
     longest only."""
     options = generator.generate_options(sampling or {})
     tokenizer.decode_options(decoding or {})  # raises before the work, not after it
-    cond = generator.conditioner.prepare(cond, next(generator.parameters()).device)
+    cond = generator.conditioner.prepare(cond, generator.device)
     draws = row_generators(seed, CODES, range(len(cond)))
-    prefix: dict[str, Any] = {}
+    indices: Tensor | None = None
     for k in sorted(set(lengths)) if generator.streams else [max(lengths)]:
-        indices = generator.generate(cond, k, options=options, generator=draws, **prefix)
-        if generator.streams:
-            prefix = {"prefix": indices}
+        indices = generator.generate(cond, k, options=options, generator=draws, prefix=indices)
         yield k, decode_prefixes(tokenizer, indices, [k], seed, decoding)[k]
-
-
-def decode_prefixes(
-    tokenizer: Any,
-    indices: Tensor,
-    lengths: list[int],
-    seed: int = 0,
-    decoding: dict[str, Any] | None = None,
-    rows: Sequence[int] | None = None,
-) -> dict[int, Tensor]:
-    """indices: (B, k). Decodes every prefix length with the same initial noise. decoding goes to
-    decode(), None = the model's own. rows: the pictures' numbers, 0 .. B-1 by default; a picture's
-    noise depends on seed and its number alone. Returns prefix length -> (B, 3, H, W) in [-1, 1]."""
-    if bad := [k for k in lengths if not 1 <= k <= indices.shape[1]]:
-        raise ValueError(f"num_tokens={bad} must be in [1, {indices.shape[1]}]")
-    options = tokenizer.decode_options(decoding or {})
-    rows = range(len(indices)) if rows is None else rows
-    return {
-        k: tokenizer.decode(
-            indices[:, :k], options=options, generator=row_generators(seed, NOISE, rows)
-        )
-        for k in lengths
-    }
 
 
 @torch.no_grad()
 def reconstruct_prefixes(
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     images: Tensor,
     lengths: list[int],
     seed: int = 0,
-    decoding: dict[str, Any] | None = None,
+    decoding: Asked = None,
     rows: Sequence[int] | None = None,
     batch_size: int = 64,
 ) -> dict[int, Tensor]:
-    """images: (B, 3, H, W) in [-1, 1]. Encodes them once and decodes as decode_prefixes does,
-    batch by batch. A continuous tokenizer, which has no indices, decodes its codes."""
-    device = next(tokenizer.parameters()).device
-    check_number("batch_size", batch_size, 1, 2**31, whole=True)
-    rows = range(len(images)) if rows is None else rows
-    batches = []
-    for start in range(0, len(images), batch_size):
-        some = images[start : start + batch_size].to(device)
-        numbers = rows[start : start + batch_size]
+    """images: (B, 3, H, W) in [-1, 1]; rows: their numbers, 0 .. B-1 by default. Encodes them once
+    and decodes as decode_prefixes does, batch by batch. A continuous tokenizer, which has no
+    indices, decodes its codes."""
+    made = []
+    for some in batches_of(len(images), batch_size):
+        numbers = some if rows is None else rows[some.start : some.stop]
+        batch = images[some.start : some.stop].to(tokenizer.device)
         if tokenizer.vocab_size:
-            indices = encode_rows(tokenizer, some, seed, numbers)
-            batches.append(decode_prefixes(tokenizer, indices, lengths, seed, decoding, numbers))
-            continue
-        tokenizer.decode_options(decoding or {})
-        codes = tokenizer.encode_codes(some)
-        decoded = {k: tokenizer.decode_codes(codes[:, :k]) for k in lengths}
-        batches.append({k: as_images(pixels) for k, pixels in decoded.items()})
-    return {k: torch.cat([batch[k] for batch in batches]) for k in lengths}
+            encoded = encode_rows(tokenizer, batch, seed, numbers)
+        else:
+            encoded = tokenizer.encode_codes(batch)
+        made.append(decode_prefixes(tokenizer, encoded, lengths, seed, decoding, numbers))
+    return joined(made)
 
 
-def decoding_options(tokenizer: Tokenizer, asked: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The decoding options that are not None. Raises ConfigError for one that the tokenizer does
-    not take, or not with this value."""
-    tokenizer.decode_options(asked or {})
-    return {key: value for key, value in (asked or {}).items() if value is not None}
+def decode_prefixes(
+    tokenizer: Tokenizer,
+    encoded: Tensor,
+    lengths: list[int],
+    seed: int = 0,
+    decoding: Asked = None,
+    rows: Sequence[int] | None = None,
+) -> dict[int, Tensor]:
+    """encoded: indices (B, k), or codes (B, k, C) of a continuous tokenizer. Decodes every prefix
+    length with the same initial noise, which depends on seed and the image's number alone. rows:
+    the numbers, 0 .. B-1 by default. Returns prefix length -> (B, 3, H, W) in [-1, 1]."""
+    if bad := [k for k in lengths if not 1 <= k <= encoded.shape[1]]:
+        raise ValueError(f"num_tokens={bad} must be in [1, {encoded.shape[1]}]")
+    options = tokenizer.decode_options(decoding or {})
+    if encoded.is_floating_point():
+        return {k: as_images(tokenizer.decode_codes(encoded[:, :k])) for k in lengths}
+    rows = range(len(encoded)) if rows is None else rows
+    made = {}
+    for k in lengths:
+        noise = row_generators(seed, NOISE, rows)  # the same for each length
+        made[k] = tokenizer.decode(encoded[:, :k], options=options, generator=noise)
+    return made
 
 
-def decodable_lengths(tokenizer: Any, total: int | None = None) -> list[int]:
+def batches_of(number: int, batch_size: int) -> Iterator[range]:
+    check_number("batch_size", batch_size, 1, 2**31, whole=True)
+    return (range(i, min(i + batch_size, number)) for i in range(0, number, batch_size))
+
+
+def joined(batches: Iterable[dict[int, Tensor]]) -> dict[int, Tensor]:
+    made = list(batches)
+    return {k: torch.cat([batch[k] for batch in made]) for k in made[0]}
+
+
+def decodable_lengths(tokenizer: Tokenizer, total: int | None = None) -> list[int]:
     """The prefix lengths to show of `total` indices (the tokenizer's number by default): 1, 2, 4,
     ... and all of them, or all only where prefixes mean nothing."""
     total = total or tokenizer.num_tokens

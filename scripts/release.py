@@ -14,7 +14,8 @@ import torch
 from flextok.data.sets import take
 from flextok.data.transforms import ImageTransform
 from flextok.emoji.datasets import Emoji
-from flextok.pipeline import is_generator, load_model, load_tokenizer_of, remember_tokenizer
+from flextok.generators import Generator
+from flextok.pipeline import load_model, load_tokenizer_of, remember_tokenizer
 from flextok.places import RELEASES
 
 LIMIT = 40e6  # bytes of all models together
@@ -36,7 +37,7 @@ def main(arguments: list[str]) -> None:
     for argument in arguments:
         name, folder = argument.split("=", 1)
         model = load_model(folder)
-        if is_generator(model):
+        if isinstance(model, Generator):
             if tokenizer is None:
                 raise SystemExit(f"{argument}: name its tokenizer before it")
             trained_on = load_tokenizer_of(model, folder)
@@ -45,7 +46,7 @@ def main(arguments: list[str]) -> None:
             remember_tokenizer(model, RELEASES / name, tokenizer, str(RELEASES / place))
         target = model.save_pretrained(RELEASES / name, rounded(model))
         released = load_model(target)
-        if not is_generator(model):
+        if not isinstance(model, Generator):
             share = changed_indices(model, released)
             print(f"{name}: rounding to fp16 changes {share:.2%} of the validation emoji's indices")
             tokenizer, place = released, name

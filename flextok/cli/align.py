@@ -11,7 +11,6 @@ from flextok.emoji.alignment import alignment, format_report
 from flextok.emoji.datasets import EmojiScenes
 from flextok.emoji.probe import Probe, train_probe
 from flextok.generators import Generator
-from flextok.pipeline import decoding_options as checked
 from flextok.pipeline import load_model, load_tokenizer_of
 from flextok.registry import make_dataset
 
@@ -26,7 +25,8 @@ def run_align(options: Align) -> dict[str, Any]:
         raise ValueError(f"{options.model} is a {generator.model_type} model, not a generator")
     tokenizer = load_tokenizer_of(generator, options.model, options.tokenizer, generator.device)
     lengths = token_lengths(options.num_tokens, tokenizer, generator.num_tokens)
-    decoding = checked(tokenizer, decoding_options(options))  # before the classifier is trained
+    decoding = decoding_options(options)
+    tokenizer.decode_options(decoding)  # before the classifier is trained
     if options.probe and Path(options.probe).is_file():
         probe = Probe.load(options.probe).to(generator.device)
     else:

@@ -31,7 +31,6 @@ from flextok.data.transforms import to_image
 from flextok.evaluation.sources import Images, skipping
 from flextok.generators import Generator
 from flextok.generators.conditioning import NULL_CLASS, NoConditioner, TextConditioner
-from flextok.pipeline import decoding_options as checked
 from flextok.pipeline import generate_batches, load_model, load_tokenizer_of, reconstruct_prefixes
 from flextok.schema import check_number
 from flextok.tokenizers import Tokenizer
@@ -142,7 +141,8 @@ def reconstruction(
     model: Tokenizer, lengths: list[int], options: Sample
 ) -> tuple[list[str], Batches]:
     """--images, --data or what the model was validated on; unreadable ones are skipped."""
-    decoding = checked(model, decoding_options(options))  # raises before the work
+    decoding = decoding_options(options)
+    model.decode_options(decoding)  # raises before the work
     if options.images:
         data = take(PictureFiles(options.images), options.limit)
     else:

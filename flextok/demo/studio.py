@@ -70,7 +70,7 @@ class Pair:
         frames = grow_images(
             self.generator,
             self.tokenizer,
-            [condition] if self.reads_text else torch.tensor([condition]),
+            [str(condition)] if self.reads_text else torch.tensor([condition]),
             lengths,
             int(seed),
             {"guidance_scale": scale, "num_steps": num_steps},

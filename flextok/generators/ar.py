@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from flextok.draws import Rng, uniform_steps
 from flextok.generators.base import Generator
-from flextok.generators.conditioning import Condition, make_conditioner
+from flextok.generators.conditioning import Cond, Condition, make_conditioner
 from flextok.generators.sampling import MAX_SCALE, check_temperature, pick
 from flextok.nn.attention import KVCache
 from flextok.nn.blocks import Block, LayerNorm
@@ -109,7 +109,7 @@ class GPT(Generator):
             else:
                 nn.init.normal_(parameter, std=0.02)
 
-    def forward(self, indices: Tensor, cond: Any, drop: Tensor | None = None) -> Tensor:
+    def forward(self, indices: Tensor, cond: Cond, drop: Tensor | None = None) -> Tensor:
         """indices: (B, k) long, 0 <= k < num_tokens; cond: what the conditioner takes, (B,) labels
         or B prompts; drop: (B,) bool, True = null condition. Returns logits (B, k+1, V) of indices
         0..k."""
@@ -120,7 +120,7 @@ class GPT(Generator):
             x = block(x, is_causal=True, context=context, context_mask=mask)
         return self.head(self.norm(x))
 
-    def condition(self, cond: Any, drop: Tensor | None = None) -> Condition:
+    def condition(self, cond: Cond, drop: Tensor | None = None) -> Condition:
         return self.conditioner(self.conditioner.prepare(cond, self.start.device), drop)
 
     def contexts(self, condition: Condition) -> list[tuple[Tensor, Tensor] | None]:
@@ -130,7 +130,7 @@ class GPT(Generator):
         blocks: Any = self.blocks
         return [block.cross_attn.keys_values(condition.context.values) for block in blocks]
 
-    def embed(self, indices: Tensor, cond: Any, drop: Tensor | None = None) -> Tensor:
+    def embed(self, indices: Tensor, cond: Cond, drop: Tensor | None = None) -> Tensor:
         """Returns the input embeddings (B, k+1, D): the start token with its condition, then one
         for each index, all with positions."""
         return self.join_start(indices, self.condition(cond, drop))
@@ -143,7 +143,7 @@ class GPT(Generator):
     @torch.no_grad()
     def generate(
         self,
-        cond: Any,
+        cond: Cond,
         num_tokens: int | None = None,
         *,
         options: GenerateOptions | None = None,
@@ -153,7 +153,7 @@ class GPT(Generator):
         **asked: Any,
     ) -> Tensor:
         """As of every generator. Guidance is u + scale (c - u) on logits, both branches in one
-        batch. prefix: (B, p) indices to continue from, part of the result. Each index of a row
+        batch. Each index of a row
         takes one uniform number from its generator, and all are drawn before the first index.
         progress is called with the number of indices so far. Raises ValueError for options out of
         range, and NotFinite where the logits are not."""

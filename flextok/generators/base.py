@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from flextok.draws import Rng
+from flextok.generators.conditioning import Cond, Conditioner
 from flextok.hub import Pretrained
 from flextok.schema import with_options
 
@@ -13,7 +14,7 @@ from flextok.schema import with_options
 class Generator(Pretrained):
     """Generates the indices of a tokenizer for a batch of conditions."""
 
-    conditioner: Any  # one of generators.conditioning
+    conditioner: Conditioner
     streams: bool  # generates its indices in order: generate takes a prefix to continue from
 
     @property
@@ -40,18 +41,20 @@ class Generator(Pretrained):
 
     def generate(
         self,
-        cond: Any,
+        cond: Cond,
         num_tokens: int | None = None,
         *,
         options: Any = None,
         generator: Rng = None,
+        prefix: Tensor | None = None,
         progress: Callable[[int], None] | None = None,
         **asked: Any,
     ) -> Tensor:
         """cond: what the conditioner takes, (B,) labels, -1 = none, or B prompts, "" = none.
         Returns indices (B, num_tokens) long, all by default. options: of `generate_options`, or
         single ones by name. generator: one, or one for each row, which makes a row independent of
-        its batch. progress is called with the number of steps done."""
+        its batch. prefix: (B, p) indices to continue from, part of the result, where the generator
+        streams. progress is called with the number of steps done."""
         raise NotImplementedError
 
     def check_num_tokens(self, num_tokens: int | None) -> int:

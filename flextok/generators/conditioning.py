@@ -20,6 +20,7 @@ from flextok.generators.words import WordEncoder
 from flextok.nn.devices import span, to_device
 from flextok.schema import ConfigError, Many, Size, build
 
+Cond = Tensor | Sequence[str] | Text  # (B,) labels, B prompts, or what `prepare` made of them
 NULL_CLASS = -1  # as a label: no condition
 TEXT_ENCODERS = {"bytes": ByteEncoder, "words": WordEncoder, "pretrained": PretrainedEncoder}
 
@@ -38,16 +39,29 @@ class Condition(NamedTuple):
         return Condition(start, self.context.join(other.context))
 
 
-class NoConditioner(nn.Module):
-    """Unconditional generation; cond only says how many: (B,) of anything."""
+class Conditioner(nn.Module):
+    """What every conditioner has."""
 
-    cross_attention = False
+    cross_attention = False  # whether the transformer reads a context
+    num_classes = 0  # labels that it takes; 0 = none
+
+    def prepare(self, cond: Cond, device: torch.device) -> Any:
+        """Labels or prompts checked and on `device`, as forward takes them; again, if prepared."""
+        raise NotImplementedError
+
+    def null_like(self, cond: Any) -> Any:
+        """As many null conditions as `cond`, of `prepare`, has rows."""
+        raise NotImplementedError
+
+
+class NoConditioner(Conditioner):
+    """Unconditional generation; cond only says how many: (B,) of anything."""
 
     def __init__(self, dim: int):
         super().__init__()
         self.dim = dim
 
-    def prepare(self, cond: Tensor, device: torch.device) -> Tensor:
+    def prepare(self, cond: Cond, device: torch.device) -> Tensor:
         if not isinstance(cond, Tensor):
             raise ValueError(f"this generator takes no condition, not {cond!r}: give a (B,) tensor")
         return to_device(cond, device)
@@ -59,10 +73,8 @@ class NoConditioner(nn.Module):
         return cond
 
 
-class ClassConditioner(nn.Module):
+class ClassConditioner(Conditioner):
     """Labels (B,) long in [0, num_classes), or -1 for the null condition."""
-
-    cross_attention = False
 
     def __init__(self, dim: int, num_classes: Many, learned_null: bool = False):
         """learned_null: the null condition is one more embedding, the last, instead of zero."""
@@ -72,7 +84,7 @@ class ClassConditioner(nn.Module):
         self.num_classes, self.learned_null = num_classes, learned_null
         self.embedding = nn.Embedding(num_classes + learned_null, dim)
 
-    def prepare(self, cond: Tensor, device: torch.device) -> Tensor:
+    def prepare(self, cond: Cond, device: torch.device) -> Tensor:
         if not isinstance(cond, Tensor):
             raise ValueError(f"this generator takes class labels, a (B,) tensor, not {cond!r}")
         self._check(cond)
@@ -103,7 +115,7 @@ class ClassConditioner(nn.Module):
             )
 
 
-class TextConditioner(nn.Module):
+class TextConditioner(Conditioner):
     """Prompts through a text encoder and an MLP (tanh-GELU) to the model's width (FlexTok, section
     3.3: flan-t5-xl, 2048 -> 2048 -> D). The null condition is the text ""."""
 
@@ -145,7 +157,7 @@ class TextConditioner(nn.Module):
         by_prompt = dict(zip(different, self.encoder.rows(different, device), strict=True))
         return [by_prompt[prompt] for prompt in prompts]
 
-    def prepare(self, cond: Sequence[str] | Text, device: torch.device) -> Text:
+    def prepare(self, cond: Cond, device: torch.device) -> Text:
         """cond: prompts, "" = the null text, or what this method returned for some. Returns them
         as a batch on `device`, padded. Raises ValueError for anything else."""
         if isinstance(cond, Tensor):
@@ -174,7 +186,7 @@ class TextConditioner(nn.Module):
         return self.null_row.to(like.dtype)
 
 
-def make_conditioner(spec: Mapping[str, Any], dim: int) -> Any:
+def make_conditioner(spec: Mapping[str, Any], dim: int) -> Conditioner:
     """The conditioner of a generator of width dim. Raises ConfigError, also for another dim."""
     if spec.get("dim", dim) != dim:
         raise ConfigError(f"conditioner.dim={spec['dim']!r} must be left out: it is dim={dim}.")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from flextok.draws import Rng, uniforms
 from flextok.generators.base import Generator
-from flextok.generators.conditioning import Condition, NoConditioner, make_conditioner
+from flextok.generators.conditioning import Cond, Condition, NoConditioner, make_conditioner
 from flextok.generators.sampling import MAX_SCALE, check_temperature, pick
 from flextok.nn.vit import ViTBlock
 from flextok.schema import Bounds, Depth, Many, Share, Size, check_number
@@ -122,7 +122,7 @@ class MaskGIT(Generator):
             else:
                 nn.init.trunc_normal_(parameter, std=0.02)
 
-    def forward(self, indices: Tensor, cond: Any, drop: Tensor | None = None) -> Tensor:
+    def forward(self, indices: Tensor, cond: Cond, drop: Tensor | None = None) -> Tensor:
         """indices: (B, k) long, k <= num_tokens, masked ones equal to `mask_index`; cond: what the
         conditioner takes, (B,) labels; drop: (B,) bool, True = null condition. Returns logits
         (B, k, V)."""
@@ -155,11 +155,12 @@ class MaskGIT(Generator):
     @torch.no_grad()
     def generate(
         self,
-        cond: Any,
+        cond: Cond,
         num_tokens: int | None = None,
         *,
         options: MaskGITOptions | None = None,
         generator: Rng = None,
+        prefix: Tensor | None = None,
         uniform: Callable[[tuple[int, ...]], Tensor] | None = None,
         progress: Callable[[int], None] | None = None,
         **asked: Any,
@@ -169,6 +170,7 @@ class MaskGIT(Generator):
         shape in its place, as the published sampler takes them: a step draws (B, N, V) for the
         Gumbel noise of the indices, then (B, N) for the confidence. Raises ValueError for options
         out of range, and NotFinite where the logits are not."""
+        assert prefix is None, "its indices come in no order: there is none to continue from"
         chosen = self.generate_options(asked, options)
         steps, total = chosen.num_steps, self.check_num_tokens(num_tokens)
         device = self.device
