@@ -5,8 +5,8 @@ import json
 import logging
 import re
 import shutil
-import zipfile
 import zlib
+from collections import ChainMap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -20,7 +20,7 @@ from flextok.files import atomic_write, read_mapping, write_text, writing
 from flextok.schema import ConfigError
 from flextok.storage import CheckpointError
 
-SUMS = ".sum"  # of a checkpoint that is a file: its checksum and size, in a file beside it
+SUMS = ".sum"  # of a checkpoint that is a file: its checksum, in a file beside it
 CHECKSUMS = "checksums-*.json"  # of a checkpoint that is a folder, one for each process
 AVERAGE = "average."  # of a LightningModule's state: made when training begins
 RUN_FORMAT = 2  # 1, without a number, held a model; 2 holds an objective
@@ -48,8 +48,8 @@ class WholeFiles(TorchCheckpointIO):
                 except RuntimeError as error:  # torch's words about a disk that was full
                     raise summed.error or error from None
             # there before the checkpoint is, so that no checkpoint is ever without
-            text = json.dumps({"crc32": summed.crc32, "size": summed.size}) + "\n"
-            write_text(sums_of(path), text)
+            record = {"world_size": 1, "files": {path.name: summed.crc32}}
+            write_text(sums_of(path), json.dumps(record) + "\n")
 
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,12 +62,11 @@ class Summed:
     """A file that is written in order, once, and sums what is written."""
 
     def __init__(self, file: IO[bytes]):
-        self.file, self.crc32, self.size = file, 0, 0
+        self.file, self.crc32 = file, 0
         self.error: OSError | None = None
 
     def write(self, data: bytes) -> int:
         self.crc32 = zlib.crc32(data, self.crc32)
-        self.size += len(data)
         try:
             return self.file.write(data)
         except OSError as error:
@@ -114,40 +113,17 @@ def sums_of(path: Path) -> Path:
 
 def verify(path: Path) -> None:
     """Read a checkpoint whole against its checksums. Raises CheckpointError naming what differs."""
+    is_folder = path.is_dir()
     try:
-        if path.is_dir():
-            return verify_folder(path)
-        if not path.is_file():
-            raise CheckpointError(f"checkpoint {path} is neither a file nor a folder")
-        if sums_of(path).exists():
-            sums = read_mapping(sums_of(path), crc32=int, size=int)
-            if (size := path.stat().st_size) != sums["size"]:
-                raise CheckpointError(
-                    f"checkpoint {path} is truncated or damaged: {size} of {sums['size']} bytes"
-                )
-            if crc32(path) != sums["crc32"]:
-                raise CheckpointError(f"checkpoint {path} is damaged: it fails its checksum")
-            return None
-        with zipfile.ZipFile(path) as file:  # of an older version, or alone: sums of its parts
-            damaged = file.testzip()
-    except CheckpointError:
-        raise
-    except Exception as error:  # a damaged zip raises many kinds
-        raise CheckpointError(f"checkpoint {path} is truncated or damaged ({error})") from None
-    if damaged is not None:
-        raise CheckpointError(f"checkpoint {path} is damaged: {damaged} fails its checksum")
-
-
-def verify_folder(path: Path) -> None:
-    listed: dict[str, int] = {}
-    records = [read_mapping(file, world_size=int, files=dict) for file in path.glob(CHECKSUMS)]
-    if not records or len(records) != records[0]["world_size"]:
-        raise CheckpointError(f"checkpoint {path} is incomplete: it lacks checksums")
-    for record in records:
-        listed |= record["files"]
-    for name, expected in listed.items():
-        if crc32(path / name) != expected:
-            raise CheckpointError(f"checkpoint {path} is damaged: {name} fails its checksum")
+        sums = path.glob(CHECKSUMS) if is_folder else [sums_of(path)]
+        records = [read_mapping(file, world_size=int, files=dict) for file in sums]
+        if not records or len(records) != records[0]["world_size"]:
+            raise ValueError("it lacks checksums")
+        for name, expected in ChainMap(*(record["files"] for record in records)).items():
+            if crc32(path / name if is_folder else path) != expected:
+                raise ValueError(f"{name} is truncated or fails its checksum")
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"checkpoint {path} is damaged: {error}") from None
 
 
 def check_fits(path: Path, content: Mapping[str, Any], module: nn.Module) -> None:

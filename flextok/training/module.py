@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from flextok.draws import STEP, VALIDATION, derived_generator
 from flextok.objectives.base import Objective
 from flextok.training.checkpoints import RUN_FORMAT
-from flextok.training.optim import make_optimizer, regroup, warmup_cosine
+from flextok.training.optim import make_optimizer, warmup_cosine
 from flextok.training.options import FitOptions
 from flextok.training.sharding import is_sharded, shard
 
@@ -97,23 +97,26 @@ class TrainingModule(L.LightningModule):
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
 
-    def names_in(self, optimizer: torch.optim.Optimizer) -> list[list[str]]:
-        """The names of the parameters in each of its groups."""
+    def names_in(self, optimizer: torch.optim.Optimizer) -> list[str]:
+        """The names of its parameters, group by group."""
         names = {parameter: name for name, parameter in self.named_parameters()}
-        return [[names[p] for p in group["params"]] for group in optimizer.param_groups]
+        return [names[p] for group in optimizer.param_groups for p in group["params"]]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["run_format"] = RUN_FORMAT
         checkpoint["optimizer_names"] = self.names_in(self.trainer.optimizers[0])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Bring the optimizer's state into the groups that its present settings ask for."""
-        states = checkpoint.get("optimizer_states")  # a folder's are loaded by their names
-        if states:
-            after = self.names_in(make_optimizer(self.objective, self.options.optim))
-            checkpoint["optimizer_states"] = [
-                regroup(state, checkpoint["optimizer_names"], after) for state in states
-            ]
+        """Bring the optimizer's state, parameter by parameter, into the groups that its present
+        settings ask for."""
+        optimizer = make_optimizer(self.objective, self.options.optim)
+        number = {name: i for i, name in enumerate(self.names_in(optimizer))}
+        for saved in checkpoint.get("optimizer_states", []):  # a folder has them by name
+            names = checkpoint["optimizer_names"]
+            saved["state"] = {
+                number[names[i]]: state for i, state in saved["state"].items() if names[i] in number
+            }
+            saved["param_groups"] = optimizer.state_dict()["param_groups"]
 
     def on_train_start(self) -> None:
         """A run that continues takes its optimizer's settings from the options, and from the

@@ -65,24 +65,6 @@ def fused_adamw(groups: list[dict[str, Any]], betas: tuple[float, float]) -> tor
     return optimizer
 
 
-def regroup(
-    state: dict[str, Any], before: list[list[str]], after: list[list[str]]
-) -> dict[str, Any]:
-    """An optimizer's state dict, whose groups hold the parameters of those names `before`, for
-    groups that hold them as `after` says. The groups' settings must then be set anew."""
-    old, new = ([name for group in groups for name in group] for groups in (before, after))
-    if before == after or sorted(old) != sorted(new):
-        return state
-    number = {name: i for i, name in enumerate(new)}
-    return {
-        "state": {number[old[i]]: value for i, value in state["state"].items()},
-        "param_groups": [
-            {**state["param_groups"][0], "params": [number[name] for name in group]}
-            for group in after
-        ],
-    }
-
-
 class MuonAdamW(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024) for `matrices`, AdamW for all other parameters, as one optimizer.
     Muon's updates are scaled to AdamW's size (Moonlight, arXiv 2502.16982, section 2.2), so one
