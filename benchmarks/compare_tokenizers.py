@@ -12,10 +12,13 @@ is no FID. Runs are kept in outputs/compare and go on where they stopped.
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from flextok.config import ExperimentConfig, load_experiment
-from flextok.training.study import train_and_measure
+
+sys.path.append(str(Path(__file__).parent.parent / "experiments"))
+from study import train_and_measure
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 GRIDS = {8: [2, 4], 16: [4, 4], 32: [4, 8], 64: [8, 8]}

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from run import score_tables
+from study import write_json
 
 from flextok.emoji.datasets import Emoji
 from flextok.evaluation import Cell, Options, evaluate
 from flextok.pipeline import load_model
-from flextok.training.study import write_json
 
 INTERVALS = ([0.0, 0.5], [0.2, 0.8], [0.5, 1.0])
 

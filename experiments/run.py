@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from study import train_and_measure
 
 from flextok.config import ExperimentConfig, load_experiment
-from flextok.training.study import train_and_measure
 
 HERE = Path(__file__).parent
 FOLDERS = {"base": HERE / "recipes", "generator": HERE / "generator_recipes"}

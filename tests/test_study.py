@@ -1,7 +1,7 @@
 """The experiments: their recipes, and that a study keeps what it has."""
 
-import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,12 +12,12 @@ from flextok.generators import GENERATORS
 from flextok.registry import build_model
 from flextok.schema import ConfigError
 from flextok.tokenizers import TOKENIZERS
-from flextok.training import study
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
-spec = importlib.util.spec_from_file_location("experiments_run", EXPERIMENTS / "run.py")
-run = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(run)
+sys.path.append(str(EXPERIMENTS))
+
+import run  # noqa: E402
+import study  # noqa: E402
 
 
 @pytest.mark.parametrize(
