@@ -4,8 +4,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from flextok.cli.arguments import Align
 from flextok.cli.common import data_spec, pick_device, token_lengths
+from flextok.cli.measure_arguments import Align
 from flextok.cli.options import decoding_options
 from flextok.emoji.alignment import alignment, format_report
 from flextok.emoji.datasets import EmojiScenes

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from flextok.cli.arguments import Adaptive, Evaluate, Measuring, Probe, Sweep
 from flextok.cli.common import data_of, open_data, output_of, pick_device, token_lengths
+from flextok.cli.measure_arguments import Adaptive, Evaluate, Measuring, Probe, Sweep
 from flextok.cli.options import decoding_options
 from flextok.data.sets import take
 from flextok.evaluation import Cell, Options, evaluate, processes

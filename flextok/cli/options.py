@@ -32,6 +32,12 @@ SAMPLING = {
     "num_steps": "generator_steps",
 }
 Count = Annotated[int, Bounds(1, 2**40)]
+SETS = "emoji:validation, emoji_scenes:train, a picture folder, shards (*.tar), {name: ...}"
+Data = Annotated[str | None, SETS]
+OwnData = Annotated[str | None, f"{SETS}; default: what the model was validated on"]
+Limit = Annotated[Count | None, "take this many images, evenly spread"]
+Lengths = Annotated[list[int] | None, "default 1 2 4 ... all, or all"]
+ItsTokenizer = Annotated[str | None, "generator: another place to find its tokenizer"]
 
 
 class AnyOrder(argparse.ArgumentParser):
