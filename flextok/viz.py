@@ -1,4 +1,4 @@
-"""Picture grids, coarse-to-fine strips, maps and curves, as PNG files."""
+"""Image grids, coarse-to-fine strips, maps and curves, as PNG files."""
 
 import contextlib
 import functools
@@ -28,7 +28,7 @@ def grid(
     scale: int = 1,
 ) -> Image.Image:
     """rows: a (n, 3, H, W) tensor in [-1, 1] for each row, rows may differ in n. scale: enlarges
-    each pixel. Returns an RGB picture with labels above the columns and left of the rows, where
+    each pixel. Returns an RGB image with labels above the columns and left of the rows, where
     long ones are wrapped."""
     height, width = (side * scale for side in rows[0].shape[-2:])
     left = MARGIN
@@ -57,9 +57,9 @@ def grid(
                 (MARGIN, y + height // 2), text, fill="black", font=font, anchor="lm"
             )
         for i, pixels in enumerate(to_uint8(row)):
-            picture = Image.fromarray(np.asarray(pixels))
-            picture = picture.resize((width, height), Image.Resampling.NEAREST)
-            canvas.paste(picture, (left + i * (width + GAP), y))
+            image = Image.fromarray(np.asarray(pixels))
+            image = image.resize((width, height), Image.Resampling.NEAREST)
+            canvas.paste(image, (left + i * (width + GAP), y))
     return canvas
 
 
@@ -124,7 +124,7 @@ def spell(label: str, drawable: frozenset[str]) -> str:
 def coarse_to_fine(
     originals: Tensor | None, by_tokens: dict[int, Tensor], names: list[str] | None = None
 ) -> Image.Image:
-    """One row a picture, one column a prefix length, the original last.
+    """One row an image, one column a prefix length, the original last.
 
     originals: (n, 3, H, W) in [-1, 1] or None; by_tokens: prefix length -> (n, 3, H, W); names: a
     label for each row.
@@ -147,7 +147,7 @@ def samples(images: Tensor, names: list[str], per_row: int) -> Image.Image:
 def variance_map(
     originals: Tensor, by_tokens: dict[int, Tensor], maps: dict[int, Tensor]
 ) -> Image.Image:
-    """Two rows a picture, one column a prefix length: one decode, and below it how far decodes of
+    """Two rows an image, one column a prefix length: one decode, and below it how far decodes of
     the same prefix differ (dark: decided; bright: still open; one scale for all).
 
     originals: (n, 3, H, W) in [-1, 1]; by_tokens: prefix length -> (n, 3, H, W); maps: prefix
@@ -158,7 +158,7 @@ def variance_map(
     colours = torch.from_numpy(matplotlib.colormaps["inferno"](np.linspace(0, 1, 256))[:, :3])
     rows = []
     for i, original in enumerate(originals):
-        decoded = [pictures[i] for pictures in by_tokens.values()]
+        decoded = [images[i] for images in by_tokens.values()]
         rows.append(torch.stack([*decoded, original.to(decoded[0].device)]))
         levels = [(m[i] / most * 255).round().long() for m in maps.values()]
         rows.append(torch.stack([colours[level].permute(2, 0, 1) * 2 - 1 for level in levels]))
@@ -196,17 +196,17 @@ def curves(
     return Image.open(buffer).convert("RGB")
 
 
-def picture_format(path: str | Path) -> str:
-    """Pillow's name of the format that a file's ending means. Raises ValueError where no picture
+def image_format(path: str | Path) -> str:
+    """Pillow's name of the format that a file's ending means. Raises ValueError where no image
     can be written by that name."""
     kind = Image.registered_extensions().get(Path(path).suffix.lower())
     if kind not in Image.SAVE:
-        raise ValueError(f"{path} must end in .png, or as another picture format does")
+        raise ValueError(f"{path} must end in .png, or as another image format does")
     return kind
 
 
-def save(picture: Image.Image, path: str | Path) -> Path:
-    path, kind = Path(path), picture_format(path)
+def save(image: Image.Image, path: str | Path) -> Path:
+    path, kind = Path(path), image_format(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, lambda place: picture.save(place, kind))
+    atomic_write(path, lambda place: image.save(place, kind))
     return path

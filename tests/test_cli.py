@@ -227,12 +227,12 @@ def test_bad_pictures_are_skipped_and_counted(models, picture_folder, caplog, ca
     )
     assert code == 1  # the third is done, but who asked for three must know
     assert output.is_file()
-    assert "2 of 3 pictures could not be read" in capsys.readouterr().err
+    assert "2 of 3 images could not be read" in capsys.readouterr().err
     assert "2 so far" in caplog.text
     assert "gone.png" in caplog.text
     code, _ = sample(models, models / "tokenizer", "--images", broken)
     assert code == 1
-    assert "none of the pictures could be read" in capsys.readouterr().err
+    assert "none of the images could be read" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

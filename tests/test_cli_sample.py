@@ -129,7 +129,7 @@ def test_pictures_are_decoded_in_batches_and_the_grid_is_bounded(folder, monkeyp
     assert Image.open(folder / "out" / "grid.png").tobytes() == in_batches
     monkeypatch.setattr(command, "MOST_PIXELS", 2 * 128**2 * 6)
     assert sample(folder, "tokenizer", "--images", folder / "pictures", *FEW) == 1
-    assert "7 pictures do not fit one grid of 6" in capsys.readouterr().err
+    assert "7 images do not fit one grid of 6" in capsys.readouterr().err
 
 
 def test_pictures_of_many_prompts_are_written_as_they_are_made(folder, monkeypatch, capsys):
@@ -152,7 +152,7 @@ def test_pictures_of_many_prompts_are_written_as_they_are_made(folder, monkeypat
     monkeypatch.setattr(FlexTok, "decode", decode)
     assert sample(folder, "text", *asked) == 0
     assert len(list((folder / "out").glob("grid-*.png"))) == 70
-    assert "shows the first 5 of 70 pictures" in capsys.readouterr().out
+    assert "shows the first 5 of 70 images" in capsys.readouterr().out
 
 
 def test_the_options_are_fields_of_what_they_choose():

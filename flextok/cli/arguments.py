@@ -40,7 +40,7 @@ class Train:
     """train a tokenizer or a generator from a config
 
     One YAML file states everything about a run; key=value changes it. The output folder gets
-    checkpoints, logs, pictures and the model. An interrupted run continues when started again by
+    checkpoints, logs, images and the model. An interrupted run continues when started again by
     the same command.
 
     flextok train configs/quickstart_tokenizer.yaml
@@ -71,7 +71,7 @@ class Tokenize(Loading, Seed, Device, Json):
     data: Annotated[str, SETS]
     output: Annotated[str, "the folder to write"]
     _: KW_ONLY
-    variants: Annotated[Count, "encodings of each picture"] = 1
+    variants: Annotated[Count, "encodings of each image"] = 1
     crop: Literal["center", "random"] = "center"
     flip: Annotated[bool, "mirror half of the variants"] = False
     shift: Annotated[float, "as data.shift in configs"] = 0.0
@@ -98,7 +98,7 @@ class Plan(Json):
     gpu: Annotated[str, "a100, h100, h200, rtx3090, ..."] = "h100"
     utilisation: Annotated[float, "of peak arithmetic"] = 0.35
     price: Annotated[float | None, "dollars a GPU hour, 2.5 for rented ones"] = None
-    picture_kb: Annotated[float, "a picture file's size"] = 110.0
+    picture_kb: Annotated[float, "an image file's size"] = 110.0
 
 
 @dataclass
@@ -124,7 +124,7 @@ class Sample(Decoding, Sampling, Seed, Device, Json):
 
     With a tokenizer: reconstruct --images or --data at each of --num-tokens. With a generator:
     generate --classes, or --prompt, --prompts-file or the captions of --data; prompts also get
-    their last pictures as files beside the grid. Without a model: the one for the purpose of those
+    their last images as files beside the grid. Without a model: the one for the purpose of those
     that come with the package.
 
     flextok sample
@@ -180,9 +180,9 @@ class Reconstruct(Decoding, Seed, Device, Json):
 
 @dataclass
 class Demo(Device):
-    """a web page to take pictures apart and grow new ones, on this machine
+    """a web page to take pictures apart and generate images, on this machine
 
-    Drop a picture and slide its number of tokens; with a generator, watch a picture of a class or a
+    Drop a picture and slide its number of tokens; with a generator, watch an image of a class or a
     prompt grow token by token. The page is served to this machine only, works offline, keeps no
     files, and stops with Ctrl-C. Needs pip install 'flextok[demo]'.
 

@@ -131,7 +131,7 @@ class Probe(Measuring):
 class Align(Decoding, Seed, Device, Json):
     """how well generated emoji scenes show their prompts, against the number of tokens
 
-    A small classifier, trained on real scenes, reads generated ones; the same pictures scored
+    A small classifier, trained on real scenes, reads generated ones; the same images scored
     against shuffled prompts are the control.
 
     flextok align emoji-text --limit 64 --json align.json \\

@@ -36,7 +36,7 @@ from flextok.schema import check_number
 from flextok.tokenizers import Tokenizer
 
 MOST_PIXELS = 2**26  # of a grid
-MOST_PICTURES = 1_000_000
+MOST_IMAGES = 1_000_000
 MOST_BYTES = 2**26  # of a file of prompts
 BATCH = 64
 Batches = Iterator[tuple[Tensor | None, dict[int, Tensor]]]  # originals, images by length
@@ -55,8 +55,8 @@ TAKES: dict[str, tuple[str, tuple[str, ...]]] = {
 def run_sample(options: Sample) -> dict[str, Any]:
     output = Path(options.output)
     if output.is_dir():
-        raise ValueError(f"--output {output} is a folder: name a picture, such as grid.png in it")
-    viz.picture_format(output)
+        raise ValueError(f"--output {output} is a folder: name a file, such as grid.png in it")
+    viz.image_format(output)
     if not options.model:
         by_prompt = options.prompt or options.prompts_file
         by_class = options.classes is not None
@@ -77,10 +77,10 @@ def run_sample(options: Sample) -> dict[str, Any]:
     room = max(1, MOST_PIXELS // (columns * max(128, tokenizer.image_size) ** 2))
     if len(names) > room and kind != "text":
         raise ValueError(
-            f"{len(names)} pictures do not fit one grid of {room}: ask for "
+            f"{len(names)} images do not fit one grid of {room}: ask for "
             "fewer by --limit, --classes, --num-samples or --num-tokens"
         )
-    bar = tqdm(total=len(names), unit="picture", disable=None)
+    bar = tqdm(total=len(names), unit="image", disable=None)
     grid, done, files = collect(batches, room, output, kind == "text", bar)
     shown_names = names[: len(grid[lengths[0]])]
     if reconstructs:
@@ -89,10 +89,10 @@ def run_sample(options: Sample) -> dict[str, Any]:
         picture = viz.coarse_to_fine(None, grid, shown_names)
     else:
         picture = viz.samples(grid[lengths[0]], shown_names, options.num_samples)
-    beyond = f", which shows the first {len(shown_names)} of {done} pictures"
+    beyond = f", which shows the first {len(shown_names)} of {done} images"
     print(f"wrote {viz.save(picture, output)}{beyond if len(shown_names) < done else ''}")
     if options.images and (lost := len(names) - done):
-        raise ValueError(f"{lost} of {len(names)} pictures could not be read, see above")
+        raise ValueError(f"{lost} of {len(names)} images could not be read, see above")
     found = {"count": done} if reconstructs else {"conditions": names, "files": files}
     report = {"model": options.model, "seed": options.seed, "output": options.output}
     return {**report, "num_tokens": lengths, **found}
@@ -119,7 +119,7 @@ def collect(
             done += len(last)
             bar.update(len(last))
     if not done:
-        raise ValueError("none of the pictures could be read; see the warnings above")
+        raise ValueError("none of the images could be read; see the warnings above")
     return {k: torch.cat([batch[k] for batch in kept]) for k in kept[0]}, done, files
 
 
@@ -187,7 +187,7 @@ def read_prompts(options: Sample) -> list[str]:
     elif options.data:
         dataset = take(open_data(options.data), options.limit or 8)
         prompts = [dataset[i]["caption"] for i in range(len(dataset))]
-    check_number("the number of pictures", len(prompts) * options.num_samples, 0, MOST_PICTURES)
+    check_number("the number of images", len(prompts) * options.num_samples, 0, MOST_IMAGES)
     return [prompt for prompt in prompts for _ in range(options.num_samples)]
 
 

@@ -1,4 +1,4 @@
-"""HTML for pictures: they travel inside the page as data, so no file is kept for them."""
+"""HTML for images: they travel inside the page as data, so no file is kept for them."""
 
 import base64
 import html
@@ -22,7 +22,7 @@ def data_url(image: Image.Image) -> str:
 
 
 def figure(image: Image.Image, caption: str, width: int = 128, download: str = "") -> str:
-    """A picture `width` pixels wide with its caption; download: a file name, for a link to it."""
+    """An image `width` pixels wide with its caption; download: a file name, for a link to it."""
     url, text = data_url(image), html.escape(caption)
     name = html.escape(download, quote=True)
     link = f'<br><a href="{url}" download="{name}">download</a>' if download else ""
