@@ -3,7 +3,7 @@ not, more tokens from fewer, and chance from both."""
 
 import pytest
 import torch
-from conftest import tiny_gpt
+from helpers.models import tiny_gpt
 
 from flextok.emoji.alignment import alignment, derangement, format_report
 from flextok.emoji.datasets import EmojiScenes

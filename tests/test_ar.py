@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import overfit, tiny_gpt
+from helpers.models import overfit, tiny_gpt
 
 from flextok.draws import row_generators
 from flextok.objectives import NextTokenConfig, NextTokenObjective

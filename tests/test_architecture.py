@@ -83,3 +83,9 @@ def test_only_the_registry_and_the_commands_know_the_emoji():
         place = path.relative_to(PACKAGE).as_posix()
         if any(name.startswith("flextok.emoji") for name in imports(path)):
             assert place.startswith(("emoji/", "registry.py", "cli/", "demo/")), place
+
+
+def test_what_test_modules_share_lies_in_helpers():
+    for path in Path(__file__).parent.glob("*.py"):
+        for name in imports(path):
+            assert not name.startswith("test_"), f"{path.name} imports {name}"

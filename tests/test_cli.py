@@ -4,7 +4,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import tiny_gpt, tiny_tokenizer, write_shard
+from helpers.files import write_shard
+from helpers.models import tiny_gpt, tiny_tokenizer
 from PIL import Image
 
 from flextok import viz

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_gpt, tiny_tokenizer
+from helpers.models import tiny_gpt, tiny_tokenizer
 from PIL import Image
 
 from flextok.cli import main

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import draw_pictures, tiny_gpt, tiny_tokenizer
+from helpers.files import draw_pictures
+from helpers.models import tiny_gpt, tiny_tokenizer
 from PIL import Image
 
 from flextok import __version__

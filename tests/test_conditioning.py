@@ -5,8 +5,7 @@ The kinds of text encoder behind it: over bytes and over words, trained along, a
 
 import pytest
 import torch
-from conftest import overfit, tiny_gpt
-from test_text import save_encoder
+from helpers.models import overfit, save_encoder, tiny_gpt
 
 from flextok.generators import GPT
 from flextok.objectives import NextTokenObjective

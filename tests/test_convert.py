@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from golden.titok.load import close, load_case
-from published import (
+from helpers.published import (
     GOLDEN,
     flextok_tree,
     golden_flextok_weights,

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_gpt
+from helpers.models import tiny_gpt
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import SIX_STEPS, TINY, draw_pictures
-from processes import die_before, finish, start
+from helpers.files import draw_pictures
+from helpers.models import TINY
+from helpers.processes import die_before, finish, start
+from helpers.runs import SIX_STEPS
 
 from flextok.training.checkpoints import list_checkpoints
 

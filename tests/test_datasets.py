@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import write_shard
+from helpers.files import write_shard
 from PIL import Image
 
 from flextok.data.datasets import HuggingFaceImages, ImageFolder, WebDatasetImages

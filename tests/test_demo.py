@@ -6,7 +6,8 @@ import sys
 
 import pytest
 import torch
-from conftest import TITOK, bomb, encoded, png, tiny_gpt, tiny_tokenizer
+from helpers.files import bomb, encoded, png
+from helpers.models import TITOK, tiny_gpt, tiny_tokenizer
 from PIL import Image
 from starlette.datastructures import Headers
 

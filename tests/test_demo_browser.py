@@ -6,7 +6,8 @@ import urllib.error
 import urllib.request
 
 import pytest
-from conftest import bomb, encoded, png, tiny_gpt, tiny_tokenizer
+from helpers.files import bomb, encoded, png
+from helpers.models import tiny_gpt, tiny_tokenizer
 from PIL import Image
 
 from flextok.pipeline import remember_tokenizer

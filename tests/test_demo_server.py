@@ -6,7 +6,8 @@ import time
 import urllib.parse
 
 import pytest
-from conftest import encoded, png, tiny_gpt, tiny_tokenizer
+from helpers.files import encoded, png
+from helpers.models import tiny_gpt, tiny_tokenizer
 
 from flextok.pipeline import remember_tokenizer
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import TINY, TITOK, VQGAN
+from helpers.models import TINY, TITOK, VQGAN
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 

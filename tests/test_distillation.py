@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from conftest import tiny_tokenizer
+from helpers.models import tiny_tokenizer
 
 from flextok.objectives import DistillationConfig, DistillationObjective
 from flextok.schema import ConfigError, from_mapping

@@ -7,10 +7,10 @@ import os
 import pytest
 import torch
 import yaml
-from conftest import TINY, TITOK, draw_pictures
-from processes import finish, start_ranks
-from test_reliability import same
-from test_training import generator_yaml, logged_losses, tokenizer_yaml, weights
+from helpers.files import draw_pictures
+from helpers.models import TINY, TITOK
+from helpers.processes import finish, start_ranks
+from helpers.runs import generator_yaml, logged_losses, same, tokenizer_yaml, weights
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 

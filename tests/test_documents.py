@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import tiny_gpt, tiny_releases, tiny_tokenizer
+from helpers.models import tiny_gpt, tiny_releases, tiny_tokenizer
 from PIL import Image
 
 from flextok import evaluation

@@ -6,7 +6,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from conftest import TITOK, VQGAN, randomize, tiny_tokenizer
+from helpers.models import TITOK, VQGAN, randomize, tiny_tokenizer
 from PIL import Image
 
 import flextok

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TITOK, tiny_gpt, tiny_tokenizer
+from helpers.models import TITOK, tiny_gpt, tiny_tokenizer
 
 from flextok.data.datasets import ImageFolder
 from flextok.data.pictures import CorruptPicture

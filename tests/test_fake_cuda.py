@@ -6,7 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import TINY, TITOK, VQGAN
+from helpers.models import TINY, TITOK, VQGAN
 
 from flextok.fake_gpu import DEVICE, FakeGPU, autocast
 from flextok.generators import GENERATORS

@@ -6,7 +6,8 @@ import stat
 
 import pytest
 import torch
-from conftest import draw_pictures, tiny_tokenizer
+from helpers.files import draw_pictures
+from helpers.models import tiny_tokenizer
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import save_file

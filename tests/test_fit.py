@@ -8,9 +8,9 @@ from pathlib import Path
 import accelerate
 import pytest
 import torch
-from conftest import TINY, tiny_gpt, tiny_tokenizer
+from helpers.models import TINY, tiny_gpt, tiny_tokenizer
+from helpers.processes import finish, start_ranks
 from PIL import Image
-from processes import finish, start_ranks
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import TINY, tiny_tokenizer
+from helpers.models import TINY, tiny_tokenizer
 
 from flextok.data.transforms import ImageTransform
 from flextok.draws import BatchDraws

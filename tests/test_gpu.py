@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_gpt, tiny_tokenizer
+from helpers.models import tiny_gpt, tiny_tokenizer
 
 from flextok.config import load_experiment
 from flextok.training.run import train

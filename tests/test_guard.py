@@ -6,7 +6,9 @@ import csv
 import pytest
 import torch
 import yaml
-from conftest import SIX_STEPS, TINY, TITOK, VQGAN, draw_pictures
+from helpers.files import draw_pictures
+from helpers.models import TINY, TITOK, VQGAN
+from helpers.runs import SIX_STEPS
 
 from flextok.config import load_experiment
 from flextok.data.transforms import ImageTransform

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TITOK, VQGAN, tiny_gpt, tiny_tokenizer
 from golden.titok.load import load_case
+from helpers.models import TITOK, VQGAN, tiny_gpt, tiny_tokenizer
 from huggingface_hub import errors
 
 from flextok.files import atomic_write

@@ -5,7 +5,9 @@ import json
 import shutil
 
 import pytest
-from conftest import SIX_STEPS, draw_pictures, tiny_gpt, tiny_tokenizer, write_shard
+from helpers.files import draw_pictures, write_shard
+from helpers.models import tiny_gpt, tiny_tokenizer
+from helpers.runs import SIX_STEPS
 from PIL import Image
 
 from flextok.cli import main

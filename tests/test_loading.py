@@ -15,8 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import CATS_AND_DOGS, SIX_STEPS, TINY, draw_pictures, tiny_tokenizer, write_shard
-from processes import finish, start
+from helpers.files import CATS_AND_DOGS, draw_pictures, write_shard
+from helpers.models import TINY, tiny_tokenizer
+from helpers.processes import finish, start
+from helpers.runs import SIX_STEPS
 from torch.utils.data import Dataset
 
 import flextok

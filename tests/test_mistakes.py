@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, TITOK, VQGAN
+from helpers.models import TINY, TITOK, VQGAN
 from omegaconf import OmegaConf
 
 from flextok.cli import main

@@ -11,7 +11,7 @@ import threading
 import urllib.request
 
 import pytest
-from conftest import write_shard
+from helpers.files import write_shard
 from PIL import Image
 
 from flextok.cli import main

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import tiny_gpt, tiny_tokenizer
+from helpers.models import tiny_gpt, tiny_tokenizer
 
 from flextok.data.tokens import encode as encode_for_cache
 from flextok.data.transforms import to_uint8

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import SIX_STEPS, TINY, tiny_tokenizer, write_shard
+from helpers.files import write_shard
+from helpers.models import TINY, tiny_tokenizer
+from helpers.runs import SIX_STEPS
 from PIL import Image
 
 from flextok.config import ExperimentConfig, load_experiment
@@ -89,7 +91,7 @@ def test_a_run_measures_prints_and_stores(tmp_path, caplog):
     assert stored["shift"] == pytest.approx(mean, rel=5e-3)
     assert stored["scale"] == pytest.approx(1 / deviation, rel=5e-3)
     told = f"shift {stored['shift']:g}, scale {stored['scale']:g}"
-    assert "pixels of 6 training pictures: mean" in caplog.text
+    assert "pixels of 6 training images: mean" in caplog.text
     assert told in caplog.text
     images = torch.stack([tensor(pictures / f"{i}.png") for i in range(6)])
     latents = model.vae.encode(images)

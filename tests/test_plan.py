@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import yaml
-from conftest import TINY, TITOK, VQGAN
+from helpers.models import TINY, TITOK, VQGAN
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 

@@ -7,7 +7,9 @@ import lightning as L
 import pytest
 import torch
 import yaml
-from conftest import SIX_STEPS, TINY, TITOK, draw_pictures
+from helpers.files import draw_pictures
+from helpers.models import TINY, TITOK
+from helpers.runs import SIX_STEPS
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch.optim.optimizer import register_optimizer_step_post_hook
 

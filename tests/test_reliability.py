@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import draw_pictures
-from processes import finish, start
-from test_training import (
+from helpers.files import draw_pictures
+from helpers.processes import finish, start
+from helpers.runs import (
     Stop,
     generator_yaml,
     interrupt_after,
     logged_losses,
+    same,
     tokenizer_yaml,
     weights,
 )
@@ -63,11 +64,6 @@ def die_at(run, monkeypatch):
                 run(*overrides)
 
     return die
-
-
-def same(a: Path, b: Path) -> bool:
-    a, b = weights(a), weights(b)
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 def test_the_newest_and_the_best_are_kept(run, monkeypatch):

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SIX_STEPS, TINY, draw_pictures, tiny_tokenizer
-from processes import CONTEXT, finish, start
+from helpers.files import draw_pictures
+from helpers.models import TINY, tiny_tokenizer
+from helpers.processes import CONTEXT, finish, start
+from helpers.runs import SIX_STEPS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from flextok import files

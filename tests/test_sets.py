@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from conftest import CATS_AND_DOGS, draw_pictures, tiny_tokenizer
+from helpers.files import CATS_AND_DOGS, draw_pictures
+from helpers.models import tiny_tokenizer
 from PIL import Image
 from torch.utils.data import Dataset, Subset, TensorDataset
 

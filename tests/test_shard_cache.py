@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import write_shard
+from helpers.files import write_shard
 from PIL import Image
 from torch.utils.data import DataLoader
 

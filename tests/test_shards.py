@@ -8,7 +8,7 @@ import tarfile
 import tracemalloc
 
 import pytest
-from conftest import write_shard
+from helpers.files import write_shard
 from PIL import Image
 
 from flextok.data.datasets import WebDatasetImages

@@ -5,8 +5,10 @@ import csv
 import pytest
 import torch
 import yaml
-from conftest import SIX_STEPS, TINY, TITOK, draw_pictures
-from processes import finish, start_ranks
+from helpers.files import draw_pictures
+from helpers.models import TINY, TITOK
+from helpers.processes import finish, start_ranks
+from helpers.runs import SIX_STEPS
 
 from flextok.config import load_experiment
 from flextok.data.datamodule import DataModule, Shares, collate_shares, prepare_image

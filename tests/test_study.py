@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import TINY, tiny_tokenizer
+from helpers.models import TINY, tiny_tokenizer
 
 from flextok.config import load_experiment
 from flextok.generators import GENERATORS

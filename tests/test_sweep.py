@@ -7,7 +7,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import CATS_AND_DOGS, draw_pictures, tiny_tokenizer
+from helpers.files import CATS_AND_DOGS, draw_pictures
+from helpers.models import tiny_tokenizer
 from PIL import Image
 
 from flextok.cli import main

@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import tiny_tokenizer
-from test_datasets import encoded
+from helpers.files import png
+from helpers.models import save_encoder, t5, tiny_tokenizer
 from torch.utils.data import Subset
 from transformers import (
     BartConfig,
@@ -19,7 +19,6 @@ from transformers import (
     ByT5Tokenizer,
     CLIPConfig,
     CLIPModel,
-    T5Config,
     T5EncoderModel,
 )
 
@@ -46,11 +45,6 @@ PROMPTS = ["a red heart", "", "a bomb left of a whale"]
 SMALL = {"vocab_size": 384, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
-def t5():
-    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
-    return T5EncoderModel(T5Config(vocab_size=384, **sizes))
-
-
 def bert():
     return BertModel(BertConfig(**SMALL, intermediate_size=32))
 
@@ -66,13 +60,6 @@ def bart():
     sizes = {f"{half}_{key}": n for half in ("encoder", "decoder") for key, n in
              {"layers": 1, "attention_heads": 2, "ffn_dim": 32}.items()}  # fmt: skip
     return BartModel(BartConfig(vocab_size=384, d_model=16, max_position_embeddings=64, **sizes))
-
-
-def save_encoder(folder, make=t5):
-    torch.manual_seed(0)
-    make().save_pretrained(folder)
-    ByT5Tokenizer().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -327,11 +314,11 @@ def test_captions_of_every_data_set_reach_the_cache(tmp_path, kind):
     if kind == "webdataset":
         with tarfile.open(tmp_path / "shard.tar", "w") as tar:
             for name, content in {
-                "a.png": encoded(),
+                "a.png": png(),
                 "a.txt": b"a caf\xc3\xa9",
-                "b.png": encoded(),
+                "b.png": png(),
                 "b.json": json.dumps({"caption": "two words"}).encode(),
-                "c.png": encoded(),
+                "c.png": png(),
             }.items():
                 member = tarfile.TarInfo(name)
                 member.size = len(content)
@@ -340,7 +327,7 @@ def test_captions_of_every_data_set_reach_the_cache(tmp_path, kind):
         expected = ["a café", "two words", ""]
     elif kind == "huggingface":
         datasets = pytest.importorskip("datasets")
-        pictures = [{"bytes": encoded(), "path": None}] * 3
+        pictures = [{"bytes": png(), "path": None}] * 3
         words = [["one", "another"], [], None]
         table = datasets.Dataset.from_dict({"image": pictures, "words": words})
         table.cast_column("image", datasets.Image()).save_to_disk(str(tmp_path / "saved"))

@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 import yaml
-from conftest import CATS_AND_DOGS, SIX_STEPS, TITOK, VQGAN, draw_pictures
+from helpers.files import CATS_AND_DOGS, draw_pictures
+from helpers.models import TITOK, VQGAN
+from helpers.runs import SIX_STEPS, Stop, interrupt_after, logged_losses, weights
 from PIL import Image
-from test_training import Stop, interrupt_after, logged_losses, weights
 
 from flextok.cli import main
 from flextok.config import OptimConfig, load_experiment

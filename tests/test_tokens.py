@@ -9,8 +9,9 @@ import time
 
 import pytest
 import torch
-from conftest import draw_pictures, tiny_tokenizer, write_shard
-from processes import finish, start, start_ranks
+from helpers.files import draw_pictures, write_shard
+from helpers.models import tiny_tokenizer
+from helpers.processes import finish, start, start_ranks
 
 from flextok.cli import main
 from flextok.data.datasets import ImageFolder
@@ -225,7 +226,7 @@ def test_killed_and_shared_runs_of_the_command_lose_and_repeat_nothing(
 
 
 def test_a_generator_as_tokenizer_and_other_mistakes_of_the_command(command, tmp_path, capsys):
-    from conftest import tiny_gpt
+    from helpers.models import tiny_gpt
 
     tiny_gpt().save_pretrained(tmp_path / "gpt")
     arguments = [str(a) for a in command(tmp_path / "out")]

@@ -10,18 +10,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import yaml
-from conftest import (
-    CATS_AND_DOGS,
-    SIX_STEPS,
-    TINY,
-    TITOK,
-    VQGAN,
-    draw_pictures,
-    tiny_gpt,
-    tiny_tokenizer,
+from helpers.files import CATS_AND_DOGS, draw_pictures
+from helpers.models import TITOK, VQGAN, save_encoder, tiny_gpt, tiny_tokenizer
+from helpers.runs import (
+    Stop,
+    generator_yaml,
+    interrupt_after,
+    logged_losses,
+    tokenizer_yaml,
+    weights,
 )
-from test_text import save_encoder
 
 from flextok.config import OptimConfig, load_experiment
 from flextok.data.datasets import ImageFolder
@@ -45,71 +43,6 @@ from flextok.training.sharding import compile_blocks
 from flextok.training.validation import Images
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
-
-
-def tokenizer_yaml(folder, pictures, **trainer) -> Path:
-    experiment = {
-        "task": "tokenizer",
-        "output_dir": str(folder / "tokenizer"),
-        "model": {"name": "flextok", **TINY, "decode": {"num_steps": 2, "guidance_scale": 1.0}},
-        "data": {
-            "train": {"name": "folder", "root": str(pictures)},
-            "validation": {"name": "folder", "root": str(pictures)},
-            "batch_size": 4,
-            "flip": True,
-        },
-        "optim": {"lr": 1e-3, "warmup_steps": 2, "ema_decay": 0.9},
-        "trainer": {**SIX_STEPS, **trainer},
-    }
-    path = folder / "tokenizer.yaml"
-    path.write_text(yaml.safe_dump(experiment))
-    return path
-
-
-def generator_yaml(folder, pictures, name="generator", **model) -> Path:
-    experiment = yaml.safe_load(tokenizer_yaml(folder, pictures).read_text())
-    experiment |= {
-        "task": "generator",
-        "output_dir": str(folder / name),
-        "tokenizer": str(folder / "tokenizer"),
-        "model": {"name": "gpt", "depth": 2, "dim": 32, **model},
-    }
-    experiment["data"]["token_variants"] = 3
-    path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(experiment))
-    return path
-
-
-def logged_losses(folder) -> dict[int, float]:
-    """step -> training loss, from every CSV log of a run (a resumed run adds a file)."""
-    losses = {}
-    for path in sorted(Path(folder).glob("logs/csv/version_*/metrics.csv")):
-        for row in csv.DictReader(path.open()):
-            if row.get("train/loss"):
-                losses[int(row["step"])] = float(row["train/loss"])
-    return losses
-
-
-def weights(folder):
-    return load_model(folder).state_dict()
-
-
-class Stop(Exception):
-    pass
-
-
-def interrupt_after(monkeypatch, step):
-    """Make the run die (as by a crash, no goodbye) when it asks for the given step's loss."""
-    from flextok.training.module import TrainingModule
-
-    original = TrainingModule.training_step
-
-    def training_step(self, batch, batch_index):
-        if self.global_step == step:
-            raise Stop
-        return original(self, batch, batch_index)
-
-    monkeypatch.setattr(TrainingModule, "training_step", training_step)
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TITOK, VQGAN, tiny_gpt, tiny_tokenizer
 from golden.titok.load import load_case
-from published import golden_flextok_weights, tiny_tree, write_flextok, write_titok
+from helpers.models import TITOK, VQGAN, tiny_gpt, tiny_tokenizer
+from helpers.published import golden_flextok_weights, tiny_tree, write_flextok, write_titok
 from safetensors.torch import save_file
 
 from flextok.cli import main

@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_tokenizer, write_shard
+from helpers.files import write_shard
+from helpers.models import tiny_tokenizer
+from helpers.runs import Stop, interrupt_after, logged_losses, tokenizer_yaml, weights
 from PIL import Image
-from test_training import Stop, interrupt_after, logged_losses, tokenizer_yaml, weights
 from torch.utils.data import DataLoader
 
 from flextok.cli import main
