@@ -114,6 +114,18 @@ def test_wrong_requests_are_the_clients_mistake(server):
     assert ask(server, "/gradio_api/cancel", {"session_hash": []})[0] == 422
 
 
+def test_what_a_message_states_beside_changes_nothing(server):
+    reference = {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}
+    beside = {"event_data": reference, "batched": True, "simple_format": True, "event_id": "mine"}
+    number, data = function_of(server, "grow")
+    asked = {"fn_index": number, "data": data, "trigger_id": 10**9, "oauth_token": "x", **beside}
+    assert ask(server, "/gradio_api/queue/join", {**asked, "session_hash": "beside"})[0] == 200
+    text = json.dumps(events(server, "beside"))
+    assert '"success": true' in text
+    assert "passwd" not in text
+    assert "root:" not in text
+
+
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
