@@ -1,4 +1,6 @@
-"""Peak memory of `flextok evaluate` by number of pictures: it must stay flat.
+"""Peak memory of `flextok evaluate` by number of images.
+
+The pass holds one batch; the scores hold one network's features in float64, several times over.
 
 python benchmarks/evaluation_memory.py MODEL [--counts 1000 5000 20000] [options of evaluate]
 
@@ -18,7 +20,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--counts", type=int, nargs="+", default=[1000, 5000, 20000])
     options, more = parser.parse_known_args()
-    print("pictures  peak MiB  seconds")
+    print("  images  peak MiB  seconds")
     for count in options.counts:
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, "-m", "flextok.cli", "evaluate", options.model]

@@ -222,12 +222,6 @@ def complexity(
 
 def spearman(a: Tensor, b: Tensor) -> float:
     """Rank correlation of two (n,) tensors; ties share their mean rank. 0 if one is constant."""
-    x, y = (mean_ranks(values) for values in (a, b))
-    return float((x @ y) / (x.norm() * y.norm()).clamp_min(1e-12))
+    from torchmetrics.functional import spearman_corrcoef
 
-
-def mean_ranks(values: Tensor) -> Tensor:
-    """Centred."""
-    _, place, counts = values.unique(return_inverse=True, return_counts=True)
-    ranks = (counts.cumsum(0) - (counts - 1) / 2).double()[place]
-    return ranks - ranks.mean()
+    return float(spearman_corrcoef(a.double(), b.double()))

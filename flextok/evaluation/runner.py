@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from flextok.data.parts import PartStore, Rows
+from flextok.data import parts
+from flextok.data.parts import PartStore
 from flextok.data.processes import Process
 from flextok.data.sets import by_name
 from flextok.evaluation import processes, sources
@@ -99,7 +100,7 @@ def measure(job: Job, what: str, source: Images | Prompts, show: Show, folder: P
     return store
 
 
-def measured_rows(job: Job, show: Show, batch: Batch) -> Rows:
+def measured_rows(job: Job, show: Show, batch: Batch) -> parts.Rows:
     """A row for each image of a batch: its "label" and "caption", what each evaluator measured, as
     <side>/<name>, and each side's "hash" or "seconds"."""
     rows = {key: batch[key] for key in ("label", "caption") if key in batch}

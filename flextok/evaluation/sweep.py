@@ -2,6 +2,7 @@
 strips, and a map of what a prefix leaves open."""
 
 import csv
+import io
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from flextok.evaluation.metrics import to_8_bit
 from flextok.evaluation.report import write_report
 from flextok.evaluation.runner import evaluate
 from flextok.evaluation.sources import Images, decode, encode, readable
-from flextok.files import atomic_write
+from flextok.files import write_text
 from flextok.pipeline import prefix_lengths
 from flextok.tokenizers.base import Tokenizer
 
@@ -127,15 +128,12 @@ def plot(results: list[dict[str, Any]], key: str, label: str) -> Any:
 
 def write_csv(report: dict[str, Any], path: Path) -> None:
     rows = [{**r, **r["scores"]} for r in report["results"]]
+    text = io.StringIO(newline="")
     columns = [key for key in rows[0] if key != "scores"]
-
-    def write(temporary: Path) -> None:
-        with open(temporary, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, columns, extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(rows)
-
-    atomic_write(path, write)
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
 
 
 def format_table(report: dict[str, Any]) -> str:
