@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 import flextok
 from flextok.cli import interruptible_imports
 from flextok.config import load_experiment
-from flextok.data.datamodule import DataModule, Shares, prepare_image
+from flextok.data.datamodule import Shares, prepare_image
 from flextok.data.datasets import ImageFolder, PictureFiles
 from flextok.data.loading import SIGNALS, WorkerDied, make_loader, told_in_one_line
 from flextok.data.stream import EvaluationSet, Stream, collate
@@ -257,8 +257,6 @@ def test_every_loader_is_made_so():
     sources = Path(flextok.__file__).parent.rglob("*.py")
     makers = {p.name for p in sources if "DataLoader(" in p.read_text("utf-8")}
     assert makers <= {"loading.py", "sample.py"}  # the latter's has no workers
-    data = DataModule([1], [1], prepare_image(ImageTransform(16)), 1)
-    assert data.evaluation is not None
 
 
 SLOW = """

@@ -149,7 +149,7 @@ def test_auto_is_for_training_only(images):
 
 
 def test_the_quickstart_measures_and_every_config_uses_a_gpu_where_there_is_one():
-    for path in Path("configs").glob("*.yaml"):
+    for path in (Path(__file__).parents[1] / "configs").glob("*.yaml"):
         assert load_experiment(path).trainer.accelerator == "auto", path
     config = load_experiment("configs/quickstart_tokenizer.yaml")
     assert config.model["vae"] == AUTO

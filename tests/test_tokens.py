@@ -1,17 +1,18 @@
 """The token cache: the same files from any number of processes, however often they die."""
 
+import functools
 import json
 import os
 import pickle
-import random
 import shutil
-import time
+import signal
+from pathlib import Path
 
 import pytest
 import torch
 from helpers.files import draw_pictures, write_shard
 from helpers.models import tiny_tokenizer
-from helpers.processes import finish, start, start_ranks
+from helpers.processes import die_before, finish, start, start_ranks
 
 from flextok.cli import main
 from flextok.data.datasets import ImageFolder
@@ -204,24 +205,19 @@ def command(picture_folder, tmp_path, tokenizer):
 def test_killed_and_shared_runs_of_the_command_lose_and_repeat_nothing(
     command, picture_folder, tmp_path, capsys
 ):
-    log = tmp_path / "log"
-    finish(start(["--help"], log))  # the fork server's imports
-    begun = time.perf_counter()
-    assert finish(start(command(tmp_path / "whole"), log)) == [0]
-    duration = time.perf_counter() - begun
+    log, whole, killed = tmp_path / "log", tmp_path / "whole", tmp_path / "killed"
+    assert finish(start(command(whole), log, functools.partial(die_before, 0, whole))) == [0]
+    count = int(Path(f"{whole}.changes").read_text())
     ranks = start_ranks(2, command(tmp_path / "shared"), log)
-    draws = random.Random(0)
-    for _ in range(3):
-        process = start(command(tmp_path / "killed"), log)
-        time.sleep(draws.uniform(0.3, 1) * duration)
-        process.kill()
-        process.join()
+    for moment in (2, count // 3, count // 3):  # before its first part, and within others
+        die = functools.partial(die_before, moment, killed)
+        assert finish(start(command(killed), log, die)) == [-signal.SIGKILL]
     assert finish(*ranks) == [0, 0]
-    assert main([str(a) for a in [*command(tmp_path / "killed"), "--verify"]]) == 0
+    assert main([str(a) for a in [*command(killed), "--verify"]]) == 0
     assert "48 sequences in 6 parts, all checksums agree" in capsys.readouterr().out
-    expected = files(tmp_path / "whole")
+    expected = files(whole)
     assert files(tmp_path / "shared") == expected
-    found = files(tmp_path / "killed")
+    found = files(killed)
     assert {name: found[name] for name in expected} == expected
 
 
