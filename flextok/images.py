@@ -4,6 +4,7 @@ Whatever a picture comes from (a path, bytes, an open file, a PIL picture), load
 to 8-bit RGB, turned upright, in sRGB, on white where it is transparent.
 """
 
+import contextlib
 import io
 import logging
 import os
@@ -14,7 +15,7 @@ from typing import IO
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageCms, ImageFile, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageFile, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 # Raster formats by Pillow's names. No other decoder sees a file, whatever the file is called: one
@@ -30,15 +31,6 @@ MAX_PROFILE_BYTES = 4 * 2**20
 LONGEST_WHOLE = 4  # a resized picture up to so many times longer than wide is cropped afterwards
 
 BICUBIC = Image.Resampling.BICUBIC  # PIL's resize is antialiased
-TURNS = {  # EXIF orientation -> what undoes it
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 SIXTEEN_TO_EIGHT = [(value + 128) // 257 for value in range(2**16)]
 PROFILED = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}  # ICC space -> PIL mode
 log = logging.getLogger(__name__)
@@ -65,51 +57,38 @@ def load_picture(source: PictureSource, name: str | None = None) -> Image.Image:
     transparency composited on white; 16-bit grey scaled to 8 bits. Raises CorruptPicture, naming
     `name` (by default the path), if the picture is unreadable, too large or of another format.
     """
-    if isinstance(source, Image.Image) and is_plain(source):
-        return source
-    if name is None:
-        if isinstance(source, str | os.PathLike):
-            name = os.fspath(source)
-        else:
-            name = getattr(source, "filename", "") or getattr(source, "name", "") or "picture"
+    is_file = isinstance(source, ImageFile.ImageFile)
+    if isinstance(source, Image.Image) and source.mode == "RGB" and not (is_file or source.info):
+        return source  # in memory, without turns, profiles or transparency
     try:
         if isinstance(source, Image.Image):
             return decode(source)
         with open_picture(source) as image:
             return decode(image)
-    except UnidentifiedImageError:  # Pillow's message holds a memory address: another each time
-        raise CorruptPicture(str(name), "no image of a known format") from None
     except Exception as error:  # a decoder may raise anything on a damaged file
-        raise CorruptPicture(str(name), error if str(error) else type(error).__name__) from error
+        if name is None and isinstance(source, str | os.PathLike):
+            name = os.fspath(source)
+        elif name is None and isinstance(source, ImageFile.ImageFile):
+            name = os.fsdecode(source.filename)
+        reason = error if str(error) else type(error).__name__
+        if isinstance(error, UnidentifiedImageError):  # its message holds a memory address
+            reason = "no image of a known format"
+        raise CorruptPicture(name or "picture", reason) from error
 
 
-def is_plain(image: Image.Image) -> bool:
-    """True for 8-bit RGB in memory that says nothing about turns, profiles or transparency."""
-    return image.mode == "RGB" and not isinstance(image, ImageFile.ImageFile) and not image.info
-
-
-def open_picture(source: str | os.PathLike[str] | bytes | IO[bytes]) -> Image.Image:
+def open_picture(source: str | os.PathLike[str] | bytes | IO[bytes]) -> ImageFile.ImageFile:
     """Read the header of a picture of one of FORMATS. Other formats raise."""
-    if isinstance(source, bytes):
-        size = len(source)
-        source = io.BytesIO(source)
-    elif isinstance(source, str | os.PathLike):
+    size = len(source) if isinstance(source, bytes) else 0
+    if isinstance(source, str | os.PathLike):
         facts = os.stat(source)
         if not stat.S_ISREG(facts.st_mode):  # opening a named pipe would wait for ever
             raise ValueError("it is not a regular file")
         size = facts.st_size
-    else:
-        size = 0
     if size > MAX_FILE_BYTES:
         raise ValueError(f"a file of {size} bytes is too large: at most {MAX_FILE_BYTES}")
-    return Image.open(source, formats=known_formats())
-
-
-@lru_cache
-def known_formats() -> list[str]:
-    """Those of FORMATS that the installed Pillow has."""
     Image.init()
-    return [form for form in FORMATS if form in Image.OPEN]
+    installed = [form for form in FORMATS if form in Image.OPEN]
+    return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, "r", installed)
 
 
 def decode(image: Image.Image) -> Image.Image:
@@ -121,7 +100,10 @@ def decode(image: Image.Image) -> Image.Image:
         image.load()
         if key is not None:
             image.info["transparency"] = key
-    return to_rgb(upright(image))
+    with contextlib.suppress(Exception):  # whatever damaged metadata raise, the pixels are there
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+            image = ImageOps.exif_transpose(image)
+    return to_rgb(image)
 
 
 def check_size(image: Image.Image) -> None:
@@ -148,16 +130,6 @@ def transparent_value(image: ImageFile.ImageFile) -> int | tuple[int, ...] | Non
     if isinstance(key, tuple) and raw == "RGB;16B":
         return tuple(value >> 8 for value in key)
     return None
-
-
-def upright(image: Image.Image) -> Image.Image:
-    """Turned as its EXIF orientation says; as it is where that cannot be read."""
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-        turn = TURNS.get(orientation)
-    except Exception:  # whatever damaged metadata raise, the pixels are there
-        return image
-    return image if turn is None else image.transpose(turn)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -210,14 +182,13 @@ def srgb_transform(profile: bytes) -> tuple[str, ImageCms.ImageCmsTransform | No
         source = ImageCms.getOpenProfile(io.BytesIO(profile))
         mode = PROFILED[source.profile.xcolor_space.strip()]
         transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+        if mode not in ("RGB", "L"):
+            return mode, transform
         levels = np.arange(0, 256, 15, dtype=np.uint8)
         colors = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(-1, len(levels), 3)
-        sample = Image.fromarray(colors).convert(mode) if mode in ("RGB", "L") else None
-        if sample is not None:
-            before, after = sample.convert("RGB"), transform.apply(sample)
-            if np.abs(np.asarray(after, int) - np.asarray(before, int)).max() <= 2:
-                return mode, None
-        return mode, transform
+        before = Image.fromarray(colors).convert(mode)
+        change = np.asarray(transform.apply(before), int) - np.asarray(before.convert("RGB"), int)
+        return mode, transform if np.abs(change).max() > 2 else None
     except Exception as error:  # whatever a damaged profile raises
         log.warning("ignored a colour profile that cannot be used: %r", error)
         return "", None

@@ -18,7 +18,7 @@ from flextok.schema import Depth, Size
 class IdentityVAE(nn.Module):
     """Latents are the pixels, (images - shift) * scale.
 
-    Set both from the data's mean and 1 / standard deviation: pictures on white, say, share a large
+    Set both from the data's mean and 1 / standard deviation: images on white, say, share a large
     constant that a small model would first have to learn to ignore. In the config of a run "auto"
     stands for what training measures and writes in its place.
     """
@@ -109,8 +109,8 @@ class KLVAE(NeedsWeights):
         self.requires_grad_(False)
 
     def load_weights(self, source: str | None = None) -> None:
-        """Load pretrained weights from a diffusers folder or hub id. Raises ValueError when they do
-        not fit this VAE's shape."""
+        """Load pretrained weights from a diffusers folder or hub id. Raises ValueError for those
+        that cannot be read or do not fit this VAE's shape."""
         from diffusers import AutoencoderKL
 
         source = source or self.weights
@@ -119,15 +119,12 @@ class KLVAE(NeedsWeights):
         kwargs = {"local_files_only": True} if Path(source).exists() else {}
         try:
             loaded = AutoencoderKL.from_pretrained(source, trust_remote_code=False, **kwargs)
+            self.vae.load_state_dict(loaded.state_dict(), strict=True)
         except (OSError, ValueError, SafetensorError) as error:
             raise ValueError(f"no VAE can be read from {source!r}: {error}") from error
-        try:
-            self.vae.load_state_dict(loaded.state_dict(), strict=True)
-            self.has_weights = True
         except RuntimeError as error:
-            raise ValueError(
-                f"VAE weights {source!r} do not fit the configured VAE: {error}"
-            ) from None
+            raise ValueError(f"weights {source!r} do not fit the configured VAE: {error}") from None
+        self.has_weights = True
 
     def train(self, mode: bool = True) -> "KLVAE":
         return super().train(False)  # frozen: stays in eval mode whatever its owner does
