@@ -33,10 +33,10 @@ class SkipCounter:
 
     def __init__(self) -> None:
         self.count = Value("q", 0)
-        self.known = RawArray("q", self.size + 1)  # how many, and a hash of each name
+        self.known = RawArray("q", self.size + 1)  # how many, and a hash of each message
 
     def skip(self, error: CorruptPicture) -> None:
-        digest = hashlib.blake2b(error.name.encode("utf-8", "replace"), digest_size=7)
+        digest = hashlib.blake2b(str(error).encode("utf-8", "replace"), digest_size=7)
         key = int.from_bytes(digest.digest(), "big")
         with self.count.get_lock():
             known = self.known[0]
