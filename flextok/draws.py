@@ -1,7 +1,7 @@
 """Random draws from a torch.Generator, and generators that belong to a row and never to its batch.
 
-Whatever the package draws for picture number r under a seed comes from derived_generator(seed,
-purpose, r). So it does not depend on the batch size, no two pictures, seeds or purposes share their
+Whatever the package draws for image number r under a seed comes from derived_generator(seed,
+purpose, r). So it does not depend on the batch size, no two images, seeds or purposes share their
 draws, and a CPU generator gives the same ones whatever device the model runs on.
 """
 
@@ -21,7 +21,7 @@ Rng = torch.Generator | Sequence[torch.Generator] | None  # one for a batch, or 
 
 # what draws are for, the second number of a key: no two purposes share one
 ORDER, AUGMENT, STEP, VALIDATION = 1, 2, 3, 4  # of training
-NOISE, CODES, SPREAD, POSTERIOR = 5, 6, 7, 8  # of a picture
+NOISE, CODES, SPREAD, POSTERIOR = 5, 6, 7, 8  # of a image
 REVIVE, PROBE, BLOCK = 9, 10, 11  # of a codebook, a scene probe, a block of a stream
 ROW = 12  # of a training batch
 
@@ -39,7 +39,7 @@ def derived_generator(*key: int) -> torch.Generator:
 
 
 def row_generators(seed: int, purpose: int, rows: Iterable[int] | Tensor) -> list[torch.Generator]:
-    """One generator for each of these picture numbers."""
+    """One generator for each of these image numbers."""
     return [derived_generator(seed, purpose, int(row)) for row in rows]
 
 

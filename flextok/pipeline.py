@@ -1,4 +1,4 @@
-"""From a condition to pictures: a generator and its tokenizer together."""
+"""From a condition to images: a generator and its tokenizer together."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -71,14 +71,14 @@ def load_tokenizer_of(
     if not {"codes_id", "tokenizer_fingerprint"} & set(record) or same_codes(record, tokenizer):
         return tokenizer
     if override is not None and "codes_id" not in record:
-        # an older generator holds the hash of its own tokenizer, which tells the codes
+        # an older generator holds the hash of its own tokenizer, which leads to the codes
         own = load_model(find_tokenizer(generator, folder), device)
         if same_codes(record, own) and own.codes_id == tokenizer.codes_id:
             return tokenizer
     raise CheckpointError(
         f"tokenizer {str(place)!r} (codes {tokenizer.codes_id}) is not the one that this "
         f"generator was trained on ({expected_codes(record)}), nor one of the same codes: its "
-        "indices would mean other pictures. Train the generator again, or name the right tokenizer"
+        "indices would mean other images. Train the generator again, or name the right tokenizer"
     )
 
 

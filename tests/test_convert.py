@@ -289,7 +289,7 @@ def test_titok_documents_agree_with_the_shapes(tmp_path, name):
     assert (model.num_tokens, model.config.stage) == (int(name[1:]), "finetune")
     document = titok_document(name, codebook_size=8192)
     (tmp_path / "config.json").write_text(json.dumps(document))
-    with pytest.raises(CheckpointError, match="codebook_size = 8192, the weights say 4096"):
+    with pytest.raises(CheckpointError, match="codebook_size = 8192, the weights have 4096"):
         load_model(tmp_path, "meta")
 
 

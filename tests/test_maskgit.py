@@ -145,7 +145,7 @@ def test_published_config_agrees_with_shapes():
     }
     state = maskgit_state(published_shapes()["generator_titok_s128"])
     assert maskgit_config(state, generator)[0] == maskgit_config(state)[0]
-    with pytest.raises(ValueError, match="image_seq_len = 64, the weights say 128"):
+    with pytest.raises(ValueError, match="image_seq_len = 64, the weights have 128"):
         maskgit_config(state, {"image_seq_len": 64})
 
 

@@ -203,7 +203,7 @@ def test_published_config_agrees_with_shapes(name, sizes, tokens, changes):
     vq_model["vit_enc_model_size"] = "base" if sizes[0] != "base" else "small"
     with pytest.raises(ValueError, match="the config says ViT size"):
         titok_config(published, vq_model)
-    with pytest.raises(ValueError, match="num_latent_tokens = 7, the weights say"):
+    with pytest.raises(ValueError, match="num_latent_tokens = 7, the weights have"):
         titok_config(published, {"num_latent_tokens": 7})
 
 

@@ -49,7 +49,7 @@ __all__ = [
 ]
 
 Documents = Sequence[Mapping[str, Any]]
-# what tells a layout by its keys, and what converts it
+# what recognises a layout by its keys, and what converts it
 _LAYOUTS: list[
     tuple[
         Callable[[Mapping[str, Tensor]], bool],

@@ -46,7 +46,7 @@ def is_ar(state: Mapping[str, Tensor]) -> bool:
 
 
 def convert_ar(state: Mapping[str, Tensor], documents: Sequence[Mapping[str, Any]]) -> Published:
-    """The shapes say all; documents beside the weights are not read."""
+    """The shapes suffice; documents beside the weights are not read."""
     generator = {key: value for key, value in state.items() if not _OTHERS.fullmatch(key)}
     ours = ar_state(generator)
     config = ar_config(ours)

@@ -2,7 +2,7 @@
 
 A published file carries its config as JSON in the safetensors metadata: a tree of sections that
 name the classes to build. Here it is data: sizes come from the shapes of the tensors, the tree is
-held against them, and what shapes cannot say is read from it.
+held against them, and what is not in the shapes is read from it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -142,7 +142,7 @@ def maskgit_config(
     }
     for key, value in expected.items():
         if section.get(key, value) != value:
-            raise ValueError(f"the config says {key} = {section[key]!r}, the weights say {value!r}")
+            raise ValueError(f"the config has {key} = {section[key]!r}, the weights have {value!r}")
     generate = dict(_SAMPLING.get((backbone, num_tokens), {}))
     generate |= {ours: section[key] for key, ours in _SAMPLING_KEYS.items() if key in section}
     config = {

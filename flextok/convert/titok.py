@@ -129,7 +129,7 @@ def titok_config(
     """Our config of a published TiTok state dict (meta tensors will do) and its config's vq_model
     section, and one line for each point that stays open. Raises ValueError when the two disagree.
 
-    Sizes come from the shapes. What shapes cannot say is read from the section, and follows the
+    Sizes come from the shapes. What is not in the shapes is read from the section, and follows the
     releases without one: l2-normalised codes and the legacy layout in two-stage models, neither in
     single-stage ones."""
     section = section or {}
@@ -159,7 +159,7 @@ def titok_config(
     legacy = section.get("is_legacy", two_stage)
     for key, value in expected.items():
         if section.get(key, value) != value:
-            raise ValueError(f"the config says {key} = {section[key]!r}, the weights say {value!r}")
+            raise ValueError(f"the config has {key} = {section[key]!r}, the weights have {value!r}")
     _check_vit_size(section.get("vit_enc_model_size"), (encoder_dim, encoder_depth))
     _check_vit_size(section.get("vit_dec_model_size"), (decoder_dim, decoder_depth))
     finetune = "pixel_quantize.embedding.weight" in published

@@ -1,4 +1,4 @@
-"""Guidance: wraps a conditional and a null velocity into one; the solver never knows.
+"""Guidance: wraps a conditional and a null velocity into one; for which a solver needs no change.
 
 A scale of 1 is the conditional model, and where it is 1 the null velocity is not computed. The
 scale may be a number or a function of t.

@@ -55,7 +55,7 @@ class Conditioner(nn.Module):
 
 
 class NoConditioner(Conditioner):
-    """Unconditional generation; cond only says how many: (B,) of anything."""
+    """Unconditional generation; cond only gives their number: (B,) of anything."""
 
     def __init__(self, dim: int):
         super().__init__()

@@ -98,7 +98,7 @@ class TextEncoder(nn.Module):
 
     def tokenize(self, prompts: Sequence[str]) -> list[list[int]]:
         """Indices into the encoder's vocabulary. A prompt over max_length tokens is cut, with one
-        warning for the whole call that says how much."""
+        warning for the whole call, with the excess."""
         check_prompts(prompts)
         tokenizer = self.tokenizer()
         limit = min(self.max_length, tokenizer.model_max_length)
@@ -234,7 +234,7 @@ class PretrainedEncoder(TextEncoder):
         if found[0].shape[-1] != self.dim:
             raise CheckpointError(
                 f"text encoder {self.model!r} gives embeddings of width {found[0].shape[-1]}, the "
-                f"config says dim={self.dim}"
+                f"config has dim={self.dim}"
             )
         return found
 
@@ -319,7 +319,7 @@ def encoder_folder(model: str, revision: str | None = None, config_only: bool = 
 
 
 def read_config(folder: Path) -> Any:
-    """An encoder's own config; of a model of pictures and texts (CLIP), its text half's."""
+    """An encoder's own config; of a model of images and texts (CLIP), its text half's."""
     from transformers import AutoConfig
 
     refuse_code(folder)

@@ -12,7 +12,7 @@ from flextok.nn.frozen import Frozen
 
 
 class ViTFeatures(nn.Module):
-    """The patch features of a timm ViT, on pictures resized so that it sees the same grid."""
+    """The patch features of a timm ViT, on images resized so that it sees the same grid."""
 
     network: Any
     mean: Tensor
@@ -40,7 +40,7 @@ class ViTFeatures(nn.Module):
 
 
 class EfficientNetFeatures(nn.Module):
-    """EfficientNet-Lite0's 112 channels at stride 16, whose weights need no download, on pictures
+    """EfficientNet-Lite0's 112 channels at stride 16, whose weights need no download, on images
     resized so that a cell of the map is a patch of ours. The last stage (stride 32) would be more
     semantic; what alignment wants is the layout (iREPA, arXiv 2512.10794)."""
 
@@ -67,7 +67,7 @@ class RepresentationAlignment(nn.Module):
 
     model: a timm ViT by name, or "efficientnet_lite0", which needs no network connection. spatial:
     as in iREPA (arXiv 2512.10794), a 3x3 convolution in place of the MLP, and the target's channels
-    standardised over each picture's positions, so that what all patches share does not count.
+    standardised over each image's positions, so that what all patches share does not count.
 
     The network is no part of the state dict: it is frozen, and only training needs it.
     """

@@ -1,4 +1,4 @@
-"""Perceptual losses: distances between pictures in the features of a frozen, pretrained network.
+"""Perceptual losses: distances between images in the features of a frozen, pretrained network.
 
 TiTok's second stage uses 0.1 x "convnext_s"; its single-stage models use 1.0 x "lpips" + 0.1 x
 "convnext_s". "efficientnet_lite0" needs no network connection. Missing weights are an error:
@@ -86,7 +86,7 @@ class ConvNeXtLogits(nn.Module):
 
 class EfficientNetFeatures(nn.Module):
     """LPIPS's distance without learned heads, in EfficientNet-Lite0: mean squared differences of
-    unit-length features after each of five resolutions. Pictures below 64 px are enlarged to it."""
+    unit-length features after each of five resolutions. Images below 64 px are enlarged to it."""
 
     source = f"PyPI {PACKAGE}"
 

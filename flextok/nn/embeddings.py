@@ -1,4 +1,4 @@
-"""Patches, positions and time: how pictures and scalars enter a transformer."""
+"""Patches, positions and time: how images and scalars enter a transformer."""
 
 import math
 from typing import Any

@@ -7,7 +7,7 @@ from torch import nn
 
 
 class NeedsWeights(nn.Module):
-    """A module that training must not find with the random weights it was built with: it knows
+    """A module that training must not find with the random weights it was built with. has_weights:
     whether it was ever given others, by load_state_dict of its own or of a module around it."""
 
     has_weights = False

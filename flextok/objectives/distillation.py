@@ -40,7 +40,7 @@ class DistillationConfig:
 
 class DistillationObjective(Objective):
     """The squared error of the student's mean velocity over one of its steps, drawn for the whole
-    batch. The condition is the images' codes; the teacher solves as its config.decode says."""
+    batch. The condition is the images' codes; the teacher solves with its own config.decode."""
 
     config_class = DistillationConfig
     models = ("flextok",)

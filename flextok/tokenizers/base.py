@@ -116,7 +116,7 @@ class Tokenizer(Pretrained):
 
 
 def images_to_encode(tokenizer: Tokenizer, images: Pictures, level: int = 4) -> Tensor:
-    """(B, 3, H, W) float in [-1, 1] on the tokenizer's device: tensors checked, PIL pictures
+    """(B, 3, H, W) float in [-1, 1] on the tokenizer's device: tensors checked, PIL images
     resized and cropped. Warns once of a tensor that is likely to be in [0, 1]; level: how many
     frames above is the code that asked to encode (encode and torch.no_grad lie between)."""
     if not isinstance(images, Tensor):
@@ -125,7 +125,7 @@ def images_to_encode(tokenizer: Tokenizer, images: Pictures, level: int = 4) -> 
     low, high = span(images)
     if not (low >= -1.001 and high <= 1.001):  # NaN fails too
         raise ValueError(
-            f"images span [{low:.4g}, {high:.4g}], expected [-1, 1]: scale uint8 pictures with "
+            f"images span [{low:.4g}, {high:.4g}], expected [-1, 1]: scale uint8 images with "
             "x / 127.5 - 1"
         )
     if low >= 0 and high > 0 and tokenizer not in _warned:

@@ -1,7 +1,7 @@
-"""FlexTok (arXiv 2502.13967): a picture as an ordered sequence of FSQ indices.
+"""FlexTok (arXiv 2502.13967): a image as an ordered sequence of FSQ indices.
 
 A ViT encoder with registers under a prefix-causal mask, FSQ, nested dropout, and a rectified-flow
-decoder that rebuilds a plausible picture from any prefix. Time: t=1 is noise (flow/path.py).
+decoder that rebuilds a plausible image from any prefix. Time: t=1 is noise (flow/path.py).
 """
 
 from collections.abc import Callable, Mapping
@@ -80,7 +80,7 @@ class FlexTokConfig:
     # small grids want a small temperature (10 to 100): at 10000 neighbouring patches look alike
     position_temperature: Annotated[float, Bounds(1, 1e9)] = 10_000.0
     token_std: float = 0.02  # of the learned tokens at the start; 1 sets registers apart sooner
-    # where registers begin: anywhere, or "spread", each at a place of its own in the picture, with
+    # where registers begin: anywhere, or "spread", each at a place of its own in the image, with
     # keys equal to queries: like looks for like (mimetic initialisation, arXiv 2305.09828)
     register_start: Literal["normal", "spread"] = "normal"
     ordered: bool = True  # any prefix decodes; False for a 2D baseline without nested dropout
@@ -95,11 +95,11 @@ class FlexTokConfig:
 
 
 class FlexTok(Tokenizer):
-    """The tokenizer: encode pictures to ordered indices, decode any prefix of them.
+    """The tokenizer: encode images to ordered indices, decode any prefix of them.
 
     >>> tokenizer = FlexTok.from_pretrained("emoji")
     >>> indices = tokenizer.encode(images)              # (B, K)
-    >>> pictures = tokenizer.decode(indices[:, :16])    # from 16 tokens
+    >>> images = tokenizer.decode(indices[:, :16])    # from 16 tokens
     """
 
     model_type = "flextok"
@@ -163,7 +163,7 @@ class FlexTok(Tokenizer):
 
     @property
     def noise_shape(self) -> tuple[int, int, int]:
-        """Of the noise that decode() begins with, for one picture: (C, h, w) of the latents."""
+        """Of the noise that decode() begins with, for one image: (C, h, w) of the latents."""
         side = self.image_size // self.vae.downsample
         return self.vae.channels, side, side
 
@@ -207,7 +207,7 @@ class FlexTok(Tokenizer):
         *,
         generator: Rng = None,
     ) -> Tensor:
-        """images: (B, 3, H, W) float in [-1, 1], or one PIL picture or several, which are resized
+        """images: (B, 3, H, W) float in [-1, 1], or one PIL image or several, which are resized
         and cropped. Returns indices (B, K) long, coarse to fine.
 
         sample_posterior: draw the VAE's latents with `generator`, one or one for each row, in

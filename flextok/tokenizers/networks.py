@@ -20,7 +20,7 @@ class Encoder(nn.Module):
     """Latents to K ordered register outputs; register i never sees register j > i.
 
     With a token_grid (rows, columns) it is the encoder of a 2D tokenizer, the baseline: there are
-    no registers, and token (i, j) is the mean of the patches in its cell of the picture."""
+    no registers, and token (i, j) is the mean of the patches in its cell of the image."""
 
     def __init__(
         self,
@@ -127,7 +127,7 @@ class FlowDecoder(nn.Module):
         Mask mode: the sequence has K registers, a dropped one is the mask token without a position.
         Truncate mode: it has `keep`. The null token stands for all. Equal tokens stay equal
         from block to block, so outside training one stands for them: log(their number) on its
-        attention logit says how many they are, and K' is as many different tokens as there are."""
+        attention logit stands for how many they are, and K' is the number of different tokens."""
         batch, k, _ = codes.shape
         total = self.register_pos.shape[0]
         device, none = codes.device, torch.zeros(batch, dtype=torch.bool, device="cpu")
@@ -185,7 +185,7 @@ class FlowDecoder(nn.Module):
 @torch.no_grad()
 def add_places(tokens: Tensor, positions: Tensor) -> None:
     """tokens: (K, D), changed in place; positions: (1, D, h, w). Adds the positions of K points, of
-    which every first k cover the picture evenly (Roberts' R2 sequence), interpolated."""
+    which every first k cover the image evenly (Roberts' R2 sequence), interpolated."""
     if tokens.is_meta:  # nothing to fill, and sampling there imports the compiler of torch
         return
     wide: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}  # MPS has no float64

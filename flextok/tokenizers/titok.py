@@ -1,10 +1,10 @@
-"""TiTok (arXiv 2406.07550): a picture as 32 to 256 codes without a grid, from a plain ViT.
+"""TiTok (arXiv 2406.07550): a image as 32 to 256 codes without a grid, from a plain ViT.
 
 Patches and latent tokens attend to each other in the encoder; its latent outputs are quantized; the
-decoder rebuilds the picture from mask tokens beside the codes. Covers the paper's two-stage models,
+decoder rebuilds the image from mask tokens beside the codes. Covers the paper's two-stage models,
 the later single-stage ones with VQ or KL, TA-TiTok (2501.07730: text in the decoder) and
 One-D-Piece (2501.10064: any prefix decodes). The networks take and give [0, 1]; the package's
-[-1, 1] is converted in the methods that meet pictures.
+[-1, 1] is converted in the methods that meet images.
 """
 
 from collections.abc import Callable
@@ -75,11 +75,11 @@ class TiTokConfig:
 
 
 class TiTok(Tokenizer, NeedsWeights):
-    """The tokenizer: encode pictures to K indices, decode them (any prefix with nested dropout).
+    """The tokenizer: encode images to K indices, decode them (any prefix with nested dropout).
 
     >>> tokenizer = TiTok.from_pretrained("outputs/titok/tokenizer")
     >>> indices = tokenizer.encode(images)       # (B, K)
-    >>> pictures = tokenizer.decode(indices)
+    >>> images = tokenizer.decode(indices)
     """
 
     model_type = "titok"
@@ -154,14 +154,14 @@ class TiTok(Tokenizer, NeedsWeights):
 
     def init_weights(self) -> None:
         """published: linear N(0, 0.02), cut at 2, no bias; wider in models narrower than the
-        published ones, which would hardly see the picture at first. Tokens and positions:
+        published ones, which would hardly see the image at first. Tokens and positions:
         N(0, 1/D). The convolutions and codebooks keep their own.
 
         wide: linear Xavier, queries and keys doubled, tokens and positions N(0, 1). Latents then
         look at different patches from the first step on.
 
         spread: linear Xavier, keys equal to queries (like looks for like: mimetic initialisation,
-        arXiv 2305.09828), tokens N(0, 0.1); patches begin at sin-cos positions that neighbours tell
+        arXiv 2305.09828), tokens N(0, 0.1); patches begin at sin-cos positions that set neighbours
         apart, and each latent at a place of its own among them."""
         init = self.config.init
         for part in (self.encoder, self.decoder):
@@ -229,7 +229,7 @@ class TiTok(Tokenizer, NeedsWeights):
 
     @torch.no_grad()
     def encode(self, images: Pictures, *, generator: Rng = None) -> Tensor:
-        """images: (B, 3, H, W) float in [-1, 1], or PIL pictures. Returns indices (B, K) long.
+        """images: (B, 3, H, W) float in [-1, 1], or PIL images. Returns indices (B, K) long.
         Draws nothing. Raises ValueError on a wrong shape, dtype or range, and for a continuous
         bottleneck."""
         self._check_discrete()

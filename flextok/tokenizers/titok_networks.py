@@ -9,7 +9,7 @@ from flextok.nn.vit import ViTBlock
 
 
 class TiTokEncoder(nn.Module):
-    """Pictures to K vectors, before quantization."""
+    """Images to K vectors, before quantization."""
 
     def __init__(
         self,

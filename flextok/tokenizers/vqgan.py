@@ -2,7 +2,7 @@
 
 TiTok needs it twice: its indices are the proxy codes of TiTok's first training stage, and its
 decoder turns TiTok's soft codes into pixels. The networks work on [0, 1]; the package's [-1, 1] is
-converted in the two methods that meet pictures.
+converted in the two methods that meet images.
 """
 
 from collections.abc import Callable
@@ -35,7 +35,7 @@ class VQGANConfig:
     dim: Size = 128  # channels at full resolution
     multipliers: list[Size] = field(default_factory=lambda: [1, 1, 2, 2, 4])  # one a resolution
     num_blocks: Depth = 2  # residual blocks a resolution
-    # of every GroupNorm; with one channel a group each loses its mean over the picture, so narrow
+    # of every GroupNorm; with one channel a group each loses its mean over the image, so narrow
     # models want fewer
     norm_groups: Size = 32
     quantizer: dict[str, Any] = field(
@@ -74,7 +74,7 @@ class ResBlock(nn.Module):
 
 
 class ConvEncoder(nn.Module):
-    """Pictures to a grid of vectors, halved between resolutions."""
+    """Images to a grid of vectors, halved between resolutions."""
 
     def __init__(
         self, dim: int, multipliers: list[int], num_blocks: int, out_dim: int, norm_groups: int
@@ -99,7 +99,7 @@ class ConvEncoder(nn.Module):
 
 
 class ConvDecoder(nn.Module):
-    """A grid of vectors to pictures, doubled between resolutions."""
+    """A grid of vectors to images, doubled between resolutions."""
 
     def __init__(
         self, dim: int, multipliers: list[int], num_blocks: int, in_dim: int, norm_groups: int
@@ -127,7 +127,7 @@ class ConvDecoder(nn.Module):
 
 
 class MaskGITVQGAN(Tokenizer):
-    """The 16x-downsampling VQ tokenizer: 256 indices of 1024 a picture of 256 px, row by row."""
+    """The 16x-downsampling VQ tokenizer: 256 indices of 1024 a image of 256 px, row by row."""
 
     model_type = "maskgit_vqgan"
     config_class = VQGANConfig
@@ -162,7 +162,7 @@ class MaskGITVQGAN(Tokenizer):
 
     @torch.no_grad()
     def encode(self, images: Pictures, *, generator: Rng = None) -> Tensor:
-        """images: (B, 3, H, W) float in [-1, 1], or PIL pictures. Returns indices (B, K) long, row
+        """images: (B, 3, H, W) float in [-1, 1], or PIL images. Returns indices (B, K) long, row
         by row. Draws nothing."""
         z = check_finite(self.features(images_to_encode(self, images)), "the encoder's outputs")
         return self.quantizer(z)[1]
