@@ -23,7 +23,10 @@ from flextok.bench import bench, format_machine, format_result
 from flextok.cli.options import write_json
 from flextok.config import ExperimentConfig, load_experiment
 from flextok.fake_gpu import DEVICE, FakeGPU, autocast
+from flextok.generators.conditioning import TextConditioner
+from flextok.generators.text import Text
 from flextok.machine import measure, measure_machine, peak_memory, reset_peak_memory
+from flextok.tokenizers import TOKENIZERS
 from flextok.training import plan
 from flextok.training.optim import make_optimizer
 from flextok.training.sharding import compile_blocks
@@ -50,7 +53,7 @@ def dry(name: str, batch: int = 2) -> list[str]:
         config = replace(config, trainer=replace(config.trainer, checkpoint_blocks=False))
     with FakeGPU() as gpu:
         module = plan.build(config, DEVICE)
-        inputs = plan.make_batch(module.model, batch)
+        inputs = make_batch(module.model, batch)
         with autocast(torch.bfloat16):
             module(inputs)  # constants reach the GPU
             del gpu.waits[:]
@@ -103,9 +106,27 @@ def timed_step(config: ExperimentConfig, batch: int, device: torch.device) -> fl
     return measure(step, device, 5)[0]
 
 
+def make_batch(model: Any, count: int) -> dict[str, Any]:
+    """What training would be given, on the model's device; texts of the greatest length."""
+    with model.device:
+        if model.model_type in TOKENIZERS:
+            dtype = next(model.parameters()).dtype
+            return {"image": torch.empty(count, 3, *2 * [model.image_size], dtype=dtype)}
+        batch: dict[str, Any] = {"indices": torch.empty(count, model.num_tokens, dtype=torch.long)}
+        batch["label"] = torch.empty(count, dtype=torch.long)
+        if isinstance(model.conditioner, TextConditioner):
+            encoder = model.conditioner.encoder
+            shape = (count, encoder.max_length)
+            values = torch.empty(*shape, encoder.dim)
+            if not encoder.frozen:
+                values = torch.empty(shape, dtype=torch.long)
+            batch["text"] = Text(values, torch.empty(shape, dtype=torch.bool))
+        return batch
+
+
 def real_batch(model: Any, batch: int) -> dict[str, Any]:
-    """plan's batch with values in it: zeros are valid images, indices, labels and texts."""
-    inputs = plan.make_batch(model, batch)
+    """A batch with values in it: zeros are valid images, indices, labels and texts."""
+    inputs = make_batch(model, batch)
     for value in inputs.values():
         for tensor in (value,) if isinstance(value, torch.Tensor) else (value.values, value.mask):
             tensor.zero_()

@@ -2,6 +2,8 @@
 
 import json
 import math
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from flextok.cli import main
 from flextok.config import load_experiment
 from flextok.generators import GENERATORS
 from flextok.machine import FLOPS
+from flextok.objectives import make_objective
 from flextok.registry import build_model
 from flextok.schema import ConfigError
 from flextok.tokenizers import TOKENIZERS
@@ -59,7 +62,7 @@ def test_arithmetic_of_a_gpt_is_that_of_the_formula(tmp_path):
 def test_recomputing_costs_a_forward_pass_and_saves_most_of_the_memory(tmp_path):
     """But for the last product of each block, which the backward pass does not need."""
     plain, recomputed = (
-        measure(gpt(tmp_path, f"model.checkpoint_blocks={on}")) for on in ("false", "true")
+        measure(gpt(tmp_path, f"trainer.checkpoint_blocks={on}")) for on in ("false", "true")
     )
     blocks = build_model(GENERATORS, gpt(tmp_path).model).blocks
     again = sum(p.numel() for p in blocks.parameters() if p.ndim == 2)
@@ -69,14 +72,15 @@ def test_recomputing_costs_a_forward_pass_and_saves_most_of_the_memory(tmp_path)
     assert recomputed.saved < 0.6 * plain.saved
 
 
-def real_step(config, registry, batch) -> tuple[float, float]:
+def real_step(config, registry, count) -> tuple[float, float]:
     model = build_model(registry, config.model).train()
+    objective = make_objective(model, config.objective)
     draws = torch.Generator().manual_seed(0)
     if config.task == "tokenizer":
-        inputs = (torch.rand(batch, 3, model.image_size, model.image_size, generator=draws),)
+        batch = {"image": torch.rand(count, 3, model.image_size, model.image_size, generator=draws)}
     else:
-        indices = torch.randint(0, 500, (batch, 64), generator=draws)
-        inputs = (indices, torch.zeros(batch, dtype=torch.long))
+        indices = torch.randint(0, 500, (count, 64), generator=draws)
+        batch = {"indices": indices, "label": torch.zeros(count, dtype=torch.long)}
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = {}
 
@@ -88,7 +92,7 @@ def real_step(config, registry, batch) -> tuple[float, float]:
 
     with FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
         with saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = model.loss(*inputs, generator=draws)["loss"]
+            loss = objective(batch, draws)["loss"]
         loss.backward()
     return counter.get_total_flops(), sum(t.untyped_storage().nbytes() for t in kept.values())
 
@@ -114,6 +118,25 @@ def test_the_plan_agrees_with_a_step_really_taken(tmp_path, kind):
     assert step.trained + step.frozen == sum(p.numel() for p in model.parameters())
     assert step.flops == pytest.approx((flops_2 - flops_1) / 8, rel=0.1)
     assert step.saved == pytest.approx((saved_2 - saved_1) / 8, rel=0.15)
+
+
+COUNTED = json.loads((Path(__file__).parent / "golden" / "plan.json").read_text())
+SLOW = ("d18", "stage2", "bl128", "ll32", "sl256", "vqgan")  # the networks of convolutions
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] * any(s in n for s in SLOW)) for n in COUNTED],
+)
+def test_the_formulas_agree_with_what_was_counted(name):
+    """A step of each config, run on the meta device by a program that noted all products and all
+    tensors kept. Of distillation it counted the teacher without guidance."""
+    found, counted = asdict(measure(load_experiment(f"configs/{name}.yaml"))), COUNTED[name]
+    for key in ("trained", "frozen", "beside", "block", "rest"):
+        assert found[key] == counted[key]
+    assert found["saved"] == pytest.approx(counted["saved"], rel=0.2)
+    if "teacher" not in load_experiment(f"configs/{name}.yaml").start:
+        assert found["flops"] == pytest.approx(counted["flops"], rel=0.03)
 
 
 def test_sharding_divides_what_training_holds(tmp_path):

@@ -1,29 +1,21 @@
 """What a run will need, before it runs: memory, arithmetic, data and money, from its config.
 
-The model is built without memory (PyTorch's meta device) and takes one training step there.
-Arithmetic and the tensors kept for the backward pass are counted, not taken from formulas, so any
-model of the package is covered. Speed and price are assumptions, printed with the result.
+The objective is built without memory (PyTorch's meta device), and costs.py has formulas for its
+arithmetic and activations. Speed and price are assumptions, printed with the result.
 """
 
 import math
-from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch import nn
 
 from flextok.config import ExperimentConfig
 from flextok.generators import GENERATORS
-from flextok.generators.conditioning import CONDITIONERS, TextConditioner
-from flextok.generators.text import Text
+from flextok.generators.conditioning import CONDITIONERS
 from flextok.losses.perceptual import PerceptualLoss
 from flextok.nn.blocks import recompute_blocks, transformer_blocks
 from flextok.nn.frozen import Frozen, NeedsWeights
@@ -32,6 +24,7 @@ from flextok.pipeline import load_model
 from flextok.registry import build_model
 from flextok.schema import ConfigError, check_number, named_spec
 from flextok.tokenizers import TOKENIZERS, FlexTok, MaskGITVQGAN, TiTok
+from flextok.training.costs import Formulas
 
 
 class GPU(NamedTuple):
@@ -184,20 +177,24 @@ def is_half(config: ExperimentConfig) -> bool:
 
 
 def measure(config: ExperimentConfig) -> Step:
-    """A training step of one sample on the meta device: two samples' less one's."""
-    module = build(config)
-    model = module.model
-    sizes = [(p.numel(), p.requires_grad) for p in module.parameters()]
+    """A training step of one sample."""
+    objective = build(config)
+    beside = frozen_networks(objective)
+    if is_half(config):  # nearly what autocast computes and keeps
+        for network in (objective, *beside):
+            network.to(torch.bfloat16)
+    sizes = [(p.numel(), p.requires_grad) for p in objective.parameters()]
     total, trained = sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
-    beside = sum(p.numel() for network in frozen_networks(module) for p in network.parameters())
-    parts = [sum(p.numel() for p in block.parameters()) for block in transformer_blocks(model)]
-    flops, saved = count_sample(module, config)
-    if config.trainer.checkpoint_blocks:
-        # besides the blocks' inputs, the activations of the one that is being recomputed
-        whole = replace(config, trainer=replace(config.trainer, checkpoint_blocks=False))
-        saved += (count_sample(build(whole), config)[1] - saved) / max(1, len(parts))
-    rest = total - sum(parts)
-    return Step(flops, saved, trained, total - trained, beside, max(parts, default=0), rest)
+    parts = [size_of(block) for block in transformer_blocks(objective.model)]
+    frozen = total - trained
+    outside = total - sum(parts)
+    cost = Formulas(is_half(config), config.trainer.checkpoint_blocks).step(objective)
+    around = sum(size_of(network) for network in beside)
+    return Step(cost.flops, cost.saved, trained, frozen, around, max(parts, default=0), outside)
+
+
+def size_of(network: nn.Module) -> int:
+    return sum(p.numel() for p in network.parameters())
 
 
 META = torch.device("meta")
@@ -230,7 +227,7 @@ def build(config: ExperimentConfig, device: torch.device = META) -> Objective:
         spec = dict(config.objective)
         if config.task == "generator":
             spec["cond_drop"] = 0.0  # costs nothing, and its null text needs an encoder
-        else:
+        elif spec.get("name") != "cross_length":  # which compares prefixes
             spec["nested_dropout"] = "none"  # at its dearest
         objective = make_objective(model, spec, starts(model, spec))
         objective.prepare(pretrained=False)
@@ -261,120 +258,6 @@ def frozen_networks(objective: Objective) -> list[nn.Module]:
     lists = [list(value.networks.values()) for value in held if isinstance(value, PerceptualLoss)]
     found = [value for value in held if isinstance(value, Frozen)]
     return [frozen.network for frozen in (*found, *chain(*lists))]
-
-
-def count_sample(module: Objective, config: ExperimentConfig) -> tuple[float, float]:
-    """Operations and saved bytes of one sample's step."""
-    if is_half(config):  # nearly what autocast computes and keeps
-        module.to(torch.bfloat16)
-        for network in frozen_networks(module):
-            network.to(torch.bfloat16)
-    (flops, saved), (more_flops, more_saved) = (count_step(module, n) for n in (1, 2))
-    return more_flops - flops, more_saved - saved
-
-
-def make_batch(model: Any, count: int) -> dict[str, Any]:
-    """What training would be given, on the model's device; texts of the greatest length."""
-    with model.device:
-        if model.model_type in TOKENIZERS:
-            dtype = next(model.parameters()).dtype
-            return {"image": torch.empty(count, 3, *2 * [model.image_size], dtype=dtype)}
-        batch: dict[str, Any] = {"indices": torch.empty(count, model.num_tokens, dtype=torch.long)}
-        batch["label"] = torch.empty(count, dtype=torch.long)
-        if isinstance(model.conditioner, TextConditioner):
-            encoder = model.conditioner.encoder
-            shape = (count, encoder.max_length)
-            values = torch.empty(*shape, encoder.dim)
-            if not encoder.frozen:
-                values = torch.empty(shape, dtype=torch.long)
-            batch["text"] = Text(values, torch.empty(shape, dtype=torch.bool))
-        return batch
-
-
-def count_step(module: Objective, count: int) -> tuple[float, float]:
-    """Operations and saved bytes of one step of `count` samples on the meta device."""
-    model, batch = module.model, make_batch(module.model, count)
-    networks = (module, *frozen_networks(module))
-    own = {storage(t) for n in networks for t in (*n.parameters(), *n.buffers())}
-    kept: dict[int, Tensor] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        if storage(tensor) not in own:
-            kept[storage(tensor)] = tensor
-        return tensor
-
-    def keep_inputs(block: nn.Module, arguments: Iterable[Any]) -> None:
-        for argument in arguments:  # a recomputed block keeps them without any hook
-            if isinstance(argument, Tensor):
-                keep(argument)
-
-    hooks = [block.register_forward_pre_hook(keep_inputs) for block in transformer_blocks(model)]
-    counter, attention = FlopCounterMode(display=False), CountAttention()
-    # the meta device has no autocast; the model has its types already
-    no_autocast = mock.patch.object(torch, "autocast", return_value=nullcontext())
-    fused = mock.patch.object(F, "scaled_dot_product_attention", attention)
-    with counter, MetaNumbers(model.num_tokens), fused, no_autocast:
-        with saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = module(batch)["loss"]
-        for hook in hooks:
-            hook.remove()
-        saved = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-        loss.backward()
-    module.zero_grad()
-    return counter.get_total_flops() + attention.flops, float(saved)
-
-
-def storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
-
-
-class MetaNumbers(TorchDispatchMode):
-    """Reads numbers from tensors without memory: a whole one as `count`, so that all tokens are
-    kept, others as 0, so that checks of inputs pass."""
-
-    def __init__(self, count: int):
-        super().__init__()
-        self.count = count
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
-            if args[0].dtype == torch.bool:
-                return False
-            return 0.0 if args[0].is_floating_point() else self.count
-        return func(*args, **(kwargs or {}))
-
-
-class CountAttention:
-    """Stands in for attention and counts it as a fused kernel does it: it keeps its inputs and
-    output, no N x N matrix, and takes two products forward, five backward; half of each if
-    causal."""
-
-    flops = 0.0
-
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, *_: Any, is_causal: bool = False, **__: Any
-    ) -> Tensor:
-        share = 0.5 if is_causal else 1.0
-        product = 2 * share * q.shape[:-2].numel() * q.shape[-2] * k.shape[-2] * q.shape[-1]
-        return FusedAttention.apply(q, k, v, self, product)
-
-
-class FusedAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, count: Any, product: float) -> Tensor:
-        output = torch.empty_like(q)
-        ctx.save_for_backward(q, k, v, output)
-        ctx.count, ctx.product = count, product
-        count.flops += 2 * product
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.count.flops += 5 * ctx.product
-        q, k, v, _ = ctx.saved_tensors
-        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None, None
 
 
 def batch_notes(found: Plan) -> list[str]:
