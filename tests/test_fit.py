@@ -132,6 +132,7 @@ class Drawn(Dataset):
             "tuple": (image, 3),
             "dict": {"image": image},
             "tensor": (tensor, 3),
+            "alone": image,
             "tensors": {"image": tensor, "label": 3, "caption": "a cat"},
         }
         return forms[self.form]
@@ -161,23 +162,24 @@ def test_two_processes_of_fit_end_where_one_with_the_whole_batch_does(tmp_path, 
 
 
 def test_items_in_any_form_train_alike(tmp_path):
-    """PIL images or tensors, in mappings or tuples, with or without label and caption."""
+    """PIL images or tensors, in mappings or tuples, alone or with label and caption."""
     results = [
         fit(make("flow"), Drawn("flow", form), options=options(tmp_path / form, max_steps=2))
-        for form in ("tuple", "dict", "tensor", "tensors")
+        for form in ("tuple", "dict", "tensor", "tensors", "alone")
     ]
     first = results[0].state_dict()
     for model in results[1:]:
         assert all(torch.equal(value, first[key]) for key, value in model.state_dict().items())
 
 
-def test_an_image_of_another_size_is_refused_by_name(tmp_path):
-    class Large(Drawn):
+def test_what_is_no_image_is_refused_by_name(tmp_path, caplog):
+    class Numbers(Drawn):
         def __getitem__(self, i):
-            return torch.zeros(3, 20, 20), 0
+            return 7, 0
 
-    with pytest.raises(ValueError, match=r"an item's image is \(3, 20, 20\): give PIL images"):
-        fit(make("flow"), Large("flow"), options=options(tmp_path))
+    with pytest.raises(ValueError, match="none of the 24 samples can be read"):
+        fit(make("flow"), Numbers("flow"), options=options(tmp_path))
+    assert "int" in caplog.text
 
 
 def test_fit_returns_the_model_and_leaves_a_folder_that_loads(tmp_path):

@@ -2,24 +2,22 @@
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import LearningRateMonitor
-from PIL import Image
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from flextok.config import ExperimentConfig
 from flextok.cpu import accelerate
-from flextok.data.datamodule import DataModule
+from flextok.data.datamodule import DataModule, prepare_image, prepare_tokens
 from flextok.data.loading import told_in_one_line
 from flextok.data.processes import this_process
+from flextok.data.sets import adapt
 from flextok.data.stream import Item, collate
 from flextok.data.transforms import ImageTransform
 from flextok.files import only_one, writing
@@ -54,9 +52,9 @@ def fit(
 ) -> Pretrained:
     """Train objective.model, or continue where options.output_dir has a run of it. Returns it.
 
-    Of a tokenizer, the data sets' items are images: {"image": ...} or (image, label), a PIL image
-    or a tensor (3, H, W) in [-1, 1]. Of a generator they are {"indices": (k,), "label": ...} or
-    {"indices": ..., "text": ...}, such as a TokenDataset's.
+    Of a tokenizer, the data sets' items are {"image": ...}, (image, label) or images, which are
+    what ImageTransform takes: PIL images, files, tensors (3, H, W). Of a generator they are
+    {"indices": (k,), "label": ...} or {"indices": ..., "text": ...}, such as a TokenDataset's.
 
     options.output_dir becomes a model folder for from_pretrained. It also holds checkpoints/,
     logs/, pictures/ and starts/ (how the run was started each time). A kill at any moment loses
@@ -143,16 +141,17 @@ def check_sharding(objective: Objective, options: FitOptions) -> None:
 
 
 def make_data(
-    model: Any, train_set: Any, validation_set: Any | None, options: FitOptions
+    model: Pretrained, train_set: Any, validation_set: Any | None, options: FitOptions
 ) -> DataModule:
     """The run's batches. A tokenizer's images are brought to its size; a generator's items are
     taken as they are."""
-    prepare: Any = take_as_it_is
+    prepare: Callable[[Item, torch.Generator | None], Item] = prepare_tokens
     if isinstance(model, Tokenizer):
-        prepare = partial(
-            prepare_image,
-            ImageTransform(model.image_size, options.flip, options.crop, options.shift),
-        )
+        train_set = adapt(train_set)
+        validation_set = None if validation_set is None else adapt(validation_set)
+        size = model.image_size
+        prepare = prepare_image(ImageTransform(size, options.flip, options.crop, options.shift))
+        model.metadata["class_names"] = list(train_set.class_names)
     return DataModule(
         train_set,
         validation_set,
@@ -161,26 +160,6 @@ def make_data(
         num_workers=options.num_workers,
         seed=options.seed,
     )
-
-
-def prepare_image(
-    transform: ImageTransform, item: Any, generator: torch.Generator | None
-) -> dict[str, Tensor]:
-    """item: a mapping with "image", or a tuple that begins with one."""
-    image = item["image"] if isinstance(item, Mapping) else item[0]
-    if isinstance(image, Image.Image):
-        return {"image": transform(image, generator)}
-    side = transform.size
-    if not isinstance(image, Tensor) or image.shape != (3, side, side):
-        found = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
-        raise ValueError(
-            f"an item's image is {found}: give PIL images, or tensors (3, {side}, {side})"
-        )
-    return {"image": image}
-
-
-def take_as_it_is(item: Item, generator: torch.Generator | None) -> Item:
-    return item
 
 
 def tokenizer_callbacks(model: Any, data: DataModule, options: FitOptions) -> list[L.Callback]:

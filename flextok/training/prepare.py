@@ -62,9 +62,7 @@ def prepare_tokenizer(config: ExperimentConfig) -> Run:
     objective = build_objective(config, TOKENIZERS, config.model)
     train_set = make_dataset(config.data.train)
     validation_set = make_dataset(config.data.validation) if config.data.validation else None
-    objective.model.metadata["class_names"] = list(train_set.class_names)
-    evaluations = evaluation(config, objective.model, None)
-    return Run(objective, train_set, validation_set, evaluations)
+    return Run(objective, train_set, validation_set, evaluation(config, objective.model, None))
 
 
 def prepare_generator(config: ExperimentConfig) -> Run:
@@ -181,7 +179,8 @@ def cached_tokens(
 ) -> TokenDataset:
     if isinstance(spec, dict) and spec.get("name") == "tokens":
         return ready_tokens(spec, tokenizer)
-    transform = make_transform(config, tokenizer.image_size)
+    data = config.data
+    transform = ImageTransform(tokenizer.image_size, data.flip, data.crop, data.shift)
     tokenizer.to(cache_device(config))
     store = build_token_cache(
         folder,
@@ -189,8 +188,8 @@ def cached_tokens(
         make_dataset(spec),
         transform,
         identity=cache_identity(tokenizer, spec, transform),
-        variants=config.data.token_variants if augment else 1,
-        num_workers=config.data.num_workers,
+        variants=data.token_variants if augment else 1,
+        num_workers=data.num_workers,
         seed=config.seed,
     )
     tokenizer.to("cpu")
@@ -211,10 +210,6 @@ def ready_tokens(spec: dict[str, Any], tokenizer: Any) -> TokenDataset:
         )
     tokens.check_codes(tokenizer)
     return tokens
-
-
-def make_transform(config: ExperimentConfig, size: int) -> ImageTransform:
-    return ImageTransform(size, config.data.flip, config.data.crop, config.data.shift)
 
 
 def cache_device(config: ExperimentConfig) -> str:
