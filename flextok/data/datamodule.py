@@ -22,10 +22,6 @@ def _transformed(transform: ImageTransform, item: Item, generator: torch.Generat
     return {"image": transform(item["image"], generator), "label": item["label"]}
 
 
-def prepare_tokens(item: Item, generator: torch.Generator | None) -> Item:
-    return item
-
-
 class Shares(Dataset):
     """A validation set for several processes that must all run as many batches, since they wait for
     each other in each. A readable sample stands in for what cannot be read and for positions past

@@ -9,7 +9,7 @@ which is all that its rows depend on, and each part names it.
     store = PartStore.make(folder, "token cache", identity, len(dataset), part_size)
     store.fill(dataset, compute, batch_size)        # this process's missing parts
     store.wait()                                    # the other processes'
-    codes = store.column("codes")                   # codes[i], codes[10:20], codes[array]
+    codes = store.column("codes")                   # codes.row(i), codes[10:20], codes[array]
 
 `compute(batch)` returns the batch's rows by name: a tensor (n, ...), a list of tensors of unequal
 lengths, or a list of texts. Each part also has the column "position", since what cannot be read has

@@ -138,6 +138,11 @@ class Stream(Dataset):
         raise ValueError(f"none of the {size} samples can be read; see the warnings above")
 
 
+def as_it_is(item: Item, generator: torch.Generator | None) -> Item:
+    """Prepares nothing: for items that are ready."""
+    return item
+
+
 class EvaluationSet(Dataset):
     """Every sample once, in order, without augmentation; unreadable ones are None (see collate)."""
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from flextok.data.datamodule import prepare_image
 from flextok.data.loading import make_loader, told_in_one_line
 from flextok.data.sets import adapt
-from flextok.data.stream import EvaluationSet, Item, collate
+from flextok.data.stream import EvaluationSet, Item, as_it_is, collate
 from flextok.data.transforms import ImageTransform
 from flextok.draws import CODES, NOISE, Rng, row_generators
 from flextok.evaluation.job import Job, Options, hash_of
@@ -81,10 +81,6 @@ def readable(images: Images, numbers: Iterable[int]) -> list[Item]:
 def skipping(images: Images) -> EvaluationSet:
     """The images; None, and a warning, for each that cannot be read."""
     return EvaluationSet(images, as_it_is)
-
-
-def as_it_is(item: Item, rng: torch.Generator | None) -> Item:
-    return item
 
 
 def real(job: Job, batch: Batch) -> Iterator[tuple[str, dict[str, Tensor]]]:

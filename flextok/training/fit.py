@@ -14,11 +14,11 @@ from torch.utils.data import Dataset
 
 from flextok.config import ExperimentConfig
 from flextok.cpu import accelerate
-from flextok.data.datamodule import DataModule, prepare_image, prepare_tokens
+from flextok.data.datamodule import DataModule, prepare_image
 from flextok.data.loading import told_in_one_line
 from flextok.data.processes import this_process
 from flextok.data.sets import adapt
-from flextok.data.stream import Item, collate
+from flextok.data.stream import Item, as_it_is, collate
 from flextok.data.transforms import ImageTransform
 from flextok.files import only_one, writing
 from flextok.hub import Pretrained
@@ -145,7 +145,7 @@ def make_data(
 ) -> DataModule:
     """The run's batches. A tokenizer's images are brought to its size; a generator's items are
     taken as they are."""
-    prepare: Callable[[Item, torch.Generator | None], Item] = prepare_tokens
+    prepare: Callable[[Item, torch.Generator | None], Item] = as_it_is
     if isinstance(model, Tokenizer):
         train_set = adapt(train_set)
         validation_set = None if validation_set is None else adapt(validation_set)
