@@ -1,5 +1,6 @@
 """The JSON report of an evaluation: scores, and all that they depend on."""
 
+import contextlib
 import hashlib
 import json
 import math
@@ -15,7 +16,7 @@ from flextok.data.parts import PartStore
 from flextok.evaluation import processes
 from flextok.evaluation.evaluators import Rows
 from flextok.evaluation.job import Job
-from flextok.files import write_text
+from flextok.files import read_mapping, write_text
 from flextok.schema import NotFinite
 
 REPORT = "report.json"
@@ -149,16 +150,14 @@ def peak_memory() -> float | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-def write_report(report: dict[str, Any], place: Path) -> Path:
-    """place: a folder, for its report.json, or a .json file."""
+def write_report(report: dict[str, Any], folder: Path) -> Path:
     try:
         text = json.dumps(report, indent=2, allow_nan=False)
     except ValueError:
         raise ValueError(f"a score is not finite: {report.get('results')}") from None
-    path = place if place.suffix == ".json" else place / REPORT
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, text + "\n")
-    return path
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / REPORT, text + "\n")
+    return folder / REPORT
 
 
 def check_output(folder: Path) -> Path:
@@ -167,14 +166,11 @@ def check_output(folder: Path) -> Path:
     path = folder / REPORT
     if not path.exists():
         return path
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-        if "flextok_version" in report["settings"]:
+    with contextlib.suppress(ValueError):
+        if "flextok_version" in read_mapping(path, settings=dict)["settings"]:
             return path
-    except (OSError, ValueError, RecursionError, TypeError, KeyError):
-        pass
     raise ValueError(f"{path} was not written by flextok and would be lost: choose another folder")
 
 
 def read_report(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / REPORT).read_text(encoding="utf-8"))
+    return read_mapping(folder / REPORT)

@@ -42,7 +42,7 @@ class Images(Dataset):
 
     def __getitem__(self, index: int) -> Item:
         item = self.dataset[index]
-        caption = item.get("caption", "")
+        caption = item.get("caption") or ""
         return {"index": index, "caption": caption, **self.prepare(item, None)}
 
     def few(self) -> list[Item]:
