@@ -12,7 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import IO
 from urllib.parse import urljoin
@@ -84,21 +84,16 @@ def check_listed(index: str, url: object, fetch: list[str] | None) -> str:
     )
 
 
-@contextmanager
-def open_shard(url: str, fetch: list[str] | None = None) -> Iterator[IO[bytes]]:
+def open_shard(url: str, fetch: list[str] | None = None) -> AbstractContextManager[IO[bytes]]:
     """The bytes of a shard. Raises OSError where it cannot be opened, and at the end of the block
     where the transfer broke off."""
     if fetch is not None:
-        with from_command([word.replace("{url}", url) for word in fetch]) as stream:
-            yield stream
-    elif is_http(url):
-        with from_web(url) as stream:
-            yield stream
-    elif not os.path.isfile(url):
+        return from_command([word.replace("{url}", url) for word in fetch])
+    if is_http(url):
+        return from_web(url)
+    if not os.path.isfile(url):
         raise FileNotFoundError(f"{url} is no file")
-    else:
-        with open(url, "rb") as file:
-            yield file
+    return open(url, "rb")
 
 
 def drain(stream: IO[bytes]) -> None:
