@@ -6,9 +6,10 @@ on a GPU per second. FLOPs are those of matrix products, attention and convoluti
 2 a multiply-add. FlexTok's rows are about latents: its VAE is not part of them.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flextok.config import OptimConfig, load_experiment
 from flextok.cpu import accelerate
-from flextok.generators import GENERATORS
+from flextok.generators.base import Generator
 from flextok.machine import (
     FLOPS,
     Machine,
@@ -27,9 +28,9 @@ from flextok.machine import (
     reset_peak_memory,
 )
 from flextok.objectives import make_objective
-from flextok.registry import build_model
+from flextok.registry import MODELS, build_model
 from flextok.schema import unknown_key
-from flextok.tokenizers import TOKENIZERS
+from flextok.tokenizers import FlexTok
 from flextok.training.optim import make_optimizer
 
 _SMALL_VAE = {"name": "kl", "block_channels": [32, 32, 32, 32]}  # 16 channels, f8; never run here
@@ -43,12 +44,9 @@ def _flextok(encoder: int, decoder: int) -> dict[str, Any]:
 
 
 def _titok(num_tokens: int, dim: int, depth: int) -> dict[str, Any]:
-    sides = {f"{side}_{key}": n for side in ("encoder", "decoder") for key, n in _dims(dim, depth)}
+    sizes = {"dim": dim, "depth": depth}
+    sides = {f"{side}_{key}": n for side in ("encoder", "decoder") for key, n in sizes.items()}
     return {"name": "titok", "stage": "finetune", "num_tokens": num_tokens, **sides}
-
-
-def _dims(dim: int, depth: int) -> list[tuple[str, int]]:
-    return [("dim", dim), ("depth", depth)]
 
 
 def _maskgit(num_tokens: int, temperature: float, guidance_scale: float) -> dict[str, Any]:
@@ -90,30 +88,6 @@ SIZES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
 }
 DEFAULT_SIZES = ("quickstart", "quickstart-ar", "d12-d12", "ar-49M", "titok-s128", "maskgit-l32")
 
-# CPU seconds with one thread of the published modules. A ratio to them is one of machines, too.
-PUBLISHED_ON = "a two-core AMD EPYC (Zen 3, 2.25 GHz)"
-PUBLISHED = {
-    "d12-d12 encode B1": 1.28,
-    "d12-d12 encode B4": 7.89,
-    "d12-d12 decode B1, 4 steps": 6.1,
-    "d12-d12 decode B4, 4 steps": 32.8,
-    "d12-d12 decode B1, 4 steps, 1 token": 6.07,
-    "d12-d12 decode B1, 4 steps, APG": 13.0,
-    "d18-d28 encode B1": 3.90,
-    "ar-49M generate B1, 256 tokens": 108.8,
-    "ar-49M generate B1, 256 tokens, guidance 1.5": 212.9,
-    "titok-s128 encode B1": 0.298,
-    "titok-b64 encode B1": 0.986,
-    "titok-l32 encode B1": 2.90,
-    "titok-b64 encode B8": 7.08,
-    "titok-l32 encode B8": 21.0,
-    "titok-s128 decode B1": 3.48,
-    "titok-b64 decode B1": 4.70,
-    "titok-l32 decode B1": 6.36,
-    "maskgit-l32 generate B4": 14.6,
-    "maskgit-b64 generate B4": 22.6,
-}
-
 
 @dataclass
 class Result:
@@ -126,7 +100,6 @@ class Result:
     items_per_second: float  # pictures, or indices where generating
     bandwidth_share: float | None  # generating: weights and cache read, of the machine's bandwidth
     peak_memory: int  # bytes, of the process or the GPU, weights included
-    published_cpu: float | None
     mkl_cpu: float | None = None  # without oneDNN, as torch multiplies; where that was asked for
 
 
@@ -136,6 +109,22 @@ class Row:
     run: Callable[[], object]
     items: int
     bytes_read: float | None = None
+
+
+class Run(NamedTuple):
+    """How the rows of a model are measured."""
+
+    batch: int
+    device: torch.device
+    dtype: torch.dtype
+    steps: int  # of FlexTok's decoder
+
+    def integers(self, high: int, length: int) -> Tensor:
+        return torch.randint(0, high, (self.batch, length), device=self.device)
+
+    def images(self, model: Any) -> Tensor:
+        shape = (self.batch, 3, model.image_size, model.image_size)
+        return torch.zeros(shape, device=self.device, dtype=self.dtype)
 
 
 def bench(
@@ -152,37 +141,30 @@ def bench(
     """sizes: names in SIZES or YAML files of experiments; only: rows whose name holds this text;
     steps: of FlexTok's decoder; compare_mkl: each row without oneDNN, too. Returns the machine and
     its results as plain data; `report` gets each result as it comes."""
-    place, kind = torch.device(device), getattr(torch, dtype)
-    machine = measure_machine(place, kind)
+    run = Run(1, torch.device(device), getattr(torch, dtype), steps)
+    machine = measure_machine(run.device, run.dtype)
     results = []
     for size in sizes:
-        for row in rows(size, place, kind, batches, steps, only):
+        for row in rows(size, run, batches, only):
             results.append(measure_row(row, machine, repeats, compare_mkl))
             report(results[-1])
     return {"machine": asdict(machine), "results": [asdict(result) for result in results]}
 
 
-def rows(
-    size: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    batches: list[int] | None,
-    steps: int,
-    only: str,
-) -> Iterator[Row]:
+def rows(size: str, run: Run, batches: list[int] | None, only: str) -> Iterator[Row]:
     spec, usual = find_size(size)
-    kinds = TOKENIZERS if spec["name"] in TOKENIZERS else GENERATORS
     torch.manual_seed(0)
-    with device:
-        model = accelerate(build_model(kinds, spec))
-    make = {"flextok": flextok_rows, "gpt": gpt_rows, "maskgit": maskgit_rows}
+    with run.device:
+        model = accelerate(build_model(MODELS, spec))
+    make = flextok_rows if isinstance(model, FlexTok) else image_rows
+    make = generator_rows if isinstance(model, Generator) else make
     for batch in batches or usual:
-        for row in make.get(spec["name"], picture_rows)(model, batch, device, dtype, steps):
+        for row in make(model, run._replace(batch=batch)):
             row.name = f"{size} {row.name}"
             if only in row.name:
                 trains = "train" in row.name
                 # training keeps fp32 weights and computes in dtype
-                model.train(trains).to(torch.float32 if trains else dtype)
+                model.train(trains).to(torch.float32 if trains else run.dtype)
                 yield row
 
 
@@ -195,53 +177,41 @@ def find_size(size: str) -> tuple[dict[str, Any], tuple[int, ...]]:
     return SIZES[size]
 
 
-def flextok_rows(
-    model: Any, batch: int, device: torch.device, dtype: torch.dtype, steps: int
-) -> Iterator[Row]:
-    latents = torch.randn(batch, *model.noise_shape, device=device)
-    indices = torch.randint(0, model.vocab_size, (batch, model.num_tokens), device=device)
-    images = torch.zeros(batch, 3, model.image_size, model.image_size, device=device)
+def flextok_rows(model: Any, run: Run) -> Iterator[Row]:
+    latents = torch.randn(run.batch, *model.noise_shape, device=run.device)
+    indices, images = run.integers(model.vocab_size, model.num_tokens), run.images(model)
     # the rows are about the latents
     model.vae.has_weights = True
-    model.vae.encode, model.vae.decode = (lambda *_, **__: latents.to(dtype)), (lambda x: x)
+    model.vae.encode, model.vae.decode = (lambda *_, **__: latents.to(run.dtype)), (lambda x: x)
 
     def decode(scale: float, keep: int | None = None) -> Callable[[], object]:
-        options = {"num_steps": steps, "guidance_scale": scale, "guidance": "apg"}
+        options = {"num_steps": run.steps, "guidance_scale": scale, "guidance": "apg"}
         return lambda: model.decode(indices, keep, noise=latents, **options)
 
-    name = f"decode B{batch}, {steps} steps"
-    yield Row(f"encode B{batch}", lambda: model.encode(images), batch)
-    yield Row(name, decode(1.0), batch)
-    yield Row(f"{name}, 1 token", decode(1.0, 1), batch)
-    yield Row(f"{name}, APG", decode(7.5), batch)
-    yield Row(f"train step B{batch}", train_step(model, {"image": images}, device, dtype), batch)
+    name = f"decode B{run.batch}, {run.steps} steps"
+    yield Row(f"encode B{run.batch}", lambda: model.encode(images), run.batch)
+    yield Row(name, decode(1.0), run.batch)
+    yield Row(f"{name}, 1 token", decode(1.0, 1), run.batch)
+    yield Row(f"{name}, APG", decode(7.5), run.batch)
+    yield train_row(model, {"image": images}, run)
 
 
-def gpt_rows(
-    model: Any, batch: int, device: torch.device, dtype: torch.dtype, steps: int
-) -> Iterator[Row]:
-    tokens, labels = model.num_tokens, torch.zeros(batch, dtype=torch.long, device=device)
-    indices = torch.randint(0, model.config.vocab_size, (batch, tokens), device=device)
-
-    def generate(scale: float) -> Row:
-        guided = "" if scale == 1 else f", guidance {scale}"
-        return Row(
-            f"generate B{batch}, {tokens} tokens{guided}",
-            lambda: model.generate(labels, guidance_scale=scale),
-            batch * tokens,
-            generation_bytes(model, batch * (1 if scale == 1 else 2)) * dtype.itemsize,
-        )
-
-    yield generate(1.0)
-    yield generate(1.5)
-    yield Row(
-        f"train step B{batch}",
-        train_step(model, {"indices": indices, "label": labels}, device, dtype),
-        batch,
-    )
+def generator_rows(model: Any, run: Run) -> Iterator[Row]:
+    labels = torch.zeros(run.batch, dtype=torch.long, device=run.device)
+    items, name = run.batch * model.num_tokens, f"generate B{run.batch}"
+    if model.streams:
+        for scale, guided in ((1.0, ""), (1.5, ", guidance 1.5")):
+            generate = functools.partial(model.generate, labels, guidance_scale=scale)
+            numbers = generation_numbers(model, run.batch * (2 if guided else 1))
+            name = f"generate B{run.batch}, {model.num_tokens} tokens{guided}"
+            yield Row(name, generate, items, numbers * run.dtype.itemsize)
+    else:
+        yield Row(name, lambda: model.generate(labels), items)
+    indices = run.integers(model.vocab_size, model.num_tokens)
+    yield train_row(model, {"indices": indices, "label": labels}, run)
 
 
-def generation_bytes(model: Any, batch: int) -> float:
+def generation_numbers(model: Any, batch: int) -> float:
     """Numbers that generating all indices must read: every weight for every index (but the
     embedding's), and the keys and values before it."""
     weights = sum(p.numel() for part in (model.blocks, model.head) for p in part.parameters())
@@ -249,32 +219,14 @@ def generation_bytes(model: Any, batch: int) -> float:
     return model.num_tokens * (weights + cached)
 
 
-def maskgit_rows(
-    model: Any, batch: int, device: torch.device, dtype: torch.dtype, steps: int
-) -> Iterator[Row]:
-    tokens, labels = model.num_tokens, torch.zeros(batch, dtype=torch.long, device=device)
-    indices = torch.randint(0, model.config.vocab_size, (batch, tokens), device=device)
-    yield Row(f"generate B{batch}", lambda: model.generate(labels), batch * tokens)
-    yield Row(
-        f"train step B{batch}",
-        train_step(model, {"indices": indices, "label": labels}, device, dtype),
-        batch,
-    )
-
-
-def picture_rows(
-    model: Any, batch: int, device: torch.device, dtype: torch.dtype, steps: int
-) -> Iterator[Row]:
+def image_rows(model: Any, run: Run) -> Iterator[Row]:
     """Any other tokenizer; its training wants pretrained networks, so is not measured."""
-    images = torch.rand(batch, 3, model.image_size, model.image_size, device=device) * 2 - 1
-    indices = torch.randint(0, model.vocab_size, (batch, model.num_tokens), device=device)
-    yield Row(f"encode B{batch}", lambda: model.encode(images.to(dtype)), batch)
-    yield Row(f"decode B{batch}", lambda: model.decode(indices), batch)
+    images, indices = run.images(model), run.integers(model.vocab_size, model.num_tokens)
+    yield Row(f"encode B{run.batch}", lambda: model.encode(images), run.batch)
+    yield Row(f"decode B{run.batch}", lambda: model.decode(indices), run.batch)
 
 
-def train_step(
-    model: Any, batch: dict[str, Tensor], device: torch.device, dtype: torch.dtype
-) -> Callable[[], object]:
+def train_row(model: Any, batch: dict[str, Tensor], run: Run) -> Row:
     """Loss, gradients and AdamW, in fp32 or mixed precision."""
     objective, optimizer = make_objective(model), None
     draws = torch.Generator().manual_seed(0)
@@ -283,12 +235,12 @@ def train_step(
         nonlocal optimizer
         optimizer = optimizer or make_optimizer(objective, OptimConfig())  # after the last move
         optimizer.zero_grad()
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with torch.autocast(run.device.type, run.dtype, enabled=run.dtype != torch.float32):
             loss = objective(batch, draws)["loss"]
         loss.backward()
         optimizer.step()
 
-    return step
+    return Row(f"train step B{run.batch}", step, run.batch)
 
 
 def measure_row(row: Row, machine: Machine, repeats: int, compare_mkl: bool = False) -> Result:
@@ -310,7 +262,6 @@ def measure_row(row: Row, machine: Machine, repeats: int, compare_mkl: bool = Fa
         items_per_second=row.items / seconds,
         bandwidth_share=share,
         peak_memory=peak_memory(device),
-        published_cpu=PUBLISHED.get(row.name),
         mkl_cpu=without_onednn(row, device, repeats) if compare_mkl else None,
     )
 
@@ -322,7 +273,7 @@ def without_onednn(row: Row, device: torch.device, repeats: int) -> float:
 
 HEADER = (
     f"{'row':45s} {'wall s':>8s} {'CPU s':>8s} {'GFLOP':>8s} {'GFLOP/s':>8s} {'of peak':>7s} "
-    f"{'of mem.':>7s} {'items/s':>8s} {'GB':>5s} {'published':>9s}"
+    f"{'of mem.':>7s} {'items/s':>8s} {'GB':>5s}"
 )
 
 
@@ -337,7 +288,6 @@ def format_machine(machine: dict[str, Any]) -> str:
 
 def format_result(r: Result) -> str:
     memory = "" if r.bandwidth_share is None else f"{r.bandwidth_share:.0%}"
-    ratio = "" if r.published_cpu is None else f"{r.published_cpu / r.cpu:.2f}x"
     mkl = (
         ""
         if r.mkl_cpu is None
@@ -346,5 +296,5 @@ def format_result(r: Result) -> str:
     return (
         f"{r.row:45s} {r.wall:8.3f} {r.cpu:8.3f} {r.flops / 1e9:8.2f} "
         f"{r.flops_per_second / 1e9:8.1f} {r.matmul_share:7.0%} {memory:>7s} "
-        f"{r.items_per_second:8.2f} {r.peak_memory / 1e9:5.1f} {ratio:>9s}{mkl}"
+        f"{r.items_per_second:8.2f} {r.peak_memory / 1e9:5.1f}{mkl}"
     )

@@ -7,7 +7,6 @@ import torch
 from flextok.bench import (
     DEFAULT_SIZES,
     HEADER,
-    PUBLISHED_ON,
     SIZES,
     bench,
     format_machine,
@@ -34,6 +33,4 @@ def run_bench(options: Bench) -> dict[str, Any]:
         report=lambda result: print(format_result(result), flush=True),
     )
     print(format_machine(report["machine"]))
-    if any(result["published_cpu"] for result in report["results"]):
-        print(f"published: a ratio to CPU seconds on {PUBLISHED_ON}, so of the machines too")
     return report
