@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from flextok.convert.rules import Published, Rules, count, rename, shape, without_ones
+from flextok.convert.rules import Published, Rules, agree, count, rename, shape, without_ones
 
 KNOWN_CLASSES = frozenset(
     f"flextok.{name}"
@@ -156,28 +156,27 @@ def flextok_config(
     head_dim = sections.get("enc_transformer", {}).get("head_dim", 64)
     vae = vae_config(state)
     patch_size = round((patch_dim / vae["channels"]) ** 0.5)
-    _check_sections(
-        sections,
-        {
-            "enc_patch_emb": {"channels_in": vae["channels"], "dim": encoder_dim},
-            "enc_posemb_module": {"posemb_type": "sincos", "posemb_scaling": "absolute"},
-            "enc_register_module": {"n_max": num_registers, "ordering_mode": "nested"},
-            "enc_seq_packer": {"mask_mode": "causal_last"},
-            "enc_transformer": {"dim": encoder_dim, "depth": encoder_depth},
-            "enc_to_latents": {"dim_out": code_dim},
-            "dec_from_latents": {"dim_in": code_dim, "dim": decoder_dim},
-            "dec_registers_posemb_module": {"posemb_type": "learnable_sum"},
-            "dec_noise_patch_emb": {"patch_sizes": [patch_size, patch_size]},
-            "dec_patches_posemb_module": {"posemb_type": "sincos", "max_sizes": [grid, grid]},
-            "dec_seq_packer": {"mask_mode": "full"},
-            "dec_transformer": {
-                "dim": decoder_dim,
-                "depth": decoder_depth,
-                "head_dim": head_dim,
-                "adaLN_expansion": 2,
-            },
+    expected = {
+        "enc_patch_emb": {"channels_in": vae["channels"], "dim": encoder_dim},
+        "enc_posemb_module": {"posemb_type": "sincos", "posemb_scaling": "absolute"},
+        "enc_register_module": {"n_max": num_registers, "ordering_mode": "nested"},
+        "enc_seq_packer": {"mask_mode": "causal_last"},
+        "enc_transformer": {"dim": encoder_dim, "depth": encoder_depth},
+        "enc_to_latents": {"dim_out": code_dim},
+        "dec_from_latents": {"dim_in": code_dim, "dim": decoder_dim},
+        "dec_registers_posemb_module": {"posemb_type": "learnable_sum"},
+        "dec_noise_patch_emb": {"patch_sizes": [patch_size, patch_size]},
+        "dec_patches_posemb_module": {"posemb_type": "sincos", "max_sizes": [grid, grid]},
+        "dec_seq_packer": {"mask_mode": "full"},
+        "dec_transformer": {
+            "dim": decoder_dim,
+            "depth": decoder_depth,
+            "head_dim": head_dim,
+            "adaLN_expansion": 2,
         },
-    )
+    }
+    for name, values in expected.items():
+        agree(sections.get(name, {}), values, name, "the weights, or what is implemented here,")
     scaling = read(
         "vae.scaling_factor",
         find_values(tree.get("vae"), "scaling_factor"),
@@ -244,16 +243,3 @@ def _number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
         raise ValueError(f"the config says {name} = {value!r}, expected a positive number")
     return float(value)
-
-
-def _check_sections(
-    sections: Mapping[str, Mapping[str, Any]], expected: Mapping[str, Mapping[str, Any]]
-) -> None:
-    for name, values in expected.items():
-        for key, value in values.items():
-            found = sections.get(name, {}).get(key, value)
-            if found != value:
-                raise ValueError(
-                    f"the config says {name}.{key} = {found!r}; the weights, or what this package "
-                    f"implements, say {value!r}"
-                )

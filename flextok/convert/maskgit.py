@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flextok.convert.rules import Published, Rules, count, rename, shape, without_ones
+from flextok.convert.rules import Published, Rules, agree, count, rename, shape, without_ones
 from flextok.convert.titok import find_section
 
 _BERT_LAYER = r"model\.encoder\.layer\.(\d+)\."
@@ -140,9 +140,7 @@ def maskgit_config(
         "image_seq_len": num_tokens,
         "condition_num_classes": num_classes,
     }
-    for key, value in expected.items():
-        if section.get(key, value) != value:
-            raise ValueError(f"the config has {key} = {section[key]!r}, the weights have {value!r}")
+    agree(section, expected)
     generate = dict(_SAMPLING.get((backbone, num_tokens), {}))
     generate |= {ours: section[key] for key, ours in _SAMPLING_KEYS.items() if key in section}
     config = {

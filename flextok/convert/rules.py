@@ -50,3 +50,13 @@ def without_ones(key: str, value: Tensor, leading: int = 0, trailing: int = 0) -
 def count(state: Mapping[str, Tensor], pattern: str) -> int:
     """How many numbers occur at the pattern's group, which starts a key: 0 to the largest."""
     return 1 + max((int(m[1]) for key in state if (m := re.match(pattern, key))), default=-1)
+
+
+def agree(
+    section: Mapping[str, Any], expected: Mapping[str, Any], name: str = "", by: str = "the weights"
+) -> None:
+    """Raise ValueError for a key of a published config's section that contradicts what `by` has."""
+    for key, value in expected.items():
+        if section.get(key, value) != value:
+            stated = f"{name}.{key}".lstrip(".")
+            raise ValueError(f"the config has {stated} = {section[key]!r}, {by} have {value!r}")

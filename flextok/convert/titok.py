@@ -13,6 +13,7 @@ from torch import Tensor
 from flextok.convert.rules import (
     Published,
     Rules,
+    agree,
     count,
     rename,
     shape,
@@ -157,9 +158,7 @@ def titok_config(
         }
         expected["codebook_size"] = codebook_size
     legacy = section.get("is_legacy", two_stage)
-    for key, value in expected.items():
-        if section.get(key, value) != value:
-            raise ValueError(f"the config has {key} = {section[key]!r}, the weights have {value!r}")
+    agree(section, expected)
     _check_vit_size(section.get("vit_enc_model_size"), (encoder_dim, encoder_depth))
     _check_vit_size(section.get("vit_dec_model_size"), (decoder_dim, decoder_depth))
     finetune = "pixel_quantize.embedding.weight" in published
@@ -237,12 +236,8 @@ def _grid(published: Mapping[str, Tensor]) -> int:
 
 
 def _check_vit_size(name: Any, found: tuple[int, int]) -> None:
-    if name is None:
-        return
-    if name not in _VIT_SIZES:
-        raise ValueError(f"unknown ViT size {name!r}; known: {', '.join(_VIT_SIZES)}")
-    if _VIT_SIZES[name] != found:
+    if name is not None and _VIT_SIZES.get(name) != found:
         raise ValueError(
-            f"the config says ViT size {name!r}, (dim, depth) {_VIT_SIZES[name]}, "
-            f"the weights {found}"
+            f"the config has ViT size {name!r}, the weights (dim, depth) {found}; "
+            f"known: {_VIT_SIZES}"
         )

@@ -1,0 +1,93 @@
+"""Objectives by name: which model each trains, what it may begin with, what is refused."""
+
+import pytest
+import torch
+from conftest import TITOK, VQGAN, tiny_gpt, tiny_tokenizer
+
+from flextok.generators import MaskGIT, MaskGITConfig
+from flextok.objectives import OBJECTIVES, default_objective, make_objective
+from flextok.schema import ConfigError
+from flextok.tokenizers import MaskGITVQGAN, TiTok, TiTokConfig, VQGANConfig
+
+
+def titok(stage):
+    return TiTok(TiTokConfig(**TITOK, stage=stage, proxy=VQGANConfig(**VQGAN)))
+
+
+def maskgit():
+    classes = {"name": "class", "num_classes": 5}
+    return MaskGIT(MaskGITConfig(200, 8, dim=32, depth=1, num_heads=2, conditioner=classes))
+
+
+def vqgan():
+    return MaskGITVQGAN(VQGANConfig(**VQGAN))
+
+
+CASES = {
+    "flow": (tiny_tokenizer, {}),
+    "cross_length": (tiny_tokenizer, {}),
+    "distillation": (tiny_tokenizer, {"teacher": tiny_tokenizer}),
+    "proxy_codes": (lambda: titok("proxy"), {"proxy": vqgan}),
+    "reconstruction": (
+        lambda: titok("finetune"),
+        {"first": lambda: titok("proxy"), "proxy": vqgan},
+    ),
+    "adversarial": (vqgan, {}),
+    "next_token": (tiny_gpt, {}),
+    "masked_tokens": (maskgit, {}),
+}
+SMALL = {"adversarial": {"start_step": 0, "dim": 32, "num_stages": 1}}
+
+
+def batch():
+    rng = torch.Generator().manual_seed(0)
+    images = torch.rand(4, 3, 16, 16, generator=rng) * 2 - 1
+    indices = torch.randint(0, 200, (4, 8), generator=rng)
+    return {"image": images, "indices": indices, "label": torch.arange(4)}
+
+
+@pytest.mark.parametrize("name", list(OBJECTIVES))
+def test_every_objective_gives_finite_losses_and_repeats_them_for_a_seed(name):
+    model, start = CASES[name]
+    torch.manual_seed(0)
+    given = {key: make() for key, make in start.items()}
+    objective = make_objective(model(), {"name": name, **SMALL.get(name, {})}, given).eval()
+    objective.prepare()
+    first, again, other = (
+        objective(batch(), torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
+    )
+    assert all(value.ndim == 0 and value.isfinite() for value in first.values())
+    assert first == again
+    draws = name not in ("proxy_codes", "reconstruction", "adversarial", "next_token")
+    assert (first["loss"] != other["loss"]) == draws  # in eval mode, and without prefixes
+    assert objective.model.metadata["objective"]["name"] == name
+    # what is exported is the model alone
+    beside = {key for key in objective.state_dict() if not key.startswith("model.")}
+    assert bool(beside) == (name == "adversarial")
+
+
+def test_an_objective_follows_from_the_model():
+    expected = {"flow": tiny_tokenizer, "next_token": tiny_gpt, "masked_tokens": maskgit}
+    for name, make in expected.items():
+        assert default_objective(make()) == name
+    names = [default_objective(titok(stage)) for stage in ("proxy", "finetune", "single")]
+    assert names == ["proxy_codes", "reconstruction", "reconstruction"]
+    assert default_objective(vqgan()) == "reconstruction"
+
+
+@pytest.mark.parametrize(
+    ("model", "spec", "start", "message"),
+    [
+        (tiny_gpt, {"name": "flow"}, {}, "FlowObjective trains flextok models, not a gpt"),
+        (tiny_gpt, {"name": "flowe"}, {}, "Did you mean 'flow'"),
+        (tiny_gpt, {"cond_dropp": 0.1}, {}, "Did you mean 'cond_drop'"),
+        (tiny_gpt, {}, {"weights": tiny_gpt}, "unknown model to start from 'weights'"),
+        (tiny_tokenizer, {}, {"weights": tiny_gpt}, r"start.weights \(got a gpt model\)"),
+        (vqgan, {}, {"first": vqgan}, "has no use for start.first"),
+        (lambda: titok("proxy"), {"name": "adversarial"}, {}, "learns no pixels"),
+        (lambda: titok("single"), {"name": "proxy_codes"}, {}, "learns pixels, not a proxy's"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(model, spec, start, message):
+    with pytest.raises(ConfigError, match=message):
+        make_objective(model(), spec, {key: make() for key, make in start.items()})
