@@ -198,7 +198,7 @@ def test_published_config_agrees_with_shapes(name, sizes, tokens, changes):
     assert points == []
     assert "no config beside the weights" in inferred_points[0]
     vq_model["vit_enc_model_size"] = "giant"
-    with pytest.raises(ValueError, match="ViT size 'giant'.*known: .*small"):
+    with pytest.raises(ValueError, match=r"ViT size 'giant'.*known: .*small"):
         titok_config(published, vq_model)
     vq_model["vit_enc_model_size"] = "base" if sizes[0] != "base" else "small"
     with pytest.raises(ValueError, match="the config has ViT size"):
