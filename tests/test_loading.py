@@ -26,7 +26,7 @@ from flextok.cli import interruptible_imports
 from flextok.config import load_experiment
 from flextok.data.datamodule import Shares, prepare_image
 from flextok.data.datasets import ImageFolder, PictureFiles
-from flextok.data.loading import SIGNALS, WorkerDied, make_loader, told_in_one_line
+from flextok.data.loading import SIGNALS, WorkerDied, failures_in_one_line, make_loader
 from flextok.data.stream import EvaluationSet, Stream, collate
 from flextok.data.tokens import TokenDataset, build_token_cache, cache_identity
 from flextok.data.transforms import ImageTransform
@@ -217,9 +217,9 @@ class Deadly(Dataset):
         return {"index": index}
 
 
-def test_a_killed_worker_is_told_in_one_line():
+def test_a_killed_worker_is_failures_in_one_line():
     loader = make_loader(Deadly(), 1, batch_size=1, collate_fn=collate)
-    with pytest.raises(WorkerDied) as told, told_in_one_line():
+    with pytest.raises(WorkerDied) as told, failures_in_one_line():
         list(loader)
     assert "killed by signal: Killed" in str(told.value) or "exited" in str(told.value)
     assert "take fewer workers or smaller batches" in str(told.value)
@@ -230,14 +230,14 @@ def test_a_workers_mistake_of_a_user_loses_the_workers_traceback():
     loader = make_loader(Deadly(), 1, sampler=[7], collate_fn=collate)
     with (
         pytest.raises(ValueError, match=r"^none of the 8 samples can be read$"),
-        told_in_one_line(),
+        failures_in_one_line(),
     ):
         list(loader)
 
 
 def test_other_errors_keep_theirs():
     for error in (RuntimeError("a bug"), ValueError("a mistake")):
-        with pytest.raises(type(error)) as told, told_in_one_line():
+        with pytest.raises(type(error)) as told, failures_in_one_line():
             raise error
         assert told.value is error
 

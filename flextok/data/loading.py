@@ -1,4 +1,4 @@
-"""Data loaders whose workers leave signals to the main process and tell failures in one line."""
+"""Data loaders whose workers leave signals to the main process, with failures in one line."""
 
 import atexit
 import multiprocessing
@@ -19,7 +19,7 @@ SIGNALS = tuple(signal.Signals[name] for name in NAMES if name in signal.Signals
 
 
 class WorkerDied(OSError):
-    """A worker process of a data loader was killed; the message says what to do."""
+    """A worker process of a data loader was killed; the message names the remedy."""
 
 
 def make_loader(dataset: Dataset, num_workers: int, **options: Any) -> DataLoader:
@@ -43,8 +43,8 @@ def ignore_signals(worker: int) -> None:
 
 
 @contextmanager
-def told_in_one_line() -> Iterator[None]:
-    """Raises WorkerDied where torch says that a worker was killed, and a worker's ValueError
+def failures_in_one_line() -> Iterator[None]:
+    """Raises WorkerDied where torch reports that a worker was killed, and a worker's ValueError
     without the worker's traceback."""
     try:
         try:

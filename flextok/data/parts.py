@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from flextok.data.loading import make_loader, told_in_one_line
+from flextok.data.loading import failures_in_one_line, make_loader
 from flextok.data.pictures import CorruptPicture
 from flextok.data.processes import Process, this_process
 from flextok.data.stream import Item, collate, counter_of
@@ -206,7 +206,7 @@ class PartStore:
         )
         hidden = self.process.rank > 0
         bar = tqdm(total=total, initial=total - left, desc=desc, unit=unit, disable=hidden)
-        with bar, told_in_one_line():
+        with bar, failures_in_one_line():
             loaded = iter(loader)
             for part, asked in zip(missing, batches, strict=True):
                 rows: list[Rows] = []

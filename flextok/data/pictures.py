@@ -56,7 +56,7 @@ def read_text(data: bytes, name: str) -> str:
 
 
 def decode_text(data: bytes) -> str:
-    """UTF-8 text, or what its byte order mark says it is. Raises UnicodeDecodeError."""
+    """The text of UTF-8 bytes, or of the encoding that their byte order mark names. Raises UnicodeDecodeError."""
     encoding = next((MARKS[mark] for mark in MARKS if data.startswith(mark)), "utf-8")
     return clean_text(data.decode(encoding))
 

@@ -1,4 +1,4 @@
-"""Which of several processes this one is, as torchrun or SLURM says."""
+"""Which of several processes this one is, by the variables of torchrun or SLURM."""
 
 import os
 from typing import NamedTuple
@@ -24,7 +24,7 @@ def this_process() -> Process:
     else:
         found = Process()
     if not 0 <= found.rank < found.world_size:
-        raise ValueError(f"the environment says: process {found.rank} of {found.world_size}")
+        raise ValueError(f"the environment names process {found.rank} of {found.world_size}")
     return found
 
 

@@ -13,7 +13,7 @@ from flextok.data.pictures import UNLABELLED
 
 @runtime_checkable
 class ImageSet(Protocol):
-    """A data set that knows its classes. Its items: image (whatever ImageTransform takes), label
+    """A data set with class names. Its items: image (whatever ImageTransform takes), label
     (an index into class_names), caption and key (texts) and, of an image with several, captions."""
 
     class_names: Sequence[str]
@@ -28,7 +28,7 @@ class HasClasses(Protocol):
 
 @runtime_checkable
 class Files(Protocol):
-    """A data set that knows which files it reads: a line for each, with its size and time."""
+    """A data set that lists the files that it reads: a line for each, with its size and time."""
 
     def state(self) -> Iterator[str]: ...
 

@@ -37,7 +37,7 @@ class Alignment:
 @dataclass
 class AlignmentReport:
     count: int
-    real: float  # score of the real scenes: the best that the probe can tell
+    real: float  # score of the real scenes: the best that the probe can reach
     results: list[Alignment]
 
 
@@ -70,7 +70,7 @@ def alignment(
             )
         cond = facts[:, 0].to(generator.device)
         facts = facts.clone()
-        facts[:, 1:] = UNKNOWN  # a class says how many, nothing else
+        facts[:, 1:] = UNKNOWN  # a class is a number of objects, nothing else
     elif not isinstance(generator.conditioner, TextConditioner):
         raise ValueError("an unconditional generator has nothing to be aligned with")
     generated = generate_images(generator, tokenizer, cond, lengths, seed, sampling, decoding)
@@ -122,7 +122,7 @@ def derangement(number: int, seed: int) -> Tensor:
 
 
 def format_report(report: AlignmentReport) -> str:
-    """A table: each length's score, the control's in brackets, all told and by complexity."""
+    """A table: each length's score, the control's in brackets, of all images and by complexity."""
     levels = list(report.results[0].by_count)
     names = [f"{n} object{'s' * (n > 1)}" for n in levels]
     lines = ["score (shuffled prompts), of the facts of a prompt"]

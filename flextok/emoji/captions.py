@@ -4,7 +4,7 @@ import re
 
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 ROWS = {2: ("top", "bottom"), 3: ("top", "middle", "bottom")}
-# Names which are not noun phrases, or whose article cannot be told from their form.
+# Names which are not noun phrases, or whose article does not follow from their form.
 PHRASES = {
     "rolling on the floor laughing": "a face rolling on the floor laughing",
     "star-struck": "a star-struck face",

@@ -82,8 +82,9 @@ class Emoji(Dataset[dict[str, Any]]):
         if caption not in ("name", "phrase"):
             raise ValueError(f"caption={caption!r} must be name or phrase")
         self.records, self.caption = select_records(split), caption
-        self.class_names = sorted({getattr(r, label) for r in read_shard()})
-        self.labels = [self.class_names.index(getattr(r, label)) for r in self.records]
+        names = {r.key: r.group if label == "group" else r.subgroup for r in read_shard()}
+        self.class_names = sorted(set(names.values()))
+        self.labels = [self.class_names.index(names[r.key]) for r in self.records]
         self.size = size
 
     def __len__(self) -> int:

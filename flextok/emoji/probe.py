@@ -1,5 +1,5 @@
 """A small classifier that reads an emoji scene's facts off its pixels: how many objects, how they
-are arranged, what each is, and the background's colours. Trained on real scenes, it tells how much
+are arranged, what each is, and the background's colours. Trained on real scenes, it measures how much
 of its prompt a generated one shows (alignment.py)."""
 
 import json

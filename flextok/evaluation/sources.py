@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from flextok.data.datamodule import prepare_image
-from flextok.data.loading import make_loader, told_in_one_line
+from flextok.data.loading import failures_in_one_line, make_loader
 from flextok.data.sets import adapt
 from flextok.data.stream import EvaluationSet, Item, as_it_is, collate
 from flextok.data.transforms import ImageTransform
@@ -145,7 +145,7 @@ def batches(images: Images, options: Options, what: str) -> Iterator[dict[str, T
     how = {"batch_size": options.batch_size, "collate_fn": collate}
     loader = make_loader(skipping(images), options.num_workers, **how)
     found = False
-    with told_in_one_line():
+    with failures_in_one_line():
         for batch in tqdm(loader, desc=what, unit="batch"):
             if batch:
                 found = True

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from flextok.config import ExperimentConfig
 from flextok.cpu import accelerate
 from flextok.data.datamodule import DataModule, prepare_image
-from flextok.data.loading import told_in_one_line
+from flextok.data.loading import failures_in_one_line
 from flextok.data.processes import this_process
 from flextok.data.sets import adapt
 from flextok.data.stream import Item, as_it_is, collate
@@ -116,7 +116,7 @@ def fit(
             compile_blocks(model)
         if leads:
             log.info("%s", start_message(module, data, trainer))
-        with told_in_one_line():
+        with failures_in_one_line():
             path = None if last is None else str(last)
             trainer.fit(module, data, ckpt_path=path, weights_only=True)
         # the averaged weights are in place
