@@ -56,7 +56,8 @@ def read_text(data: bytes, name: str) -> str:
 
 
 def decode_text(data: bytes) -> str:
-    """The text of UTF-8 bytes, or of the encoding that their byte order mark names. Raises UnicodeDecodeError."""
+    """The text of UTF-8 bytes, or of the encoding that their byte order mark names. Raises
+    UnicodeDecodeError."""
     encoding = next((MARKS[mark] for mark in MARKS if data.startswith(mark)), "utf-8")
     return clean_text(data.decode(encoding))
 

@@ -1,6 +1,6 @@
 """A small classifier that reads an emoji scene's facts off its pixels: how many objects, how they
-are arranged, what each is, and the background's colours. Trained on real scenes, it measures how much
-of its prompt a generated one shows (alignment.py)."""
+are arranged, what each is, and the background's colours. Trained on real scenes, it measures how
+much of its prompt a generated one shows (alignment.py)."""
 
 import json
 from pathlib import Path
