@@ -3,6 +3,7 @@
 import gzip
 import io
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from flextok.data import shard_cache
 from flextok.data.shard_cache import ShardCache
 from flextok.data.stream import PositionSampler, Stream, collate
 from flextok.data.web import WebDatasetStream
+from flextok.files import WriteError
 from flextok.images import CorruptPicture
 
 
@@ -102,6 +104,8 @@ def test_copies_make_room_for_each_other(shards, tmp_path, fetched):
     for path in (tmp_path / "cache").glob("*.tar"):  # as another process may
         path.unlink()
     assert numbers(data, 20) == whole
+    data.cache.limit = 1.5 * size  # two processes take each other's copies away
+    assert numbers(data, 20, workers=2) == whole
     with pytest.raises(ValueError, match="cache_gb=0 must be more than 0"):
         stream(shards, tmp_path / "cache", cache_gb=0)
 
@@ -117,6 +121,17 @@ def test_the_copy_that_was_opened_longest_ago_goes_first(shards, tmp_path):
     cache.get(names[0], 5)
     fourth = cache.get(names[3], 5)
     assert [p.exists() for p in (first, second, third, fourth)] == [True, False, True, True]
+
+
+def test_copies_leave_a_tenth_of_a_small_disk(shards, tmp_path, monkeypatch):
+    cache = ShardCache(str(tmp_path / "cache"), 100, None)
+    first = cache.get(f"{tmp_path}/0.tar.gz", 5)
+    assert cache.get(f"{tmp_path}/1.tar.gz", 5).exists()
+    os.utime(first, (1, 1))
+    full = shutil.disk_usage(tmp_path)._replace(free=0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+    assert cache.get(f"{tmp_path}/2.tar.gz", 5).exists()
+    assert not first.exists()
 
 
 def test_a_shard_that_was_cut_is_fetched_again_later(shards, tmp_path, monkeypatch, caplog):
@@ -139,6 +154,12 @@ def samples():
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8), (9, 0, 0)).save(buffer, "PNG")
     return [(str(i), {"png": buffer.getvalue()}) for i in range(5)]
+
+
+def test_a_folder_that_cannot_be_written_is_named(shards, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(WriteError, match=r"could not write .*file/cache.*name another folder"):
+        ShardCache(str(tmp_path / "file" / "cache"), 1, None).get(f"{tmp_path}/0.tar.gz", 5)
 
 
 def test_what_a_killed_process_left_is_overwritten(shards, tmp_path):

@@ -6,6 +6,7 @@ import hashlib
 import io
 import logging
 import os
+import shutil
 import tarfile
 import time
 from collections.abc import Iterable
@@ -45,7 +46,8 @@ class ShardCache:
         whole, cut = self.folder / f"{name}.tar", self.folder / f"{name}.cut"
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.folder / f"{name[:2]}.lock", timeout=-1 if wait else 0):
+            lock = FileLock(self.folder / f"{name[:2]}.lock", timeout=-1 if wait else 0).acquire()
+        with lock:
             is_tried = cut.exists() and time.time() - cut.stat().st_mtime < RETRY
             if not whole.exists() and not is_tried:
                 self._make_room()
@@ -91,11 +93,14 @@ class ShardCache:
         copies = []
         for path in self.folder.iterdir():
             with contextlib.suppress(OSError):  # removed by another process
-                if path.suffix != ".lock":
-                    copies.append((path.stat().st_mtime, path.stat().st_size, path))
+                facts = path.stat()
+                at_work = path.suffix == ".part" and time.time() - facts.st_mtime < RETRY
+                if path.suffix != ".lock" and not at_work:
+                    copies.append((facts.st_mtime, facts.st_size, path))
         total = sum(size for _, size, _ in copies)
+        limit = min(self.limit, 0.9 * (total + shutil.disk_usage(self.folder).free))
         for _, size, path in sorted(copies):
-            if total <= self.limit:
+            if total <= limit:
                 break
             with contextlib.suppress(OSError):
                 path.unlink()
