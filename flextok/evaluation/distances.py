@@ -19,7 +19,7 @@ class Statistics:
 
     mean: np.ndarray  # (D,) float64
     covariance: np.ndarray  # (D, D) float64, unbiased
-    count: int | None  # images; None where a file does not say
+    count: int | None  # images; None where a file does not state it
 
 
 def statistics(features: Tensor) -> Statistics:

@@ -61,7 +61,7 @@ class Evaluator:
         return {}
 
     def warnings(self, rows: Rows) -> list[str]:
-        """What a reader of the scores has to know."""
+        """What a reader of the scores should be warned of."""
         return []
 
 

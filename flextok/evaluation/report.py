@@ -130,7 +130,7 @@ def label_balance(labels: list[int]) -> dict[str, Any]:
 
 
 def warnings(measured: Measured) -> list[str]:
-    """What a reader of the scores has to know."""
+    """What a reader of the scores should be warned of."""
     found = list(measured.job.left_out)
     read = 0 if measured.real is None else len(labels_of(measured.real))
     if lost := measured.asked - read:
@@ -141,7 +141,7 @@ def warnings(measured: Measured) -> list[str]:
 
 
 def peak_memory() -> float | None:
-    """The most that this process has held so far, in MiB; None where the system does not tell."""
+    """The most that this process has held so far, in MiB; None where the system does not state it."""
     try:
         import resource
     except ImportError:  # Windows

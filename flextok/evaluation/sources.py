@@ -50,7 +50,7 @@ class Images(Dataset):
         return readable(self, sorted({0, len(self) // 2, len(self) - 1}))
 
     def identity(self) -> str:
-        """A hash of a few images: enough to tell one data set from another."""
+        """A hash of a few images: enough to distinguish data sets."""
         return hash_of(
             *((i["label"], i["caption"], image_hashes(i["image"][None]).item()) for i in self.few())
         )
