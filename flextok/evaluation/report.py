@@ -141,7 +141,7 @@ def warnings(measured: Measured) -> list[str]:
 
 
 def peak_memory() -> float | None:
-    """The most that this process has held so far, in MiB; None where the system does not state it."""
+    """The most MiB that this process has held so far; None on a system that does not state it."""
     try:
         import resource
     except ImportError:  # Windows
