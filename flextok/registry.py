@@ -6,7 +6,8 @@ from typing import Any
 from flextok.data import datasets
 from flextok.data.sets import Joined
 from flextok.data.web import WebDatasetStream
-from flextok.emoji.datasets import Emoji, EmojiScenes
+from flextok.emoji.datasets import Emoji
+from flextok.emoji.scenes import EmojiScenes
 from flextok.generators import GENERATORS
 from flextok.generators.conditioning import CONDITIONERS, TEXT_ENCODERS
 from flextok.hub import Pretrained

@@ -6,7 +6,6 @@ import torch
 from helpers.models import tiny_gpt
 
 from flextok.emoji.alignment import alignment, derangement, format_report
-from flextok.emoji.datasets import EmojiScenes
 from flextok.emoji.probe import (
     GRIDS,
     Probe,
@@ -16,6 +15,7 @@ from flextok.emoji.probe import (
     scene_facts,
     train_probe,
 )
+from flextok.emoji.scenes import EmojiScenes
 
 OPTIONS = {"max_objects": 2, "vocabulary": "basic"}
 SIZE, NUMBER = 32, 64

@@ -15,7 +15,8 @@ from helpers.files import write_shard
 from PIL import Image
 
 from flextok.data.datasets import HuggingFaceImages, ImageFolder, WebDatasetImages
-from flextok.emoji.datasets import Emoji, EmojiScenes
+from flextok.emoji.datasets import Emoji
+from flextok.emoji.scenes import EmojiScenes
 from flextok.images import CorruptPicture, load_picture, to_rgb
 from flextok.registry import DATASETS, make_dataset
 from flextok.schema import ConfigError

@@ -10,14 +10,8 @@ import webdataset
 from PIL import Image
 
 from flextok.emoji.captions import noun_phrase
-from flextok.emoji.datasets import (
-    BASIC,
-    COLORS,
-    Emoji,
-    EmojiScenes,
-    read_shard,
-    select_records,
-)
+from flextok.emoji.datasets import Emoji, read_shard, select_records
+from flextok.emoji.scenes import BASIC, COLORS, EmojiScenes
 
 SHARD = resources.files("flextok.emoji").joinpath("assets", "emoji-64.tar")
 

@@ -31,7 +31,8 @@ from flextok.data.stream import EvaluationSet, Stream, collate
 from flextok.data.tokens import TokenDataset, build_token_cache, cache_identity
 from flextok.data.transforms import ImageTransform
 from flextok.data.web import WebDatasetImages, WebDatasetStream
-from flextok.emoji.datasets import Emoji, EmojiScenes
+from flextok.emoji.datasets import Emoji
+from flextok.emoji.scenes import EmojiScenes
 from flextok.training.checkpoints import list_checkpoints
 from flextok.training.run import train
 

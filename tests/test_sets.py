@@ -11,7 +11,7 @@ from flextok.data.datasets import ImageFolder
 from flextok.data.sets import Joined, adapt, data_files, labels_count, take
 from flextok.data.tokens import TokenDataset, build_token_cache
 from flextok.data.transforms import ImageTransform
-from flextok.emoji.datasets import EmojiScenes
+from flextok.emoji.scenes import EmojiScenes
 
 
 class Listed(Dataset):

@@ -16,7 +16,8 @@ from flextok.config import load_experiment, save_experiment
 from flextok.data.sets import labels_count, take
 from flextok.data.transforms import to_uint8
 from flextok.draws import NOISE, row_generators
-from flextok.emoji.datasets import Emoji, EmojiScenes
+from flextok.emoji.datasets import Emoji
+from flextok.emoji.scenes import EmojiScenes
 from flextok.evaluation import Cell, Options
 from flextok.evaluation.adaptive import Target, encode, relate, spearman
 from flextok.evaluation.evaluators import EVALUATORS, Comparison

@@ -8,8 +8,8 @@ from flextok.cli.common import data_spec, pick_device, token_lengths
 from flextok.cli.measure_arguments import Align
 from flextok.cli.options import decoding_options
 from flextok.emoji.alignment import alignment, format_report
-from flextok.emoji.datasets import EmojiScenes
 from flextok.emoji.probe import Probe, train_probe
+from flextok.emoji.scenes import EmojiScenes
 from flextok.generators import Generator
 from flextok.pipeline import load_model, load_tokenizer_of
 from flextok.registry import make_dataset

@@ -22,11 +22,11 @@ import json
 import logging
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -34,6 +34,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from flextok.data.columns import ENDS, Column, as_tensor
 from flextok.data.loading import failures_in_one_line, make_loader
 from flextok.data.pictures import CorruptPicture
 from flextok.data.processes import Process, this_process
@@ -44,7 +45,6 @@ from flextok.storage import checksum
 MANIFEST = "manifest.json"
 MARK = "flextok"  # the first key of a manifest: this folder's files are ours to remove
 OWN = re.compile(r"\.?(part-\d{6}\.safetensors|manifest\.json)(\.\w+\.tmp)?")
-ENDS = "_ends"  # of a column whose rows have unequal lengths: where each ends
 REMEDY = "delete it and run what made it again"
 log = logging.getLogger(__name__)
 
@@ -175,10 +175,6 @@ class PartStore:
     def num_rows(self) -> int:
         return len(self.column("position"))
 
-    def check_finished(self) -> None:
-        if not self.is_finished:
-            raise ValueError(f"the {self.what} {self.folder} is unfinished: run what made it again")
-
     def fill(
         self,
         dataset: Any,
@@ -195,9 +191,14 @@ class PartStore:
         "position", (n,) long; no batch crosses the end of a part."""
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be at least 1")
-        missing, total = self.missing(), sum(len(self.positions(part)) for part in self._mine())
-        batches = [list(self._batches(part, batch_size)) for part in missing]
-        left = sum(len(self.positions(part)) for part in missing)
+        missing = self.missing()
+        batches = []
+        for positions in map(self.positions, missing):
+            firsts = range(0, len(positions), batch_size)
+            batches.append([positions[first : first + batch_size] for first in firsts])
+        total, left = (
+            sum(len(self.positions(part)) for part in parts) for parts in (self._mine(), missing)
+        )
         loader = make_loader(
             _Readable(dataset),
             num_workers,
@@ -219,11 +220,6 @@ class PartStore:
                     bar.update(len(positions))
                 self.write(part, rows, list(unreadable))
 
-    def _batches(self, part: int, batch_size: int) -> Iterator[range]:
-        positions = self.positions(part)
-        for first in range(0, len(positions), batch_size):
-            yield positions[first : first + batch_size]
-
     def write(self, part: int, rows: Sequence[Rows], unreadable: Sequence[str] = ()) -> None:
         """Write the rows of a part's batches, each with "position"."""
         rows = rows or [{"position": torch.empty(0, dtype=torch.long)}]
@@ -233,7 +229,7 @@ class PartStore:
             if isinstance(first, Tensor):
                 tensors[name] = torch.cat(values).cpu().contiguous()  # type: ignore[arg-type]
             else:
-                several = [_as_tensor(row) for batch in values for row in batch]
+                several = [as_tensor(row) for batch in values for row in batch]
                 tensors[name] = torch.cat(several).cpu().contiguous()
                 tensors[name + ENDS] = torch.tensor([len(row) for row in several]).cumsum(0)
         facts = {"store": self.id, "part": part, "unreadable": list(unreadable)}
@@ -267,13 +263,14 @@ class PartStore:
     def verify(self) -> list[str]:
         """Check every part of a finished store. Returns what could not be read. Raises ValueError
         naming the first part that is damaged."""
-        self.check_finished()
+        if not self.is_finished:
+            raise ValueError(f"the {self.what} {self.folder} is unfinished: run what made it again")
         return [name for n in range(self.num_parts) for name in self.read(n)[1]["unreadable"]]
 
     def column(self, name: str, keep: bool = False) -> "Column":
         """The rows of one name, once all parts are there. keep: memory-map each part once, for many
         single rows; without, memory stays flat."""
-        return Column(self, name, keep)
+        return Column([self.path(part) for part in range(self.num_parts)], name, keep)
 
     def remove(self) -> None:
         """Remove the store, and its folder unless somebody put a file of their own there."""
@@ -286,81 +283,6 @@ class PartStore:
         found = [path for path in self.folder.iterdir() if OWN.fullmatch(path.name)]
         for path in sorted(found, key=lambda path: path.name == MANIFEST):
             path.unlink(missing_ok=True)
-
-
-class Column:
-    """(n, ...) rows in the order of positions, without those that could not be read."""
-
-    def __init__(self, store: PartStore, name: str, keep: bool) -> None:
-        self.store, self.name, self.keep = store, name, keep
-        self.parts, sizes = [], []
-        for part in range(store.num_parts):
-            path = store.path(part)
-            if not path.exists():
-                raise ValueError(
-                    f"{path} is missing: all processes must write to one shared folder"
-                )
-            with safe_open(path, framework="pt") as file:
-                if size := file.get_slice("position").get_shape()[0]:
-                    self.parts.append(part)
-                    sizes.append(size)
-        self.ends = np.cumsum(sizes, dtype=np.int64)
-        self._kept: dict[int, tuple[Tensor, Tensor | None]] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": {}}  # another process maps the files itself
-
-    def __len__(self) -> int:
-        return int(self.ends[-1]) if len(self.ends) else 0
-
-    def _of_part(self, number: int) -> tuple[Tensor, Tensor | None]:
-        """The rows of the number-th part that has any; where each ends if their lengths differ."""
-        if number in self._kept:
-            return self._kept[number]
-        with safe_open(self.store.path(self.parts[number]), framework="pt") as file:
-            unequal = self.name + ENDS in file.keys()  # noqa: SIM118
-            ends = file.get_tensor(self.name + ENDS) if unequal else None
-            found: tuple[Tensor, Tensor | None] = file.get_tensor(self.name), ends
-        if self.keep:
-            self._kept[number] = found
-        return found
-
-    def row(self, index: int) -> Tensor:
-        """One row, (...). Raises IndexError."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"index={index} must be in [0, {len(self)})")
-        number = int(np.searchsorted(self.ends, index, side="right"))
-        rows, ends = self._of_part(number)
-        here = index - int(self.ends[number])  # counted from the part's end
-        if ends is None:
-            return rows[here]
-        here += len(ends)
-        return rows[int(ends[here - 1]) if here else 0 : int(ends[here])]
-
-    def __getitem__(self, which: slice | np.ndarray | Tensor) -> Tensor:
-        """which: a slice, or an array of positions among the rows. Returns (m, ...)."""
-        indices = np.arange(len(self))[which]
-        numbers = np.searchsorted(self.ends, indices, side="right")
-        pieces = []
-        for number in np.unique(numbers):
-            rows, ends = self._of_part(int(number))
-            assert ends is None, f"the rows of {self.name} have unequal lengths"
-            here = indices[numbers == number] - (self.ends[number] - len(rows))
-            pieces.append(rows[torch.from_numpy(here)])
-        if not pieces:
-            raise IndexError(f"no rows of {self.name!r} at {which}")
-        order = np.argsort(np.argsort(numbers, kind="stable"))  # from parts back to the asked
-        return torch.cat(pieces)[torch.from_numpy(order)]
-
-    def texts(self) -> list[str]:
-        """All rows of a column of texts."""
-        found = []
-        for number in range(len(self.parts)):
-            rows, ends = self._of_part(number)
-            assert ends is not None, f"the rows of {self.name} are no texts"
-            whole = rows.numpy().tobytes()
-            found += [whole[a:b].decode() for a, b in itertools.pairwise([0, *ends.tolist()])]
-        return found
 
 
 class _Readable(Dataset):
@@ -382,23 +304,15 @@ def _collate(items: list[Item | CorruptPicture]) -> tuple[dict[str, Any], list[s
     return collate([None if isinstance(i, CorruptPicture) else i for i in items]), errors
 
 
-def _as_tensor(row: Tensor | str) -> Tensor:
-    if isinstance(row, Tensor):
-        return row
-    content = np.frombuffer(row.encode("utf-8", "replace"), dtype=np.uint8)
-    return torch.from_numpy(content.copy())
-
-
 def _digest(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str:
     return hashlib.sha256(f"{checksum(tensors)} {json.dumps(facts)}".encode()).hexdigest()
 
 
 def _held(folder: Path) -> dict[str, Any] | None:
     """A folder's manifest; None where there is none, or it cannot be read."""
-    try:
+    with suppress(ValueError):
         return read_mapping(folder / MANIFEST)
-    except ValueError:
-        return None
+    return None
 
 
 def _read_manifest(folder: Path, what: str) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flextok.emoji.datasets import EmojiScenes
 from flextok.emoji.probe import UNKNOWN, Probe, fact_sizes, read_scenes
+from flextok.emoji.scenes import EmojiScenes
 from flextok.generators.base import Generator
 from flextok.generators.conditioning import ClassConditioner, TextConditioner
 from flextok.pipeline import generate_images, reconstruct_prefixes

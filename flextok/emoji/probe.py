@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from flextok.data.transforms import ImageTransform
 from flextok.draws import PROBE, derived_generator
-from flextok.emoji.datasets import COLORS, LAYOUTS, EmojiScenes
+from flextok.emoji.scenes import COLORS, LAYOUTS, EmojiScenes
 from flextok.files import atomic_write
 
 UNKNOWN = -1  # a fact that a scene does not have, such as its second object's kind
