@@ -520,7 +520,7 @@ def test_2d_baseline_pools_patches_and_has_no_registers(images):
     assert changed.tolist() == [False, False, False, True] + [False] * 4
     options = {"num_steps": 1, "guidance_scale": 1.0}
     assert model.decode(indices, **options).shape == images.shape
-    with pytest.raises(ValueError, match="2D grid decodes all 8 tokens only, got 3"):
+    with pytest.raises(ValueError, match="flextok decodes all 8 tokens only, got 3"):
         model.decode(indices[:, :3], **options)
     flow(model.train())({"image": images}, seeded())["loss"].backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)

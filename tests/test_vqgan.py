@@ -81,7 +81,7 @@ def test_published_keys_and_shapes():
 
 def test_sizes_and_errors(tiny):
     assert (tiny.num_tokens, tiny.vocab_size, tiny.image_size) == (16, 16, 16)
-    with pytest.raises(ValueError, match="no meaningful prefix"):
+    with pytest.raises(ValueError, match="decodes all 16 tokens only, got 4"):
         tiny.decode(torch.zeros(1, 4, dtype=torch.long))
     with pytest.raises(ValueError, match=r"span \[0, 16\]"):
         tiny.decode(torch.tensor([[16] + [0] * 15]))

@@ -86,11 +86,30 @@ class Tokenizer(Pretrained):
         what = f"{self.model_type} decoding option"
         return with_options(options or self.decode_defaults, asked, what)
 
-    def encode(self, images: Pictures, *, generator: Rng = None) -> Tensor:
-        """images: (B, 3, H, W) float in [-1, 1], or PIL images. Returns indices (B, K) long.
-        generator: one, or one for each row, for a tokenizer that draws."""
+    def features(self, images: Tensor) -> Tensor:
+        """images: (B, 3, H, W) float in [-1, 1]. Returns what gets quantized, (B, K, C)."""
         raise NotImplementedError
 
+    @torch.no_grad()
+    def encode(self, images: Pictures, *, generator: Rng = None) -> Tensor:
+        """images: (B, 3, H, W) float in [-1, 1], or PIL images, which are resized and cropped.
+        Returns indices (B, K) long. generator: one, or one for each row, for a tokenizer that
+        draws. Raises ValueError on a wrong shape, dtype or range, and where there are no
+        indices."""
+        self.check_discrete()
+        return self._quantized(images)[1]
+
+    @torch.no_grad()
+    def encode_codes(self, images: Pictures) -> Tensor:
+        """images: as in encode. Returns codes (B, K, C) float, quantized ones or, for a continuous
+        bottleneck in eval mode, the posterior's mean."""
+        return self._quantized(images)[0]
+
+    def _quantized(self, images: Pictures) -> tuple[Tensor, Tensor, Tensor]:
+        z = self.features(images_to_encode(self, images, level=5))
+        return self.quantizer(check_finite(z, "the encoder's outputs"))
+
+    @torch.no_grad()
     def decode(
         self,
         indices: Tensor,
@@ -103,16 +122,40 @@ class Tokenizer(Pretrained):
     ) -> Tensor:
         """indices: (B, k) long; keep: how many of the k to use, an int or (B,) long if ragged.
         Returns images (B, 3, H, W) in [-1, 1]. options: of `decode_options`, or single ones by
-        name."""
+        name. Raises ValueError on indices, keep or options that do not fit."""
+        self.decode_options(asked, options)
+        return as_images(self.decode_codes(self.codes_of(indices), keep))
+
+    def codes_of(self, indices: Tensor) -> Tensor:
+        """indices: (B, k) long, checked. Returns their codes (B, k, C) on the model's device."""
+        self.check_discrete()
+        check_indices(indices, self.num_tokens, self.vocab_size)
+        return self.quantizer.indices_to_codes(to_device(indices, self.device))
+
+    def decode_codes(self, codes: Tensor, keep: Tensor | int | None = None) -> Tensor:
+        """codes: (B, k, C) float, also soft; keep: as in decode. Returns images (B, 3, H, W), about
+        [-1, 1], not clamped, with gradients."""
         raise NotImplementedError
 
-    def encode_codes(self, images: Pictures) -> Tensor:
-        """images: as in encode. Returns codes (B, K, C) float."""
-        raise NotImplementedError
+    def check_discrete(self) -> None:
+        if not self.vocab_size:
+            raise ValueError("a KL bottleneck has no indices: use encode_codes and decode_codes")
 
-    def decode_codes(self, codes: Tensor) -> Tensor:
-        """codes: (B, k, C) float. Returns images (B, 3, H, W), about [-1, 1], not clamped."""
-        raise NotImplementedError
+    def check_keep(self, keep: Tensor | int | None, codes: Tensor) -> Tensor:
+        """How many codes (B, k, C) to use of each, (B,) long on the CPU: all for None. Raises
+        ValueError outside [1, k], and for prefixes of a tokenizer that is not ordered."""
+        batch, k = codes.shape[:2]
+        lengths = torch.as_tensor(k if keep is None else keep, device="cpu")
+        if lengths.is_floating_point() or lengths.shape not in ((), (batch,)):
+            raise ValueError(f"keep={keep} must be an int or a ({batch},) tensor of ints")
+        if lengths.min() < 1 or lengths.max() > k:
+            raise ValueError(f"keep={keep} must be in [1, {k}]")
+        if not self.ordered and (shortest := int(lengths.min())) < self.num_tokens:
+            raise ValueError(
+                f"this {self.model_type} decodes all {self.num_tokens} tokens only, got "
+                f"{shortest}: prefixes need a model trained with nested dropout (model.ordered)"
+            )
+        return lengths.long().expand(batch)
 
 
 def images_to_encode(tokenizer: Tokenizer, images: Pictures, level: int = 4) -> Tensor:
@@ -171,17 +214,6 @@ def check_indices(
             f"indices span [{low}, {high}], expected [0, {vocab_size - 1}]: were they made by "
             "another tokenizer?"
         )
-
-
-def check_keep(keep: Tensor | int | None, batch: int, k: int) -> Tensor:
-    """How many of k codes to use of each, (batch,) long on the CPU: all for None. Raises
-    ValueError outside [1, k]."""
-    lengths = torch.as_tensor(k if keep is None else keep, device="cpu")
-    if lengths.is_floating_point() or lengths.shape not in ((), (batch,)):
-        raise ValueError(f"keep={keep} must be an int or a ({batch},) tensor of ints")
-    if lengths.min() < 1 or lengths.max() > k:
-        raise ValueError(f"keep={keep} must be in [1, {k}]")
-    return lengths.long().expand(batch)
 
 
 def component(

@@ -25,8 +25,6 @@ from flextok.tokenizers.base import (
     Tokenizer,
     as_images,
     check_finite,
-    check_indices,
-    check_keep,
     component,
     images_to_encode,
 )
@@ -239,15 +237,8 @@ class FlexTok(Tokenizer):
         ValueError on indices, keep or options out of range, and NotFinite where the images are
         not."""
         chosen = self.decode_options(asked, options)
-        check_indices(indices, self.num_tokens, self.vocab_size)
-        keep = check_keep(keep, *indices.shape)
-        if keep.min() < self.num_tokens and not self.ordered:
-            raise ValueError(
-                f"this 2D grid decodes all {self.num_tokens} tokens only, got {int(keep.min())}: "
-                "the first ones are just its upper rows"
-            )
-        device = self.device
-        indices = to_device(indices, device)
+        codes, device = self.codes_of(indices), self.device
+        keep = self.check_keep(keep, codes)
         shape = (len(indices), *self.noise_shape)
         if noise is None:
             noise = draw(torch.randn, shape, generator, device)
@@ -255,7 +246,6 @@ class FlexTok(Tokenizer):
             raise ValueError(f"noise has shape {tuple(noise.shape)}, expected {shape}")
         # the times stay on the CPU: reading one never waits for a GPU
         times = shift_times(linear_times(chosen.num_steps), chosen.time_shift)
-        codes = self.quantizer.indices_to_codes(indices)
         x0 = self.solve(to_device(noise, device), times, codes, keep, chosen, progress)
         return as_images(self.vae.decode(x0))
 

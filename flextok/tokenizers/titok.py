@@ -22,13 +22,8 @@ from flextok.nn.frozen import Frozen, NeedsWeights
 from flextok.quantizers import KL, QUANTIZERS
 from flextok.schema import Bounds, Depth, Size, build
 from flextok.tokenizers.base import (
-    Pictures,
     Tokenizer,
     as_images,
-    check_finite,
-    check_indices,
-    check_keep,
-    images_to_encode,
 )
 from flextok.tokenizers.networks import add_places
 from flextok.tokenizers.titok_networks import PixelHead, TiTokDecoder, TiTokEncoder
@@ -219,27 +214,7 @@ class TiTok(Tokenizer, NeedsWeights):
         self.load_weights(copies, "the first stage and its proxy together")
 
     def features(self, images: Tensor) -> Tensor:
-        """images: (B, 3, H, W) float in [-1, 1]. Returns what gets quantized, (B, K, C)."""
         return self.encoder(to_unit(images).to(self.encoder.head.weight.dtype))
-
-    def _quantized(self, images: Pictures) -> tuple[Tensor, Tensor, Tensor]:
-        """Of images that are checked, without draws. Raises NotFinite."""
-        z = self.features(images_to_encode(self, images, level=5))
-        return self.quantizer(check_finite(z, "the encoder's outputs"))
-
-    @torch.no_grad()
-    def encode(self, images: Pictures, *, generator: Rng = None) -> Tensor:
-        """images: (B, 3, H, W) float in [-1, 1], or PIL images. Returns indices (B, K) long.
-        Draws nothing. Raises ValueError on a wrong shape, dtype or range, and for a continuous
-        bottleneck."""
-        self._check_discrete()
-        return self._quantized(images)[1]
-
-    @torch.no_grad()
-    def encode_codes(self, images: Pictures) -> Tensor:
-        """images: (B, 3, H, W) float in [-1, 1]. Returns codes (B, K, C) float, quantized ones or,
-        for a continuous bottleneck in eval mode, the posterior's mean."""
-        return self._quantized(images)[0]
 
     @torch.no_grad()
     def decode(
@@ -259,23 +234,15 @@ class TiTok(Tokenizer, NeedsWeights):
         Models trained with nested dropout decode any k in [1, K]; others need all K. Raises
         ValueError on indices, keep or text that do not fit."""
         self.decode_options(asked, options)
-        self._check_discrete()
-        check_indices(indices, self.num_tokens, self.vocab_size)
-        codes = self.quantizer.indices_to_codes(to_device(indices, self.device))
-        return as_images(self.decode_codes(codes, keep, text))
+        return as_images(self.decode_codes(self.codes_of(indices), keep, text))
 
     def decode_codes(
         self, codes: Tensor, keep: Tensor | int | None = None, text: Tensor | None = None
     ) -> Tensor:
         """codes: (B, k, C) float; keep and text as in `decode`. Returns images (B, 3, H, W), about
         [-1, 1], not clamped, with gradients."""
-        lengths = check_keep(keep, len(codes), codes.shape[1])
+        lengths = self.check_keep(keep, codes)
         shortest, longest = (int(n) for n in span(lengths))
-        if shortest < self.num_tokens and not self.ordered:
-            raise ValueError(
-                f"this TiTok decodes all {self.num_tokens} tokens only, got {shortest}: prefixes "
-                "need a model trained with nested dropout (model.ordered)"
-            )
         codes = to_device(codes, self.device)[:, :longest]
         if text is not None:
             text = to_device(text, self.device)
@@ -292,7 +259,3 @@ class TiTok(Tokenizer, NeedsWeights):
         soft = probabilities @ quantizer.indices_to_codes(every).float()
         soft = rearrange(soft, "b (h w) c -> b c h w", h=self.grid)
         return from_unit(decoder(soft.to(decoder.conv_in.weight.dtype)))
-
-    def _check_discrete(self) -> None:
-        if self.is_continuous:
-            raise ValueError("a KL bottleneck has no indices: use encode_codes and decode_codes")

@@ -5,27 +5,18 @@ decoder turns TiTok's soft codes into pixels. The networks work on [0, 1]; the p
 converted in the two methods that meet images.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from flextok.draws import Rng
 from flextok.nn.devices import to_device
 from flextok.quantizers import QUANTIZERS
 from flextok.schema import ConfigError, Depth, Size, build
 from flextok.tokenizers.base import (
-    Pictures,
     Tokenizer,
-    as_images,
-    check_finite,
-    check_indices,
-    check_keep,
-    images_to_encode,
 )
 
 
@@ -160,42 +151,13 @@ class MaskGITVQGAN(Tokenizer):
     def num_tokens(self) -> int:
         return self.grid**2
 
-    @torch.no_grad()
-    def encode(self, images: Pictures, *, generator: Rng = None) -> Tensor:
-        """images: (B, 3, H, W) float in [-1, 1], or PIL images. Returns indices (B, K) long, row
-        by row. Draws nothing."""
-        z = check_finite(self.features(images_to_encode(self, images)), "the encoder's outputs")
-        return self.quantizer(z)[1]
-
-    @torch.no_grad()
-    def decode(
-        self,
-        indices: Tensor,
-        keep: Tensor | int | None = None,
-        *,
-        options: Any = None,
-        generator: Rng = None,
-        progress: Callable[[int], None] | None = None,
-        **asked: Any,
-    ) -> Tensor:
-        """indices: (B, K) long. Returns images (B, 3, H, W) in [-1, 1]. Draws nothing."""
-        self.decode_options(asked, options)
-        check_indices(indices, self.num_tokens, self.vocab_size)
-        if check_keep(keep, *indices.shape).min() < self.num_tokens:
-            raise ValueError(
-                f"indices have shape {tuple(indices.shape)}, expected (B, {self.num_tokens}): a "
-                "grid of local codes has no meaningful prefix"
-            )
-        indices = to_device(indices, self.device)
-        return as_images(self.decode_codes(self.quantizer.indices_to_codes(indices)))
-
-    def decode_codes(self, codes: Tensor) -> Tensor:
-        """codes: (B, K, C), also soft. Returns images (B, 3, H, W), about [-1, 1], unclamped."""
+    def decode_codes(self, codes: Tensor, keep: Tensor | int | None = None) -> Tensor:
+        self.check_keep(keep, codes)
+        codes = to_device(codes, self.device)
         x = rearrange(codes, "b (h w) c -> b c h w", h=self.grid)
         return from_unit(self.decoder(x.to(self.decoder.conv_in.weight.dtype)))
 
     def features(self, images: Tensor) -> Tensor:
-        """images: (B, 3, H, W) float in [-1, 1]. Returns what gets quantized, (B, K, C)."""
         z = self.encoder(to_unit(images).to(self.encoder.conv_in.weight.dtype))
         return rearrange(z, "b c h w -> b (h w) c")
 
