@@ -95,10 +95,6 @@ class Shards(Sharded):
             return UNLABELLED
         return find(members, self.label_key, name, written_label, labels.as_label)
 
-    def state(self) -> Iterator[str]:
-        for shard, count in zip(self.shards, self.counts, strict=True):
-            yield f"{shard} {count} {state_of(shard)}"
-
 
 class WebDatasetImages(Shards):
     """Local WebDataset shards, each of which is indexed once, at the start."""
@@ -154,6 +150,10 @@ class WebDatasetImages(Shards):
     @property
     def keys(self) -> list[str]:
         return [key for table in self.tables.values() for key in table.keys]
+
+    def state(self) -> Iterator[str]:
+        for shard in self.shards:
+            yield f"{shard} {state_of(shard)}"
 
 
 class WebDatasetStream(Shards):
@@ -231,6 +231,10 @@ class WebDatasetStream(Shards):
             wanted = [(self.shards[n], self.counts[n]) for n in shards]
             self.prefetching = Thread(target=self.cache.prefetch, args=(wanted,), daemon=True)
             self.prefetching.start()
+
+    def state(self) -> Iterator[str]:
+        for shard, count in zip(self.shards, self.counts, strict=True):
+            yield f"{shard} {count} {state_of(shard)}"
 
 
 def written_label(text: str) -> int | str:
