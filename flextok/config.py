@@ -210,12 +210,16 @@ RENAMED = {
 
 def check_places(values: Mapping[str, Any]) -> None:
     """Raises ConfigError for a key in a section that is not its own, naming the right one."""
-    homes: dict[str, set[str]] = {
-        "": names_in(ExperimentConfig),
-        "model": {"name"}.union(*(names_in(model.config_class) for model in MODELS.values())),
-        "objective": {"name"}.union(*(names_in(o.config_class) for o in OBJECTIVES.values())),
-        **{"data": names_in(DataConfig), "optim": names_in(OptimConfig)},
-        **{"trainer": names_in(TrainerConfig), "evaluation": names_in(EvaluationConfig)},
+    sections: dict[str, list[type]] = {
+        "": [ExperimentConfig],
+        "model": [model.config_class for model in MODELS.values()],
+        "objective": [objective.config_class for objective in OBJECTIVES.values()],
+        **{"data": [DataConfig], "optim": [OptimConfig]},
+        **{"trainer": [TrainerConfig], "evaluation": [EvaluationConfig]},
+    }
+    homes = {
+        section: {"name"}.union(*({f.name for f in fields(cls)} for cls in classes))
+        for section, classes in sections.items()
     }
     for section, home in homes.items():
         found = values.get(section) if section else values
@@ -227,10 +231,6 @@ def check_places(values: Mapping[str, Any]) -> None:
             if key not in home and places:
                 here = " or ".join(f"{place}.{key}".lstrip(".") for place in places)
                 raise ConfigError(f"{written} belongs elsewhere: {here}")
-
-
-def names_in(cls: type) -> set[str]:
-    return {field.name for field in fields(cls)}
 
 
 def folder_spec(key: str, value: Any) -> Any:

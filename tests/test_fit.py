@@ -209,6 +209,8 @@ def test_a_run_of_another_objective_is_passed_over_and_then_refused(tmp_path):
     smaller = make_objective(FlexTok(FlexTokConfig(**{**TINY, "decoder_depth": 1})))
     with pytest.raises(ValueError, match="is of another model"):
         fit(smaller, Drawn("flow"), options=options(tmp_path, max_steps=9))
+    with pytest.raises(ValueError, match="holds a finished run of another model"):
+        fit(smaller, Drawn("flow"), options=options(tmp_path))
 
 
 @pytest.mark.slow

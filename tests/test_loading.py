@@ -262,14 +262,14 @@ def test_every_loader_is_made_so():
 
 SLOW = """
 import sys, time
-from flextok.tokenizers import FlexTok
-plain = FlexTok.loss
-def loss(self, *arguments, **options):
+from flextok.objectives import FlowObjective
+plain = FlowObjective.forward
+def forward(self, *arguments, **options):
     if self.training:
         print("a step", flush=True)
         time.sleep(1.5)
     return plain(self, *arguments, **options)
-FlexTok.loss = loss
+FlowObjective.forward = forward
 from flextok.cli import main
 sys.exit(main(["train", *sys.argv[1:]]))
 """

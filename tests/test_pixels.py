@@ -113,7 +113,8 @@ def test_a_run_that_starts_from_a_model_takes_its_numbers(tmp_path):
     pictures = gradients(tmp_path / "pictures")
     own = {"name": "identity", "shift": -0.25, "scale": 3.0}
     tiny_tokenizer(vae=own).save_pretrained(tmp_path / "teacher")
-    config = experiment(tmp_path / "run", pictures, distill={"num_steps": 1, "teacher_steps": 2})
+    config = experiment(tmp_path / "run", pictures)
+    config.objective = {"name": "distillation", "num_steps": 1, "teacher_steps": 2}
     config.start = {"teacher": str(tmp_path / "teacher")}
     assert fill_auto(config).model["vae"] == own
     config.model["vae"] = {**own, "scale": 1.0}
@@ -133,7 +134,7 @@ def test_one_of_both_may_be_given(tmp_path):
 
 def test_pictures_of_one_colour_are_told(tmp_path):
     pictures = gradients(tmp_path / "pictures", low=7, high=8)
-    with pytest.raises(ConfigError, match=r"6 training pictures deviate by .*: they are all of"):
+    with pytest.raises(ConfigError, match=r"6 training images deviate by .*: they are all of"):
         train(experiment(tmp_path / "run", pictures))
     assert not (tmp_path / "run" / "config.yaml").exists()
 

@@ -34,7 +34,7 @@ from flextok.training.optim import make_optimizer
 from flextok.training.options import FitOptions
 from flextok.training.record import Record, end_message, is_finished, start_message
 from flextok.training.saving import Checkpoints
-from flextok.training.sharding import compile_blocks
+from flextok.training.sharding import compile_blocks, is_sharded
 from flextok.training.trainer import check_devices, device_type, make_trainer
 from flextok.training.validation import Export, Images, draw_reconstructions, export
 
@@ -75,8 +75,7 @@ def fit(
         checkpoints, validates = folder / "checkpoints", validation_set is not None
         newest = max(list_checkpoints(checkpoints), default=0) if options.resume else 0
         if newest and is_finished(folder, newest, options.max_steps, validates):
-            objective.model.load_state_dict(load_model(folder).state_dict())
-            return objective.model.eval()
+            return take_over(objective.model, folder)
         L.seed_everything(options.seed, verbose=False)
         objective.prepare()
         objective.train()
@@ -123,6 +122,18 @@ def fit(
         export(model, folder, trainer.global_step, trainer.is_global_zero)
         if leads:
             log.info("%s", end_message(model, folder, trainer.global_step, saving))
+    return load_model(folder) if is_sharded(model) else model.eval()
+
+
+def take_over(model: Pretrained, folder: Path) -> Pretrained:
+    """The model with the weights that a finished run has left."""
+    try:
+        model.load_state_dict(load_model(folder).state_dict())
+    except RuntimeError as error:
+        raise ConfigError(
+            f"{folder} holds a finished run of another model: choose another output_dir, or "
+            f"resume=False to start over there ({error})"
+        ) from None
     return model.eval()
 
 

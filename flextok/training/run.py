@@ -4,7 +4,7 @@ import logging
 from contextlib import suppress
 from pathlib import Path
 
-from flextok.config import ExperimentConfig
+from flextok.config import ExperimentConfig, check_places
 from flextok.schema import from_mapping, to_mapping
 from flextok.storage import CheckpointError
 from flextok.training.checkpoints import list_checkpoints, load_checkpoint
@@ -20,7 +20,9 @@ log = logging.getLogger(__name__)
 def train(config: ExperimentConfig) -> Path:
     """Train (or continue) the run that `config` describes, as fit() does. Returns its output_dir,
     which also holds config.yaml and a generator's token and caption caches."""
-    config = from_mapping(ExperimentConfig, to_mapping(config))  # checks one made in Python
+    values = to_mapping(config)  # a config that was made in Python is checked as a file is
+    check_places(values)
+    config = from_mapping(ExperimentConfig, values)
     check_devices(config.trainer)
     folder, steps = Path(config.output_dir), config.trainer.max_steps
     stored, newest = folder / "config.yaml", newest_step(folder) if config.resume else 0

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -104,6 +103,4 @@ def gather(state: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
         tensor = value.full_tensor() if isinstance(value, DTensor) else value
         if keep:
             full[name] = tensor.detach().cpu()
-    if dist.is_initialized():
-        dist.barrier()  # a process that ended here could cut the others' last transfer
     return full

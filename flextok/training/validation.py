@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 
@@ -91,11 +92,15 @@ class Export(AfterValidation):
 
 
 def export(model: Pretrained, folder: Path, step: int, write: bool = True) -> None:
-    """Save a model, a sharded one too: then every process must call this, and one of them write."""
-    state = gather(model.state_dict(), keep=write) if is_sharded(model) else None
+    """Save a model. If it is sharded, every process must call this and one of them write, for whom
+    all wait: one that ended before could cut the others' last transfer."""
+    sharded = is_sharded(model)
+    state = gather(model.state_dict(), keep=write) if sharded else None
     if write:
         model.metadata["step"] = step
         model.save_pretrained(folder, state)
+    if sharded:
+        dist.barrier()
 
 
 def draw_reconstructions(images: Tensor) -> Callable[[Any], Image.Image]:
