@@ -7,11 +7,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
-from helpers.files import *  # noqa: F403  # for test modules that still ask here
 from helpers.files import CATS_AND_DOGS, draw_pictures
-from helpers.models import *  # noqa: F403
 from helpers.models import tiny_releases
-from helpers.runs import SIX_STEPS  # noqa: F401
 
 
 @pytest.fixture

@@ -88,4 +88,4 @@ def test_only_the_registry_and_the_commands_know_the_emoji():
 def test_what_test_modules_share_lies_in_helpers():
     for path in Path(__file__).parent.glob("*.py"):
         for name in imports(path):
-            assert not name.startswith("test_"), f"{path.name} imports {name}"
+            assert not name.startswith(("test_", "conftest")), f"{path.name} imports {name}"

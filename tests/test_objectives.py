@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import TITOK, VQGAN, tiny_gpt, tiny_tokenizer
+from helpers.models import TITOK, VQGAN, tiny_gpt, tiny_tokenizer
 
 from flextok.generators import MaskGIT, MaskGITConfig
 from flextok.objectives import OBJECTIVES, default_objective, make_objective

@@ -1,1 +1,0 @@
-from helpers.processes import *  # noqa: F403  # for test modules that still ask here
