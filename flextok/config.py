@@ -217,20 +217,16 @@ def check_places(values: Mapping[str, Any]) -> None:
         **{"data": [DataConfig], "optim": [OptimConfig]},
         **{"trainer": [TrainerConfig], "evaluation": [EvaluationConfig]},
     }
-    homes = {
-        section: {"name"}.union(*({f.name for f in fields(cls)} for cls in classes))
-        for section, classes in sections.items()
-    }
+    homes = {k: {"name", *(f.name for c in v for f in fields(c))} for k, v in sections.items()}
     for section, home in homes.items():
         found = values.get(section) if section else values
         for key in found if isinstance(found, Mapping) else ():
             written = f"{section}.{key}".lstrip(".")
             if written in RENAMED:
                 raise ConfigError(f"{written} is now {RENAMED[written]}")
-            places = [place for place, names in homes.items() if key in names]
-            if key not in home and places:
-                here = " or ".join(f"{place}.{key}".lstrip(".") for place in places)
-                raise ConfigError(f"{written} belongs elsewhere: {here}")
+            names = [f"{place}.{key}".lstrip(".") for place in homes if key in homes[place]]
+            if key not in home and names:
+                raise ConfigError(f"{written} belongs elsewhere: {' or '.join(names)}")
 
 
 def folder_spec(key: str, value: Any) -> Any:

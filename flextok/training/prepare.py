@@ -112,9 +112,6 @@ def prepare_generator(config: ExperimentConfig) -> Run:
     return Run(objective, train_set, validation_set, callbacks)
 
 
-# Models
-
-
 def build_objective(
     config: ExperimentConfig, registry: Mapping[str, type[Pretrained]], spec: Mapping[str, Any]
 ) -> Objective:
@@ -145,9 +142,6 @@ def load_tokenizer(config: ExperimentConfig) -> Tokenizer:
             f"tokenizer={config.tokenizer!r} is a first stage, without pixels: train the second one"
         )
     return tokenizer
-
-
-# A generator's data: sequences of indices, and captions
 
 
 def check_classes(class_names: list[str], num_classes: int) -> None:
@@ -237,9 +231,6 @@ def add_text(
     conditioner.null_row = tokens.text[""]
 
 
-# Evaluation in training
-
-
 def evaluation(config: ExperimentConfig, tokenizer: Any, generator: Any | None) -> list[L.Callback]:
     """The callback that evaluates at validations; none where none is asked. One of the two models
     is the one that is trained."""
@@ -260,9 +251,6 @@ def evaluation(config: ExperimentConfig, tokenizer: Any, generator: Any | None) 
 
     every = asked.every * config.trainer.validate_every
     return [Evaluation(Path(config.output_dir) / "evaluation", measure, every)]
-
-
-# Images, and the pixels' mean and deviation
 
 
 def fill_auto(config: ExperimentConfig, stored: Path | None = None) -> ExperimentConfig:
