@@ -33,17 +33,16 @@ class GPU(NamedTuple):
 
     peak: float  # operations a second
     memory: float  # bytes
-    bandwidth: float  # bytes a second
     price: float | None  # dollars an hour that we assume; None for a card of one's own
 
 
 GPUS = {
-    "a100": GPU(312e12, 80e9, 2.04e12, 2.5),
-    "h100": GPU(989e12, 80e9, 3.35e12, 2.5),
-    "h200": GPU(989e12, 141e9, 4.8e12, 2.5),
-    "rtx3090": GPU(71e12, 24e9, 936e9, None),
-    "rtx4090": GPU(165.2e12, 24e9, 1008e9, None),
-    "rtx5090": GPU(209.5e12, 32e9, 1792e9, None),
+    "a100": GPU(312e12, 80e9, 2.5),
+    "h100": GPU(989e12, 80e9, 2.5),
+    "h200": GPU(989e12, 141e9, 2.5),
+    "rtx3090": GPU(71e12, 24e9, None),
+    "rtx4090": GPU(165.2e12, 24e9, None),
+    "rtx5090": GPU(209.5e12, 32e9, None),
 }
 PUBLISHED_BATCH = {"flextok": 2048}  # arXiv 2502.13967, appendix
 
