@@ -31,7 +31,7 @@ from flextok.draws import derived_generator
 from flextok.objectives import Objective
 from flextok.training.fit import make_data
 from flextok.training.optim import make_optimizer
-from flextok.training.prepare import prepare
+from flextok.training.prepare import fill_auto, prepare
 from flextok.training.run import fit_options
 
 CLOCK = time.perf_counter
@@ -97,7 +97,7 @@ def main() -> None:
         if any(options.workers):
             parser.error("--cpu-seconds counts no other process: give --workers 0")
         globals()["CLOCK"] = time.process_time
-    config = load_experiment(options.config, options.overrides)
+    config = fill_auto(load_experiment(options.config, options.overrides))
     objective, train_set, validation_set, _ = prepare(config)
     objective.prepare()
     asked = fit_options(config)
