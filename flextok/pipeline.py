@@ -1,6 +1,6 @@
 """From a condition to images: a generator and its tokenizer together."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flextok.cpu import accelerate
-from flextok.draws import CODES, NOISE, row_generators
+from flextok.draws import CODES, NOISE, Rng, row_generators
 from flextok.generators import GENERATORS, Generator
 from flextok.generators.conditioning import Cond
 from flextok.hub import Pretrained
@@ -113,41 +113,28 @@ def generate_images(
     seed: int = 0,
     sampling: Asked = None,
     decoding: Asked = None,
-    progress: Callable[[int], None] | None = None,
+    rows: Sequence[int] | None = None,
     batch_size: int = 64,
 ) -> dict[int, Tensor]:
     """cond: (B,) labels or B prompts. Generates max(num_tokens) indices once and decodes each
     prefix length with the same initial noise. sampling and decoding are options of generate() and
-    decode() by name, None = the model's own. Image r depends on seed and r, not on batch_size.
-    Returns prefix length -> (B, 3, H, W) in [-1, 1], shortest first."""
-    how = (num_tokens, seed, sampling, decoding, progress, batch_size)
-    return joined(generate_batches(generator, tokenizer, cond, *how))
-
-
-def generate_batches(
-    generator: Generator,
-    tokenizer: Tokenizer,
-    cond: Cond,
-    num_tokens: list[int] | None = None,
-    seed: int = 0,
-    sampling: Asked = None,
-    decoding: Asked = None,
-    progress: Callable[[int], None] | None = None,
-    batch_size: int = 64,
-) -> Iterator[dict[int, Tensor]]:
-    """As generate_images, but yields each batch as soon as it is made."""
+    decode() by name, None = the model's own. An image depends on seed and its number, not on
+    batch_size; rows: the numbers, 0 .. B-1 by default. Returns prefix length -> (B, 3, H, W) in
+    [-1, 1], shortest first."""
     lengths = sorted(set(num_tokens or [generator.num_tokens]))
     options = generator.generate_options(sampling or {})
     tokenizer.decode_options(decoding or {})  # raises before the work, not after it
-    for rows in batches_of(len(cond), batch_size):
+    made = []
+    for some in batches_of(len(cond), batch_size):
+        numbers = some if rows is None else rows[some.start : some.stop]
         indices = generator.generate(
-            cond[rows.start : rows.stop],
+            cond[some.start : some.stop],
             lengths[-1],
             options=options,
-            generator=row_generators(seed, CODES, rows),
-            progress=progress,
+            generator=row_generators(seed, CODES, numbers),
         )
-        yield decode_prefixes(tokenizer, indices, lengths, seed, decoding, rows)
+        made.append(decode_prefixes(tokenizer, indices, lengths, seed, decoding, numbers))
+    return joined(made)
 
 
 def grow_images(
@@ -185,14 +172,11 @@ def reconstruct_prefixes(
     """images: (B, 3, H, W) in [-1, 1]; rows: their numbers, 0 .. B-1 by default. Encodes them once
     and decodes as decode_prefixes does, batch by batch. A continuous tokenizer, which has no
     indices, decodes its codes."""
+    tokenizer.decode_options(decoding or {})  # raises before the work, not after it
     made = []
     for some in batches_of(len(images), batch_size):
         numbers = some if rows is None else rows[some.start : some.stop]
-        batch = images[some.start : some.stop].to(tokenizer.device)
-        if tokenizer.vocab_size:
-            encoded = encode_rows(tokenizer, batch, seed, numbers)
-        else:
-            encoded = tokenizer.encode_codes(batch)
+        encoded = encode(tokenizer, images[some.start : some.stop], numbers, seed)
         made.append(decode_prefixes(tokenizer, encoded, lengths, seed, decoding, numbers))
     return joined(made)
 
@@ -211,14 +195,27 @@ def decode_prefixes(
     if bad := [k for k in lengths if not 1 <= k <= encoded.shape[1]]:
         raise ValueError(f"num_tokens={bad} must be in [1, {encoded.shape[1]}]")
     options = tokenizer.decode_options(decoding or {})
-    if encoded.is_floating_point():
-        return {k: as_images(tokenizer.decode_codes(encoded[:, :k])) for k in lengths}
     rows = range(len(encoded)) if rows is None else rows
-    made = {}
-    for k in lengths:
-        noise = row_generators(seed, NOISE, rows)  # the same for each length
-        made[k] = tokenizer.decode(encoded[:, :k], options=options, generator=noise)
-    return made
+    return {
+        k: decode(tokenizer, encoded[:, :k], options, row_generators(seed, NOISE, rows))
+        for k in lengths
+    }
+
+
+def encode(tokenizer: Tokenizer, images: Tensor, rows: Sequence[int] | Tensor, seed: int) -> Tensor:
+    """Indices (B, K) long, or codes (B, K, C) float of a continuous tokenizer. What a tokenizer
+    draws belongs to the images' numbers `rows`."""
+    images = images.to(tokenizer.device)
+    if not tokenizer.vocab_size:
+        return tokenizer.encode_codes(images)
+    return encode_rows(tokenizer, images, seed, rows)
+
+
+def decode(tokenizer: Tokenizer, encoded: Tensor, options: Any, rngs: Rng) -> Tensor:
+    """Images (B, 3, H, W) in [-1, 1] from the first of encode()'s indices or codes."""
+    if encoded.is_floating_point():
+        return as_images(tokenizer.decode_codes(encoded))
+    return tokenizer.decode(encoded, options=options, generator=rngs)
 
 
 def batches_of(number: int, batch_size: int) -> Iterator[range]:
@@ -226,8 +223,7 @@ def batches_of(number: int, batch_size: int) -> Iterator[range]:
     return (range(i, min(i + batch_size, number)) for i in range(0, number, batch_size))
 
 
-def joined(batches: Iterable[dict[int, Tensor]]) -> dict[int, Tensor]:
-    made = list(batches)
+def joined(made: list[dict[int, Tensor]]) -> dict[int, Tensor]:
     return {k: torch.cat([batch[k] for batch in made]) for k in made[0]}
 
 

@@ -25,7 +25,7 @@ FLOORS = [
     {"tokenizers", "generators", "objectives"},
     {"cpu"},
     {"pipeline", "data", "evaluation", "viz", "emoji"},
-    {"config", "registry", "fake_gpu", "machine"},
+    {"config", "registry", "machine"},
     {"training"},
     {"demo", "bench"},
     {"cli"},

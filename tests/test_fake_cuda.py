@@ -6,9 +6,9 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from fake_gpu import DEVICE, FakeGPU, autocast
 from helpers.models import TINY, TITOK, VQGAN
 
-from flextok.fake_gpu import DEVICE, FakeGPU, autocast
 from flextok.generators import GENERATORS
 from flextok.objectives import make_objective
 from flextok.pipeline import grow_images, reconstruct_prefixes

@@ -31,7 +31,13 @@ from flextok.data.transforms import to_image
 from flextok.evaluation.sources import Images, skipping
 from flextok.generators import Generator
 from flextok.generators.conditioning import NULL_CLASS, NoConditioner, TextConditioner
-from flextok.pipeline import generate_batches, load_model, load_tokenizer_of, reconstruct_prefixes
+from flextok.pipeline import (
+    batches_of,
+    generate_images,
+    load_model,
+    load_tokenizer_of,
+    reconstruct_prefixes,
+)
 from flextok.schema import check_number
 from flextok.tokenizers import Tokenizer
 
@@ -142,14 +148,13 @@ def reconstruction(
 ) -> tuple[list[str], Batches]:
     """--images, --data or what the model was validated on; unreadable ones are skipped."""
     decoding = decoding_options(options)
-    model.decode_options(decoding)  # raises before the work
     if options.images:
         data = take(PictureFiles(options.images), options.limit)
     else:
         data = take(data_of(options.data, options.model), options.limit or 8)
     dataset = skipping(Images(data, model.image_size))
 
-    def batches() -> Iterator[tuple[Tensor, dict[int, Tensor]]]:
+    def batches() -> Batches:
         for batch in DataLoader(dataset, batch_size=BATCH, collate_fn=collate):
             if batch:
                 images, rows = batch["image"], batch["index"].tolist()
@@ -172,11 +177,14 @@ def generation(
     else:
         known, total = model.metadata.get("class_names", []), model.conditioner.num_classes
         cond, names = class_labels(known, total, options.classes, options.num_samples)
-    made = generate_batches(
-        *(model, tokenizer, cond, lengths, options.seed),
-        *(chosen(options, SAMPLING), decoding_options(options)),
-    )
-    return names, ((None, batch) for batch in made)
+    how = (lengths, options.seed, chosen(options, SAMPLING), decoding_options(options))
+
+    def batches() -> Batches:
+        for rows in batches_of(len(names), BATCH):
+            some = cond[rows.start : rows.stop]
+            yield None, generate_images(model, tokenizer, some, *how, rows)
+
+    return names, batches()
 
 
 def read_prompts(options: Sample) -> list[str]:

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flextok.evaluation.job import Options
-from flextok.evaluation.sources import Images, batches, encode
-from flextok.pipeline import prefix_lengths
+from flextok.evaluation.sources import Images, batches
+from flextok.pipeline import encode, prefix_lengths
 from flextok.tokenizers.base import Tokenizer
 
 L2 = 1e-2  # of the mean loss, on standardised codes
@@ -66,11 +66,10 @@ def linear_probe(
 
 def codes_of(tokenizer: Tokenizer, dataset: Any, options: Options) -> tuple[Tensor, Tensor]:
     """Code vectors (n, K, C) float64 and labels (n,) of all readable images."""
-    device = tokenizer.device
     codes, labels = [], []
     source = Images(dataset, tokenizer.image_size)
     for batch in batches(source, options, "encoding"):
-        found = encode(tokenizer, batch["image"].to(device), batch["index"], options.seed)
+        found = encode(tokenizer, batch["image"], batch["index"], options.seed)
         if not found.is_floating_point():
             found = tokenizer.quantizer.indices_to_codes(found)
         codes.append(found.cpu().double())

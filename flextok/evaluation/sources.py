@@ -19,10 +19,10 @@ from flextok.data.loading import failures_in_one_line, make_loader
 from flextok.data.sets import adapt
 from flextok.data.stream import EvaluationSet, Item, as_it_is, collate
 from flextok.data.transforms import ImageTransform
-from flextok.draws import CODES, NOISE, Rng, row_generators
+from flextok.draws import CODES, NOISE, row_generators
 from flextok.evaluation.job import Job, Options, hash_of
 from flextok.evaluation.metrics import image_hashes
-from flextok.tokenizers.base import Tokenizer, as_images, encode_rows
+from flextok.pipeline import decode, encode
 
 Batch = Mapping[str, Any]
 # a batch -> (side, what there is of it by name): a side is "real", "codes" or a cell's number
@@ -91,9 +91,9 @@ def real(job: Job, batch: Batch) -> Iterator[tuple[str, dict[str, Tensor]]]:
 def reconstructed(job: Job, batch: Batch) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Real images, and what the tokenizer makes of them."""
     yield from real(job, batch)
-    images = batch["image"].to(job.tokenizer.device)
-    indices = encode(job.tokenizer, images, batch["index"], job.options.seed)
-    yield from codes_and_images(job, batch["index"], indices, {"originals": images})
+    indices = encode(job.tokenizer, batch["image"], batch["index"], job.options.seed)
+    originals = batch["image"].to(job.tokenizer.device)
+    yield from codes_and_images(job, batch["index"], indices, {"originals": originals})
 
 
 def generated(job: Job, batch: Batch) -> Iterator[tuple[str, dict[str, Tensor]]]:
@@ -122,21 +122,6 @@ def codes_and_images(
             torch.cuda.synchronize()
         seconds = torch.tensor((time.perf_counter() - started) / len(images), dtype=torch.float64)
         yield str(number), {"images": images, "seconds": seconds.expand(len(images)), **known}
-
-
-def encode(tokenizer: Tokenizer, images: Tensor, numbers: Tensor, seed: int) -> Tensor:
-    """Indices (B, K) long, or codes (B, K, C) float of a continuous tokenizer. What a tokenizer
-    draws belongs to the images' numbers."""
-    if not tokenizer.vocab_size:
-        return tokenizer.encode_codes(images)
-    return encode_rows(tokenizer, images, seed, numbers)
-
-
-def decode(tokenizer: Tokenizer, kept: Tensor, options: Any, rngs: Rng) -> Tensor:
-    """Images (B, 3, H, W) in [-1, 1] from the first of encode()'s indices or codes."""
-    if not tokenizer.vocab_size:
-        return as_images(tokenizer.decode_codes(kept))
-    return tokenizer.decode(kept, options=options, generator=rngs)
 
 
 def batches(images: Images, options: Options, what: str) -> Iterator[dict[str, Tensor]]:

@@ -17,9 +17,9 @@ from flextok.evaluation.job import Cell, Options, decoding_of
 from flextok.evaluation.metrics import to_8_bit
 from flextok.evaluation.report import write_report
 from flextok.evaluation.runner import evaluate
-from flextok.evaluation.sources import Images, decode, encode, readable
+from flextok.evaluation.sources import Images, readable
 from flextok.files import write_text
-from flextok.pipeline import prefix_lengths
+from flextok.pipeline import decode, encode, prefix_lengths
 from flextok.tokenizers.base import Tokenizer
 
 AXES = {
@@ -84,8 +84,8 @@ def draws_of(
 ) -> dict[int, Tensor]:
     """Prefix length -> (n, draws, 3, H, W): the same prefix decoded from several noises, the first
     being the evaluation's own."""
-    device, numbers = tokenizer.device, batch["index"]
-    indices = encode(tokenizer, batch["image"].to(device), numbers, options.seed)
+    numbers = batch["index"]
+    indices = encode(tokenizer, batch["image"], numbers, options.seed)
     decoded = {}
     for cell in cells:
         kept = indices[:, : cell.num_tokens]
