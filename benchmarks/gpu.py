@@ -20,12 +20,19 @@ from typing import Any
 import torch
 from fake_gpu import DEVICE, FakeGPU, autocast
 
-from flextok.bench import bench, format_machine, format_result
+from flextok.bench import (
+    bench,
+    format_machine,
+    format_result,
+    measure,
+    measure_machine,
+    peak_memory,
+    reset_peak_memory,
+)
 from flextok.cli.options import write_json
 from flextok.config import ExperimentConfig, load_experiment
 from flextok.generators.conditioning import TextConditioner
 from flextok.generators.text import Text
-from flextok.machine import measure, measure_machine, peak_memory, reset_peak_memory
 from flextok.tokenizers import TOKENIZERS
 from flextok.training import plan
 from flextok.training.optim import make_optimizer

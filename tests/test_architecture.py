@@ -25,7 +25,7 @@ FLOORS = [
     {"tokenizers", "generators", "objectives"},
     {"cpu"},
     {"pipeline", "data", "evaluation", "viz", "emoji"},
-    {"config", "registry", "machine"},
+    {"config", "registry"},
     {"training"},
     {"demo", "bench"},
     {"cli"},

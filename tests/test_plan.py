@@ -12,10 +12,10 @@ from helpers.models import TINY, TITOK, VQGAN
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
+from flextok.bench import FLOPS
 from flextok.cli import main
 from flextok.config import load_experiment
 from flextok.generators import GENERATORS
-from flextok.machine import FLOPS
 from flextok.objectives import make_objective
 from flextok.registry import build_model
 from flextok.schema import ConfigError

@@ -12,8 +12,8 @@ from flextok.bench import (
     format_machine,
     format_result,
 )
+from flextok.cli.arguments import Bench
 from flextok.cli.common import pick_device
-from flextok.cli.measure_arguments import Bench
 
 
 def run_bench(options: Bench) -> dict[str, Any]:

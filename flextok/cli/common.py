@@ -1,7 +1,6 @@
 """What the commands share when they run: devices, tokenizers, data sets, folders."""
 
 import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +41,6 @@ def check_lengths(lengths: list[int], total: int) -> list[int]:
     if bad := [k for k in lengths if not 1 <= k <= total]:
         raise ValueError(f"--num-tokens {min(bad)} must be in [1, {total}]")
     return sorted(set(lengths))
-
-
-def output_of(asked: str | None, command: str, model: str) -> str:
-    """The folder asked for; by default one of the command's own for each model."""
-    name = re.sub(r"[^\w.-]+", "-", model).strip("-.") or "model"
-    return asked or f"outputs/{command}/{name}"
 
 
 def data_of(asked: str | None, model: str, part: str = "validation") -> Any:

@@ -1,16 +1,20 @@
-"""`flextok evaluate | sweep | adaptive | probe`: the commands that measure."""
+"""`flextok evaluate | sweep | adaptive | probe | align`: the commands that measure."""
 
+import re
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from flextok.cli.common import data_of, open_data, output_of, pick_device, token_lengths
-from flextok.cli.measure_arguments import Adaptive, Evaluate, Measuring, Probe, Sweep
+from flextok.cli.arguments import Adaptive, Align, Evaluate, Measuring, Probe, Sweep
+from flextok.cli.common import data_of, data_spec, open_data, pick_device, token_lengths
 from flextok.cli.options import decoding_options
 from flextok.data.sets import take
+from flextok.emoji import probe as scene_probe
+from flextok.emoji.alignment import alignment, format_report
+from flextok.emoji.scenes import EmojiScenes
 from flextok.evaluation import Cell, Options, evaluate, processes
 from flextok.evaluation.adaptive import Target, relate
 from flextok.evaluation.job import model_settings
@@ -22,11 +26,13 @@ from flextok.evaluation.sweep import sweep
 from flextok.generators import Generator
 from flextok.pipeline import load_model, load_tokenizer_of
 from flextok.places import released
+from flextok.registry import make_dataset
 
 
 def prepare_output(options: Measuring) -> Path:
     """The folder to write, found fit before the work."""
-    options.output = output_of(options.output, options.folder, options.model)
+    model = re.sub(r"[^\w.-]+", "-", options.model).strip("-.") or "model"
+    options.output = options.output or f"outputs/{options.folder}/{model}"
     check_output(Path(options.output))
     return Path(options.output)
 
@@ -120,6 +126,42 @@ def run_probe(options: Probe) -> dict[str, Any]:
     report = linear_probe(model, train, test, measuring_options(options), lengths)
     print(probe_table(report))
     return write_measured(report, model, options, output)
+
+
+def run_align(options: Align) -> dict[str, Any]:
+    spec = data_spec(options.data or "emoji_scenes:validation")
+    scenes = make_dataset(spec)
+    if not isinstance(scenes, EmojiScenes):
+        raise ValueError("--data must be emoji_scenes: the classifier reads those")
+    generator = load_model(options.model, pick_device(options.device))
+    if not isinstance(generator, Generator):
+        raise ValueError(f"{options.model} is a {generator.model_type} model, not a generator")
+    tokenizer = load_tokenizer_of(generator, options.model, options.tokenizer, generator.device)
+    lengths = token_lengths(options.num_tokens, tokenizer, generator.num_tokens)
+    decoding = decoding_options(options)
+    tokenizer.decode_options(decoding)  # before the classifier is trained
+    if options.probe and Path(options.probe).is_file():
+        probe = scene_probe.Probe.load(options.probe).to(generator.device)
+    else:
+        known = {"split": "train", "prompts": "train" if scenes.prompts == "held_out" else "all"}
+        real = make_dataset({**spec, **known})
+        probe = scene_probe.train_probe(
+            real, tokenizer.image_size, options.probe_steps, device=generator.device
+        )
+        if options.probe:
+            probe.save(options.probe)
+    report = alignment(
+        generator,
+        tokenizer,
+        probe,
+        scenes,
+        lengths,
+        options.limit or 256,
+        options.seed,
+        decoding=decoding,
+    )
+    print(format_report(report))
+    return {"model": options.model, "data": spec, **asdict(report)}
 
 
 def print_report(report: dict[str, Any]) -> None:

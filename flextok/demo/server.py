@@ -3,8 +3,6 @@ machine is slow to answer itself."""
 
 import contextlib
 import socket
-import threading
-from collections.abc import Iterator
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -36,20 +34,6 @@ def serve(app: ASGIApp, host: str = "127.0.0.1", port: int | None = None) -> Non
         print(f"open {address(place)} in a browser; Ctrl-C ends it", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             make_server(app).run(sockets=[place])
-
-
-@contextlib.contextmanager
-def served(app: ASGIApp) -> Iterator[str]:
-    """Serve in a thread while the context lasts: its address."""
-    server = make_server(app)
-    with listen("127.0.0.1", 0) as place:
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [place]}, daemon=True)
-        thread.start()
-        try:
-            yield address(place)
-        finally:
-            server.should_exit = True
-            thread.join()
 
 
 def address(place: socket.socket) -> str:
