@@ -2,13 +2,13 @@
 
 import json
 import shutil
-import threading
 import urllib.error
 import urllib.request
 
 import pytest
 from helpers.files import bomb, encoded, png
 from helpers.models import tiny_gpt, tiny_tokenizer
+from helpers.processes import served
 from PIL import Image
 
 from flextok.pipeline import remember_tokenizer
@@ -29,7 +29,6 @@ PATIENCE = 300 * SECONDS  # the machine may be busy
 def server(tmp_path_factory):
     """A served page with random models: the address."""
     from flextok.demo.page import make_app
-    from flextok.demo.server import address, listen, make_server
     from flextok.demo.studio import Studio
     from flextok.demo.upload import Limits
 
@@ -41,13 +40,8 @@ def server(tmp_path_factory):
     remember_tokenizer(gpt, folder / "gpt", tokenizer, str(folder / "tokenizer"))
     gpt.save_pretrained(folder / "gpt")
     studio = Studio([str(folder / "tokenizer"), str(folder / "gpt")])
-    server = make_server(make_app(studio, Limits()))
-    with listen("127.0.0.1", 0) as place:
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [place]}, daemon=True)
-        thread.start()
-        yield address(place)
-        server.should_exit = True
-        thread.join()
+    with served(make_app(studio, Limits())) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import urllib.parse
 import pytest
 from helpers.files import encoded, png
 from helpers.models import tiny_gpt, tiny_tokenizer
+from helpers.processes import served
 
 from flextok.pipeline import remember_tokenizer
 
@@ -32,8 +33,6 @@ def app(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(app):
-    from flextok.demo.server import served
-
     with served(app) as address:
         yield urllib.parse.urlsplit(address).netloc
 

@@ -6,7 +6,9 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -104,3 +106,19 @@ def finish(*processes, timeout: float = 180) -> list[int | None]:
             process.kill()
             process.join()
     return [process.exitcode for process in processes]
+
+
+@contextmanager
+def served(app) -> Iterator[str]:
+    """Serve the page in a thread while the context lasts: its address."""
+    from flextok.demo.server import address, listen, make_server
+
+    server = make_server(app)
+    with listen("127.0.0.1", 0) as place:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [place]}, daemon=True)
+        thread.start()
+        try:
+            yield address(place)
+        finally:
+            server.should_exit = True
+            thread.join()
