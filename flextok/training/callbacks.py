@@ -140,8 +140,6 @@ class SkipNonFinite(L.Callback):
     move on. Gradients are shared between processes, so all of them decide alike."""
 
     def __init__(self, folder: Path, limit: int):
-        if limit < 1:
-            raise ValueError(f"max_nonfinite={limit} must be at least 1")
         self.folder, self.limit = folder, limit
         self.skipped = 0
         self.in_a_row = 0

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from flextok.generators.base import Generator
 from flextok.generators.conditioning import TextConditioner
 from flextok.nn.blocks import AdaLNBlock, Block
+from flextok.nn.vit import ViTBlock
 from flextok.objectives import (
     AdversarialObjective,
     CrossLengthObjective,
@@ -34,13 +35,13 @@ class Cost(NamedTuple):
     saved: float = 0.0  # bytes
 
 
-class Span(NamedTuple):
-    """What attention of a block sees and computes."""
-
-    seen: int  # positions that enter
-    rows: int  # those that are computed
-    pairs: float  # of a row and what it attends to
-    context: int = 0  # length of what cross-attention sees
+# what a block keeps of each position for the backward pass, in multiples of its width: inputs of
+# products, of attention, of the activation and of gates; and inputs of norms, in fp32
+KEPT: dict[type[nn.Module], tuple[float, int]] = {
+    Block: (7 + 4 * 8 / 3, 2),
+    AdaLNBlock: (11 + 4 * 8 / 3, 2),
+    ViTBlock: (16, 0),
+}
 
 
 @dataclass
@@ -48,11 +49,6 @@ class Formulas:
     half: bool  # activations in 2 bytes, but for the norms that compute in fp32
     recompute: bool  # of a block keep the input only
     recomputed: float = 0.0  # bytes of the largest block that is at work in the backward pass
-
-    @property
-    def width(self) -> int:
-        """Bytes of an activation."""
-        return 2 if self.half else 4
 
     def step(self, objective: Objective) -> Cost:
         costs = list(self.parts(objective))
@@ -88,11 +84,10 @@ class Formulas:
         text = model.conditioner.encoder if isinstance(model.conditioner, TextConditioner) else None
         context = 0 if text is None else text.max_length
         if model.streams:
-            span = Span(length, length, length**2 / 2, context)
+            yield self.stack(model.blocks, length, length**2 / 2, context)
         else:  # the condition is a position, and so is each of its features
             n = 1 + length + context
-            span = Span(n, n, n**2)
-        yield self.stack(model.blocks, span)
+            yield self.stack(model.blocks, n, n**2)
         yield Cost(6 * length * model.head.weight.numel(), 4 * length * vocab)
         if text is not None:
             yield Cost(6 * context * matrices(model.conditioner, but="embed"))
@@ -102,21 +97,18 @@ class Formulas:
         patches, registers = decoder.grid**2, model.num_tokens
         both = patches + registers
         yield self.run(lambda: model.vae.encode(images, sample=False), 1)
-        span = Span(both, both, patches**2 + registers * both)
-        last = Span(both, registers, registers * both)
         if encoder.registers is None:
-            span = last = Span(patches, patches, patches**2)
-        yield self.stack(encoder.blocks, span, last)
-        span, last = Span(both, both, both**2), Span(both, patches, patches * both)
-        yield self.edges(encoder, patches)
-        yield self.edges(decoder, patches)
-        yield self.stack(decoder.blocks, span, last)
-        if isinstance(objective, CrossLengthObjective):
-            yield self.stack(decoder.blocks, span, last)
+            yield self.stack(encoder.blocks, patches, patches**2)
+        else:
+            pairs = patches**2 + registers * both
+            yield self.stack(encoder.blocks, both, pairs, unread=patches)
+        for _ in range(2 if isinstance(objective, CrossLengthObjective) else 1):
+            yield self.stack(decoder.blocks, both, both**2, unread=registers)
+        yield from (edges(encoder, patches), edges(decoder, patches))
         if isinstance(objective, DistillationObjective):
             options, decode = objective.config, objective.teacher.network.config.decode
             full, null = (
-                self.stack(decoder.blocks, Span(n, n, n**2), trained=False).flops
+                self.stack(decoder.blocks, n, n**2, trained=False).flops
                 for n in (both, patches + 1)  # one token stands for the null condition
             )
             guided = full + null if decode.guidance_scale != 1 else full
@@ -131,10 +123,9 @@ class Formulas:
     def titok(self, model: TiTok, images: Tensor) -> Iterator[Cost]:
         patches = model.grid**2
         n = 1 + patches + model.num_tokens
-        span = Span(n, n, n**2)
         for part in (model.encoder, model.decoder):
-            yield self.stack(part.blocks, span)
-            yield self.edges(part, patches)
+            yield self.stack(part.blocks, n, n**2)
+            yield edges(part, patches)
         yield Cost(6 * patches * matrices(model.decoder.head))
         if model.config.stage == "proxy":
             yield self.run(lambda: model.proxy.features(images), 1)
@@ -143,60 +134,41 @@ class Formulas:
             codes = images.new_empty(1, decoder.conv_in.in_channels, model.grid, model.grid)
             yield self.run(lambda: decoder(codes), 3)
 
-    def edges(self, network: nn.Module, length: int) -> Cost:
-        """The layers before and after the blocks."""
-        layers = [layer for layer in network.children() if isinstance(layer, nn.Linear)]
-        numbers = sum(layer.weight.numel() for layer in layers)
-        return Cost(6 * length * numbers, 4 * self.width * length * layers[-1].in_features)
-
     def stack(
-        self, blocks: Any, span: Span, last: Span | None = None, trained: bool = True
+        self,
+        blocks: Any,
+        n: int,
+        pairs: float,
+        context: int = 0,
+        unread: int = 0,
+        trained: bool = True,
     ) -> Cost:
-        """A network's blocks; last: of the last one, where that differs."""
-        spans = [span] * (len(blocks) - 1) + [last or span]
-        trains = trained and any(p.requires_grad for p in blocks.parameters())
-        costs = [self.block(*pair, trains) for pair in zip(blocks, spans, strict=True)]
-        flops, saved = (sum(numbers) for numbers in zip(*costs, strict=True))
-        if trains and self.recompute:
-            self.recomputed = max(self.recomputed, *(cost.saved for cost in costs))
-            saved = len(blocks) * span.seen * self.width * blocks[0].attn.proj.in_features
-        return Cost(flops, saved)
-
-    def block(self, block: Any, span: Span, trained: bool) -> Cost:
-        dim = block.attn.proj.in_features
-        once = matrices(block, only="modulation")
-        inward = 2 * dim**2  # keys and values, of all that is seen
-        cross = inward if span.context else 0
-        each = matrices(block) - once - inward - cross
-        products = span.rows * each + span.seen * inward + span.context * cross + once
-        forward = 2 * products, 4 * dim * (span.pairs + span.rows * span.context)
-        if not trained:
-            return Cost(sum(forward))
-        flops = 3 * forward[0] + 3.5 * forward[1]
-        if self.recompute:
-            flops += sum(forward)
-            if not isinstance(block, AdaLNBlock):  # whose gates need the last product
-                mlp = block.mlp if isinstance(block, Block) else block
-                flops -= 2 * span.rows * mlp.fc2.weight.numel()
-        return Cost(flops, dim * self.kept(block, dim, span))
-
-    def kept(self, block: Any, dim: int, span: Span) -> float:
-        """Bytes that a block keeps, over its width: inputs of products, of attention and of the
-        activation, and of norms."""
-        seen, rows, w = span.seen, span.rows, self.width
-        if not isinstance(block, Block | AdaLNBlock):  # a ViTBlock: x, h, k, v; q, y, x, h, MLP
-            joined = 2 * rows if block.skip is not None else 0
-            return w * (4 * seen + 4 * rows + joined + 2 * rows * block.fc1.out_features / dim)
-        numbers = 3 * seen + 4 * rows + 4 * rows * block.mlp.fc1.out_features / dim
-        islands = seen + rows  # inputs of the norms, in fp32
-        if block.attn.qk_norm:
-            islands += seen + rows
-        if isinstance(block, AdaLNBlock):  # what is shifted, scaled and gated
-            numbers += seen + 3 * rows
-        elif span.context:
-            numbers += 4 * rows + 2 * span.context
-            islands += rows
-        return w * numbers + 4 * islands
+        """A network's blocks on `n` positions. pairs: of positions that attend; context: positions
+        that cross-attention sees; unread: positions that nobody reads of the last block."""
+        first, depth, dim = blocks[0], len(blocks), blocks[0].attn.proj.in_features
+        inward = 2 * dim**2  # keys and values
+        products = n * matrices(blocks, but="modulation")
+        products -= unread * (matrices(blocks[-1], but="modulation") - inward)
+        if context:
+            products -= (n - context) * depth * inward
+        forward, attention = 2 * products, 4 * dim * depth * (pairs + n * context)
+        if not trained or not any(p.requires_grad for p in blocks.parameters()):
+            return Cost(forward + attention)
+        flops, (numbers, norms) = 3 * forward + 3.5 * attention, KEPT[type(first)]
+        if not isinstance(first, ViTBlock):
+            norms += 2 if first.attn.qk_norm else 0
+        if context:
+            numbers, norms = numbers + 4 + 2 * context / n, norms + 1
+        width = 2 if self.half else 4
+        block = n * dim * (width * numbers + 4 * norms)
+        if not self.recompute:
+            return Cost(flops, depth * block)
+        flops += forward + attention
+        if not isinstance(first, AdaLNBlock):  # whose gates need the last product
+            mlp = first if isinstance(first, ViTBlock) else first.mlp
+            flops -= 2 * n * depth * mlp.fc2.weight.numel()
+        self.recomputed = max(self.recomputed, block)
+        return Cost(flops, depth * n * dim * width)
 
     def run(self, run: Callable[[], Any], passes: float) -> Cost:
         """A forward pass on the meta device, `passes` times: 1 for a frozen network, 2 where
@@ -218,7 +190,14 @@ class Formulas:
         return Cost(passes * counter.get_total_flops(), saved)
 
 
-def matrices(network: nn.Module, only: str = "", but: str = "?") -> int:
-    """Numbers in the matrices of a network, of those whose names hold `only` and not `but`."""
-    named = network.named_parameters()
-    return sum(p.numel() for name, p in named if p.ndim == 2 and only in name and but not in name)
+def edges(network: nn.Module, length: int) -> Cost:
+    """The layers before and after a network's blocks."""
+    layers = [layer for layer in network.children() if isinstance(layer, nn.Linear)]
+    return Cost(6 * length * sum(layer.weight.numel() for layer in layers))
+
+
+def matrices(network: nn.Module, but: str = "?") -> int:
+    """Numbers in the matrices of a network, but those whose names hold `but`."""
+    return sum(
+        p.numel() for name, p in network.named_parameters() if p.ndim == 2 and but not in name
+    )

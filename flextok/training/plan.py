@@ -44,7 +44,7 @@ GPUS = {
     "rtx4090": GPU(165.2e12, 24e9, None),
     "rtx5090": GPU(209.5e12, 32e9, None),
 }
-PUBLISHED_BATCH = {"flextok": 2048}  # arXiv 2502.13967, appendix
+PUBLISHED_BATCH = 2048  # of FlexTok at 256 pixels: arXiv 2502.13967, appendix
 
 
 @dataclass
@@ -87,7 +87,7 @@ class Plan:
     batch_size: int  # of a step: all GPUs', accumulated
     accumulate: int  # micro-batches of a step on each GPU
     config_batch_size: int  # of a step on the devices and nodes that the config names
-    published_batch_size: int | None  # of the model's paper, where that says
+    published_batch_size: int | None  # of FlexTok's paper, for a model of its kind
     flops_per_step: float
     memory: dict[str, float]  # bytes on each GPU, by what they hold
     fits: bool
@@ -129,6 +129,7 @@ def plan(config: ExperimentConfig, gpus: int, assumptions: Assumptions | None = 
     else:
         memory["buckets"] = (4 if gpus > 1 else 0) * step.trained  # DDP's, of gradients
         traffic = ring * 2 * 4 * step.trained
+    published = config.model.get("name") == "flextok" and config.model.get("image_size", 256) == 256
     batch = config.data.batch_size * gpus * accumulate
     seconds = step.flops * batch / (gpus * card.peak * assumed.utilisation)
     hours = seconds * config.trainer.max_steps / 3600
@@ -143,7 +144,7 @@ def plan(config: ExperimentConfig, gpus: int, assumptions: Assumptions | None = 
         batch_size=batch,
         accumulate=accumulate,
         config_batch_size=config.data.batch_size * devices * config.trainer.accumulate,
-        published_batch_size=published_batch_size(config),
+        published_batch_size=PUBLISHED_BATCH if published else None,
         flops_per_step=step.flops * batch,
         memory=memory,
         fits=sum(memory.values()) < 0.92 * card.memory,  # the rest: CUDA, NCCL, fragmentation
@@ -155,12 +156,6 @@ def plan(config: ExperimentConfig, gpus: int, assumptions: Assumptions | None = 
         dollars=None if assumed.price is None else hours * gpus * assumed.price,
         assumptions=assumed,
     )
-
-
-def published_batch_size(config: ExperimentConfig) -> int | None:
-    """Of the paper's runs, for a model of their kind at their 256 pixels."""
-    at_256 = config.model.get("image_size", 256) == 256
-    return PUBLISHED_BATCH.get(str(config.model.get("name"))) if at_256 else None
 
 
 def named_devices(config: ExperimentConfig, gpus: int) -> int:
@@ -259,20 +254,6 @@ def frozen_networks(objective: Objective) -> list[nn.Module]:
     return [frozen.network for frozen in (*found, *chain(*lists))]
 
 
-def batch_notes(found: Plan) -> list[str]:
-    """Lines that say where the assumed batch is not the config's own or the published one."""
-    others = {
-        "config's own": found.config_batch_size,
-        "published models'": found.published_batch_size,
-    }
-    return [
-        f"  assumed       a batch of {found.batch_size:,}; the {whose} is {batch:,}, whose steps "
-        f"take {batch / found.batch_size:,.3g} times as long"
-        for whose, batch in others.items()
-        if batch is not None and batch != found.batch_size
-    ]
-
-
 def as_text(found: Plan) -> str:
     """The plan as lines to print."""
     assumed = found.assumptions
@@ -286,10 +267,19 @@ def as_text(found: Plan) -> str:
     money = ""
     if found.dollars is not None:
         money = f", ${found.dollars:,.0f} at ${assumed.price:.2f} a GPU hour"
+    others = {
+        "config's own": found.config_batch_size,
+        "published models'": found.published_batch_size,
+    }
     lines = [
         f"model           {found.trained / 1e6:,.0f}M trained{frozen} parameters",
         f"run             {found.gpus} x {assumed.gpu}, {found.strategy}, {batch}",
-        *batch_notes(found),
+        *(
+            f"  assumed       a batch of {found.batch_size:,}; the {whose} is {other:,}, whose "
+            f"steps take {other / found.batch_size:,.3g} times as long"
+            for whose, other in others.items()
+            if other not in (None, found.batch_size)
+        ),
         f"arithmetic      {found.flops_per_step / 1e12:,.1f} TFLOP a step, "
         f"{found.seconds_per_step:.3f} s at {assumed.utilisation:.0%} of the peak",
         f"memory          {total / 1e9:,.1f} of {capacity / 1e9:,.0f} GB on each GPU"

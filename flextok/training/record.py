@@ -167,10 +167,6 @@ def is_finished(folder: Path, step: int, max_steps: int, validates: bool) -> boo
     return finished
 
 
-def unit_of(model: Any) -> str:
-    return "images" if isinstance(model, Tokenizer) else "sequences"
-
-
 def start_message(module: TrainingModule, data: DataModule, trainer: L.Trainer) -> str:
     """What is trained, on what and where, in three lines."""
     model, options = module.objective.model, module.options
@@ -182,7 +178,7 @@ def start_message(module: TrainingModule, data: DataModule, trainer: L.Trainer) 
     count = len(data.stream.dataset)
     checked = 0 if data.evaluation is None else len(data.evaluation)
     step = options.batch_size * options.accumulate * trainer.world_size
-    unit = unit_of(model)
+    unit = "images" if isinstance(model, Tokenizer) else "sequences"
     return (
         f"{model.model_type}: {whole:,} parameters, {trained:,} are trained\n"
         f"data: {count:,} {unit} of {len(classes)} {kind} ({some}), {checked:,} for validation\n"

@@ -2,9 +2,10 @@
 
 import logging
 from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
 
-from flextok.config import ExperimentConfig, check_places
+from flextok.config import ExperimentConfig, LoadingConfig, check_places
 from flextok.schema import from_mapping, to_mapping
 from flextok.storage import CheckpointError
 from flextok.training.checkpoints import list_checkpoints, load_checkpoint
@@ -59,15 +60,11 @@ def newest_step(folder: Path) -> int:
 
 def fit_options(config: ExperimentConfig) -> FitOptions:
     """What fit() is to be asked for by an experiment."""
-    data = config.data
+    loading = {field.name: vars(config.data)[field.name] for field in fields(LoadingConfig)}
     return FitOptions(
         **vars(config.trainer),
+        **loading,
         output_dir=config.output_dir,
-        batch_size=data.batch_size,
-        num_workers=data.num_workers,
-        crop=data.crop,
-        flip=data.flip,
-        shift=data.shift,
         optim=config.optim,
         seed=config.seed,
         resume=config.resume,

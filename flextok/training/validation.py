@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
@@ -55,11 +56,8 @@ class Images(AfterValidation):
         viz.save(grid, self.folder / f"step-{trainer.global_step:07d}.png")
         for logger in trainer.loggers:
             if isinstance(logger, L.pytorch.loggers.TensorBoardLogger):
-                pixels = torch.tensor(list(grid.tobytes()), dtype=torch.uint8)
-                pixels = pixels.view(grid.height, grid.width, 3)
-                logger.experiment.add_image(
-                    "pictures", pixels, trainer.global_step, dataformats="HWC"
-                )
+                step, pixels = trainer.global_step, np.asarray(grid)
+                logger.experiment.add_image("pictures", pixels, step, dataformats="HWC")
 
 
 class Evaluation(AfterValidation):
