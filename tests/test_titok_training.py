@@ -200,7 +200,6 @@ def test_one_backward_pass_equals_alternating_optimizers():
             torch.testing.assert_close(ours[key], value, atol=1e-5, rtol=1e-4, msg=key)
 
 
-@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch before 2.9 has no Muon")
 def test_muon_leaves_the_discriminator_to_adamw():
     shape = {"image_size": 16, "patch_size": 4, "num_tokens": 4, "head_dim": 8}
     sizes = {"encoder_dim": 16, "encoder_depth": 1, "decoder_dim": 16, "decoder_depth": 1}

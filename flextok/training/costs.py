@@ -151,7 +151,8 @@ class Formulas:
         products -= unread * (matrices(blocks[-1], but="modulation") - inward)
         if context:
             products -= (n - context) * depth * inward
-        forward, attention = 2 * products, 4 * dim * depth * (pairs + n * context)
+        forward = 2 * products
+        attention = 4 * dim * ((depth - unread / n) * pairs + depth * n * context)
         if not trained or not any(p.requires_grad for p in blocks.parameters()):
             return Cost(forward + attention)
         flops, (numbers, norms) = 3 * forward + 3.5 * attention, KEPT[type(first)]

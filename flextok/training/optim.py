@@ -77,10 +77,6 @@ class MuonAdamW(torch.optim.Optimizer):
         betas: tuple[float, float],
         momentum: float = 0.95,
     ):
-        if not hasattr(torch.optim, "Muon"):
-            raise ConfigError(
-                f"optim.name=muon needs torch 2.9 or newer, this is {torch.__version__}: take adamw"
-            )
         split: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
         for group in groups:
             for muon, chosen in split.items():
