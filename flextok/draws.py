@@ -21,7 +21,7 @@ Rng = torch.Generator | Sequence[torch.Generator] | None  # one for a batch, or 
 
 # what draws are for, the second number of a key: no two purposes share one
 ORDER, AUGMENT, STEP, VALIDATION = 1, 2, 3, 4  # of training
-NOISE, CODES, SPREAD, POSTERIOR = 5, 6, 7, 8  # of a image
+NOISE, CODES, SPREAD, POSTERIOR = 5, 6, 7, 8  # of an image
 REVIVE, PROBE, BLOCK = 9, 10, 11  # of a codebook, a scene probe, a block of a stream
 ROW = 12  # of a training batch
 

@@ -5,7 +5,6 @@ import copy
 import hashlib
 import json
 import os
-import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -125,7 +124,7 @@ class Pretrained(nn.Module):
         for key, name, axis in cls.stated:
             value, found = vars(config)[key], None
             if axis is None:
-                found = count(state, re.escape(name) + r"(\d+)\.")
+                found = count(state, name)
             elif name in state and state[name].ndim > axis:
                 found = state[name].shape[axis]
             if None not in (value, found) and value != found:

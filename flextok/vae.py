@@ -65,7 +65,7 @@ class KLVAE(NeedsWeights):
     channels: of the latents. weights: a local folder or hub id in diffusers' layout, loaded by
     `load_weights`; None leaves random weights for a checkpoint to fill. scaling_factor multiplies
     the latents (the published files state 1.0). sample_posterior: draw from the posterior in place
-    of taking its mode, which is our default (the published code samples). slicing: a image at a
+    of taking its mode, which is our default (the published code samples). slicing: an image at a
     time, the same numbers in less memory. tiling: images larger than sample_size in overlapping
     tiles, for sizes that do not fit otherwise; the seams are blended, so pixels differ a little.
     """

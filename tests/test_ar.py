@@ -21,7 +21,7 @@ def test_kv_cache_equals_the_full_forward():
     full = model(indices[:, :-1], LABELS)
     for chunks in ([1] * 8, [3, 5], [1, 4, 3], [8]):
         caches, logits = model.new_caches(4, 8), []
-        x = model.embed(indices[:, :-1], LABELS)
+        x = model.join_start(indices[:, :-1], model.condition(LABELS))
         for piece in x.split(chunks, dim=1):
             for block, cache in zip(model.blocks, caches, strict=True):
                 piece = block(piece, is_causal=True, cache=cache)

@@ -43,7 +43,9 @@ def test_kv_cache_equals_the_full_forward(model):
     contexts, mask = model.contexts(condition), condition.context.mask[:, None, None]
     for chunks in ([1] * 8, [3, 5], [8]):
         caches, logits = model.new_caches(4, 8), []
-        for piece in model.embed(indices[:, :-1], PROMPTS).split(chunks, dim=1):
+        for piece in model.join_start(indices[:, :-1], model.condition(PROMPTS)).split(
+            chunks, dim=1
+        ):
             for block, cache, context in zip(model.blocks, caches, contexts, strict=True):
                 piece = block(
                     piece, is_causal=True, cache=cache, context=context, context_mask=mask

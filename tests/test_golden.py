@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flextok import convert
+from flextok.convert.ar import ar_config, ar_state
+from flextok.convert.flextok import flextok_state
 from flextok.flow import path
 from flextok.flow.guidance import GUIDANCE
 from flextok.flow.solvers import euler
@@ -46,7 +47,7 @@ def load_tokenizer(max_timestep: float = 1000.0) -> FlexTok:
         vae={"name": "kl", "block_channels": [32], "channels": 16},
     )
     model = FlexTok(config)
-    state = convert.flextok_state(load_file(GOLDEN / "tokenizer_state_dict.safetensors"))
+    state = flextok_state(load_file(GOLDEN / "tokenizer_state_dict.safetensors"))
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected
     assert all(key.startswith("vae.") for key in missing)
@@ -154,9 +155,7 @@ def gpt() -> GPT:
         conditioner={"name": "class", "num_classes": 10},
     )
     model = GPT(config)
-    model.load_weights(
-        convert.ar_state(load_file(GOLDEN / "ar_c2i_state_dict.safetensors")), "golden"
-    )
+    model.load_weights(ar_state(load_file(GOLDEN / "ar_c2i_state_dict.safetensors")), "golden")
     return model.eval()
 
 
@@ -168,7 +167,7 @@ def ar() -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def test_ar_logits(gpt, ar):
     ids, label = ar["ids"], ar["class"]
-    close(gpt.embed(ids[:, :-1], label), ar["tf_input_embeddings"])
+    close(gpt.join_start(ids[:, :-1], gpt.condition(label)), ar["tf_input_embeddings"])
     close(gpt(ids[:, :-1], label), ar["tf_logits"])
     close(gpt(ids[:, :-1], torch.full_like(label, -1)), ar["tf_logits_uncond"])
     close(NextTokenObjective(gpt)({"indices": ids, "label": label})["loss"], ar["tf_ce_mean"][0])
@@ -205,8 +204,8 @@ def test_ar_filters(ar):
 @torch.no_grad()
 def test_ar_text_logits(ar):
     """The goldens' context has the trunk's width: nothing stands between encoder and trunk."""
-    state = convert.ar_state(load_file(GOLDEN / "ar_t2i_state_dict.safetensors"))
-    model = GPT(from_mapping(GPTConfig, convert.ar_config(state)))
+    state = ar_state(load_file(GOLDEN / "ar_t2i_state_dict.safetensors"))
+    model = GPT(from_mapping(GPTConfig, ar_config(state)))
     model.load_weights(state, "golden")
     text = Text(ar["t2i_text_embeddings"], ar["t2i_text_valid"].bool())
     assert not text.mask.all()  # the second prompt is padded
@@ -223,7 +222,7 @@ def test_full_size_models_have_the_published_keys_shapes_and_counts(name):
     with torch.device("meta"):
         model = FlexTok(FlexTokConfig(encoder_depth=encoder_depth, decoder_depth=decoder_depth))
         state = {k: torch.empty(shape) for k, shape in published["state_dict"].items()}
-    model.load_weights(convert.flextok_state(state), name)  # strict: every key, every shape
+    model.load_weights(flextok_state(state), name)  # strict: every key, every shape
     count = {
         part: sum(p.numel() for p in getattr(model, part).parameters())
         for part in ("encoder", "decoder", "vae")

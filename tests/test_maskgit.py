@@ -7,7 +7,7 @@ import pytest
 import torch
 from golden.titok.load import close, golden, load_case, published_shapes
 
-from flextok.convert import maskgit_config, maskgit_state
+from flextok.convert.maskgit import maskgit_config, maskgit_state
 from flextok.draws import row_generators
 from flextok.generators.conditioning import CONDITIONERS, Condition
 from flextok.generators.maskgit import (

@@ -1,8 +1,12 @@
 import pytest
 import torch
 
-from flextok.draws import derived_generator, row_generators, uniform_steps
-from flextok.generators.sampling import filtered_probabilities, invert, sample
+from flextok.draws import derived_generator, row_generators, uniform_steps, uniforms
+from flextok.generators.sampling import filtered_probabilities, invert, pick
+
+
+def sample(x, generator=None, **options):
+    return pick(x, uniforms((len(x),), generator, x.device), **options)
 
 
 def logits(rows=3, vocabulary=50):

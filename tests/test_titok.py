@@ -6,7 +6,7 @@ import pytest
 import torch
 from golden.titok.load import close, golden, load_case, published_shapes
 
-from flextok.convert import titok_config, titok_state
+from flextok.convert.titok import titok_config, titok_state
 from flextok.nn.blocks import recompute_blocks
 from flextok.objectives import ProxyCodesObjective, ReconstructionConfig, ReconstructionObjective
 from flextok.quantizers.kl import kl_divergence, moments

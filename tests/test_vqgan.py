@@ -9,7 +9,7 @@ import torch
 from golden.titok.load import close, golden, load_case, published_shapes
 from torchvision.models import vgg
 
-from flextok.convert import vqgan_config, vqgan_state
+from flextok.convert.titok import vqgan_config, vqgan_state
 from flextok.hub import CheckpointError
 from flextok.losses import perceptual
 from flextok.losses.adversarial import (

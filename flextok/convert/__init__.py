@@ -4,67 +4,23 @@ No file is opened and no model is built here: tensors and JSON documents go in; 
 config as a plain mapping and a state dict come out. The tensors are views wherever they can be.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
-
-from torch import Tensor
-
-from flextok.convert.ar import ar_config, ar_state, convert_ar, is_ar
-from flextok.convert.flextok import (
-    KNOWN_CLASSES,
-    convert_flextok,
-    flextok_config,
-    flextok_state,
-    is_flextok,
-)
-from flextok.convert.maskgit import convert_maskgit, is_maskgit, maskgit_config, maskgit_state
+from flextok.convert import ar, flextok, maskgit, titok
 from flextok.convert.older import current_config
-from flextok.convert.rules import Published
-from flextok.convert.titok import (
-    convert_titok,
-    convert_vqgan,
-    is_titok,
-    is_vqgan,
-    titok_config,
-    titok_state,
-    vqgan_config,
-    vqgan_state,
-)
+from flextok.convert.rules import Documents, Published, State
 
-__all__ = [
-    "KNOWN_CLASSES",
-    "Published",
-    "ar_config",
-    "ar_state",
-    "convert_published",
-    "current_config",
-    "flextok_config",
-    "flextok_state",
-    "maskgit_config",
-    "maskgit_state",
-    "titok_config",
-    "titok_state",
-    "vqgan_config",
-    "vqgan_state",
-]
+__all__ = ["Published", "convert_published", "current_config"]
 
-Documents = Sequence[Mapping[str, Any]]
 # what recognises a layout by its keys, and what converts it
-_LAYOUTS: list[
-    tuple[
-        Callable[[Mapping[str, Tensor]], bool],
-        Callable[[Mapping[str, Tensor], Documents], Published],
-    ]
-] = [
-    (is_flextok, convert_flextok),
-    (is_ar, convert_ar),
-    (is_titok, convert_titok),
-    (is_vqgan, convert_vqgan),
-    (is_maskgit, convert_maskgit),
+_LAYOUTS = [
+    (flextok.is_flextok, flextok.convert_flextok),
+    (ar.is_ar, ar.convert_ar),
+    (titok.is_titok, titok.convert_titok),
+    (titok.is_vqgan, titok.convert_vqgan),
+    (maskgit.is_maskgit, maskgit.convert_maskgit),
 ]
 
 
-def convert_published(state: Mapping[str, Tensor], documents: Documents) -> Published:
+def convert_published(state: State, documents: Documents) -> Published:
     """A published state dict, recognised by its keys, as a model of ours. documents: the mappings
     that came with it, such as a config.json and a file's metadata. Raises ValueError."""
     for recognises, converts in _LAYOUTS:

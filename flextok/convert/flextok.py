@@ -5,12 +5,23 @@ name the classes to build. Here it is data: sizes come from the shapes of the te
 held against them, and what is not in the shapes is read from it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
 
-from flextok.convert.rules import Published, Rules, agree, count, rename, shape, without_ones
+from flextok.convert.rules import (
+    Documents,
+    Published,
+    Rule,
+    Section,
+    State,
+    agree,
+    count,
+    shape,
+    translate,
+    without_ones,
+)
 
 KNOWN_CLASSES = frozenset(
     f"flextok.{name}"
@@ -38,41 +49,40 @@ KNOWN_CLASSES = frozenset(
     )
 )
 _ENCODER, _DECODER = "encoder.module_dict.", "decoder.module_dict."
-_RULES: Rules = [
-    (r"vae\.vae\.(.+)", r"vae.vae.\1"),
-    (r"encoder\.module_dict\.enc_patch_emb\.patch_proj\.(.+)", r"encoder.patch_embed.\1"),
-    (r"encoder\.module_dict\.enc_posemb_module\.posembs", r"encoder.patch_pos"),
-    (r"encoder\.module_dict\.enc_register_module\.registers", r"encoder.registers"),
-    (r"encoder\.module_dict\.enc_transformer\.(blocks\..+)", r"encoder.\1"),
-    (r"encoder\.module_dict\.enc_to_latents\.proj\.(.+)", r"encoder.head.\1"),
-    (r"decoder\.module_dict\.dec_from_latents\.proj\.(.+)", r"decoder.code_embed.\1"),
-    (r"decoder\.module_dict\.dec_registers_posemb_module\.posembs", r"decoder.register_pos"),
-    (r"decoder\.module_dict\.dec_nested_dropout\.dropout_mask_token", r"decoder.mask_token"),
-    (r"decoder\.module_dict\.dec_latent_dropout\.nullcond", r"decoder.null_token"),
-    (r"decoder\.module_dict\.dec_noise_patch_emb\.patch_proj\.(.+)", r"decoder.patch_embed.\1"),
-    (r"decoder\.module_dict\.dec_patches_posemb_module\.posembs", r"decoder.patch_pos"),
-    (r"decoder\.module_dict\.dec_time_embedder\.mlp\.0\.(.+)", r"decoder.time_embed.fc1.\1"),
-    (r"decoder\.module_dict\.dec_time_embedder\.mlp\.2\.(.+)", r"decoder.time_embed.fc2.\1"),
-    (
-        r"decoder\.module_dict\.dec_transformer\.(blocks\.\d+)\.adaLN_modulation\.1\.(.+)",
-        r"decoder.\1.modulation.linear.\2",
+_RULES = [
+    Rule("(vae.vae.*)", r"\1"),
+    Rule(_ENCODER + "enc_patch_emb.patch_proj.*", r"encoder.patch_embed.\1"),
+    Rule(_ENCODER + "enc_posemb_module.posembs", "encoder.patch_pos"),
+    Rule(_ENCODER + "enc_register_module.registers", "encoder.registers"),
+    Rule(_ENCODER + "enc_transformer.(blocks.*)", r"encoder.\1"),
+    Rule(_ENCODER + "enc_to_latents.proj.*", r"encoder.head.\1"),
+    Rule(_DECODER + "dec_from_latents.proj.*", r"decoder.code_embed.\1"),
+    Rule(  # (1, 1, D, K) -> (K, D)
+        _DECODER + "dec_registers_posemb_module.posembs",
+        "decoder.register_pos",
+        lambda state, key: without_ones(leading=2)(state, key).T,
     ),
-    (r"decoder\.module_dict\.dec_transformer\.(blocks\..+)", r"decoder.\1"),
-    (
-        r"decoder\.module_dict\.dec_to_patches\.adaLN_modulation\.1\.(.+)",
-        r"decoder.modulation.linear.\1",
+    Rule(_DECODER + "dec_nested_dropout.dropout_mask_token", "decoder.mask_token"),
+    Rule(_DECODER + "dec_latent_dropout.nullcond", "decoder.null_token"),
+    Rule(_DECODER + "dec_noise_patch_emb.patch_proj.*", r"decoder.patch_embed.\1"),
+    Rule(_DECODER + "dec_patches_posemb_module.posembs", "decoder.patch_pos"),
+    Rule(_DECODER + "dec_time_embedder.mlp.0.*", r"decoder.time_embed.fc1.\1"),
+    Rule(_DECODER + "dec_time_embedder.mlp.2.*", r"decoder.time_embed.fc2.\1"),
+    Rule(
+        _DECODER + "dec_transformer.(blocks.#).adaLN_modulation.1.*",
+        r"decoder.\1.modulation.linear.\3",
     ),
-    (r"decoder\.module_dict\.dec_to_patches\.proj\.(.+)", r"decoder.head.\1"),
+    Rule(_DECODER + "dec_transformer.(blocks.*)", r"decoder.\1"),
+    Rule(_DECODER + "dec_to_patches.adaLN_modulation.1.*", r"decoder.modulation.linear.\1"),
+    Rule(_DECODER + "dec_to_patches.proj.*", r"decoder.head.\1"),
 ]
 
 
-def is_flextok(state: Mapping[str, Tensor]) -> bool:
+def is_flextok(state: State) -> bool:
     return any(key.startswith((_ENCODER, _DECODER)) for key in state)
 
 
-def convert_flextok(
-    state: Mapping[str, Tensor], documents: Sequence[Mapping[str, Any]]
-) -> Published:
+def convert_flextok(state: State, documents: Documents) -> Published:
     for document in documents:
         check_classes(document)
     config, open_points = flextok_config(state, find_tree(documents))
@@ -84,16 +94,10 @@ def convert_flextok(
     return Published("flextok", config, flextok_state(state), provenance)
 
 
-def flextok_state(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def flextok_state(published: State) -> dict[str, Tensor]:
     """A published FlexTok state dict (VAE or not) in our names and shapes; views. Raises ValueError
     for an unknown key."""
-    state = {}
-    for key, value in published.items():
-        ours = rename(key, _RULES)
-        if ours == "decoder.register_pos":  # (1, 1, D, K) -> (K, D)
-            value = without_ones(key, value, leading=2).T
-        state[ours] = value
-    return state
+    return translate(published, _RULES)
 
 
 def check_classes(document: Any, place: str = "") -> None:
@@ -112,7 +116,7 @@ def check_classes(document: Any, place: str = "") -> None:
             check_classes(value, f"{place}[{i}]")
 
 
-def find_tree(documents: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+def find_tree(documents: Documents) -> Section:
     """The first config tree among documents or one level down in them; empty if there is none."""
     for document in documents:
         for tree in (document, *document.values()):
@@ -121,26 +125,24 @@ def find_tree(documents: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     return {}
 
 
-def _sections(tree: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+def _sections(tree: Section) -> dict[str, Section]:
     """The sections of encoder and decoder by name; those names do not overlap."""
-    sections: dict[str, Mapping[str, Any]] = {}
+    sections: dict[str, Section] = {}
     for part in ("encoder", "decoder"):
         inner = _mapping(_mapping(tree.get(part)).get("module_dict"))
         sections |= {name: v for name, v in inner.items() if isinstance(v, Mapping)}
     return sections
 
 
-def flextok_config(
-    state: Mapping[str, Tensor], tree: Mapping[str, Any] | None = None
-) -> tuple[dict[str, Any], list[str]]:
+def flextok_config(state: State, tree: Section | None = None) -> tuple[dict[str, Any], list[str]]:
     """Our config of a published state dict and its config tree (meta tensors will do), and one
     line for each point that the tree leaves open. Raises ValueError when the two disagree."""
     tree = tree or {}
     sections = _sections(tree)
     open_points: list[str] = []
 
-    def read(key: str, places: Iterator[Any], default: Any, why: str) -> Any:
-        for value in places:
+    def read(key: str, section: Any, default: Any, why: str) -> Any:
+        for value in find_values(section, key.rpartition(".")[2]):
             if value is not None:
                 return value
         open_points.append(f"{key} = {default} ({why})")
@@ -151,8 +153,8 @@ def flextok_config(
     grid = shape(state, _ENCODER + "enc_posemb_module.posembs", 4)[2]
     num_registers = shape(state, _ENCODER + "enc_register_module.registers", 2)[0]
     decoder_dim = shape(state, _DECODER + "dec_from_latents.proj.weight", 2)[0]
-    encoder_depth = count(state, r"encoder\.module_dict\.enc_transformer\.blocks\.(\d+)\.")
-    decoder_depth = count(state, r"decoder\.module_dict\.dec_transformer\.blocks\.(\d+)\.")
+    encoder_depth = count(state, _ENCODER + "enc_transformer.blocks.")
+    decoder_depth = count(state, _DECODER + "dec_transformer.blocks.")
     head_dim = sections.get("enc_transformer", {}).get("head_dim", 64)
     vae = vae_config(state)
     patch_size = round((patch_dim / vae["channels"]) ** 0.5)
@@ -177,26 +179,13 @@ def flextok_config(
     }
     for name, values in expected.items():
         agree(sections.get(name, {}), values, name, "the weights, or what is implemented here,")
-    scaling = read(
-        "vae.scaling_factor",
-        find_values(tree.get("vae"), "scaling_factor"),
-        1.0,
-        "the file names none",
-    )
     if any(find_values(tree.get("vae"), "shift_factor")):
         raise ValueError("the config shifts the VAE's latents: that is not supported")
-    levels = read(
-        "quantizer.levels",
-        find_values(tree.get("regularizer"), "levels"),
-        [8, 8, 8, 5, 5, 5],
-        "those of all releases",
-    )
-    max_timestep = read(
-        "max_timestep",
-        find_values(sections.get("dec_time_embedder"), "max_timestep"),
-        1000.0,
-        "the published class's default",
-    )
+    scaling = read("vae.scaling_factor", tree.get("vae"), 1.0, "the file names none")
+    fsq = tree.get("regularizer")
+    levels = read("quantizer.levels", fsq, [8, 8, 8, 5, 5, 5], "those of all releases")
+    times = sections.get("dec_time_embedder")
+    max_timestep = read("max_timestep", times, 1000.0, "the published class's default")
     return {
         "image_size": grid * patch_size * 2 ** (len(vae["block_channels"]) - 1),
         "patch_size": patch_size,
@@ -212,9 +201,9 @@ def flextok_config(
     }, open_points
 
 
-def vae_config(state: Mapping[str, Tensor]) -> dict[str, Any]:
+def vae_config(state: State) -> dict[str, Any]:
     """The VAE that a published state dict holds under vae.vae., by its shapes."""
-    blocks = count(state, r"vae\.vae\.encoder\.down_blocks\.(\d+)\.")
+    blocks = count(state, "vae.vae.encoder.down_blocks.")
     if not blocks:
         raise ValueError("the weights hold no VAE (vae.vae.encoder...): is the file complete?")
     first = "vae.vae.encoder.down_blocks.{}.resnets.0.conv1.weight"
@@ -222,7 +211,7 @@ def vae_config(state: Mapping[str, Tensor]) -> dict[str, Any]:
         "name": "kl",
         "channels": shape(state, "vae.vae.decoder.conv_in.weight", 4)[1],
         "block_channels": [shape(state, first.format(i), 4)[0] for i in range(blocks)],
-        "layers_per_block": count(state, r"vae\.vae\.encoder\.down_blocks\.0\.resnets\.(\d+)\."),
+        "layers_per_block": count(state, "vae.vae.encoder.down_blocks.0.resnets."),
     }
 
 
@@ -235,7 +224,7 @@ def find_values(document: Any, key: str) -> Iterator[Any]:
             yield from find_values(value, key)
 
 
-def _mapping(value: Any) -> Mapping[str, Any]:
+def _mapping(value: Any) -> Section:
     return value if isinstance(value, Mapping) else {}
 
 

@@ -4,40 +4,64 @@ Published: bytedance/1d-tokenizer's state dicts and the config.json beside them.
 """
 
 import re
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flextok.convert.rules import Published, Rules, agree, count, rename, shape, without_ones
-from flextok.convert.titok import find_section
+from flextok.convert.rules import (
+    Documents,
+    Published,
+    Rule,
+    Section,
+    State,
+    agree,
+    count,
+    find_section,
+    shape,
+    translate,
+    without_ones,
+)
 
-_BERT_LAYER = r"model\.encoder\.layer\.(\d+)\."
-_BERT_RULES: Rules = [
-    (r"model\.embeddings\.word_embeddings\.weight", r"embedding.weight"),
-    (r"model\.embeddings\.position_embeddings\.weight", r"positions"),
-    (r"model\.embeddings\.token_type_embeddings\.weight", r"segments"),
-    (r"model\.embeddings\.LayerNorm\.(.+)", r"norm.\1"),
-    (_BERT_LAYER + r"attention\.self\.(query|key|value)\.(weight|bias)", r"blocks.\1.attn.\2.\3"),
-    (_BERT_LAYER + r"attention\.output\.dense\.(.+)", r"blocks.\1.attn.proj.\2"),
-    (_BERT_LAYER + r"attention\.output\.LayerNorm\.(.+)", r"blocks.\1.norm1.\2"),
-    (_BERT_LAYER + r"intermediate\.dense\.(.+)", r"blocks.\1.fc1.\2"),
-    (_BERT_LAYER + r"output\.dense\.(.+)", r"blocks.\1.fc2.\2"),
-    (_BERT_LAYER + r"output\.LayerNorm\.(.+)", r"blocks.\1.norm2.\2"),
-    (r"model\.lm_head\.(.+)", r"head.\1"),
+
+def _queries_keys_values(published: State, key: str) -> Tensor:
+    """A layer's three tensors as one, from the key of its queries."""
+    value = published[key]
+    parts = [key.replace("query", name) for name in ("query", "key", "value")]
+    for part in parts:
+        same_shape = shape(published, part, value.ndim) == tuple(value.shape)
+        if not same_shape or published[part].dtype != value.dtype:
+            raise ValueError(f"{part!r} and {key!r} differ in shape or dtype")
+    return torch.cat([published[part] for part in parts])
+
+
+_LAYER = "model.encoder.layer.#."
+_BERT_RULES = [
+    Rule("model.embeddings.word_embeddings.weight", "embedding.weight"),
+    Rule("model.embeddings.position_embeddings.weight", "positions"),
+    Rule("model.embeddings.token_type_embeddings.weight", "segments"),
+    Rule("model.embeddings.LayerNorm.*", r"norm.\1"),
+    Rule(
+        _LAYER + "attention.self.query.(weight|bias)",
+        r"blocks.\1.attn.qkv.\2",
+        _queries_keys_values,
+    ),
+    Rule(_LAYER + "attention.self.(key|value).(weight|bias)", "", lambda *_: ()),  # as above
+    Rule(_LAYER + "attention.output.dense.*", r"blocks.\1.attn.proj.\2"),
+    Rule(_LAYER + "attention.output.LayerNorm.*", r"blocks.\1.norm1.\2"),
+    Rule(_LAYER + "intermediate.dense.*", r"blocks.\1.fc1.\2"),
+    Rule(_LAYER + "output.dense.*", r"blocks.\1.fc2.\2"),
+    Rule(_LAYER + "output.LayerNorm.*", r"blocks.\1.norm2.\2"),
+    Rule("model.lm_head.*", r"head.\1"),
 ]
-_UVIT_RULES: Rules = [
-    (r"embeddings\.weight", r"embedding.weight"),
-    (r"pos_embed", r"positions"),
-    (r"(norm\..+)", r"\1"),
-    (r"lm_head\.(.+)", r"head.\1"),
-]
-_UVIT_BLOCK_RULES: Rules = [
-    (r"(norm[12]\..+)", r"\1"),
-    (r"(attn\.(?:qkv|proj)\..+)", r"\1"),
-    (r"mlp\.(fc[12]\..+)", r"\1"),
-    (r"skip_linear\.(.+)", r"skip.\1"),
+_UVIT_RULES = [
+    Rule("embeddings.weight", "embedding.weight"),
+    Rule("pos_embed", "positions", without_ones(leading=1)),  # (1, 1+K, D) -> (1+K, D)
+    Rule("(norm.*)", r"\1"),
+    Rule("lm_head.*", r"head.\1"),
+    Rule("(blocks.#.(?:norm[12]|attn.(?:qkv|proj)).*)", r"\1"),  # as `_in_a_row` numbers them
+    Rule("(blocks.#).mlp.(fc[12].*)", r"\1.\3"),
+    Rule("(blocks.#).skip_linear.*", r"\1.skip.\3"),
 ]
 # the published settings, by backbone and number of tokens
 _SAMPLING: dict[tuple[str, int], dict[str, Any]] = {
@@ -59,60 +83,38 @@ _SAMPLING_KEYS = {  # published name: ours
 }
 
 
-def is_maskgit(state: Mapping[str, Tensor]) -> bool:
+def is_maskgit(state: State) -> bool:
     return "model.embeddings.word_embeddings.weight" in state or (
         "pos_embed" in state and "embeddings.weight" in state
     )
 
 
-def convert_maskgit(
-    state: Mapping[str, Tensor], documents: Sequence[Mapping[str, Any]]
-) -> Published:
+def convert_maskgit(state: State, documents: Documents) -> Published:
     ours = maskgit_state(state)
-    section = find_section(documents, "generator")
-    config, open_points = maskgit_config(ours, section)
+    config, open_points = maskgit_config(ours, find_section(documents, "generator"))
     provenance = {"layout": "MaskGIT, published", "license": "apache-2.0", "assumed": open_points}
     return Published("maskgit", config, ours, provenance)
 
 
-def bert_state(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A published BERT-like MaskGIT generator's state dict ("ImageBert") in our names; queries,
-    keys and values of a layer become one tensor."""
-    state: dict[str, Tensor] = {}
-    for key, value in published.items():
-        ours = rename(key, _BERT_RULES)
-        if ".attn.query." in ours:
-            parts = [key.replace("query", name) for name in ("query", "key", "value")]
-            for part in parts:
-                same_shape = shape(published, part, value.ndim) == tuple(value.shape)
-                if not same_shape or published[part].dtype != value.dtype:
-                    raise ValueError(f"{part!r} and {key!r} differ in shape or dtype")
-            state[ours.replace("query", "qkv")] = torch.cat([published[part] for part in parts])
-        elif ".attn.key." not in ours and ".attn.value." not in ours:
-            state[ours] = value
-    return state
+def _in_a_row(published: State) -> dict[str, Tensor]:
+    """A U-ViT's in_blocks, mid_block and out_blocks as blocks.0, 1, ..."""
+    half = count(published, "in_blocks.")
+
+    def ours(match: re.Match[str]) -> str:
+        first = {"in": 0, "out": half + 1}
+        return f"blocks.{first[match[1]] + int(match[2]) if match[1] else half}."
+
+    parts = re.compile(r"^(?:(in|out)_blocks\.(\d+)|mid_block)\.")
+    return {parts.sub(ours, key): value for key, value in published.items()}
 
 
-def uvit_state(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A published U-ViT MaskGIT generator's state dict ("UViTBert") in our names; no copies."""
-    half = count(published, r"in_blocks\.(\d+)\.")
-    state = {}
-    for key, value in published.items():
-        if match := re.fullmatch(r"(in_blocks\.\d+|mid_block|out_blocks\.\d+)\.(.+)", key):
-            part, _, number = match[1].partition(".")
-            first = {"in_blocks": 0, "mid_block": half, "out_blocks": half + 1}[part]
-            ours = f"blocks.{first + int(number or 0)}.{rename(match[2], _UVIT_BLOCK_RULES, key)}"
-        else:
-            ours = rename(key, _UVIT_RULES)
-        if ours == "positions":  # (1, 1+K, D) -> (1+K, D)
-            value = without_ones(key, value, leading=1)
-        state[ours] = value
-    return state
-
-
-def maskgit_state(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A published MaskGIT generator's state dict, of either backbone, in our names."""
-    state = uvit_state(published) if "pos_embed" in published else bert_state(published)
+def maskgit_state(published: State) -> dict[str, Tensor]:
+    """A published MaskGIT generator's state dict in our names: the BERT-like one's ("ImageBert"),
+    queries, keys and values of a layer in one tensor, or the U-ViT's ("UViTBert"), as views."""
+    if "pos_embed" in published:
+        state = translate(_in_a_row(published), _UVIT_RULES)
+    else:
+        state = translate(published, _BERT_RULES)
     # one table in this order: codes, the mask, classes, the null class
     rows = shape(state, "head.weight", 2)[0] + 1
     shape(state, "embedding.weight", 2)
@@ -122,7 +124,7 @@ def maskgit_state(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def maskgit_config(
-    state: Mapping[str, Tensor], section: Mapping[str, Any] | None = None
+    state: State, section: Section | None = None
 ) -> tuple[dict[str, Any], list[str]]:
     """Our config of `maskgit_state`'s result (meta tensors will do) and of its config's generator
     section, and one line for each point that stays open: heads and sampling settings are not in the
@@ -148,7 +150,7 @@ def maskgit_config(
         "num_tokens": num_tokens,
         "backbone": backbone,
         "dim": dim,
-        "depth": count(state, r"blocks\.(\d+)\."),
+        "depth": count(state, "blocks."),
         "num_heads": section.get("num_attention_heads", 16),
         "mlp_ratio": hidden / dim,
         "conditioner": {"name": "class", "num_classes": num_classes, "learned_null": True},

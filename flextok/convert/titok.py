@@ -4,71 +4,84 @@ Published: bytedance/1d-tokenizer's state dicts and the config.json beside them.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from einops import rearrange
 from torch import Tensor
 
 from flextok.convert.rules import (
+    Documents,
     Published,
-    Rules,
+    Rule,
+    Section,
+    State,
     agree,
     count,
-    rename,
+    find_section,
     shape,
-    unknown_key,
+    translate,
     without_ones,
 )
 
-_BLOCK = r"(encoder|decoder)\.transformer\.(\d+)\."
-_TITOK_RULES: Rules = [
-    (r"latent_tokens", r"encoder.latent_tokens"),
-    (r"(encoder|decoder)\.class_embedding", r"\1.class_token"),
-    (r"(encoder|decoder)\.positional_embedding", r"\1.patch_pos"),
-    (r"(encoder|decoder)\.latent_token_positional_embedding", r"\1.latent_pos"),
-    (r"(encoder|decoder)\.ln_(pre|post)\.(.+)", r"\1.norm_\2.\3"),
-    (_BLOCK + r"ln_([12])\.(.+)", r"\1.blocks.\2.norm\3.\4"),
-    (_BLOCK + r"attn\.in_proj_(weight|bias)", r"\1.blocks.\2.attn.qkv.\3"),
-    (_BLOCK + r"attn\.out_proj\.(.+)", r"\1.blocks.\2.attn.proj.\3"),
-    (_BLOCK + r"mlp\.c_fc\.(.+)", r"\1.blocks.\2.fc1.\3"),
-    (_BLOCK + r"mlp\.c_proj\.(.+)", r"\1.blocks.\2.fc2.\3"),
-    (r"encoder\.patch_embed\.(.+)", r"encoder.patch_embed.\1"),
-    (r"encoder\.conv_out\.(.+)", r"encoder.head.\1"),
-    (r"decoder\.mask_token", r"decoder.mask_token"),
-    (r"decoder\.decoder_embed\.(.+)", r"decoder.code_embed.\1"),
-    (r"decoder\.text_guidance_proj\.(.+)", r"decoder.text_embed.\1"),
-    (r"decoder\.text_guidance_positional_embedding", r"decoder.text_pos"),
-    (r"quantize\.embedding\.weight", r"quantizer.codebook"),
-    (r"pixel_quantize\.embedding\.weight", r"pixel_quantizer.codebook"),
+
+def _patches(published: State, key: str) -> Tensor:
+    """(D, 3, p, p) -> (D, p p 3)"""
+    shape(published, key, 4)
+    return rearrange(published[key], "d c p q -> d (p q c)")
+
+
+_PART, _BLOCK = "(encoder|decoder).", "(encoder|decoder).transformer.#."
+_linear = without_ones(trailing=2)  # a 1x1 convolution is a Linear
+_TITOK_RULES = [
+    Rule("latent_tokens", "encoder.latent_tokens"),
+    Rule(_PART + "class_embedding", r"\1.class_token"),
+    Rule(_PART + "positional_embedding", r"\1.patch_pos"),
+    Rule(_PART + "latent_token_positional_embedding", r"\1.latent_pos"),
+    Rule(_PART + "ln_(pre|post).*", r"\1.norm_\2.\3"),
+    Rule(_BLOCK + "ln_([12]).*", r"\1.blocks.\2.norm\3.\4"),
+    Rule(_BLOCK + "attn.in_proj_(weight|bias)", r"\1.blocks.\2.attn.qkv.\3"),
+    Rule(_BLOCK + "attn.out_proj.*", r"\1.blocks.\2.attn.proj.\3"),
+    Rule(_BLOCK + "mlp.c_fc.*", r"\1.blocks.\2.fc1.\3"),
+    Rule(_BLOCK + "mlp.c_proj.*", r"\1.blocks.\2.fc2.\3"),
+    Rule("encoder.patch_embed.weight", "encoder.patch_embed.weight", _patches),
+    Rule("encoder.patch_embed.*", r"encoder.patch_embed.\1"),
+    Rule("encoder.conv_out.weight", "encoder.head.weight", _linear),
+    Rule("encoder.conv_out.*", r"encoder.head.\1"),
+    Rule("decoder.mask_token", "decoder.mask_token", without_ones(leading=1)),  # (1, D)
+    Rule("decoder.decoder_embed.*", r"decoder.code_embed.\1"),
+    Rule("decoder.text_guidance_proj.*", r"decoder.text_embed.\1"),
+    Rule("decoder.text_guidance_positional_embedding", "decoder.text_pos"),
+    Rule("quantize.embedding.weight", "quantizer.codebook"),
+    Rule("pixel_quantize.embedding.weight", "pixel_quantizer.codebook"),
 ]
-_TWO_STAGE_RULES: Rules = [(r"decoder\.ffn\.([02])\.(.+)", r"decoder.head.\1.\2")]
-_SINGLE_STAGE_RULES: Rules = [
-    (r"decoder\.ffn\.0\.(.+)", r"decoder.head.linear.\1"),
-    (r"decoder\.conv_out\.(.+)", r"decoder.head.conv.\1"),
+_TWO_STAGE_RULES = [
+    Rule("decoder.ffn.([02]).weight", r"decoder.head.\1.weight", _linear),
+    Rule("decoder.ffn.([02]).*", r"decoder.head.\1.\2"),
 ]
-_CONV_RULES: Rules = [
-    (r"down\.(\d+)\.block\.(.+)", r"down.\1.\2"),
-    (r"((?:conv_in|mid|norm_out|conv_out)\..+)", r"\1"),
+_SINGLE_STAGE_RULES = [
+    Rule("decoder.ffn.0.weight", "decoder.head.linear.weight", _linear),
+    Rule("decoder.ffn.0.*", r"decoder.head.linear.\1"),
+    Rule("decoder.conv_out.*", r"decoder.head.conv.\1"),
 ]
 _VIT_SIZES = {"small": (512, 8), "base": (768, 12), "large": (1024, 24)}  # dim, depth
 
 
-def is_titok(state: Mapping[str, Tensor]) -> bool:
+def is_titok(state: State) -> bool:
     return "latent_tokens" in state and "decoder.decoder_embed.weight" in state
 
 
-def is_vqgan(state: Mapping[str, Tensor]) -> bool:
+def is_vqgan(state: State) -> bool:
     return "quantize.embedding.weight" in state and "decoder.conv_in.weight" in state
 
 
-def convert_titok(state: Mapping[str, Tensor], documents: Sequence[Mapping[str, Any]]) -> Published:
+def convert_titok(state: State, documents: Documents) -> Published:
     config, open_points = titok_config(state, find_section(documents, "vq_model"))
     provenance = {"layout": "TiTok, published", "license": "apache-2.0", "assumed": open_points}
     return Published("titok", config, titok_state(state), provenance)
 
 
-def convert_vqgan(state: Mapping[str, Tensor], documents: Sequence[Mapping[str, Any]]) -> Published:
+def convert_vqgan(state: State, documents: Documents) -> Published:
     provenance = {
         "layout": "MaskGIT-VQGAN, published",
         "license": "apache-2.0",
@@ -77,55 +90,44 @@ def convert_vqgan(state: Mapping[str, Tensor], documents: Sequence[Mapping[str, 
     return Published("maskgit_vqgan", vqgan_config(state), vqgan_state(state), provenance)
 
 
-def find_section(documents: Sequence[Mapping[str, Any]], name: str) -> Mapping[str, Any]:
-    """The section of that name in the "model" section of a published config; empty without one."""
-    for document in documents:
-        model = document.get("model")
-        if isinstance(model, Mapping) and isinstance(model.get(name), Mapping):
-            return model[name]
-    return {}
-
-
-def titok_state(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def titok_state(published: State) -> dict[str, Tensor]:
     """A published TiTok or TA-TiTok state dict, of any stage, in our names and shapes; views, no
     copies. Raises ValueError for an unknown key."""
     single = "decoder.conv_out.weight" in published
     rules = _TITOK_RULES + (_SINGLE_STAGE_RULES if single else _TWO_STAGE_RULES)
-    levels = _levels(published, "pixel_decoder.")
-    state = {}
-    for key, value in published.items():
-        if key.startswith("pixel_decoder."):
-            state["pixel_decoder." + _conv_key(key, "pixel_decoder.", levels)] = value
-            continue
-        ours = rename(key, rules)
-        if ours == "encoder.patch_embed.weight":  # (D, 3, p, p) -> (D, p p 3)
-            shape(published, key, 4)
-            value = rearrange(value, "d c p q -> d (p q c)")
-        elif ours == "decoder.mask_token":  # (1, 1, D) -> (1, D)
-            value = without_ones(key, value, leading=1)
-        elif value.ndim == 4 and value.shape[-1] == 1:  # a 1x1 convolution is a Linear
-            value = without_ones(key, value, trailing=2)
-        state[ours] = value
-    return state
+    return _shortcuts(translate(published, rules + _conv_rules(published, ["pixel_decoder"])))
 
 
-def vqgan_state(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def vqgan_state(published: State) -> dict[str, Tensor]:
     """A published MaskGIT-VQGAN state dict in our names; no copies."""
-    levels = _levels(published, "decoder.")
-    state = {}
-    for key, value in published.items():
-        part = key.partition(".")[0]
-        if key == "quantize.embedding.weight":
-            state["quantizer.codebook"] = value
-        elif part in ("encoder", "decoder"):
-            state[f"{part}.{_conv_key(key, part + '.', levels)}"] = value
-        else:
-            raise unknown_key(key)
-    return state
+    codebook = Rule("quantize.embedding.weight", "quantizer.codebook")
+    rules = [codebook, *_conv_rules(published, ["encoder", "decoder"])]
+    return _shortcuts(translate(published, rules))
+
+
+def _shortcuts(state: State) -> dict[str, Tensor]:
+    return {key.replace(".nin_shortcut.", ".shortcut."): value for key, value in state.items()}
+
+
+def _conv_rules(published: State, parts: Sequence[str]) -> list[Rule]:
+    """For convolutional encoders and decoders of these names. A published decoder counts its
+    resolutions from fine to coarse and runs them backwards; ours counts as it runs."""
+    part = f"({'|'.join(parts)})."
+    last = count(published, f"{parts[-1]}.up.") - 1
+
+    def up(match: re.Match[str]) -> str:
+        layer = "up" if match[3] == "block" else match[3]
+        return f"{match[1]}.{layer}.{last - int(match[2])}.{match[4]}"
+
+    return [
+        Rule(part + "up.#.(block|upsample_conv).*", up),
+        Rule(part + "down.#.block.*", r"\1.down.\2.\3"),
+        Rule(part + "(conv_in|mid|norm_out|conv_out).*", r"\1.\2.\3"),
+    ]
 
 
 def titok_config(
-    published: Mapping[str, Tensor], section: Mapping[str, Any] | None = None
+    published: State, section: Section | None = None
 ) -> tuple[dict[str, Any], list[str]]:
     """Our config of a published TiTok state dict (meta tensors will do) and its config's vq_model
     section, and one line for each point that stays open. Raises ValueError when the two disagree.
@@ -135,10 +137,11 @@ def titok_config(
     single-stage ones."""
     section = section or {}
     num_tokens, encoder_dim = shape(published, "latent_tokens", 2)
+    grid = round((shape(published, "encoder.positional_embedding", 2)[0] - 1) ** 0.5)
     patch_size = shape(published, "encoder.patch_embed.weight", 4)[-1]
     decoder_dim, code_dim = shape(published, "decoder.decoder_embed.weight", 2)
-    encoder_depth = count(published, r"encoder\.transformer\.(\d+)\.")
-    decoder_depth = count(published, r"decoder\.transformer\.(\d+)\.")
+    encoder_depth = count(published, "encoder.transformer.")
+    decoder_depth = count(published, "decoder.transformer.")
     two_stage = "decoder.conv_out.weight" not in published
     expected: dict[str, Any] = {
         "token_size": code_dim,
@@ -163,7 +166,7 @@ def titok_config(
     _check_vit_size(section.get("vit_dec_model_size"), (decoder_dim, decoder_depth))
     finetune = "pixel_quantize.embedding.weight" in published
     config: dict[str, Any] = {
-        "image_size": patch_size * _grid(published),
+        "image_size": patch_size * grid,
         "patch_size": patch_size,
         "num_tokens": num_tokens,
         "head_dim": 64,
@@ -188,13 +191,13 @@ def titok_config(
     return config, open_points
 
 
-def vqgan_config(published: Mapping[str, Tensor], image_size: int = 256) -> dict[str, Any]:
+def vqgan_config(published: State, image_size: int = 256) -> dict[str, Any]:
     """Our config of a published MaskGIT-VQGAN state dict; its image size is not in the shapes."""
     return {**_vqgan_config(published, "decoder.", "quantize."), "image_size": image_size}
 
 
-def _vqgan_config(published: Mapping[str, Tensor], decoder: str, quantizer: str) -> dict[str, Any]:
-    levels = _levels(published, decoder)
+def _vqgan_config(published: State, decoder: str, quantizer: str) -> dict[str, Any]:
+    levels = count(published, f"{decoder}up.")
     widths = [
         shape(published, f"{decoder}up.{level}.block.0.norm2.weight", 1)[0]
         for level in range(levels)
@@ -204,7 +207,7 @@ def _vqgan_config(published: Mapping[str, Tensor], decoder: str, quantizer: str)
     return {
         "dim": dim,
         "multipliers": [width // dim for width in widths],
-        "num_blocks": count(published, re.escape(decoder) + r"up\.0\.block\.(\d+)\."),
+        "num_blocks": count(published, f"{decoder}up.0.block."),
         "quantizer": {
             "name": "vq",
             "codebook_size": codebook_size,
@@ -212,27 +215,6 @@ def _vqgan_config(published: Mapping[str, Tensor], decoder: str, quantizer: str)
             "l2_norm": False,
         },
     }
-
-
-def _conv_key(whole: str, prefix: str, levels: int) -> str:
-    """Our name, without prefix, of a key of the convolutional encoder or decoder. The
-    published decoder counts its `levels` resolutions from fine to coarse and runs them backwards;
-    ours counts as it runs."""
-    key = whole.removeprefix(prefix)
-    if match := re.fullmatch(r"up\.(\d+)\.(block|upsample_conv)\.(.+)", key):
-        part = "up" if match[2] == "block" else match[2]
-        ours = f"{part}.{levels - 1 - int(match[1])}.{match[3]}"
-    else:
-        ours = rename(key, _CONV_RULES, whole)
-    return ours.replace(".nin_shortcut.", ".shortcut.")
-
-
-def _levels(published: Mapping[str, Tensor], prefix: str) -> int:
-    return count(published, re.escape(prefix) + r"up\.(\d+)\.")
-
-
-def _grid(published: Mapping[str, Tensor]) -> int:
-    return round((shape(published, "encoder.positional_embedding", 2)[0] - 1) ** 0.5)
 
 
 def _check_vit_size(name: Any, found: tuple[int, int]) -> None:

@@ -130,12 +130,9 @@ class GPT(Generator):
         blocks: Any = self.blocks
         return [block.cross_attn.keys_values(condition.context.values) for block in blocks]
 
-    def embed(self, indices: Tensor, cond: Cond, drop: Tensor | None = None) -> Tensor:
+    def join_start(self, indices: Tensor, condition: Condition) -> Tensor:
         """Returns the input embeddings (B, k+1, D): the start token with its condition, then one
         for each index, all with positions."""
-        return self.join_start(indices, self.condition(cond, drop))
-
-    def join_start(self, indices: Tensor, condition: Condition) -> Tensor:
         start = (self.start + condition.start)[:, None]
         x = torch.cat([start, self.embedding(indices)], dim=1)
         return self.dropout(x + self.positions[: x.shape[1]])

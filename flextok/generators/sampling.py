@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from flextok.draws import Rng, uniforms
 from flextok.schema import check_number
 
 TEMPERATURES, MAX_SCALE = (1e-4, 1e4), 1000
@@ -28,25 +27,11 @@ def filtered_probabilities(
     return logits.softmax(dim=-1)
 
 
-def sample(
-    logits: Tensor,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 0.0,
-    generator: Rng = None,
-) -> Tensor:
-    """logits: (B, V). Returns indices (B,) long; temperature 0 takes the most likely one.
-    generator: one for all rows, or one for each, which then do not depend on one another. Each row
-    takes one uniform number from it."""
-    u = uniforms((len(logits),), generator, logits.device)
-    return pick(logits, u, temperature, top_k, top_p)
-
-
 def pick(
     logits: Tensor, u: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 0.0
 ) -> Tensor:
-    """As `sample`, from uniform draws u (B,) in [0, 1) on the device of the logits, where all of
-    it happens: nothing waits for that device."""
+    """logits: (B, V). Returns indices (B,) long from uniform draws u (B,) in [0, 1), on the device
+    of both: nothing waits for it. Temperature 0 takes the most likely index."""
     if temperature == 0:
         return logits.argmax(dim=-1)
     return invert(filtered_probabilities(logits, temperature, top_k, top_p), u)

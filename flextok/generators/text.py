@@ -84,9 +84,6 @@ class TextEncoder(nn.Module):
     dim: int  # E, of the embeddings
     max_length: int  # tokens of a prompt, its end mark included
 
-    def tokenizer(self) -> Any:
-        raise NotImplementedError
-
     def rows(self, prompts: Sequence[str], device: torch.device | str = "cpu") -> list[Tensor]:
         """One (L,) or (L, E) tensor a prompt, on device, 1 <= L <= max_length. "" is the null
         text."""
@@ -96,11 +93,10 @@ class TextEncoder(nn.Module):
         """What embeddings made by this encoder depend on, as plain data."""
         raise NotImplementedError
 
-    def tokenize(self, prompts: Sequence[str]) -> list[list[int]]:
-        """Indices into the encoder's vocabulary. A prompt over max_length tokens is cut, with one
+    def tokenize(self, prompts: Sequence[str], tokenizer: Any) -> list[list[int]]:
+        """Indices into a tokenizer's vocabulary. A prompt over max_length tokens is cut, with one
         warning for the whole call, with the excess."""
         check_prompts(prompts)
-        tokenizer = self.tokenizer()
         limit = min(self.max_length, tokenizer.model_max_length)
         indices = tokenizer(list(prompts), verbose=False)["input_ids"]
         if long := self.warn_of_cuts(prompts, [len(ids) for ids in indices], limit):
@@ -122,11 +118,52 @@ class TextEncoder(nn.Module):
         return long
 
 
-class ByteEncoder(TextEncoder):
-    """UTF-8 bytes (ByT5's tokenizer, arXiv 2105.13626) through a small T5 encoder, trained along
-    with the generator."""
+class TrainedEncoder(TextEncoder):
+    """A small T5 encoder over indices, trained along with the generator."""
 
     frozen = False
+
+    def __init__(
+        self,
+        vocab_size: int,
+        dim: int,
+        depth: int,
+        num_heads: int,
+        hidden_dim: int | None,
+        max_length: int,
+        dropout: float,
+    ):
+        """Raises ValueError for sizes that do not fit together."""
+        from transformers import T5Config, T5EncoderModel
+
+        super().__init__()
+        if min(dim, depth, num_heads) < 1 or dim % num_heads:
+            raise ValueError(f"dim={dim} must be a multiple of num_heads={num_heads}")
+        check_max_length(max_length)
+        config = T5Config(
+            vocab_size=vocab_size,
+            d_model=dim,
+            d_kv=dim // num_heads,
+            d_ff=hidden_dim or 2 * dim,
+            num_layers=depth,
+            num_heads=num_heads,
+            dropout_rate=dropout,
+            feed_forward_proj="gated-gelu",
+        )
+        # its stack alone: the model around it lists the embedding a second time
+        self.stack: Any = T5EncoderModel(config).encoder
+        self.dim, self.max_length = dim, max_length
+
+    def indices(self, prompts: Sequence[str]) -> Sequence[Sequence[Any]]:
+        """Of each prompt, its tokens' indices, or several of them a token."""
+        raise NotImplementedError
+
+    def rows(self, prompts: Sequence[str], device: torch.device | str = "cpu") -> list[Tensor]:
+        return [torch.tensor(indices, device=device) for indices in self.indices(prompts)]
+
+
+class ByteEncoder(TrainedEncoder):
+    """UTF-8 bytes, by ByT5's tokenizer (arXiv 2105.13626)."""
 
     def __init__(
         self,
@@ -137,16 +174,11 @@ class ByteEncoder(TextEncoder):
         max_length: Size = 256,
         dropout: Share = 0.0,
     ):
-        super().__init__()
         # ByT5's vocabulary: 256 bytes, 3 marks, 125 sentinels
-        self.stack = t5_stack(dim, depth, num_heads, hidden_dim, max_length, dropout, 384)
-        self.dim, self.max_length = dim, max_length
+        super().__init__(384, dim, depth, num_heads, hidden_dim, max_length, dropout)
 
-    def tokenizer(self) -> Any:
-        return byte_tokenizer()
-
-    def rows(self, prompts: Sequence[str], device: torch.device | str = "cpu") -> list[Tensor]:
-        return [torch.tensor(ids, device=device) for ids in self.tokenize(prompts)]
+    def indices(self, prompts: Sequence[str]) -> Sequence[Sequence[int]]:
+        return self.tokenize(prompts, byte_tokenizer())
 
     def identity(self) -> dict[str, Any]:
         return {"encoder": "bytes", "max_length": self.max_length}
@@ -154,36 +186,6 @@ class ByteEncoder(TextEncoder):
     def forward(self, text: Text) -> Tensor:
         """text.values: (B, L) long. Returns (B, L, E)."""
         return self.stack(input_ids=text.values, attention_mask=text.mask.long()).last_hidden_state
-
-
-def t5_stack(
-    dim: int,
-    depth: int,
-    num_heads: int,
-    hidden_dim: int | None,
-    max_length: int,
-    dropout: float,
-    vocab_size: int,
-) -> Any:
-    """The stack of a small T5 encoder with fresh weights. Raises ValueError for sizes that do not
-    fit together."""
-    from transformers import T5Config, T5EncoderModel
-
-    if min(dim, depth, num_heads) < 1 or dim % num_heads:
-        raise ValueError(f"dim={dim} must be a multiple of num_heads={num_heads}")
-    check_max_length(max_length)
-    config = T5Config(
-        vocab_size=vocab_size,
-        d_model=dim,
-        d_kv=dim // num_heads,
-        d_ff=hidden_dim or 2 * dim,
-        num_layers=depth,
-        num_heads=num_heads,
-        dropout_rate=dropout,
-        feed_forward_proj="gated-gelu",
-    )
-    # its stack alone: the model around it lists the embedding a second time
-    return T5EncoderModel(config).encoder
 
 
 class PretrainedEncoder(TextEncoder):
@@ -208,9 +210,6 @@ class PretrainedEncoder(TextEncoder):
         self.model, self.revision, self.max_length = model, revision, max_length
         self.dim = dim or hidden_size(model, revision)
 
-    def tokenizer(self) -> Any:
-        return load_encoder(self.model, self.revision)[1]
-
     def identity(self) -> dict[str, Any]:
         folder = encoder_folder(self.model, self.revision, config_only=True)
         revision = resolved_revision(folder)
@@ -223,7 +222,7 @@ class PretrainedEncoder(TextEncoder):
         network, tokenizer = load_encoder(self.model, self.revision)
         network.to(device)
         found: list[Tensor] = []
-        indices = self.tokenize(prompts)
+        indices = self.tokenize(prompts, tokenizer)
         for start in range(0, len(indices), _BATCH):
             some = indices[start : start + _BATCH]
             # an encoder without marks of its own makes nothing of "": one padding token stands in

@@ -4,22 +4,19 @@ import re
 import zlib
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from flextok.generators.text import Text, TextEncoder, check_prompts, t5_stack
+from flextok.generators.text import Text, TrainedEncoder, check_prompts
 from flextok.schema import Depth, Many, Share, Size
 
 PIECES = 16  # of a word at most; longer ones are known by their beginning and as a whole
 WORD = re.compile(r"\w+|[^\w\s]")
 
 
-class WordEncoder(TextEncoder):
+class WordEncoder(TrainedEncoder):
     """Words, each as itself and its character trigrams (fastText, arXiv 1607.04606, section 3.2),
     hashed into a table of embeddings, through a small T5 encoder. A sentence is a few tokens long,
     and "hearts" means much the same as "heart" though training may have shown one of them only."""
-
-    frozen = False
 
     def __init__(
         self,
@@ -31,17 +28,16 @@ class WordEncoder(TextEncoder):
         buckets: Many = 4096,
         dropout: Share = 0.0,
     ):
-        super().__init__()
         if buckets < 1:
             raise ValueError(f"buckets={buckets} must be at least 1")
         vocab_size = 1 + buckets  # 0 is no piece
-        self.stack = t5_stack(dim, depth, num_heads, hidden_dim, max_length, dropout, vocab_size)
-        self.dim, self.max_length, self.buckets = dim, max_length, buckets
+        super().__init__(vocab_size, dim, depth, num_heads, hidden_dim, max_length, dropout)
+        self.buckets = buckets
 
     def identity(self) -> dict[str, int | str]:
         return {"encoder": "words", "max_length": self.max_length, "buckets": self.buckets}
 
-    def words(self, prompts: Sequence[str]) -> list[list[list[int]]]:
+    def indices(self, prompts: Sequence[str]) -> list[list[list[int]]]:
         """Prompts -> words -> PIECES indices into the table, 0 where there are fewer. The last
         word is an end mark."""
         check_prompts(prompts)
@@ -56,10 +52,6 @@ class WordEncoder(TextEncoder):
         pieces = list(dict.fromkeys([marked, *trigrams]))[:PIECES]
         indices = [1 + zlib.crc32(piece.encode()) % self.buckets for piece in pieces]
         return indices + [0] * (PIECES - len(indices))
-
-    def rows(self, prompts: Sequence[str], device: torch.device | str = "cpu") -> list[Tensor]:
-        """One (L, PIECES) long tensor a prompt."""
-        return [torch.tensor(words, device=device) for words in self.words(prompts)]
 
     def forward(self, text: Text) -> Tensor:
         """text.values: (B, L, PIECES) long. Returns (B, L, E)."""

@@ -1,4 +1,4 @@
-"""FlexTok (arXiv 2502.13967): a image as an ordered sequence of FSQ indices.
+"""FlexTok (arXiv 2502.13967): an image as an ordered sequence of FSQ indices.
 
 A ViT encoder with registers under a prefix-causal mask, FSQ, nested dropout, and a rectified-flow
 decoder that rebuilds a plausible image from any prefix. Time: t=1 is noise (flow/path.py).

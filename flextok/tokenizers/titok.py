@@ -1,4 +1,4 @@
-"""TiTok (arXiv 2406.07550): a image as 32 to 256 codes without a grid, from a plain ViT.
+"""TiTok (arXiv 2406.07550): an image as 32 to 256 codes without a grid, from a plain ViT.
 
 Patches and latent tokens attend to each other in the encoder; its latent outputs are quantized; the
 decoder rebuilds the image from mask tokens beside the codes. Covers the paper's two-stage models,

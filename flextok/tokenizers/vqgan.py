@@ -118,7 +118,7 @@ class ConvDecoder(nn.Module):
 
 
 class MaskGITVQGAN(Tokenizer):
-    """The 16x-downsampling VQ tokenizer: 256 indices of 1024 a image of 256 px, row by row."""
+    """The 16x-downsampling VQ tokenizer: an image of 256 px is 256 of 1024 indices, row by row."""
 
     model_type = "maskgit_vqgan"
     config_class = VQGANConfig
