@@ -23,7 +23,9 @@ def make_teacher(**changes) -> FlexTok:
 
 def distillation(teacher: FlexTok, **changes) -> DistillationObjective:
     student = tiny_tokenizer(decode=copy.copy(TEACHES), **changes)
-    return DistillationObjective(student, DistillationConfig(2, 4), teacher=teacher)
+    return DistillationObjective(
+        student, DistillationConfig(num_steps=2, teacher_steps=4), teacher=teacher
+    )
 
 
 def pictures(seed: int, batch: int = 16) -> torch.Tensor:

@@ -21,8 +21,8 @@ from flextok.hub import Pretrained
 from flextok.nn.frozen import Frozen
 from flextok.objectives.base import Objective, draws_of, need
 from flextok.objectives.flow import begin_as, nested_dropout
-from flextok.objectives.nested_dropout import take_rows
-from flextok.schema import Bounds, Size
+from flextok.objectives.nested_dropout import PrefixConfig, take_rows
+from flextok.schema import Bounds
 from flextok.tokenizers import FlexTok
 from flextok.tokenizers.base import check_images
 from flextok.tokenizers.flextok import MAX_STEPS
@@ -31,11 +31,9 @@ Steps = Annotated[int, Bounds(1, MAX_STEPS)]
 
 
 @dataclass
-class DistillationConfig:
+class DistillationConfig(PrefixConfig):
     num_steps: Steps = 4  # the student's
     teacher_steps: Steps = 5  # the teacher's within each of them
-    nested_dropout: str | None = None  # as in FlowConfig
-    batch_lengths: Size = 8  # likewise
 
 
 class DistillationObjective(Objective):
@@ -61,7 +59,7 @@ class DistillationObjective(Objective):
         model.encoder.requires_grad_(False)
         model.decoder.null_token.requires_grad_(False)  # guidance is the teacher's
         self.teacher = Frozen(trained)
-        self.nested_dropout = nested_dropout(model, config.nested_dropout, config.batch_lengths)
+        self.nested_dropout = nested_dropout(model, config)
 
     def forward(
         self, batch: Mapping[str, Any], generator: torch.Generator | None = None

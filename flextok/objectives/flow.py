@@ -20,8 +20,13 @@ from flextok.hub import Pretrained
 from flextok.losses import RepresentationAlignment
 from flextok.nn.devices import to_device
 from flextok.objectives.base import Objective, draws_of, need, train_only
-from flextok.objectives.nested_dropout import LengthGroup, NestedDropout, take_rows
-from flextok.schema import ConfigError, Share, Size, build
+from flextok.objectives.nested_dropout import (
+    LengthGroup,
+    NestedDropout,
+    PrefixConfig,
+    take_rows,
+)
+from flextok.schema import ConfigError, Share, build
 from flextok.tokenizers import FlexTok
 from flextok.tokenizers.base import check_images
 from flextok.tokenizers.networks import DecoderOutput
@@ -29,10 +34,7 @@ from flextok.vae import IdentityVAE
 
 
 @dataclass
-class FlowConfig:
-    nested_dropout: str | None = None  # pow2 where the model is ordered, else none
-    # how many lengths a batch has when truncated: each runs apart, so fewer are larger
-    batch_lengths: Size = 8
+class FlowConfig(PrefixConfig):
     null_prob: Share = 0.2  # how often all codes become the null condition
     time_sampler: dict[str, Any] = field(default_factory=lambda: {"name": "mode", "scale": 0.25})
     loss_space: Quantity = "velocity"  # x0 weighs the velocity's error by t^2
@@ -66,7 +68,7 @@ class FlowObjective(Objective):
         """weights: a trained model to go on from; one of another image size lends its positions,
         interpolated."""
         model, config = self.model, self.config
-        self.nested_dropout = nested_dropout(model, config.nested_dropout, config.batch_lengths)
+        self.nested_dropout = nested_dropout(model, config)
         self.sample_times = build(TIME_SAMPLERS, config.time_sampler, "time sampler")
         self.alignment: RepresentationAlignment | None = None
         if weights is not None:
@@ -151,11 +153,10 @@ class FlowObjective(Objective):
         return flow_error(prediction, target, noised.t, predicts, self.config.loss_space)
 
 
-def nested_dropout(model: FlexTok, name: str | None, batch_lengths: int) -> NestedDropout:
+def nested_dropout(model: FlexTok, config: PrefixConfig) -> NestedDropout:
     """As the model takes it: truncated, each length is a group as short as it can be; with mask
     tokens all rows are one."""
-    strata = batch_lengths if model.config.drop_mode == "truncate" else None
-    return NestedDropout.of(model, name, strata, default="pow2")
+    return NestedDropout.of(model, config, "pow2", model.config.drop_mode == "truncate")
 
 
 def begin_as(model: FlexTok, trained: FlexTok) -> None:

@@ -6,6 +6,7 @@ lengths are Python numbers: they are shapes, so they are known without waiting f
 
 from bisect import bisect_left
 from collections import Counter
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from flextok.draws import BatchDraws
 from flextok.nn.devices import to_device
-from flextok.schema import ConfigError, build
+from flextok.schema import ConfigError, Size, build
 from flextok.tokenizers import Tokenizer
 
 
@@ -48,6 +49,16 @@ def powers_of_two(limit: int) -> list[int]:
 NESTED_DROPOUT = {"uniform": uniform, "pow2": pow2, "uniform_pow2": uniform_pow2, "none": none}
 
 
+@dataclass
+class PrefixConfig:
+    """What objectives that train prefixes share."""
+
+    # by default none where the model is not ordered, else pow2 for a FlexTok and, for others,
+    # uniform (One-D-Piece's tail drop)
+    nested_dropout: str | None = None
+    batch_lengths: Size = 8  # how many a batch has: each runs apart, so fewer are larger
+
+
 class LengthGroup(NamedTuple):
     """Rows of a training batch that keep equally many tokens."""
 
@@ -74,16 +85,16 @@ class NestedDropout:
 
     @classmethod
     def of(
-        cls, model: Tokenizer, name: str | None, strata: int | None, default: str
+        cls, model: Tokenizer, config: PrefixConfig, default: str, stratified: bool = True
     ) -> "NestedDropout":
-        """name: None = `default` where the model is ordered, else none. Raises ConfigError for
-        prefixes of a model that is not."""
-        name = name or (default if model.ordered else "none")
+        """default: the sampler of an ordered model where config names none. Raises ConfigError for
+        prefixes of a model that is not ordered."""
+        name = config.nested_dropout or (default if model.ordered else "none")
         if name != "none" and not model.ordered:
             raise ConfigError(
                 f"nested_dropout={name} trains prefixes: set model.ordered=true, or none"
             )
-        return cls(name, model.num_tokens, strata)
+        return cls(name, model.num_tokens, config.batch_lengths if stratified else None)
 
     def lengths(self, draws: BatchDraws) -> list[int]:
         """One for each row."""

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from flextok.hub import Pretrained
 from flextok.objectives.base import need
-from flextok.objectives.nested_dropout import take_rows
-from flextok.objectives.reconstruction import PrefixConfig, PrefixObjective
+from flextok.objectives.nested_dropout import PrefixConfig, take_rows
+from flextok.objectives.reconstruction import PrefixObjective
 from flextok.schema import ConfigError
 from flextok.tokenizers import MaskGITVQGAN, TiTok
 

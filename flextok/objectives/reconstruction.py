@@ -11,17 +11,11 @@ from torch import Tensor
 from flextok.hub import Pretrained
 from flextok.losses.perceptual import PerceptualLoss
 from flextok.objectives.base import Objective, draws_of, need, train_only
-from flextok.objectives.nested_dropout import NestedDropout, take_rows
-from flextok.schema import ConfigError, Size
+from flextok.objectives.nested_dropout import NestedDropout, PrefixConfig, take_rows
+from flextok.schema import ConfigError
 from flextok.tokenizers import MaskGITVQGAN, TiTok
 from flextok.tokenizers.base import check_images
 from flextok.tokenizers.vqgan import to_unit
-
-
-@dataclass
-class PrefixConfig:
-    nested_dropout: str | None = None  # uniform (One-D-Piece's tail drop) if ordered, else none
-    batch_lengths: Size = 8  # how many lengths a batch has: each is decoded apart
 
 
 @dataclass
@@ -36,8 +30,7 @@ class PrefixObjective(Objective):
     config: PrefixConfig
 
     def begin(self) -> None:
-        name, strata = self.config.nested_dropout, self.config.batch_lengths
-        self.nested_dropout = NestedDropout.of(self.model, name, strata, default="uniform")
+        self.nested_dropout = NestedDropout.of(self.model, self.config, "uniform")
 
     def decoded(
         self,
