@@ -100,25 +100,15 @@ class Machine:
     bandwidth: float  # bytes read a second
 
 
-def linear_flops(x: Any, weight: Any, *_: object, **__: object) -> int:
-    return 2 * math.prod(x) * weight[0]
-
-
-def attention_flops(q: Any, k: Any, v: Any, *_: object, **__: object) -> int:
-    return sdpa_flop_count(q, k, v)
-
-
-def attention_backward_flops(grad: Any, q: Any, k: Any, v: Any, *_: object, **__: object) -> int:
-    return sdpa_backward_flop_count(grad, q, k, v)
-
-
-aten = torch.ops.aten
-# what torch's counter does not know, in every version
+ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+# from shapes, what torch's counter does not know in every version
 FLOPS: dict[Any, Any] = {
-    aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
-    **({} if ONEDNN_LINEAR is None else {ONEDNN_LINEAR: linear_flops}),
+    ATTENTION: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    ATTENTION_BACKWARD: lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v),
 }
+if ONEDNN_LINEAR is not None:
+    FLOPS[ONEDNN_LINEAR] = lambda x, weight, *_, **__: 2 * math.prod(x) * weight[0]
 
 
 @dataclass
@@ -283,7 +273,10 @@ def measure_row(row: Row, machine: Machine, repeats: int, compare_mkl: bool = Fa
     wall, cpu = measure(row.run, device, repeats)
     seconds, flops = busy_seconds(wall, cpu, device), float(counter.get_total_flops())
     share = None if row.bytes_read is None else row.bytes_read / seconds / machine.bandwidth
-    rate = flops / seconds
+    rate, mkl_cpu = flops / seconds, None
+    if compare_mkl:
+        with torch.backends.mkldnn.flags(enabled=False):
+            _, mkl_cpu = measure(row.run, device, repeats)
     return Result(
         row=row.name,
         wall=wall,
@@ -294,13 +287,8 @@ def measure_row(row: Row, machine: Machine, repeats: int, compare_mkl: bool = Fa
         items_per_second=row.items / seconds,
         bandwidth_share=share,
         peak_memory=peak_memory(device),
-        mkl_cpu=without_onednn(row, device, repeats) if compare_mkl else None,
+        mkl_cpu=mkl_cpu,
     )
-
-
-def without_onednn(row: Row, device: torch.device, repeats: int) -> float:
-    with torch.backends.mkldnn.flags(enabled=False):
-        return measure(row.run, device, repeats)[1]
 
 
 def measure(run: Callable[[], object], device: torch.device, repeats: int) -> tuple[float, float]:
@@ -349,19 +337,16 @@ def measure_machine(device: torch.device, dtype: torch.dtype) -> Machine:
     matrix, vector = x.view(1024, -1), x[:1024]
     took = min(seconds(lambda: torch.dot(x[: size // 2], x[size // 2 :])),
                seconds(lambda: vector @ matrix))  # fmt: skip
+    processor = cpuinfo("model name") or platform.processor() or platform.machine()
     return Machine(
         str(device),
-        torch.cuda.get_device_name(device) if on_gpu else processor_name(),
+        torch.cuda.get_device_name(device) if on_gpu else processor,
         torch.__version__,
         torch.get_num_threads(),
         str(dtype).removeprefix("torch."),
         best,
         x.nbytes / took,
     )
-
-
-def processor_name() -> str:
-    return cpuinfo("model name") or platform.processor() or platform.machine()
 
 
 def reset_peak_memory(device: torch.device) -> None:
@@ -400,11 +385,9 @@ def format_machine(machine: dict[str, Any]) -> str:
 
 def format_result(r: Result) -> str:
     memory = "" if r.bandwidth_share is None else f"{r.bandwidth_share:.0%}"
-    mkl = (
-        ""
-        if r.mkl_cpu is None
-        else f"  without oneDNN {r.mkl_cpu:.3f} CPU s, {r.mkl_cpu / r.cpu:.2f}x"
-    )
+    mkl = ""
+    if r.mkl_cpu is not None:
+        mkl = f"  without oneDNN {r.mkl_cpu:.3f} CPU s, {r.mkl_cpu / r.cpu:.2f}x"
     return (
         f"{r.row:45s} {r.wall:8.3f} {r.cpu:8.3f} {r.flops / 1e9:8.2f} "
         f"{r.flops_per_second / 1e9:8.1f} {r.matmul_share:7.0%} {memory:>7s} "

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from types import FrameType
 
 from flextok import __version__
-from flextok.cli.arguments import add_commands
-from flextok.cli.options import AnyOrder, write_json
+from flextok.cli.arguments import COMMANDS
+from flextok.cli.options import AnyOrder, add_command, write_json
 from flextok.printing import PrintableFormatter, one_line
 
 DESCRIPTION = "Images as short, ordered token sequences."
@@ -95,5 +95,6 @@ def make_parser() -> argparse.ArgumentParser:
         help="flextok <command> --help teaches each",
         parser_class=AnyOrder,
     )
-    add_commands(commands)
+    for name, (kind, work) in COMMANDS.items():
+        add_command(commands, name, kind, work)
     return parser

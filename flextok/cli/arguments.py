@@ -9,7 +9,6 @@ from flextok.cli.options import (
     BY_PROMPT,
     SETS,
     TOKENIZER,
-    Commands,
     Count,
     Data,
     Decoding,
@@ -23,17 +22,11 @@ from flextok.cli.options import (
     Sampling,
     Seed,
     Solving,
-    add_command,
 )
 from flextok.schema import Bounds
 
 MOST_CLASSES = 16  # in a grid whose classes nobody named
 RECONSTRUCTED = "outputs/reconstructed"
-
-
-def add_commands(commands: Commands) -> None:
-    for name, (kind, work) in COMMANDS.items():
-        add_command(commands, name, kind, work)
 
 
 @dataclass

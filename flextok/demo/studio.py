@@ -156,5 +156,4 @@ class Studio:
 
     def decoding(self, steps: int | None, scale: float | None) -> dict[str, Any]:
         """Only a decoder that draws has steps and guidance."""
-        given = {"num_steps": steps, "guidance_scale": scale} if self.tokenizer.stochastic else {}
-        return {key: value for key, value in given.items() if value is not None}
+        return {"num_steps": steps, "guidance_scale": scale} if self.tokenizer.stochastic else {}

@@ -24,7 +24,6 @@ def linear_probe(
     test: Any,
     options: Options,
     lengths: list[int] | None = None,
-    penalty: float = L2,
 ) -> dict[str, Any]:
     """Class accuracy on `test` from the first k codes of each image, for k = 1, 2, 4, ... all.
 
@@ -43,8 +42,8 @@ def linear_probe(
         x, y = (codes[:, :k].flatten(1) for codes in (train_codes, test_codes))
         mean, std = x.mean(dim=0), x.std(dim=0).clamp_min(1e-6)
         x, y = (x - mean) / std, (y - mean) / std
-        fitted = fit(x, train_labels, penalty)
-        control = fit(x, train_labels[order], penalty)
+        fitted = fit(x, train_labels)
+        control = fit(x, train_labels[order])
         results.append(
             {
                 "num_tokens": k,
@@ -59,7 +58,7 @@ def linear_probe(
         "test_count": len(test_labels),
         "classes": len(names[0]),
         "most_frequent_class": float(most.double().mean()),
-        "penalty": penalty,
+        "penalty": L2,
         "results": results,
     }
 
@@ -77,7 +76,7 @@ def codes_of(tokenizer: Tokenizer, dataset: Any, options: Options) -> tuple[Tens
     return torch.cat(codes), torch.cat(labels)
 
 
-def fit(x: Tensor, labels: Tensor, penalty: float) -> Tensor:
+def fit(x: Tensor, labels: Tensor) -> Tensor:
     """x: (n, D) float64; labels: (n,). Returns weights and, last, the bias: (D + 1, classes)."""
     weights = torch.zeros(x.shape[1] + 1, int(labels.max()) + 1, dtype=x.dtype, requires_grad=True)
     optimizer = torch.optim.LBFGS(
@@ -87,7 +86,7 @@ def fit(x: Tensor, labels: Tensor, penalty: float) -> Tensor:
     def loss() -> Tensor:
         optimizer.zero_grad()
         value = F.cross_entropy(scores(weights, x), labels)
-        value = value + penalty / 2 * weights[:-1].square().sum()
+        value = value + L2 / 2 * weights[:-1].square().sum()
         value.backward()
         return value
 

@@ -18,7 +18,7 @@ from flextok.evaluation.distances import Statistics, statistics
 from flextok.evaluation.features import FeatureNetwork, file_hash
 from flextok.files import atomic_write
 
-SUFFIX = ".npz"
+
 FACTS = ("count", "image_size", "network", "weights")  # that our files state
 BATCH = 32  # ADM's file is 2 GB: its images are read a few at a time
 
@@ -137,8 +137,8 @@ def save_reference(
 
 def check_suffix(path: str | Path) -> Path:
     path = Path(path)
-    if path.suffix != SUFFIX:
-        raise ValueError(f"reference {path} must end in {SUFFIX}")
+    if path.suffix != ".npz":
+        raise ValueError(f"reference {path} must end in .npz")
     return path
 
 

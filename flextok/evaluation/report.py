@@ -151,12 +151,8 @@ def peak_memory() -> float | None:
 
 
 def write_report(report: dict[str, Any], folder: Path) -> Path:
-    try:
-        text = json.dumps(report, indent=2, allow_nan=False)
-    except ValueError:
-        raise ValueError(f"a score is not finite: {report.get('results')}") from None
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / REPORT, text + "\n")
+    write_text(folder / REPORT, json.dumps(report, indent=2, allow_nan=False) + "\n")
     return folder / REPORT
 
 
@@ -170,7 +166,3 @@ def check_output(folder: Path) -> Path:
         if "flextok_version" in read_mapping(path, settings=dict)["settings"]:
             return path
     raise ValueError(f"{path} was not written by flextok and would be lost: choose another folder")
-
-
-def read_report(folder: Path) -> dict[str, Any]:
-    return read_mapping(folder / REPORT)

@@ -19,14 +19,15 @@ from flextok.evaluation.distances import NEIGHBOURS, statistics
 from flextok.evaluation.job import Cell, Job, Options, make_job
 from flextok.evaluation.reference import Reference, save_reference
 from flextok.evaluation.report import (
+    REPORT,
     Measured,
     check_output,
     labels_of,
     make_report,
-    read_report,
     write_report,
 )
 from flextok.evaluation.sources import Batch, Images, Prompts, Show
+from flextok.files import read_mapping
 from flextok.generators.base import Generator
 from flextok.generators.conditioning import NULL_CLASS, ClassConditioner, TextConditioner
 from flextok.tokenizers.base import Tokenizer
@@ -55,14 +56,18 @@ def evaluate(
     fit, options that the models do not have, and where no image can be read."""
     job = make_job(model, cells, options, tokenizer)
     stored = str(data) if isinstance(data, str | Path) else None
-    check_data(job, stored)
-    load_references(job, stored or job.options.reference)
+    load_references(job, stored)
     images = None
     if stored is None:
         images = Images(in_classes_of(job, data), job.tokenizer.image_size)
     asked = 0 if images is None else len(images)
     number = (job.generator and job.options.num_samples) or asked
-    check_enough(job, min(number, asked or number))
+    enough = min(number, asked or number)
+    if job.networks and enough <= NEIGHBOURS:
+        raise ValueError(
+            f"{enough} images are too few to compare as sets: give at least {NEIGHBOURS + 1}, or "
+            "no --networks"
+        )
     few = images.few() if images and reads_prompts(job) else []
     if few and not any(item["caption"] for item in few):
         raise ValueError(
@@ -117,8 +122,9 @@ def reads_prompts(job: Job) -> bool:
     return job.generator is not None and isinstance(job.generator.conditioner, TextConditioner)
 
 
-def check_data(job: Job, stored: str | None) -> None:
-    """Raises ValueError for a data set, or a stored reference, that cannot serve."""
+def load_references(job: Job, stored: str | None) -> None:
+    """Give the networks the stored reference that is in place of the data, or beside it. Raises
+    ValueError for a data set, or a reference, that cannot serve."""
     options = job.options
     if job.generator is None and stored is not None:
         raise ValueError(f"a tokenizer needs images to reconstruct, not {stored}")
@@ -131,6 +137,11 @@ def check_data(job: Job, stored: str | None) -> None:
             f"{stored} states neither how many images to generate nor of which classes: give "
             "num_samples, and labels=balanced"
         )
+    if path := stored or options.reference:
+        if not job.networks:
+            raise ValueError(f"reference {path} needs a feature network: inception, for ADM's")
+        for evaluator in job.networks:
+            evaluator.reference = Reference(path, evaluator.network, job.tokenizer.image_size)
 
 
 def in_classes_of(job: Job, data: Any) -> Any:
@@ -145,23 +156,6 @@ def in_classes_of(job: Job, data: Any) -> Any:
         return by_name(data, names)
     except ValueError as error:
         raise ValueError(f"{error}, or generate all classes alike (labels=balanced)") from None
-
-
-def check_enough(job: Job, number: int) -> None:
-    """Raises ValueError for too few images to compare as sets."""
-    if job.networks and number <= NEIGHBOURS:
-        raise ValueError(
-            f"{number} images are too few to compare as sets: give at least {NEIGHBOURS + 1}, or "
-            "no --networks"
-        )
-
-
-def load_references(job: Job, path: str | None) -> None:
-    if path is not None and not job.networks:
-        raise ValueError(f"reference {path} needs a feature network: inception, for ADM's files")
-    for evaluator in job.networks:
-        if path is not None:
-            evaluator.reference = Reference(path, evaluator.network, job.tokenizer.image_size)
 
 
 def prompts_of(job: Job, number: int, real: PartStore | None) -> Prompts:
@@ -208,4 +202,4 @@ def finish(job: Job, measured: Measured, folder: Path, names: Mapping[str, str])
         for store in {measured.made, measured.real or measured.made}:
             store.remove()
     processes.barrier()
-    return read_report(folder)
+    return read_mapping(folder / REPORT)
