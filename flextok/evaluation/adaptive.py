@@ -26,6 +26,7 @@ from flextok.tokenizers.base import Tokenizer, encode_rows
 Compare = Callable[[Tensor, Tensor], Tensor]  # decoded, images (B, 3, H, W) -> (B,)
 UNITS = {"psnr": "dB", "ssim": "", "lpips": "", "efficientnet_lite0": "", "inception": ""}
 HIGHER_IS_BETTER = ("psnr", "ssim")
+SHUFFLES = 1000  # of the labels, for the control
 
 
 @dataclass(frozen=True)
@@ -146,13 +147,7 @@ def explain(target: Target, lengths: list[int], tried: list[float], found: int) 
     return f"{text}, but {target.describe(tried[found - 1], lengths[found - 1])}"
 
 
-def relate(
-    tokenizer: Tokenizer,
-    dataset: Any,
-    target: Target,
-    options: Options,
-    shuffles: int = 1000,
-) -> dict[str, Any]:
+def relate(tokenizer: Tokenizer, dataset: Any, target: Target, options: Options) -> dict[str, Any]:
     """The experiment: how many tokens each image of a data set needs and, where its labels count
     something (emoji_scenes: the objects), whether the length follows them: "complexity", else None.
     """
@@ -175,9 +170,8 @@ def relate(
     follows = None
     if labels_count(dataset):
         labels = torch.tensor([image["label"] for image in images])
-        follows = complexity(
-            keeps, torch.tensor(met), labels, tokenizer.num_tokens, options.seed, shuffles
-        )
+        how = (tokenizer.num_tokens, options.seed)
+        follows = complexity(keeps, torch.tensor(met), labels, *how)
     return {
         "target": f"{target.metric}={target.value:g}",
         "count": len(images),
@@ -190,24 +184,24 @@ def relate(
 
 
 def complexity(
-    keeps: Tensor, met: Tensor, labels: Tensor, num_tokens: int, seed: int, shuffles: int
+    keeps: Tensor, met: Tensor, labels: Tensor, num_tokens: int, seed: int
 ) -> dict[str, Any]:
     """Spearman's rank correlation of lengths and labels, all (n,), against the same with labels
-    shuffled `shuffles` times; and the mean length for each label."""
+    shuffled SHUFFLES times; and the mean length for each label."""
     # an image that not even all tokens satisfy needs more than any that they do
     length = torch.where(met, keeps, 2 * num_tokens)
     rng = torch.Generator().manual_seed(seed)
-    orders = [torch.randperm(len(labels), generator=rng) for _ in range(shuffles)]
+    orders = [torch.randperm(len(labels), generator=rng) for _ in range(SHUFFLES)]
     value = spearman(length, labels)
     control = torch.tensor([spearman(length, labels[order]) for order in orders]).double()
     return {
         "spearman": value,
         "shuffled": {
-            "shuffles": shuffles,
+            "shuffles": SHUFFLES,
             "first": float(control[0]),
             "mean": float(control.mean()),
             "std": float(control.std(correction=0)),
-            "p_value": float((1 + (control.abs() >= abs(value)).sum()) / (1 + shuffles)),
+            "p_value": float((1 + (control.abs() >= abs(value)).sum()) / (1 + SHUFFLES)),
         },
         "by_label": {
             str(one): {

@@ -18,7 +18,6 @@ from flextok.evaluation.distances import Statistics, statistics
 from flextok.evaluation.features import FeatureNetwork, file_hash
 from flextok.files import atomic_write
 
-
 FACTS = ("count", "image_size", "network", "weights")  # that our files state
 BATCH = 32  # ADM's file is 2 GB: its images are read a few at a time
 
