@@ -59,7 +59,7 @@ def resolve(path: str | Path, revision: str | None = None) -> Path:
     if file:
         from huggingface_hub import hf_hub_download
 
-        return Path(from_hub(name, lambda: hf_hub_download(repo, file, revision=revision)))
+        return from_hub(name, lambda: hf_hub_download(repo, file, revision=revision))
     folder = hub_folder(repo, revision, WEIGHTS, CONFIG)
     if (folder / WEIGHTS).is_file():
         return folder
@@ -71,19 +71,16 @@ def hub_folder(repo: str, revision: str | None, *patterns: str) -> Path:
     CheckpointError."""
     from huggingface_hub import snapshot_download
 
-    return Path(
-        from_hub(
-            repo, lambda: snapshot_download(repo, revision=revision, allow_patterns=list(patterns))
-        )
-    )
+    wanted = list(patterns)
+    return from_hub(repo, lambda: snapshot_download(repo, revision=revision, allow_patterns=wanted))
 
 
-def from_hub(name: str, download: Callable[[], str]) -> str:
-    """The result of download(). What goes wrong becomes a CheckpointError that names the remedy."""
+def from_hub(name: str, download: Callable[[], str]) -> Path:
+    """What download() brings. What goes wrong is a CheckpointError that names the remedy."""
     from huggingface_hub import constants, errors
 
     try:
-        return download()
+        return Path(download())
     except Exception as error:  # the hub client raises many kinds, some of its dependencies' own
         hints = {
             errors.GatedRepoError: "its owner asks to accept terms first: do so on its page, then "

@@ -11,7 +11,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -91,10 +91,14 @@ def check_zip(path: Path) -> None:
             times = Counter(entry.filename for entry in entries)
             for entry in entries:
                 stored = entry.compress_type == zipfile.ZIP_STORED and not entry.flag_bits & 1
-                if not stored or entry.compress_size != entry.file_size:
-                    refuse_entry(path, entry, "is compressed or encrypted")
-                if times[entry.filename] > 1:
-                    refuse_entry(path, entry, "is there twice")
+                as_it_lies = stored and entry.compress_size == entry.file_size
+                if not as_it_lies or times[entry.filename] > 1:
+                    fault = "is there twice" if as_it_lies else "is compressed or encrypted"
+                    raise CheckpointError(
+                        f"{path} is refused: its entry {entry.filename!r} {fault}, as when a file "
+                        "is unpacked and packed again. Get the original, or write it again with "
+                        "torch.save"
+                    )
             claimed = sum(entry.file_size for entry in entries)
             if claimed > size:  # parts that lie over each other would be read many times
                 raise ValueError(f"its parts have {claimed:,} bytes, the file {size:,}")
@@ -107,13 +111,6 @@ def check_zip(path: Path) -> None:
         raise CheckpointError(
             f"{path} is truncated or damaged ({error}); copy or download it again"
         ) from None
-
-
-def refuse_entry(path: Path, entry: zipfile.ZipInfo, fault: str) -> NoReturn:
-    raise CheckpointError(
-        f"{path} is refused: its entry {entry.filename!r} {fault}, as when a file is unpacked and "
-        "packed again. Get the original, or write it again with torch.save"
-    )
 
 
 def fault_of(value: object) -> str | None:

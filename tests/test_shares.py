@@ -11,7 +11,7 @@ from helpers.processes import finish, start_ranks
 from helpers.runs import SIX_STEPS
 
 from flextok.config import load_experiment
-from flextok.data.datamodule import DataModule, Shares, collate_shares, prepare_image
+from flextok.data.datamodule import DataModule, Shares, collate_shares
 from flextok.data.datasets import ImageFolder
 from flextok.data.stream import EvaluationSet
 from flextok.data.transforms import ImageTransform
@@ -69,7 +69,7 @@ def validation_losses(run):
 
 
 def readable(folder):
-    samples = EvaluationSet(ImageFolder(folder), prepare_image(ImageTransform(16)))
+    samples = EvaluationSet(ImageFolder(folder), ImageTransform(16).prepare)
     return [item["image"] for i in range(len(samples)) if (item := samples[i])]
 
 
@@ -141,7 +141,7 @@ def test_every_process_gets_as_many_batches_and_every_picture_counts_once(
     dataset = ImageFolder(pictures(tmp_path, count))
     batches = []
     for rank in range(world_size):
-        data = DataModule(dataset, dataset, prepare_image(ImageTransform(16)), batch_size=2)
+        data = DataModule(dataset, dataset, ImageTransform(16).prepare, batch_size=2)
         data.trainer = Rank(rank, world_size)
         batches.append(list(data.val_dataloader()))
     assert len({len(share) for share in batches}) == 1
@@ -154,7 +154,7 @@ def test_every_process_gets_as_many_batches_and_every_picture_counts_once(
 
 def test_a_set_without_a_readable_picture_is_refused(tmp_path):
     samples = EvaluationSet(
-        ImageFolder(pictures(tmp_path, 3, damaged=range(3))), prepare_image(ImageTransform(16))
+        ImageFolder(pictures(tmp_path, 3, damaged=range(3))), ImageTransform(16).prepare
     )
     with pytest.raises(ValueError, match="none of the 3 validation samples can be read"):
         collate_shares([Shares(samples)[0]])

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from flextok.data.datamodule import prepare_image
 from flextok.data.datasets import ImageFolder
 from flextok.data.stream import EvaluationSet, PositionSampler, Stream, collate
 from flextok.data.transforms import ImageTransform, to_tensor, to_uint8
@@ -13,7 +12,7 @@ from flextok.draws import derived_generator
 
 def stream(folder, seed=0, **options):
     transform = ImageTransform(16, flip=True, crop="random", shift=0.1)
-    return Stream(ImageFolder(folder), prepare_image(transform), seed, **options)
+    return Stream(ImageFolder(folder), transform.prepare, seed, **options)
 
 
 def test_a_position_always_gives_the_same_sample(picture_folder):
@@ -80,7 +79,7 @@ def test_a_damaged_picture_is_named_once(picture_folder, caplog):
     (picture_folder / "cats" / "1.png").write_bytes(b"not a picture")
     (picture_folder / "dogs" / "2.png").write_bytes(b"")
     pictures = ImageFolder(picture_folder)
-    s = Stream(pictures, prepare_image(ImageTransform(16)))
+    s = Stream(pictures, ImageTransform(16).prepare)
     with caplog.at_level(logging.WARNING):
         for epoch in range(3):
             for position in range(6):

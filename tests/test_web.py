@@ -22,7 +22,6 @@ from torch.utils.data import DataLoader
 
 from flextok.cli import main
 from flextok.config import load_experiment
-from flextok.data.datamodule import prepare_image
 from flextok.data.datasets import ImageFolder
 from flextok.data.pictures import CorruptPicture, load_picture
 from flextok.data.stream import EvaluationSet, PositionSampler, Stream, collate
@@ -270,7 +269,7 @@ def test_hostile_shards_train_and_are_counted(tmp_path, caplog):
     data = WebDatasetStream(
         str(tmp_path / "index.json"), label_key=None, image_key="jpg;png;gif;webp", shuffle=3
     )
-    stream = Stream(data, prepare_image(ImageTransform(8)))
+    stream = Stream(data, ImageTransform(8).prepare)
     assert len(data) == 27
     with caplog.at_level(logging.WARNING):
         batches = [stream[position]["image"] for position in range(27)]
@@ -279,7 +278,7 @@ def test_hostile_shards_train_and_are_counted(tmp_path, caplog):
     assert stream.skips.count.value == 3 + 3 + 4
     assert "b.tar: damaged after 3 of 6 samples" in caplog.text
     assert "c.tar: damaged after 0 of 4 samples" in caplog.text
-    again = Stream(data, prepare_image(ImageTransform(8)))
+    again = Stream(data, ImageTransform(8).prepare)
     assert all(torch.equal(again[p]["image"], batches[p]) for p in (26, 0, 13))
 
 

@@ -76,7 +76,7 @@ def run_tokenize(options: Tokenize) -> dict[str, Any] | None:
         return None
     if options.verify:
         store.verify()
-    sequences = store.num_rows
+    sequences = len(store.column("position"))
     unreadable = store.length - sequences
     print(
         f"{options.output}: {sequences} sequences in {store.num_parts} parts"

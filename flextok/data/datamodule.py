@@ -1,7 +1,7 @@
 """Lightning's view of the data: training streams that resume exactly, and a validation pass."""
 
 from collections.abc import Callable
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import lightning as L
@@ -11,15 +11,6 @@ from torch.utils.data import DataLoader, Dataset
 from flextok.data.loading import make_loader
 from flextok.data.pictures import CorruptPicture
 from flextok.data.stream import EvaluationSet, Item, PositionSampler, Stream, collate
-from flextok.data.transforms import ImageTransform
-
-
-def prepare_image(transform: ImageTransform) -> Callable[[Item, torch.Generator | None], Item]:
-    return partial(_transformed, transform)
-
-
-def _transformed(transform: ImageTransform, item: Item, generator: torch.Generator | None) -> Item:
-    return {"image": transform(item["image"], generator), "label": item["label"]}
 
 
 class Shares(Dataset):

@@ -171,10 +171,6 @@ class PartStore:
             time.sleep(poll)
             poll = min(2 * poll, 30)
 
-    @property
-    def num_rows(self) -> int:
-        return len(self.column("position"))
-
     def fill(
         self,
         dataset: Any,
@@ -196,9 +192,8 @@ class PartStore:
         for positions in map(self.positions, missing):
             firsts = range(0, len(positions), batch_size)
             batches.append([positions[first : first + batch_size] for first in firsts])
-        total, left = (
-            sum(len(self.positions(part)) for part in parts) for parts in (self._mine(), missing)
-        )
+        total = sum(len(self.positions(part)) for part in self._mine())
+        done = total - sum(len(positions) for part in batches for positions in part)
         loader = make_loader(
             _Readable(dataset),
             num_workers,
@@ -206,7 +201,7 @@ class PartStore:
             collate_fn=_collate,
         )
         hidden = self.process.rank > 0
-        bar = tqdm(total=total, initial=total - left, desc=desc, unit=unit, disable=hidden)
+        bar = tqdm(total=total, initial=done, desc=desc, unit=unit, disable=hidden)
         with bar, failures_in_one_line():
             loaded = iter(loader)
             for part, asked in zip(missing, batches, strict=True):

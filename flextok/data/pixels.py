@@ -1,7 +1,7 @@
 """Mean and deviation of a data set's pixels, from a sample of it."""
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -10,16 +10,10 @@ from flextok.data.transforms import ImageTransform
 from flextok.data.web import WebDatasetStream
 
 
-class Pixels(NamedTuple):
-    mean: float
-    deviation: float
-    pictures: int  # that were read
-
-
-def measure_pixels(dataset: Any, size: int, limit: int = 1000) -> Pixels:
-    """Of at most `limit` pictures as they are evaluated, (3, size, size) in [-1, 1]: evenly spread
-    over the data set, or from the beginnings of evenly spread shards of a stream. Raises ValueError
-    where none can be read."""
+def measure_pixels(dataset: Any, size: int, limit: int = 1000) -> tuple[float, float, int]:
+    """Mean and deviation of at most `limit` pictures as they are evaluated, (3, size, size) in
+    [-1, 1], and how many were read: evenly spread over the data set, or from the beginnings of
+    evenly spread shards of a stream. Raises ValueError where none can be read."""
     transform, total, squares, count = ImageTransform(size), 0.0, 0.0, 0
     for index in sample_of(dataset, limit):
         try:
@@ -32,7 +26,7 @@ def measure_pixels(dataset: Any, size: int, limit: int = 1000) -> Pixels:
     if not count:
         raise ValueError("none of the training pictures that were tried can be read")
     mean = total / count
-    return Pixels(mean, math.sqrt(max(0.0, squares / count - mean**2)), count)
+    return mean, math.sqrt(max(0.0, squares / count - mean**2)), count
 
 
 def sample_of(dataset: Any, limit: int) -> list[int]:

@@ -1,7 +1,7 @@
 """A token cache: every image of a data set as indices, in several augmented variants."""
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -89,11 +89,7 @@ def build_token_cache(
     made_from = {**identity, "variants": variants, "seed": seed, "data_files": data_files(dataset)}
     made_from["class_names"] = list(dataset.class_names)
     store = PartStore.make(folder, CACHE, made_from, len(source), part_size, process)
-    bf16 = bool(identity.get("precision"))
-
-    def compute(batch: dict[str, Any]) -> Rows:
-        return encode(tokenizer, batch, seed, bf16)
-
+    compute = partial(encode, tokenizer, seed=seed, bf16="precision" in identity)
     store.fill(source, compute, batch_size, num_workers, desc="tokenizing")
     return store
 

@@ -1,6 +1,9 @@
 """Pictures to tensors and back. Inside the package images are (3, H, W) float in [-1, 1]; at its
 edges they are uint8."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import torch
 from PIL import Image
@@ -76,3 +79,9 @@ class ImageTransform:
         if self.shift:
             image = random_shift(image, generator, self.shift)
         return to_tensor(image)
+
+    def prepare(
+        self, item: Mapping[str, Any], generator: torch.Generator | None = None
+    ) -> dict[str, Any]:
+        """An image set's item as training reads it: the image transformed, and the label."""
+        return {"image": self(item["image"], generator), "label": item["label"]}

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from flextok.data.datamodule import prepare_image
 from flextok.data.loading import failures_in_one_line, make_loader
 from flextok.data.sets import adapt
 from flextok.data.stream import EvaluationSet, Item, as_it_is, collate
@@ -35,7 +34,7 @@ class Images(Dataset):
     def __init__(self, dataset: Any, image_size: int):
         if len(dataset) == 0:
             raise ValueError("the data set is empty: nothing to evaluate")
-        self.dataset, self.prepare = adapt(dataset), prepare_image(ImageTransform(image_size))
+        self.dataset, self.prepare = adapt(dataset), ImageTransform(image_size).prepare
 
     def __len__(self) -> int:
         return len(self.dataset)

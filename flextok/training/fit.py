@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from flextok.config import ExperimentConfig
 from flextok.cpu import accelerate
-from flextok.data.datamodule import DataModule, prepare_image
+from flextok.data.datamodule import DataModule
 from flextok.data.loading import failures_in_one_line
 from flextok.data.processes import this_process
 from flextok.data.sets import adapt
@@ -161,7 +161,7 @@ def make_data(
         train_set = adapt(train_set)
         validation_set = None if validation_set is None else adapt(validation_set)
         size = model.image_size
-        prepare = prepare_image(ImageTransform(size, options.flip, options.crop, options.shift))
+        prepare = ImageTransform(size, options.flip, options.crop, options.shift).prepare
         model.metadata["class_names"] = list(train_set.class_names)
     return DataModule(
         train_set,
