@@ -218,7 +218,7 @@ class Deadly(Dataset):
         return {"index": index}
 
 
-def test_a_killed_worker_is_failures_in_one_line():
+def test_the_end_of_a_killed_worker_is_one_line():
     loader = make_loader(Deadly(), 1, batch_size=1, collate_fn=collate)
     with pytest.raises(WorkerDied) as told, failures_in_one_line():
         list(loader)
