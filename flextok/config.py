@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from flextok.registry import MODELS, OBJECTIVES, REGISTRIES
-from flextok.schema import Bounds, ConfigError, Share, from_mapping, options_of
+from flextok.schema import Bounds, ConfigError, Share, from_mapping, merged, options_of
 
 NUMBER = r"[-+]?(0|[1-9]\d*)(\.\d+)?|true|false|null"
 
@@ -188,16 +188,6 @@ def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     for over in (*(read_yaml(path.parent / base, (*above, path)) for base in bases), values):
         whole |= {key: merged(key, whole.get(key), value) for key, value in over.items()}
     return whole
-
-
-def merged(key: str, base: Any, value: Any) -> Any:
-    """`value` over `base`: mappings are merged key by key. All else, an empty mapping and one that
-    names another component (an optimizer is none) replace what was there."""
-    if not (value and isinstance(value, dict) and isinstance(base, dict)):
-        return value
-    if key != "optim" and value.get("name") not in (None, base.get("name")):
-        return value
-    return {**base, **{key: merged(key, base.get(key), below) for key, below in value.items()}}
 
 
 # keys that are written otherwise now

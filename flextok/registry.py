@@ -13,7 +13,15 @@ from flextok.generators.conditioning import CONDITIONERS, TEXT_ENCODERS
 from flextok.hub import Pretrained
 from flextok.objectives import OBJECTIVES
 from flextok.quantizers import QUANTIZERS
-from flextok.schema import ConfigError, build, check_number, from_mapping, named_spec
+from flextok.schema import (
+    ConfigError,
+    build,
+    check_number,
+    from_mapping,
+    merged,
+    named_spec,
+    to_mapping,
+)
 from flextok.tokenizers import TOKENIZERS
 from flextok.vae import VAES
 
@@ -54,3 +62,15 @@ def make_dataset(spec: dict[str, Any] | list[dict[str, Any]]) -> Any:
     if any(isinstance(part, WebDatasetStream) for part in parts):
         raise ConfigError("a webdataset_stream stands alone: list all its shards as its urls")
     return Joined(parts)
+
+
+def like_start(spec: Mapping[str, Any], start: Mapping[str, Pretrained]) -> dict[str, Any]:
+    """A model's spec over the config of the model of the same type that its training starts from:
+    a student or a second stage has the sizes of that one where the spec states no others."""
+    for trained in start.values():
+        if trained.model_type == spec.get("name"):
+            found = to_mapping(trained.config)
+            if found.pop("distilled", False):  # what a few-step decoder fixes is its own
+                del found["decode"]
+            return merged("model", {"name": trained.model_type, **found}, dict(spec))
+    return dict(spec)

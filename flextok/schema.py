@@ -113,6 +113,16 @@ def with_options(defaults: T, asked: Mapping[str, Any], what: str) -> T:
     return dataclasses.replace(defaults, **given)  # type: ignore[type-var]
 
 
+def merged(key: str, base: Any, value: Any) -> Any:
+    """`value` over `base`: mappings are merged key by key. All else, an empty mapping and one that
+    names another component (an optimizer is none) replace what was there."""
+    if not (value and isinstance(value, dict) and isinstance(base, dict)):
+        return value
+    if key != "optim" and value.get("name") not in (None, base.get("name")):
+        return value
+    return {**base, **{key: merged(key, base.get(key), below) for key, below in value.items()}}
+
+
 def named_spec(value: Any, what: str, known: list[str]) -> dict[str, Any]:
     """A component's spec as a mapping; its name alone is one, too. Raises ConfigError."""
     spec = {"name": value} if isinstance(value, str) else value

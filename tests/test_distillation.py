@@ -3,11 +3,16 @@ import copy
 import pytest
 import torch
 from helpers.models import tiny_tokenizer
+from PIL import Image
 
+from flextok.config import ExperimentConfig
 from flextok.objectives import DistillationConfig, DistillationObjective
+from flextok.registry import build_model, like_start
 from flextok.schema import ConfigError, from_mapping
-from flextok.tokenizers import FlexTok
+from flextok.tokenizers import TOKENIZERS, FlexTok
 from flextok.tokenizers.flextok import DecodeOptions
+from flextok.training.plan import build
+from flextok.training.prepare import prepare
 
 TEACHES = DecodeOptions(guidance={"name": "cfg"}, guidance_scale=2.0)
 
@@ -113,3 +118,37 @@ def test_shares_of_a_batch_compute_what_the_whole_does():
         for rows, rng in zip((range(3), range(3, 8)), draws[1:], strict=True)
     ]
     torch.testing.assert_close((3 * shares[0] + 5 * shares[1]) / 8, whole)
+
+
+def test_a_student_has_the_sizes_and_codes_of_its_teacher(tmp_path):
+    """Where its config states no others: another bound, say, would change what indices mean."""
+    quantizer = {"name": "fsq", "levels": [4, 4, 4], "bound": "ifsq"}
+    teacher = make_teacher(quantizer=quantizer, num_registers=5)
+    teacher.save_pretrained(tmp_path / "teacher")
+    folder = {"name": "folder", "root": str(tmp_path)}
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "red.png")
+    config = from_mapping(
+        ExperimentConfig,
+        {
+            **{"task": "tokenizer", "output_dir": str(tmp_path / "run")},
+            **{"model": {"name": "flextok", "decode": {"time_shift": 2.0}}},
+            **{"objective": {"name": "distillation"}, "data": {"train": folder}},
+            **{"start": {"teacher": str(tmp_path / "teacher")}, "trainer": {"max_steps": 1}},
+        },
+    )
+    student = prepare(config).objective.model
+    assert student.codes_id == teacher.codes_id
+    assert (student.num_tokens, student.config.decoder_depth) == (5, teacher.config.decoder_depth)
+    assert student.config.decode.guidance == TEACHES.guidance, "as the teacher decodes, and"
+    assert student.config.decode.time_shift == 2.0, "as stated"
+    assert build(config, torch.device("cpu")).model.num_tokens == 5, "and so it is planned"
+
+
+def test_a_model_that_begins_as_a_few_step_one_takes_many_steps():
+    few = distillation(make_teacher()).model
+    spec = like_start({"name": "flextok"}, {"weights": few})
+    model = build_model(TOKENIZERS, spec)
+    assert few.config.distilled
+    assert not model.config.distilled
+    assert model.config.decode == DecodeOptions()
+    assert model.num_tokens == few.num_tokens

@@ -50,6 +50,11 @@ class Formulas:
     recompute: bool  # of a block keep the input only
     recomputed: float = 0.0  # bytes of the largest block that is at work in the backward pass
 
+    @property
+    def width(self) -> int:
+        """Bytes of an activation."""
+        return 2 if self.half else 4
+
     def step(self, objective: Objective) -> Cost:
         costs = list(self.parts(objective))
         flops = sum(cost.flops for cost in costs)
@@ -104,7 +109,7 @@ class Formulas:
             yield self.stack(encoder.blocks, both, pairs, unread=patches)
         for _ in range(2 if isinstance(objective, CrossLengthObjective) else 1):
             yield self.stack(decoder.blocks, both, both**2, unread=registers)
-        yield from (edges(encoder, patches), edges(decoder, patches))
+        yield from (self.edges(encoder, patches), self.edges(decoder, patches))
         if isinstance(objective, DistillationObjective):
             options, decode = objective.config, objective.teacher.network.config.decode
             full, null = (
@@ -125,7 +130,7 @@ class Formulas:
         n = 1 + patches + model.num_tokens
         for part in (model.encoder, model.decoder):
             yield self.stack(part.blocks, n, n**2)
-            yield edges(part, patches)
+            yield self.edges(part, patches)
         yield Cost(6 * patches * matrices(model.decoder.head))
         if model.config.stage == "proxy":
             yield self.run(lambda: model.proxy.features(images), 1)
@@ -160,7 +165,7 @@ class Formulas:
             norms += 2 if first.attn.qk_norm else 0
         if context:
             numbers, norms = numbers + 4 + 2 * context / n, norms + 1
-        width = 2 if self.half else 4
+        width = self.width
         block = n * dim * (width * numbers + 4 * norms)
         if not self.recompute:
             return Cost(flops, depth * block)
@@ -170,6 +175,12 @@ class Formulas:
             flops -= 2 * n * depth * mlp.fc2.weight.numel()
         self.recomputed = max(self.recomputed, block)
         return Cost(flops, depth * n * dim * width)
+
+    def edges(self, network: nn.Module, length: int) -> Cost:
+        """The layers before and after a network's blocks."""
+        layers = [layer for layer in network.children() if isinstance(layer, nn.Linear)]
+        flops = 6 * length * sum(layer.weight.numel() for layer in layers)
+        return Cost(flops, 4 * self.width * length * layers[-1].in_features)
 
     def run(self, run: Callable[[], Any], passes: float) -> Cost:
         """A forward pass on the meta device, `passes` times: 1 for a frozen network, 2 where
@@ -189,12 +200,6 @@ class Formulas:
             run()
         saved = sum(x.untyped_storage().nbytes() for x in kept.values())
         return Cost(passes * counter.get_total_flops(), saved)
-
-
-def edges(network: nn.Module, length: int) -> Cost:
-    """The layers before and after a network's blocks."""
-    layers = [layer for layer in network.children() if isinstance(layer, nn.Linear)]
-    return Cost(6 * length * sum(layer.weight.numel() for layer in layers))
 
 
 def matrices(network: nn.Module, but: str = "?") -> int:

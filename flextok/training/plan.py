@@ -6,6 +6,7 @@ arithmetic and activations. Speed and price are assumptions, printed with the re
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from flextok.nn.blocks import recompute_blocks, transformer_blocks
 from flextok.nn.frozen import Frozen, NeedsWeights
 from flextok.objectives import Objective, default_objective, make_objective
 from flextok.pipeline import load_model
-from flextok.registry import build_model
+from flextok.registry import build_model, like_start
 from flextok.schema import ConfigError, check_number, named_spec
 from flextok.tokenizers import TOKENIZERS, FlexTok, MaskGITVQGAN, TiTok
 from flextok.training.costs import Formulas
@@ -198,7 +199,11 @@ def build(config: ExperimentConfig, device: torch.device = META) -> Objective:
     """What trains the model of `config`, on a device, without any trained weights. A
     generator's sizes come from its tokenizer where that is at hand, else from the config and the
     published tokenizer (64,000 codes, 256 tokens)."""
-    spec = dict(config.model)
+    start = {}
+    for name, path in config.start.items():
+        with suppress(ValueError):  # it is not trained yet: the config states the sizes
+            start[name] = load_model(path, "meta")
+    spec = like_start(config.model, start)
     if config.task == "tokenizer" and isinstance(spec.get("vae"), dict):
         auto = {"shift": 0.0, "scale": 1.0}  # measured when it trains
         spec["vae"] = {k: auto.get(k) if v == "auto" else v for k, v in spec["vae"].items()}

@@ -35,7 +35,7 @@ from flextok.generators.text import Text, load_encoder
 from flextok.hub import Pretrained, fingerprint
 from flextok.objectives import Objective, make_objective
 from flextok.pipeline import expected_codes, load_model, remember_tokenizer
-from flextok.registry import build_model, make_dataset, model_config
+from flextok.registry import build_model, like_start, make_dataset, model_config
 from flextok.schema import ConfigError, build, named_spec
 from flextok.tokenizers import TOKENIZERS, FlexTokConfig, TiTokConfig
 from flextok.tokenizers.base import Tokenizer, same_codes
@@ -119,7 +119,7 @@ def build_objective(
     config.start names, which the model's metadata then hold."""
     start = {name: load_model(path) for name, path in config.start.items()}
     torch.manual_seed(config.seed)  # the first weights depend on nothing else
-    model = build_model(registry, spec)
+    model = build_model(registry, like_start(spec, start))
     if start:
         model.metadata["start"] = {
             name: f"{path} (weights {fingerprint(start[name])})"
