@@ -22,7 +22,7 @@ from flextok.nn.frozen import Frozen
 from flextok.objectives.base import Objective, draws_of, need
 from flextok.objectives.flow import begin_as, nested_dropout
 from flextok.objectives.nested_dropout import PrefixConfig, take_rows
-from flextok.schema import Bounds
+from flextok.schema import Bounds, ConfigError
 from flextok.tokenizers import FlexTok
 from flextok.tokenizers.base import check_images
 from flextok.tokenizers.flextok import MAX_STEPS
@@ -52,6 +52,11 @@ class DistillationObjective(Objective):
         model, config = self.model, self.config
         trained = need("teacher", teacher, FlexTok)
         begin_as(model, trained)
+        if model.codes_id != trained.codes_id:
+            raise ConfigError(
+                f"model.quantizer={model.config.quantizer} or model.vae={model.config.vae} is not "
+                "the teacher's: a student's indices must mean the same, so leave both out"
+            )
         few = {"num_steps": config.num_steps, "solver": "euler"}
         fixed: dict[str, Any] = {**few, "guidance_scale": 1.0, "guidance_interval": None}
         decode = replace(model.config.decode, **fixed)
