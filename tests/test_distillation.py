@@ -157,5 +157,5 @@ def test_a_model_that_begins_as_a_few_step_one_takes_many_steps():
 def test_a_student_of_other_codes_is_refused():
     teacher = make_teacher()
     other = {**teacher.config.quantizer, "bound": "ifsq"}
-    with pytest.raises(ConfigError, match=r"bound.*is not the teacher's.*leave both out"):
+    with pytest.raises(ConfigError, match=r"bound.*is not the teacher's.*leave it out"):
         distillation(teacher, quantizer=other)

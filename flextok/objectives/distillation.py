@@ -52,10 +52,10 @@ class DistillationObjective(Objective):
         model, config = self.model, self.config
         trained = need("teacher", teacher, FlexTok)
         begin_as(model, trained)
-        if model.codes_id != trained.codes_id:
+        if model.codes_settings()["quantizer"] != trained.codes_settings()["quantizer"]:
             raise ConfigError(
-                f"model.quantizer={model.config.quantizer} or model.vae={model.config.vae} is not "
-                "the teacher's: a student's indices must mean the same, so leave both out"
+                f"model.quantizer={model.config.quantizer} is not the teacher's: a student's "
+                "indices must mean the same, so leave it out"
             )
         few = {"num_steps": config.num_steps, "solver": "euler"}
         fixed: dict[str, Any] = {**few, "guidance_scale": 1.0, "guidance_interval": None}
