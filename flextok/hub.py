@@ -278,10 +278,13 @@ def describe(tensor: Tensor) -> str:
     return f"{kind} {list(tensor.shape)}"
 
 
-def fingerprint(model: nn.Module) -> str:
-    """A hash of a model's weights. What its indices mean is the tokenizers' codes_id."""
+def fingerprint(model: nn.Module, parts: str | tuple[str, ...] = "") -> str:
+    """A hash of a model's weights, or of those whose names begin so. What its indices mean is the
+    tokenizers' codes_id."""
     digest = hashlib.sha256()
     for key, value in sorted(model.state_dict().items()):
+        if not key.startswith(parts):
+            continue
         digest.update(key.encode())
         digest.update(value.detach().cpu().float().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]

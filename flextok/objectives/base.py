@@ -53,8 +53,24 @@ class Objective(nn.Module):
         """Set up what training needs; parameters are the trained models that `starts` lists."""
 
     def prepare(self, pretrained: bool = True) -> None:
-        """Load what training needs, once, before the optimizer is made. pretrained: with the
-        weights of networks that others trained."""
+        """Load what training needs, before the optimizer is made; a second call changes nothing.
+        pretrained: with the weights of networks that others trained."""
+
+    def frozen_columns(self) -> tuple[str, ...]:
+        """The names of what `frozen` returns; none where no first part of the model is frozen."""
+        return ()
+
+    def frozen_identity(self) -> dict[str, Any]:
+        """All that `frozen` depends on beside the batch, as plain data: settings, and hashes of
+        weights."""
+        return {}
+
+    def frozen(self, batch: Mapping[str, Any], draws: BatchDraws) -> dict[str, Tensor]:
+        """What the model's frozen first part makes of "image" (B, 3, H, W) in [-1, 1], by name,
+        without gradients: "latents" (B, C, h, w) and others that an objective may need. forward
+        takes a batch with these as well, so that they can be cached (data/latents.py). draws: of
+        the batch's rows. Raises ConfigError where nothing is frozen."""
+        raise ConfigError(f"{type(self).__name__} has no frozen first part here: nothing to cache")
 
     def forward(
         self, batch: Mapping[str, Any], generator: torch.Generator | None = None

@@ -16,9 +16,10 @@ from flextok.flow.path import (
     interpolate,
     velocity_target,
 )
-from flextok.hub import Pretrained
+from flextok.hub import Pretrained, fingerprint
 from flextok.losses import RepresentationAlignment
 from flextok.nn.devices import to_device
+from flextok.nn.frozen import NeedsWeights
 from flextok.objectives.base import Objective, draws_of, need, train_only
 from flextok.objectives.nested_dropout import (
     LengthGroup,
@@ -45,7 +46,7 @@ class FlowConfig(PrefixConfig):
 class Noised(NamedTuple):
     """A batch on the way from data to noise, its rows ordered by the length of their prefix."""
 
-    images: Tensor  # (B, 3, H, W)
+    images: Tensor | None  # (B, 3, H, W); a batch of latents may have none
     x0: Tensor  # (B, C, h, w), latents
     noise: Tensor
     t: Tensor  # (B,)
@@ -92,7 +93,8 @@ class FlowObjective(Objective):
                 "the VAE has random weights: set model.vae.weights and call prepare(), or load a "
                 "trained model, before training"
             )
-        noised = self.noised(batch["image"], draws_of(batch, "image", generator))
+        key = "latents" if "latents" in batch else "image"
+        noised = self.noised(batch, draws_of(batch, key, generator))
         codes, aux = self.encode(noised)
         outputs = [
             self.predict(noised, some[:, : g.length], g.rows, g.keep)
@@ -104,23 +106,52 @@ class FlowObjective(Objective):
         if self.config.repa:
             if self.alignment is None:
                 raise ValueError("config.repa is set: call prepare() before training")
+            if noised.images is None:
+                raise ValueError('objective.repa reads images: give "image" beside "latents"')
             features = torch.cat([output.features for output in outputs])
             losses["repa"] = self.alignment(features, noised.images)
             total = total + self.alignment.weight * losses["repa"]
         return {"loss": total, **losses}
 
-    def noised(self, images: Tensor, draws: BatchDraws) -> Noised:
-        """images: (B, 3, H, W) in [-1, 1]."""
-        check_images(images, self.model.image_size)
+    def frozen_columns(self) -> tuple[str, ...]:
+        if not isinstance(self.model.vae, NeedsWeights):  # its latents are the pixels
+            return ()
+        return ("latents", "image") if self.config.repa else ("latents",)
+
+    def frozen_identity(self) -> dict[str, Any]:
+        """Of the VAE's encoder: its decoder may go on being trained."""
+        encoder = ("vae.vae.encoder.", "vae.vae.quant_conv.")
+        return {
+            "vae": self.model.codes_settings()["vae"],
+            "vae_weights": fingerprint(self.model, encoder),
+            "image_size": self.model.image_size,
+        }
+
+    def frozen(self, batch: Mapping[str, Any], draws: BatchDraws) -> dict[str, Tensor]:
+        """The VAE's latents; with config.repa the images too, whose features it reads."""
+        latents = self.model.vae.encode(batch["image"], generator=draws.generators)
+        return {"latents": latents} | ({"image": batch["image"]} if self.config.repa else {})
+
+    def noised(self, batch: Mapping[str, Any], draws: BatchDraws) -> Noised:
+        """batch: "image" (B, 3, H, W) in [-1, 1], or what `frozen` makes of it."""
+        images, latents = batch.get("image"), batch.get("latents")
+        if images is not None:
+            check_images(images, self.model.image_size)
+        if latents is not None and latents.shape[1:] != self.model.noise_shape:
+            raise ValueError(
+                f"latents have shape {tuple(latents.shape)}, expected (B, "
+                f"{', '.join(map(str, self.model.noise_shape))}): they are another VAE's"
+            )
         order, groups = self.nested_dropout.groups(draws)
-        draws, device = draws.take(order), images.device
-        images = take_rows(images, order)
+        draws = draws.take(order)
+        taken = {key: take_rows(batch[key], order) for key in ("image", "latents") if key in batch}
         u_null, u_time = draws(torch.rand, (2,), torch.device("cpu")).unbind(1)
-        t = self.sample_times(to_device(u_time, device))
-        x0 = self.model.vae.encode(images, generator=draws.generators)
-        noise = draws(torch.randn, tuple(x0.shape[1:]), device).to(x0.dtype)
+        x0 = taken["latents"] if "latents" in taken else self.frozen(taken, draws)["latents"]
+        t = self.sample_times(to_device(u_time, x0.device))
+        noise = draws(torch.randn, tuple(x0.shape[1:]), x0.device).to(x0.dtype)
         null = u_null < self.config.null_prob
-        return Noised(images, x0, noise, t, interpolate(x0, noise, t), null, groups)
+        x_t = interpolate(x0, noise, t)
+        return Noised(taken.get("image"), x0, noise, t, x_t, null, groups)
 
     def encode(self, noised: Noised) -> tuple[list[Tensor], Tensor]:
         """The codes of each group, and the quantizer's loss."""
