@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from flextok.data.augmentation import Augmentation
 from flextok.registry import MODELS, OBJECTIVES, REGISTRIES
 from flextok.schema import Bounds, ConfigError, Share, from_mapping, merged, options_of
 
@@ -27,16 +28,11 @@ Decay = Annotated[float, Bounds(0, 1, open_high=True)]  # of a moving average
 
 
 @dataclass
-class LoadingConfig:
+class LoadingConfig(Augmentation):
     """How data sets are read: in what batches, and with what augmentation of images."""
 
     batch_size: Count = 64  # of one process
     num_workers: CountOrZero = 0
-    crop: Literal["center", "random"] = "center"
-    flip: bool = False
-    shift: Annotated[float, Bounds(0, 0.5, open_high=True)] = (
-        0.0  # random shifts, a fraction of the image; fills with white
-    )
 
 
 @dataclass(kw_only=True)

@@ -299,4 +299,5 @@ def test_the_wheel_works_away_from_the_repository(tmp_path, desk):
         )
         subprocess.run([sys.executable, "-c", code], cwd=desk, env=environment, check=True)
     assert (env / "flextok/py.typed").is_file()
-    assert (env / "flextok/emoji/assets/emoji-64.tar").is_file()
+    for shard in ("emoji-64.tar", "emoji-styles-64.tar"):
+        assert (env / "flextok/emoji/assets" / shard).is_file()

@@ -10,23 +10,31 @@ import webdataset
 from PIL import Image
 
 from flextok.emoji.captions import noun_phrase
-from flextok.emoji.datasets import Emoji, read_shard, select_records
+from flextok.emoji.datasets import STYLES, Emoji, read_shard, select_records
 from flextok.emoji.scenes import BASIC, COLORS, EmojiScenes
 
-SHARD = resources.files("flextok.emoji").joinpath("assets", "emoji-64.tar")
+FIELDS = {"name", "group", "subgroup", "codepoints", "split"}
 
 
-def test_shard_is_small_and_readable_by_webdataset():
-    assert len(SHARD.read_bytes()) < 8_000_000
-    samples = list(webdataset.WebDataset(str(SHARD), shardshuffle=False).decode("pil"))
-    assert [s["__key__"] for s in samples] == [r.key for r in read_shard()]
+@pytest.mark.parametrize(
+    ("file", "most", "fields"),
+    [
+        ("emoji-64.tar", 8_000_000, FIELDS),
+        ("emoji-styles-64.tar", 14_000_000, FIELDS | {"style"}),
+    ],
+)
+def test_shard_is_small_and_readable_by_webdataset(file, most, fields):
+    shard = resources.files("flextok.emoji").joinpath("assets", file)
+    assert len(shard.read_bytes()) < most
+    samples = list(webdataset.WebDataset(str(shard), shardshuffle=False).decode("pil"))
+    assert [s["json"]["codepoints"] for s in samples] == [r.key for r in read_shard(file)]
     assert {s["webp"].size for s in samples} == {(64, 64)}
-    assert set(samples[0]["json"]) == {"name", "group", "subgroup", "codepoints", "split"}
+    assert all(set(sample["json"]) == fields for sample in samples)
 
 
 def test_invisible_pixels_are_white():
     """So that even convert("RGB"), which forgets alpha, looks as on white."""
-    for record in read_shard()[::50]:
+    for record in select_records("all", "all")[::50]:
         pixels = np.asarray(Image.open(io.BytesIO(record.webp)).convert("RGBA"))
         invisible = pixels[pixels[..., 3] == 0]
         assert (invisible[:, :3] == 255).all(), record.name
@@ -47,8 +55,26 @@ def test_splits_are_disjoint_and_about_a_tenth():
     assert 0.08 < len(validation) / len(Emoji("all")) < 0.12
 
 
+def test_an_emoji_is_held_out_in_every_style():
+    for split in ("train", "validation", "all"):
+        records = select_records(split)
+        for style in STYLES[1:]:
+            others = select_records(split, style)
+            assert {r.style for r in others} == {style}
+            assert [r[:5] for r in others] == [r[:5] for r in records], "all but the pictures"
+            assert not {r.webp for r in others} & {r.webp for r in records}
+        assert len(Emoji(split, style="all")) == 3 * len(records)
+    one, three = Emoji("validation"), Emoji("validation", style="all")
+    assert three.labels == 3 * one.labels
+    flat, item = Emoji("validation", style="flat")[5], one[5]
+    assert flat["image"].size == (64, 64)
+    assert {**flat, "image": 0} == {**item, "image": 0}
+
+
 def test_no_picture_is_in_both_splits():
-    train, validation = ({r.webp for r in select_records(s)} for s in ("train", "validation"))
+    train, validation = (
+        {r.webp for r in select_records(split, "all")} for split in ("train", "validation")
+    )
     assert not train & validation
 
 
@@ -83,6 +109,7 @@ def test_item():
         (lambda: Emoji(label="colour"), "'colour'"),
         (lambda: Emoji(caption="prompt"), "'prompt'"),
         (lambda: Emoji(size=0), "size=0"),
+        (lambda: Emoji(style="sketch"), "style='sketch' must be all or one of 3d, colour, flat"),
         (lambda: EmojiScenes("test"), "'test'"),
         (lambda: EmojiScenes(max_objects=10), "max_objects=10"),
         (lambda: EmojiScenes(size=8), "size=8"),

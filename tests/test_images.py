@@ -10,12 +10,19 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import EpsImagePlugin, Image, ImageCms
+from PIL import EpsImagePlugin, Image, ImageCms, ImageDraw
 
 from flextok.cli.sample import read_lines
+from flextok.data.augmentation import Augmentation
 from flextok.data.datasets import ImageFolder
 from flextok.data.pictures import list_pictures, read_text
-from flextok.data.transforms import ImageTransform, random_crop, to_uint8
+from flextok.data.transforms import (
+    ImageTransform,
+    random_affine,
+    random_crop,
+    random_hue,
+    to_uint8,
+)
 from flextok.images import (
     FORMATS,
     MAX_SIDE,
@@ -26,6 +33,7 @@ from flextok.images import (
     srgb_transform,
     to_tensor,
 )
+from flextok.schema import ConfigError
 
 WHITE = (255, 255, 255)
 NOISE = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
@@ -294,12 +302,93 @@ def test_memory_does_not_depend_on_the_aspect_ratio(monkeypatch, size):
     monkeypatch.setattr(Image.Image, "resize", spied)
     data = saved(Image.new("RGB", size, (10, 200, 30)))
     for crop in ("center", "random"):
-        transform = ImageTransform(
-            256, flip=True, crop=crop, shift=0.1 if crop == "center" else 0.0
-        )
+        shift = 0.1 if crop == "center" else 0.0
+        transform = ImageTransform(256, Augmentation(flip=True, crop=crop, shift=shift))
         tensor = transform(data, torch.Generator().manual_seed(3))
         assert tuple(to_uint8(tensor)[128, 128]) == (10, 200, 30)
     assert len(areas) == 2
+
+
+# --- augmentation -------------------------------------------------------------------------------
+
+WHEEL = Image.new("RGB", (65, 65), "white")  # a circle of two colours about the centre
+ImageDraw.Draw(WHEEL).pieslice((12, 12, 52, 52), -90, 90, (200, 30, 40))
+ImageDraw.Draw(WHEEL).pieslice((12, 12, 52, 52), 90, 270, (40, 60, 220))
+
+
+def varied(image: Image.Image, seed: int = 0, **options) -> np.ndarray:
+    """The image as training sees it, uint8."""
+    transform = ImageTransform(image.width, Augmentation(**options))
+    return to_uint8(transform(image, torch.Generator().manual_seed(seed)))
+
+
+def coloured(pixels: np.ndarray) -> np.ndarray:
+    return pixels.min(-1) < 200
+
+
+def test_no_rotation_no_scaling_and_no_turn_of_the_hues_change_nothing():
+    rng = torch.Generator()
+    assert np.array_equal(random_affine(WHEEL, rng, 0, 0), WHEEL)
+    assert np.abs(np.subtract(random_hue(WHEEL, rng, 0), np.asarray(WHEEL, int))).max() <= 3
+    grey = Image.fromarray(np.repeat(NOISE[..., :1], 3, axis=2))
+    assert np.array_equal(random_hue(grey, rng, 0.5), grey), "greys have no hue"
+
+
+@pytest.mark.parametrize(
+    "options", [{"rotate": 180}, {"scale": 0.5}, {"hue": 0.5}, {"rotate": 30, "scale": 0.2}]
+)
+def test_white_corners_stay_white_and_a_seed_decides_all(options):
+    seen = [varied(WHEEL, seed, **options) for seed in range(8)]
+    for pixels in seen:
+        assert (pixels[[0, 0, -1, -1], [0, -1, 0, -1]] == 255).all()
+    assert np.array_equal(varied(WHEEL, 3, **options), seen[3])
+    assert len({pixels.tobytes() for pixels in seen}) == 8
+    still = ImageTransform(65, Augmentation(**options))
+    assert np.array_equal(to_uint8(still(WHEEL)), WHEEL), "evaluation does not augment"
+
+
+def test_a_rotation_turns_about_the_centre_up_to_its_angle():
+    circle = coloured(np.asarray(WHEEL))
+    for seed in range(6):
+        turned = varied(WHEEL, seed, rotate=180)
+        assert (coloured(turned) != circle).mean() < 0.02, "a circle turns into itself"
+    red = [(varied(WHEEL, seed, rotate=20)[..., 0] > 150).astype(float) for seed in range(40)]
+    share = [half[20:46, 34:].mean() for half in red]
+    assert min(share) > 0.7, "by 20 degrees at most"
+    assert max(share) - min(share) > 0.02
+
+
+def test_scaling_changes_the_size_within_its_bounds_both_ways():
+    area = coloured(np.asarray(WHEEL)).sum()
+    sides = [math.sqrt(coloured(varied(WHEEL, seed, scale=0.2)).sum() / area) for seed in range(40)]
+    assert 0.78 < min(sides) < 0.88
+    assert 1.12 < max(sides) < 1.22
+
+
+def test_hues_turn_and_lightness_and_saturation_stay():
+    before = np.asarray(WHEEL.convert("HSV"), int)
+    for seed in range(4):
+        after = np.asarray(Image.fromarray(varied(WHEEL, seed, hue=0.1)).convert("HSV"), int)
+        assert np.abs(after - before)[..., 1:].max() <= 4
+        turn = (after - before)[coloured(np.asarray(WHEEL)), 0]
+        turn = (turn + 128) % 256 - 128
+        assert np.abs(turn).max() <= 0.1 * 255 + 3
+        assert np.ptp(turn) <= 6, "all by the same angle"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"rotate": -5}, "rotate=-5.0 must be at least 0"),
+        ({"scale": -0.1}, "scale=-0.1 must be at least 0"),
+        ({"hue": 0.6}, "hue=0.6 must be at least 0 and at most 0.5"),
+        ({"shift": 0.5}, "shift=0.5 must be at least 0 and below 0.5"),
+        ({"crop": "left"}, "crop='left' must be one of"),
+    ],
+)
+def test_augmentation_out_of_range_is_refused(options, words):
+    with pytest.raises(ConfigError, match=words):
+        ImageTransform(16, Augmentation(**options))
 
 
 # --- what is refused ----------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from torch.utils.data import Dataset
 import flextok
 from flextok.cli import interruptible_imports
 from flextok.config import load_experiment
+from flextok.data.augmentation import Augmentation
 from flextok.data.datamodule import Shares
 from flextok.data.datasets import ImageFolder, PictureFiles
 from flextok.data.loading import SIGNALS, WorkerDied, failures_in_one_line, make_loader
@@ -127,7 +128,7 @@ def every_dataset(folder):
 @pytest.mark.parametrize("name", ["folder", "files", "emoji", "scenes", "webdataset", "stream"])
 def test_every_data_set_reaches_a_spawned_worker(tmp_path, name):
     dataset = every_dataset(tmp_path)[name]
-    prepare = ImageTransform(16, flip=True).prepare
+    prepare = ImageTransform(16, Augmentation(flip=True)).prepare
     evaluation = EvaluationSet(dataset, prepare)
     evaluation.skips = stream_skips = None  # a shared counter travels at a process's start only
     item = spawned(Shares(evaluation))[1][0]

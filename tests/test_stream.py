@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from flextok.data.augmentation import Augmentation
 from flextok.data.datasets import ImageFolder
 from flextok.data.stream import EvaluationSet, PositionSampler, Stream, collate
 from flextok.data.transforms import ImageTransform, to_tensor, to_uint8
@@ -11,7 +12,7 @@ from flextok.draws import derived_generator
 
 
 def stream(folder, seed=0, **options):
-    transform = ImageTransform(16, flip=True, crop="random", shift=0.1)
+    transform = ImageTransform(16, Augmentation(flip=True, crop="random", shift=0.1))
     return Stream(ImageFolder(folder), transform.prepare, seed, **options)
 
 
@@ -133,4 +134,4 @@ def test_the_evaluation_transform_is_resize_then_center_crop():
     tensor = ImageTransform(10)(wide)
     assert tensor.shape == (3, 10, 10)
     assert tensor[2, :, 2:8].min() > 0.9  # the middle is blue
-    assert torch.equal(tensor, ImageTransform(10, flip=True, crop="random")(wide))
+    assert torch.equal(tensor, ImageTransform(10, Augmentation(flip=True, crop="random"))(wide))

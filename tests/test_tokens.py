@@ -15,6 +15,7 @@ from helpers.models import tiny_tokenizer
 from helpers.processes import die_before, finish, start, start_ranks
 
 from flextok.cli import main
+from flextok.data.augmentation import Augmentation
 from flextok.data.datasets import ImageFolder
 from flextok.data.parts import PartStore
 from flextok.data.processes import Process, this_process
@@ -32,7 +33,7 @@ def tokenizer():
 
 
 def cache(folder, tokenizer, pictures, **options):
-    transform = ImageTransform(16, flip=True, crop="random")
+    transform = ImageTransform(16, Augmentation(flip=True, crop="random"))
     spec = {"name": "folder", "root": str(pictures)}
     defaults = {"variants": 3, "part_size": 4, "batch_size": 3}
     store = build_token_cache(
@@ -386,7 +387,7 @@ def test_several_captions_are_taken_in_turn(tmp_path, tokenizer):
     record = {"caption": ["a dog", "a puppy", "007"]}
     members = {"0.png": (tmp_path / "0.png").read_bytes(), "0.json": json.dumps(record).encode()}
     url = write_shard(tmp_path / "a.tar", members)
-    transform = ImageTransform(16, flip=True)
+    transform = ImageTransform(16, Augmentation(flip=True))
     data = WebDatasetImages(url, label_key=None)
     identity = cache_identity(tokenizer, {}, transform)
     for name, variants in (("one", 1), ("five", 5)):

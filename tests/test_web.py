@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 
 from flextok.cli import main
 from flextok.config import load_experiment
+from flextok.data.augmentation import Augmentation
 from flextok.data.datasets import ImageFolder
 from flextok.data.pictures import CorruptPicture, load_picture
 from flextok.data.stream import EvaluationSet, PositionSampler, Stream, collate
@@ -297,7 +298,7 @@ def test_hostile_data_can_be_tokenized(tmp_path):
     data = WebDatasetStream(
         str(tmp_path / "data" / "*.tar"), label_key=None, image_key="jpg;png;gif;webp"
     )
-    tokenizer, transform = tiny_tokenizer(), ImageTransform(16, flip=True)
+    tokenizer, transform = tiny_tokenizer(), ImageTransform(16, Augmentation(flip=True))
     options = {"variants": 2, "part_size": 8, "batch_size": 4}
     identity = cache_identity(tokenizer, {}, transform)
     for name, workers in (("one", 0), ("two", 2)):

@@ -23,6 +23,7 @@ from flextok.cli.options import (
     Seed,
     Solving,
 )
+from flextok.data.augmentation import Augmentation
 from flextok.schema import Bounds
 
 MOST_CLASSES = 16  # in a grid whose classes nobody named
@@ -51,7 +52,7 @@ class Train:
 
 
 @dataclass
-class Tokenize(Loading, Seed, Device, Json):
+class Tokenize(Augmentation, Loading, Seed, Device, Json):
     """encode a data set once, for generators to train on
 
     Writes shards of indices, labels and captions. Run it again to continue; torchrun or srun share
@@ -66,9 +67,6 @@ class Tokenize(Loading, Seed, Device, Json):
     output: Annotated[str, "the folder to write"]
     _: KW_ONLY
     variants: Annotated[Count, "encodings of each image"] = 1
-    crop: Literal["center", "random"] = "center"
-    flip: Annotated[bool, "mirror half of the variants"] = False
-    shift: Annotated[float, "as data.shift in configs"] = 0.0
     part_size: Annotated[Count, "encodings a shard"] = 16_384
     bf16: Annotated[bool, "encode in bf16: GPUs only"] = False
     verify: Annotated[bool, "then check all checksums"] = False

@@ -58,7 +58,7 @@ def run_index(options: Index) -> dict[str, Any]:
 def run_tokenize(options: Tokenize) -> dict[str, Any] | None:
     tokenizer = load_tokenizer(options.model, options.device)
     spec = data_spec(options.data)
-    transform = ImageTransform(tokenizer.image_size, options.flip, options.crop, options.shift)
+    transform = ImageTransform(tokenizer.image_size, options)
     store = build_token_cache(
         options.output,
         tokenizer,

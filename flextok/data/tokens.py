@@ -1,6 +1,7 @@
 """A token cache: every image of a data set as indices, in several augmented variants."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,11 @@ def cache_identity(
     return {
         "codes_id": tokenizer.codes_id,
         "data": spec,
-        "augmentation": {"flip": transform.flip, "crop": transform.crop, "shift": transform.shift},
+        "augmentation": {
+            key: value
+            for key, value in asdict(transform.augmentation).items()
+            if value or key in ("flip", "shift")  # caches of before the others existed stay valid
+        },
         **({"precision": "bf16"} if bf16 else {}),
     }
 

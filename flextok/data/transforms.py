@@ -1,7 +1,9 @@
 """Pictures to tensors and back. Inside the package images are (3, H, W) float in [-1, 1]; at its
 edges they are uint8."""
 
+import math
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -9,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from flextok.data.augmentation import Augmentation
 from flextok.images import (
     PictureSource,
     center_crop,
@@ -17,6 +20,7 @@ from flextok.images import (
     resized_size,
     to_tensor,
 )
+from flextok.schema import from_mapping
 from flextok.tokenizers.base import check_finite
 
 
@@ -52,17 +56,39 @@ def random_shift(image: Image.Image, generator: torch.Generator, fraction: float
     return canvas
 
 
+def random_affine(
+    image: Image.Image, generator: torch.Generator, degrees: float, fraction: float
+) -> Image.Image:
+    """Rotate by up to `degrees` each way and scale by a factor in [1 - fraction, 1 + fraction],
+    both about the centre; the border is white."""
+    turn, stretch = (2 * torch.rand(2, generator=generator) - 1).tolist()
+    angle, factor = math.radians(turn * degrees), 1 + stretch * fraction
+    cos, sin = math.cos(angle) / factor, math.sin(angle) / factor
+    x, y = image.width / 2, image.height / 2
+    matrix = (cos, sin, x - cos * x - sin * y, -sin, cos, y + sin * x - cos * y)
+    affine = Image.Transform.AFFINE
+    return image.transform(image.size, affine, matrix, Image.Resampling.BICUBIC, fillcolor="white")
+
+
+def random_hue(image: Image.Image, generator: torch.Generator, fraction: float) -> Image.Image:
+    """Turn every hue by the same angle, up to `fraction` of the colour circle each way. Greys stay
+    as they are."""
+    turn = round(255 * fraction * float(2 * torch.rand((), generator=generator) - 1))
+    hue, saturation, value = image.convert("HSV").split()
+    turned = hue.point([(level + turn) % 256 for level in range(256)])
+    return Image.merge("HSV", (turned, saturation, value)).convert("RGB")
+
+
 class ImageTransform:
     """A picture, as load_picture takes it, or a tensor (3, H, W), uint8 or float in [-1, 1] ->
     (3, size, size) in [-1, 1]. With a generator it augments; without, it is the deterministic
     evaluation transform (bicubic, center crop)."""
 
-    def __init__(self, size: int, flip: bool = False, crop: str = "center", shift: float = 0.0):
-        if crop not in ("center", "random"):
-            raise ValueError(f"crop={crop!r} must be 'center' or 'random'")
-        if not 0 <= shift < 0.5:
-            raise ValueError(f"shift={shift} must be in [0, 0.5), a fraction of the picture")
-        self.size, self.flip, self.crop, self.shift = size, flip, crop, shift
+    def __init__(self, size: int, augmentation: Augmentation | None = None) -> None:
+        """augmentation: or options that include one, such as FitOptions. Raises ConfigError."""
+        asked = vars(augmentation or Augmentation())
+        mine = {field.name: asked[field.name] for field in fields(Augmentation)}
+        self.size, self.augmentation = size, from_mapping(Augmentation, mine)
 
     def __call__(
         self, picture: PictureSource | Tensor, generator: torch.Generator | None = None
@@ -70,14 +96,19 @@ class ImageTransform:
         image = to_image(picture) if isinstance(picture, Tensor) else load_picture(picture)
         if generator is None:
             return to_tensor(center_crop(image, self.size))
-        if self.crop == "random":
+        ask = self.augmentation
+        if ask.crop == "random":
             image = random_crop(image, self.size, generator)
         else:
             image = center_crop(image, self.size)
-        if self.flip and torch.rand((), generator=generator) < 0.5:
+        if ask.flip and torch.rand((), generator=generator) < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        if self.shift:
-            image = random_shift(image, generator, self.shift)
+        if ask.rotate or ask.scale:
+            image = random_affine(image, generator, ask.rotate, ask.scale)
+        if ask.shift:
+            image = random_shift(image, generator, ask.shift)
+        if ask.hue:
+            image = random_hue(image, generator, ask.hue)
         return to_tensor(image)
 
     def prepare(

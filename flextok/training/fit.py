@@ -161,7 +161,7 @@ def make_data(
         train_set = adapt(train_set)
         validation_set = None if validation_set is None else adapt(validation_set)
         size = model.image_size
-        prepare = ImageTransform(size, options.flip, options.crop, options.shift).prepare
+        prepare = ImageTransform(size, options).prepare
         model.metadata["class_names"] = list(train_set.class_names)
     return DataModule(
         train_set,

@@ -174,7 +174,7 @@ def cached_tokens(
     if isinstance(spec, dict) and spec.get("name") == "tokens":
         return ready_tokens(spec, tokenizer)
     data = config.data
-    transform = ImageTransform(tokenizer.image_size, data.flip, data.crop, data.shift)
+    transform = ImageTransform(tokenizer.image_size, data)
     tokenizer.to(cache_device(config))
     store = build_token_cache(
         folder,

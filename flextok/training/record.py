@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import fields
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 import flextok
 from flextok.card import count_parameters
 from flextok.config import ExperimentConfig, load_experiment, save_experiment
+from flextok.data.augmentation import Augmentation
 from flextok.data.datamodule import DataModule
 from flextok.files import atomic_write, read_mapping, write_text
 from flextok.places import CONFIG, WEIGHTS
@@ -34,8 +36,8 @@ _PARTS = tuple(f"objective.{key}" for key in ("train", "repa", "dim", "num_stage
 FIXED = {
     "another model": ("task", "model", "tokenizer", "start", "objective.name", *_PARTS),
     "other data": (
-        *("data.train", "data.validation", "data.crop", "data.flip", "data.shift"),
-        "data.token_variants",
+        *("data.train", "data.validation", "data.token_variants"),
+        *(f"data.{field.name}" for field in fields(Augmentation)),
     ),
     "another optimizer": ("optim.name",),
 }
