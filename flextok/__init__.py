@@ -10,6 +10,7 @@ except PackageNotFoundError:  # run from a source tree that is not installed
 
 _PLACES = {
     **dict.fromkeys(("FlexTok", "FlexTokConfig", "MaskGITVQGAN", "TiTok"), "flextok.tokenizers"),
+    **{"Autoencoder": "flextok.autoencoder"},
     **dict.fromkeys(("GPT", "MaskGIT"), "flextok.generators"),
     **{"load_model": "flextok.pipeline", "make_objective": "flextok.objectives"},
     **{"fit": "flextok.training.fit", "FitOptions": "flextok.training.options"},
@@ -17,6 +18,7 @@ _PLACES = {
 
 __all__ = [
     "GPT",
+    "Autoencoder",
     "FitOptions",
     "FlexTok",
     "FlexTokConfig",

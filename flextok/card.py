@@ -47,9 +47,10 @@ def summary(facts: Mapping[str, Any]) -> dict[str, str]:
     lines = {
         "type": facts["model_type"],
         "parameters": f"{millions(total[1])} ({detail})",
-        "tokens": str(facts["num_tokens"]),
-        "vocabulary": f"{vocab_size:,}" if vocab_size else "none (continuous)",
     }
+    if facts["num_tokens"]:  # an autoencoder has none
+        lines["tokens"] = str(facts["num_tokens"])
+        lines["vocabulary"] = f"{vocab_size:,}" if vocab_size else "none (continuous)"
     if bits:
         lines["bits per image"] = f"{bits:,.0f} ({bits / 8:,.0f} bytes)"
     if facts["image_size"]:

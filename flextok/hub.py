@@ -41,6 +41,7 @@ class Pretrained(nn.Module):
     model_type: str
     config_class: type
     config: Any
+    weights_file: str = WEIGHTS
     # config keys that a tensor states: its name and axis, or None and how its numbered ones begin
     stated: tuple[tuple[str, str, int | None], ...] = ()
     local_paths: tuple[str, ...] = ()  # config keys that may name a folder; dots descend
@@ -170,14 +171,8 @@ class Pretrained(nn.Module):
             key: value.detach().contiguous().cpu()
             for key, value in (self.state_dict() if state is None else state).items()
         }
-        header = {
-            "model_type": self.model_type,
-            "flextok_version": flextok.__version__,
-            "config": self.written_config(None if public else folder),
-            "metadata": self.written_metadata(None if public else folder),
-        }
-        text = json.dumps(header, indent=2)  # before anything is written
-        atomic_write(folder / WEIGHTS, lambda path: save_file(tensors, path))
+        text = json.dumps(self.document(None if public else folder), indent=2)  # before all writing
+        atomic_write(folder / self.weights_file, lambda path: save_file(tensors, path))
         card = folder / CARD
         if not card.is_file() or MARK in card.read_text(encoding="utf-8", errors="replace"):
             # a card is for others, wherever the folder lies now
@@ -186,6 +181,15 @@ class Pretrained(nn.Module):
         # last: with it the folder is complete
         write_text(folder / CONFIG, text + "\n")
         return folder
+
+    def document(self, folder: Path | None) -> dict[str, Any]:
+        """What config.json holds in `folder`, None = for other machines."""
+        return {
+            "model_type": self.model_type,
+            "flextok_version": flextok.__version__,
+            "config": self.written_config(folder),
+            "metadata": self.written_metadata(folder),
+        }
 
     def written_config(self, folder: Path | None) -> dict[str, Any]:
         """The config as saved in `folder`, None = for other machines: folders named relative to

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flextok.autoencoder import Autoencoder
 from flextok.cpu import accelerate
 from flextok.draws import CODES, NOISE, Rng, row_generators
 from flextok.generators import GENERATORS, Generator
@@ -29,7 +30,7 @@ def load_model(
     """Load any model of the package from a folder, file or hub id, by the type that its config.json
     names or its published layout shows; arguments and errors as in Pretrained.from_pretrained. On
     a CPU it is accelerated (flextok.cpu)."""
-    models: dict[str, type[Pretrained]] = {**TOKENIZERS, **GENERATORS}
+    models: dict[str, type[Pretrained]] = {**TOKENIZERS, **GENERATORS, "autoencoder": Autoencoder}
     stored = read_model(path)
     if stored.model_type not in models:
         raise CheckpointError(
@@ -38,6 +39,16 @@ def load_model(
         )
     model = models[stored.model_type].from_stored(stored, device, overrides=overrides)
     return accelerate(model) if torch.device(device).type == "cpu" else model
+
+
+def load_token_model(path: str | Path, device: str | torch.device = "cpu") -> Tokenizer | Generator:
+    """As load_model; raises CheckpointError for an autoencoder, which has no tokens."""
+    model = load_model(path, device)
+    if not isinstance(model, Tokenizer | Generator):
+        raise CheckpointError(
+            f"{path} is an {model.model_type}, which has no tokens: name a tokenizer or a generator"
+        )
+    return model
 
 
 def remember_tokenizer(

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from flextok.convert import convert_published, current_config
+from flextok.convert.autoencoder import OURS
 from flextok.schema import ConfigError, from_mapping
 from flextok.storage import SUFFIXES, CheckpointError, check_file, read_json, read_tensors
 
@@ -144,6 +145,8 @@ def read_model(path: str | Path, revision: str | None = None) -> StoredModel:
     is_local = Path(path).exists()
     provenance = {"source": place.name if is_local else str(path), **published.provenance}
     facts = {"provenance": provenance}
+    if isinstance(ours := document.get(OURS), dict):  # our own, in another library's layout
+        facts = check_metadata(ours.get("metadata", {}))
     return StoredModel(published.model_type, published.config, facts, published.state, str(weights))
 
 

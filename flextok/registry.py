@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from flextok.autoencoder import Autoencoder
 from flextok.data import datasets
 from flextok.data.sets import Joined
 from flextok.data.web import WebDatasetStream
@@ -26,7 +27,7 @@ from flextok.tokenizers import TOKENIZERS
 from flextok.vae import VAES
 
 DATASETS = {**datasets.DATASETS, "emoji": Emoji, "emoji_scenes": EmojiScenes}
-MODELS: dict[str, type[Pretrained]] = {**TOKENIZERS, **GENERATORS}
+MODELS: dict[str, type[Pretrained]] = {**TOKENIZERS, **GENERATORS, "autoencoder": Autoencoder}
 # where a config names a component: the registry that it is chosen from
 REGISTRIES: dict[str, Mapping[str, Callable[..., Any]]] = {
     **{"train": DATASETS, "validation": DATASETS},

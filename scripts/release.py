@@ -1,19 +1,22 @@
 """Put trained models into the package: fp16 weights, config and card, in flextok/releases.
 
+    python scripts/release.py emoji-vae=outputs/emoji/vae
     python scripts/release.py emoji=outputs/emoji/tokenizer emoji-class=outputs/emoji/generator
 
-The tokenizer comes first; the generators after it are told where it lies now, and its codes as
-rounded. Prints how many indices of the validation emoji the rounding changes. A line in
-NOTES beside each config (card.md) goes into the model card.
+A tokenizer comes before its generators, which from then on name it where it lies now, with its
+codes as rounded. Prints what the rounding does to the validation emoji: how many indices change,
+or an autoencoder's PSNR.
 """
 
 import sys
 
 import torch
 
+from flextok.autoencoder import Autoencoder
 from flextok.data.sets import take
 from flextok.data.transforms import ImageTransform
 from flextok.emoji.datasets import Emoji
+from flextok.evaluation.metrics import psnr
 from flextok.generators import Generator
 from flextok.pipeline import load_model, load_tokenizer_of, remember_tokenizer
 from flextok.places import RELEASES
@@ -25,11 +28,23 @@ def rounded(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
 
 
+def held_out(size: int, number: int | None = None) -> torch.Tensor:
+    transform = ImageTransform(size)
+    return torch.stack([transform(item["image"]) for item in take(Emoji("validation"), number)])
+
+
 def changed_indices(one: torch.nn.Module, other: torch.nn.Module) -> float:
     """The share of the validation emoji's indices that differ between two tokenizers."""
-    transform = ImageTransform(one.image_size)
-    images = torch.stack([transform(item["image"]) for item in take(Emoji("validation"), 64)])
+    images = held_out(one.image_size, 64)
     return float((one.encode(images) != other.encode(images)).float().mean())
+
+
+@torch.no_grad()
+def quality(model: Autoencoder) -> float:
+    """The PSNR in dB of the validation emoji, from the posterior's mean."""
+    batches = held_out(model.image_size).split(22)
+    made = [psnr(model.decode(model.posterior(x)[0]).clamp(-1, 1), x) for x in batches]
+    return float(torch.cat(made).mean())
 
 
 def main(arguments: list[str]) -> None:
@@ -46,7 +61,9 @@ def main(arguments: list[str]) -> None:
             remember_tokenizer(model, RELEASES / name, tokenizer, str(RELEASES / place))
         target = model.save_pretrained(RELEASES / name, rounded(model))
         released = load_model(target)
-        if not isinstance(model, Generator):
+        if isinstance(model, Autoencoder):
+            print(f"{name}: {quality(model):.2f} dB, {quality(released):.2f} as rounded to fp16")
+        elif not isinstance(model, Generator):
             share = changed_indices(model, released)
             print(f"{name}: rounding to fp16 changes {share:.2%} of the validation emoji's indices")
             tokenizer, place = released, name

@@ -20,7 +20,7 @@ FLOORS = [
             "hub",
             "draws",
         ),
-        *("nn", "quantizers", "flow", "vae", "losses"),
+        *("nn", "quantizers", "flow", "vae", "autoencoder", "losses"),
     },
     {"tokenizers", "generators", "objectives"},
     {"cpu"},

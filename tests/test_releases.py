@@ -14,20 +14,38 @@ from flextok.evaluation.metrics import psnr
 from flextok.pipeline import generate_images, load_model, load_tokenizer_of, reconstruct_prefixes
 from flextok.places import RELEASES, released
 from flextok.storage import CheckpointError, read_tensors
+from flextok.vae import KLVAE, kl_settings
 
 ROOT = Path(__file__).parent.parent
-NAMES = ["emoji", "emoji-class", "emoji-few-step", "emoji-one-step", "emoji-text"]
+NAMES = ["emoji", "emoji-class", "emoji-few-step", "emoji-one-step", "emoji-text", "emoji-vae"]
 pytestmark = pytest.mark.skipif(not released(), reason="no weights in flextok/releases")
 
 
 def test_they_are_small_and_complete():
     assert released() == NAMES
     files = [path for path in RELEASES.rglob("*") if path.is_file()]
-    assert {path.name for path in files} == {"model.safetensors", "config.json", "README.md"}
+    weights = {path for path in files if path.suffix == ".safetensors"}
+    assert len(weights) == len(NAMES)
+    assert {path.name for path in {*files} - weights} == {"config.json", "README.md"}
     assert sum(path.stat().st_size for path in files) < 40e6
-    for name in NAMES:
-        tensors, _ = read_tensors(RELEASES / name / "model.safetensors")
+    for path in weights:
+        tensors, _ = read_tensors(path)
         assert {t.dtype for t in tensors.values() if t.is_floating_point()} == {torch.float16}
+
+
+def test_the_autoencoder_keeps_held_out_emoji_and_is_a_vae_by_its_name():
+    autoencoder = load_model("emoji-vae")
+    transform = ImageTransform(autoencoder.image_size)
+    images = torch.stack([transform(item["image"]) for item in take(Emoji("validation"), 16)])
+    vae = KLVAE(**kl_settings("emoji-vae")).eval()
+    vae.load_weights()
+    with torch.no_grad():
+        latents = vae.encode(images)
+        assert psnr(vae.decode(latents).clamp(-1, 1), images).mean() > 30
+        assert torch.allclose(latents.mean((0, 2, 3)), torch.zeros(6), atol=0.5)
+        assert torch.allclose(latents.std((0, 2, 3)), torch.ones(6), atol=0.5)
+        exact = autoencoder.decode(autoencoder.posterior(images)[0])
+    assert torch.allclose(vae.decode(latents), exact, atol=1e-4)
 
 
 TOKENIZERS = ["emoji", "emoji-few-step", "emoji-one-step"]

@@ -1,9 +1,18 @@
-"""The KL-VAE's ways to fit memory."""
+"""The KL-VAE: its ways to fit memory, its files, its standardised latents."""
+
+import json
+import shutil
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 
-from flextok.vae import KLVAE
+from flextok.autoencoder import Autoencoder, AutoencoderConfig
+from flextok.convert import current_config
+from flextok.pipeline import load_model
+from flextok.tokenizers import FlexTok, FlexTokConfig
+from flextok.tokenizers.base import component
+from flextok.vae import KLVAE, VAES, kl_settings, with_sizes
 
 SMALL = {"block_channels": (32, 32, 32), "layers_per_block": 1, "channels": 4}  # f4
 
@@ -41,3 +50,81 @@ def test_tiling_cuts_large_pictures_only():
     assert pictures.isfinite().all()
     with pytest.raises(AssertionError):  # each tile's attention and norms see the tile only
         torch.testing.assert_close(pictures, plain.decode(large))
+
+
+def standard() -> Autoencoder:
+    torch.manual_seed(0)
+    config = AutoencoderConfig(16, 4, [8, 16], 1, 2, latents_mean=[1, 2, 3, 4], latents_std=[2] * 4)
+    return Autoencoder(config).eval()
+
+
+@torch.no_grad()
+def test_a_folder_of_diffusers_gives_sizes_and_standardised_latents(tmp_path, images):
+    model = standard()
+    model.save_pretrained(tmp_path)
+    vae = KLVAE(**kl_settings(tmp_path)).eval()
+    vae.load_weights()
+    mean, std = torch.tensor([1, 2, 3, 4]).view(-1, 1, 1), 2
+    latents = model.posterior(images)[0]
+    assert torch.allclose(vae.encode(images), (latents - mean) / std, atol=1e-6)
+    assert torch.allclose(vae.decode(vae.encode(images)), model.decode(latents), atol=1e-5)
+
+
+def test_a_tokenizer_has_the_sizes_of_its_vae_and_keeps_them_without_its_folder(tmp_path, images):
+    standard().save_pretrained(tmp_path / "vae")
+    sizes = {"image_size": 16, "num_registers": 4, "encoder_depth": 1, "decoder_depth": 1}
+    spec = {"name": "kl", "weights": str(tmp_path / "vae"), "sample_posterior": False}
+    model = FlexTok(FlexTokConfig(**sizes, vae=spec)).eval()
+    assert model.config.vae["latents_std"] == [2] * 4
+    model.vae.load_weights()
+    model.save_pretrained(tmp_path / "model")
+    shutil.rmtree(tmp_path / "vae")
+    loaded = FlexTok.from_pretrained(tmp_path / "model")
+    assert loaded.codes_id == model.codes_id
+    assert torch.equal(loaded.vae.encode(images), model.vae.encode(images))
+
+
+@pytest.mark.parametrize("spec", [{}, {"scaling_factor": 0.5}, {"channels": 16, "slicing": True}])
+def test_models_of_before_keep_their_vae_and_codes_id(tmp_path, spec):
+    """Their VAE is FlexTok's where they state no sizes, whatever lies under the name they state."""
+    standard().save_pretrained(tmp_path)
+    saved = {"vae": {"name": "kl", "weights": str(tmp_path), **spec}}
+    vae = with_sizes(current_config("flextok", saved)["vae"])
+    assert vae == {"channels": 16, **saved["vae"]}
+    scaled = {k: v for k, v in spec.items() if k == "scaling_factor"}
+    assert component(VAES, vae, unused="weights slicing") == {"name": "kl", **scaled}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"_class_name": "AutoencoderTiny"}, "AutoencoderTiny"),
+        ({"shift_factor": 0.1}, "shift_factor=0.1"),
+        ({"latent_channels": None}, "lacks latent_channels"),
+    ],
+)
+def test_a_folder_that_does_not_fit_is_refused(tmp_path, changes, message):
+    standard().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | changes
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        kl_settings(tmp_path)
+    with pytest.raises(ValueError, match="no VAE at"):
+        kl_settings(tmp_path / "nowhere")
+
+
+@torch.no_grad()
+def test_a_saved_autoencoder_gives_equal_outputs_in_diffusers(tmp_path, images):
+    model = standard()
+    model.metadata["step"] = 3
+    model.save_pretrained(tmp_path)
+    theirs = AutoencoderKL.from_pretrained(tmp_path).eval()
+    assert torch.equal(theirs(images).sample, model.decode(model.posterior(images)[0]))
+    assert theirs.config.latents_mean == [1, 2, 3, 4]
+    ours = load_model(tmp_path)
+    assert ours.config == model.config
+    assert ours.metadata == model.metadata
+    theirs.save_pretrained(tmp_path / "theirs")  # and what diffusers writes is one of ours
+    again = Autoencoder.from_pretrained(tmp_path / "theirs")
+    assert again.config == model.config
+    assert torch.equal(again.posterior(images)[1], model.posterior(images)[1])

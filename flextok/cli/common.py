@@ -9,7 +9,7 @@ import yaml
 
 from flextok.config import load_experiment
 from flextok.data.processes import local_device
-from flextok.pipeline import decodable_lengths, load_model
+from flextok.pipeline import decodable_lengths, load_token_model
 from flextok.places import released
 from flextok.registry import make_dataset
 from flextok.tokenizers import Tokenizer
@@ -26,7 +26,7 @@ def pick_device(name: str | None) -> str:
 
 
 def load_tokenizer(name: str, device: str | None) -> Tokenizer:
-    model = load_model(name, pick_device(device))
+    model = load_token_model(name, pick_device(device))
     if not isinstance(model, Tokenizer):
         raise ValueError(f"{name} is a generator: name the tokenizer whose indices it predicts")
     return model

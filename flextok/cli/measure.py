@@ -24,7 +24,7 @@ from flextok.evaluation.report import check_output, write_report
 from flextok.evaluation.sweep import format_table as sweep_table
 from flextok.evaluation.sweep import sweep
 from flextok.generators import Generator
-from flextok.pipeline import load_model, load_tokenizer_of
+from flextok.pipeline import load_token_model, load_tokenizer_of
 from flextok.places import released
 from flextok.registry import make_dataset
 
@@ -41,7 +41,7 @@ def load_for_measuring(options: Measuring) -> Any:
     """The model on its device and in its precision."""
     device = pick_device(options.device)
     double = options.dtype == "float64" or (options.dtype is None and device == "cpu")
-    return load_model(options.model, device).to(torch.float64 if double else torch.float32)
+    return load_token_model(options.model, device).to(torch.float64 if double else torch.float32)
 
 
 def measuring_options(options: Measuring, decoding: Mapping[str, Any] | None = None) -> Options:
@@ -133,7 +133,7 @@ def run_align(options: Align) -> dict[str, Any]:
     scenes = make_dataset(spec)
     if not isinstance(scenes, EmojiScenes):
         raise ValueError("--data must be emoji_scenes: the classifier reads those")
-    generator = load_model(options.model, pick_device(options.device))
+    generator = load_token_model(options.model, pick_device(options.device))
     if not isinstance(generator, Generator):
         raise ValueError(f"{options.model} is a {generator.model_type} model, not a generator")
     tokenizer = load_tokenizer_of(generator, options.model, options.tokenizer, generator.device)

@@ -9,6 +9,7 @@ from flextok.generators import Generator
 from flextok.pipeline import load_model
 from flextok.places import released
 from flextok.printing import printable
+from flextok.tokenizers import Tokenizer
 
 
 def run_models(options: Models) -> list[dict[str, Any]]:
@@ -18,9 +19,11 @@ def run_models(options: Models) -> list[dict[str, Any]]:
         if isinstance(model, Generator):
             kind, takes = "generator", "by " + model.config.conditioner["name"]
         else:
-            kind, takes = "tokenizer", f"{model.image_size} x {model.image_size} pixels"
-        print(f"{name:<18}{kind}, {takes}, {model.num_tokens} tokens")
-        found.append({"name": name, "kind": kind, "takes": takes, "num_tokens": model.num_tokens})
+            kind = "tokenizer" if isinstance(model, Tokenizer) else model.model_type
+            takes = f"{model.image_size} x {model.image_size} pixels"
+        num_tokens = model.sizes()[1]
+        print(f"{name:<18}{kind}, {takes}" + (f", {num_tokens} tokens" if num_tokens else ""))
+        found.append({"name": name, "kind": kind, "takes": takes, "num_tokens": num_tokens})
     return found
 
 

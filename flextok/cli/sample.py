@@ -34,7 +34,7 @@ from flextok.generators.conditioning import NULL_CLASS, NoConditioner, TextCondi
 from flextok.pipeline import (
     batches_of,
     generate_images,
-    load_model,
+    load_token_model,
     load_tokenizer_of,
     reconstruct_prefixes,
 )
@@ -67,7 +67,7 @@ def run_sample(options: Sample) -> dict[str, Any]:
         by_prompt = options.prompt or options.prompts_file
         by_class = options.classes is not None
         options.model = BY_PROMPT if by_prompt else BY_CLASS if by_class else TOKENIZER
-    model = load_model(options.model, pick_device(options.device))
+    model: Any = load_token_model(options.model, pick_device(options.device))
     reconstructs = isinstance(model, Tokenizer)
     kind = "tokenizer" if reconstructs else model.config.conditioner["name"]
     check_taken(kind, options)

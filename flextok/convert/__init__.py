@@ -4,7 +4,7 @@ No file is opened and no model is built here: tensors and JSON documents go in; 
 config as a plain mapping and a state dict come out. The tensors are views wherever they can be.
 """
 
-from flextok.convert import ar, flextok, maskgit, titok
+from flextok.convert import ar, autoencoder, flextok, maskgit, titok
 from flextok.convert.older import current_config
 from flextok.convert.rules import Documents, Published, State
 
@@ -17,6 +17,7 @@ _LAYOUTS = [
     (titok.is_titok, titok.convert_titok),
     (titok.is_vqgan, titok.convert_vqgan),
     (maskgit.is_maskgit, maskgit.convert_maskgit),
+    (autoencoder.is_autoencoder, autoencoder.convert_autoencoder),
 ]
 
 
@@ -29,5 +30,6 @@ def convert_published(state: State, documents: Documents) -> Published:
     some = ", ".join(repr(key) for key in list(state)[:3]) or "none"
     raise ValueError(
         f"the weights are of no layout that this package knows (keys: {some}, ...). Known: its own "
-        "with config.json; published FlexTok, its AR generators, TiTok, MaskGIT, MaskGIT-VQGAN"
+        "with config.json; published FlexTok, its AR generators, TiTok, MaskGIT, MaskGIT-VQGAN, "
+        "diffusers' AutoencoderKL"
     )

@@ -17,6 +17,10 @@ def current_config(model_type: str, config: Mapping[str, Any]) -> dict[str, Any]
     """A saved config in today's keys; one of today stays as it is."""
     unread = {*_TRAINING.get(model_type, "").split(), "checkpoint_blocks"}
     kept = {key: value for key, value in config.items() if key not in unread}
+    vae = kept.get("vae")
+    if isinstance(vae, Mapping) and vae.get("name") == "kl":
+        # one that states no sizes had FlexTok's, whatever its weights' folder holds now
+        kept["vae"] = {"channels": 16, **vae}
     dropout, distill = kept.pop("nested_dropout", None), kept.pop("distill", None)
     if dropout is not None:
         is_line = model_type == "flextok" and kept.get("token_grid") is None

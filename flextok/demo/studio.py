@@ -16,7 +16,7 @@ from flextok.generators.conditioning import NULL_CLASS, ClassConditioner, TextCo
 from flextok.pipeline import (
     decodable_lengths,
     grow_images,
-    load_model,
+    load_token_model,
     load_tokenizer_of,
     reconstruct_prefixes,
 )
@@ -89,7 +89,7 @@ class Studio:
         self.pairs: list[Pair] = []
         tokenizers: list[Tokenizer] = []
         for name in names:
-            model = load_model(name, device)
+            model = load_token_model(name, device)
             if isinstance(model, Tokenizer):
                 tokenizers.append(model)
             else:

@@ -5,7 +5,7 @@ decoder that rebuilds a plausible image from any prefix. Time: t=1 is noise (flo
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -29,7 +29,7 @@ from flextok.tokenizers.base import (
     images_to_encode,
 )
 from flextok.tokenizers.networks import Encoder, FlowDecoder, add_places
-from flextok.vae import VAES
+from flextok.vae import VAES, with_sizes
 
 MAX_STEPS, MAX_SCALE = 10_000, 1000  # of a decoder; more of them are a mistake
 
@@ -116,6 +116,7 @@ class FlexTok(Tokenizer):
 
     def __init__(self, config: FlexTokConfig):
         super().__init__()
+        config = replace(config, vae=with_sizes(config.vae))
         self.config, self.ordered = config, config.ordered
         self.vae = build(VAES, config.vae, "vae")
         self.quantizer = build(QUANTIZERS, config.quantizer, "quantizer")

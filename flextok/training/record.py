@@ -19,10 +19,12 @@ import torch
 import flextok
 from flextok.card import count_parameters
 from flextok.config import ExperimentConfig, load_experiment, save_experiment
+from flextok.convert.autoencoder import OURS
 from flextok.data.augmentation import Augmentation
 from flextok.data.datamodule import DataModule
 from flextok.files import atomic_write, read_mapping, write_text
-from flextok.places import CONFIG, WEIGHTS
+from flextok.hub import look_up
+from flextok.places import CONFIG, find_weights
 from flextok.schema import ConfigError, to_mapping
 from flextok.tokenizers.base import Tokenizer
 from flextok.training.module import TrainingModule
@@ -160,10 +162,11 @@ def is_finished(folder: Path, step: int, max_steps: int, validates: bool) -> boo
     last, what it was validated to be is recorded, and the model is exported as it is there."""
     recorded = not validates or read_validated(folder / "checkpoints") >= step
     try:
-        found = read_mapping(folder / CONFIG, metadata=dict)["metadata"].get("step")
+        document = read_mapping(folder / CONFIG)
+        find_weights(folder)
     except ValueError:
         return False
-    exported = found == step and (folder / WEIGHTS).is_file()
+    exported = look_up(document.get(OURS, document), "metadata.step") == step
     if finished := step >= max_steps and recorded and exported:
         log.info("nothing to do: %s is trained to its end, step %d", folder, step)
     return finished
