@@ -23,7 +23,7 @@ from flextok.generators.maskgit import MaskGITOptions
 from flextok.pipeline import remember_tokenizer
 from flextok.schema import ConfigError
 from flextok.tokenizers import FlexTok
-from flextok.tokenizers.flextok import DecodeOptions
+from flextok.tokenizers.decoding import DecodeOptions
 
 FEW = ("--steps", "1", "--guidance-scale", "1", "--num-tokens", "8")
 

@@ -10,7 +10,7 @@ from flextok.objectives import DistillationConfig, DistillationObjective
 from flextok.registry import build_model, like_start
 from flextok.schema import ConfigError, from_mapping
 from flextok.tokenizers import TOKENIZERS, FlexTok
-from flextok.tokenizers.flextok import DecodeOptions
+from flextok.tokenizers.decoding import DecodeOptions, solve
 from flextok.training.plan import build
 from flextok.training.prepare import prepare
 
@@ -43,8 +43,10 @@ def error(student: FlexTok, teacher: FlexTok) -> float:
     codes = teacher.quantizer.indices_to_codes(teacher.encode(pictures(7)))
     noise = torch.randn(16, 3, 16, 16, generator=torch.Generator().manual_seed(8))
     keep = torch.tensor([1, 2, 4, 8] * 4)
-    many = teacher.solve(noise, torch.linspace(1, 0, 9), codes, keep)
-    few = student.solve(noise, torch.linspace(1, 0, 3), codes, keep)
+    many = solve(
+        teacher.conditions(codes, keep), noise, teacher.config.decode, times=torch.linspace(1, 0, 9)
+    )
+    few = solve(student.conditions(codes, keep), noise, student.config.decode)
     return float((few - many).norm() / (many - noise).norm())
 
 

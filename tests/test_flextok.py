@@ -16,7 +16,7 @@ from flextok.nn.embeddings import patchify, unpatchify
 from flextok.objectives import CrossLengthObjective, FlowObjective
 from flextok.schema import ConfigError
 from flextok.tokenizers import FlexTok, FlexTokConfig
-from flextok.tokenizers.flextok import DecodeOptions
+from flextok.tokenizers.decoding import DecodeOptions
 from flextok.tokenizers.networks import DecoderOutput
 from flextok.vae import IdentityVAE
 

@@ -22,7 +22,7 @@ from flextok.tokenizers import (
     TiTokConfig,
     VQGANConfig,
 )
-from flextok.tokenizers.flextok import DecodeOptions
+from flextok.tokenizers.decoding import DecodeOptions
 
 
 def test_round_trip_is_bit_identical(tmp_path, images):

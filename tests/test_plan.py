@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers.models import TINY, TITOK, VQGAN
+from helpers.models import DRAWER, TINY, TITOK, VQGAN
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -20,7 +20,7 @@ from flextok.objectives import make_objective
 from flextok.registry import build_model
 from flextok.schema import ConfigError
 from flextok.tokenizers import TOKENIZERS
-from flextok.training.plan import GPUS, Assumptions, as_text, measure, plan
+from flextok.training.plan import GPUS, Assumptions, as_text, measure, plan, starts
 
 GPT = {"name": "gpt", "vocab_size": 500, "num_tokens": 64, "depth": 4, "dim": 128, "num_heads": 4}
 
@@ -74,7 +74,7 @@ def test_recomputing_costs_a_forward_pass_and_saves_most_of_the_memory(tmp_path)
 
 def real_step(config, registry, count) -> tuple[float, float]:
     model = build_model(registry, config.model).train()
-    objective = make_objective(model, config.objective)
+    objective = make_objective(model, config.objective, starts(model, config.objective)).train()
     draws = torch.Generator().manual_seed(0)
     if config.task == "tokenizer":
         batch = {"image": torch.rand(count, 3, model.image_size, model.image_size, generator=draws)}
@@ -103,6 +103,7 @@ SMALL = {
     # dropout keeps floats on a CPU, bools elsewhere
     "maskgit": {**GPT, **CLASSES, "name": "maskgit", "dropout": 0.0},
     "flextok": {"name": "flextok", **TINY},
+    "drawer": {"name": "flextok", **TINY, "drawer": DRAWER},
     "titok": {"name": "titok", **TITOK},
     "maskgit_vqgan": {"name": "maskgit_vqgan", **VQGAN},
 }

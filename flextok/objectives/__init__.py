@@ -8,18 +8,20 @@ from flextok.objectives.adversarial import AdversarialConfig, AdversarialObjecti
 from flextok.objectives.base import Objective, Part
 from flextok.objectives.cross_length import CrossLengthConfig, CrossLengthObjective
 from flextok.objectives.distillation import DistillationConfig, DistillationObjective
+from flextok.objectives.drawing import DrawingConfig, DrawingObjective
 from flextok.objectives.flow import FlowConfig, FlowObjective
 from flextok.objectives.masked_tokens import MaskedTokensConfig, MaskedTokensObjective
 from flextok.objectives.next_token import NextTokenConfig, NextTokenObjective
 from flextok.objectives.proxy_codes import ProxyCodesObjective
 from flextok.objectives.reconstruction import ReconstructionConfig, ReconstructionObjective
 from flextok.schema import from_mapping, to_mapping, unknown_key
-from flextok.tokenizers import TiTok
+from flextok.tokenizers import FlexTok, TiTok
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "flow": FlowObjective,
     "cross_length": CrossLengthObjective,
     "distillation": DistillationObjective,
+    "drawing": DrawingObjective,
     "proxy_codes": ProxyCodesObjective,
     "reconstruction": ReconstructionObjective,
     "adversarial": AdversarialObjective,
@@ -35,6 +37,8 @@ __all__ = [
     "CrossLengthObjective",
     "DistillationConfig",
     "DistillationObjective",
+    "DrawingConfig",
+    "DrawingObjective",
     "FlowConfig",
     "FlowObjective",
     "MaskedTokensConfig",
@@ -55,6 +59,8 @@ def default_objective(model: Pretrained) -> str:
     """The name of the objective of a model whose experiment names none."""
     if isinstance(model, TiTok) and model.config.stage == "proxy":
         return "proxy_codes"
+    if isinstance(model, FlexTok) and model.drawer is not None:
+        return "drawing"
     defaults = {"flextok": "flow", "gpt": "next_token", "maskgit": "masked_tokens"}
     return defaults.get(model.model_type, "reconstruction")
 

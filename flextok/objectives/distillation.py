@@ -25,7 +25,7 @@ from flextok.objectives.nested_dropout import PrefixConfig, take_rows
 from flextok.schema import Bounds, ConfigError
 from flextok.tokenizers import FlexTok
 from flextok.tokenizers.base import check_images
-from flextok.tokenizers.flextok import MAX_STEPS
+from flextok.tokenizers.decoding import MAX_STEPS, solve
 
 Steps = Annotated[int, Bounds(1, MAX_STEPS)]
 
@@ -89,8 +89,10 @@ class DistillationObjective(Objective):
                 codes = student.quantizer(student.encoder(latents[rows], length))[0][:, :length]
                 x = noise[rows]
                 if i:
-                    x = student.solve(x, steps[: i + 1], codes, keep)
-                target = (teacher.solve(x, within, codes, keep) - x) / (end - start)
+                    own = student.conditions(codes, keep)
+                    x = solve(own, x, student.config.decode, times=steps[: i + 1])
+                guided, options = teacher.conditions(codes, keep), teacher.config.decode
+                target = (solve(guided, x, options, times=within) - x) / (end - start)
             targets.append(x0_of(target, x, start) if predicts == "x0" else target)
             registers, mask = student.decoder.embed_codes(codes, keep)
             predictions.append(student.decoder(x, start, registers, mask).prediction)

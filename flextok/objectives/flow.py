@@ -67,8 +67,9 @@ class FlowObjective(Objective):
 
     def begin(self, weights: Pretrained | None = None) -> None:
         """weights: a trained model to go on from; one of another image size lends its positions,
-        interpolated."""
+        interpolated. A drawer is left out, since its drafts change: train it again."""
         model, config = self.model, self.config
+        model.drop_drawer()
         self.nested_dropout = nested_dropout(model, config)
         self.sample_times = build(TIME_SAMPLERS, config.time_sampler, "time sampler")
         self.alignment: RepresentationAlignment | None = None
@@ -199,7 +200,7 @@ def begin_as(model: FlexTok, trained: FlexTok) -> None:
             f"model.vae={model.config.vae} is not that of the model it starts from: take "
             f"{{name: identity, shift: {shift}, scale: {scale}}}, or auto for both"
         )
-    state = trained.state_dict()
+    state = {k: v for k, v in trained.state_dict().items() if model.drawer or "drawer." not in k}
     for name in ("encoder.patch_pos", "decoder.patch_pos"):
         grid = model.get_parameter(name).shape[-2:]
         if state[name].shape[-2:] != grid:

@@ -1,7 +1,9 @@
 """Tokenizers: images <-> indices. base.py has the class that they all are."""
 
 from flextok.tokenizers.base import NoOptions, Tokenizer
-from flextok.tokenizers.flextok import DecodeOptions, FlexTok, FlexTokConfig
+from flextok.tokenizers.decoding import DecodeOptions
+from flextok.tokenizers.drawer import DrawerConfig
+from flextok.tokenizers.flextok import FlexTok, FlexTokConfig
 from flextok.tokenizers.titok import TiTok, TiTokConfig
 from flextok.tokenizers.vqgan import MaskGITVQGAN, VQGANConfig
 
@@ -14,6 +16,7 @@ TOKENIZERS: dict[str, type[Tokenizer]] = {
 __all__ = [
     "TOKENIZERS",
     "DecodeOptions",
+    "DrawerConfig",
     "FlexTok",
     "FlexTokConfig",
     "MaskGITVQGAN",

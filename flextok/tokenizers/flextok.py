@@ -12,14 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from flextok.draws import Rng, draw
-from flextok.flow.guidance import GUIDANCE, within
-from flextok.flow.path import Quantity, linear_times, shift_times, velocity_of
-from flextok.flow.solvers import SOLVERS
+from flextok.flow.path import Quantity, velocity_of
 from flextok.nn.attention import Attention
 from flextok.nn.blocks import SegmentModulation
 from flextok.nn.devices import to_device
 from flextok.quantizers import QUANTIZERS
-from flextok.schema import Bounds, Depth, Size, build, check_number
+from flextok.schema import Bounds, Depth, Size, build
 from flextok.tokenizers.base import (
     Pictures,
     Tokenizer,
@@ -28,34 +26,10 @@ from flextok.tokenizers.base import (
     component,
     images_to_encode,
 )
+from flextok.tokenizers.decoding import Conditions, DecodeOptions, solve
+from flextok.tokenizers.drawer import Drawer, DrawerConfig
 from flextok.tokenizers.networks import Encoder, FlowDecoder, add_places
 from flextok.vae import VAES, with_sizes
-
-MAX_STEPS, MAX_SCALE = 10_000, 1000  # of a decoder; more of them are a mistake
-
-
-@dataclass
-class DecodeOptions:
-    """How decode() solves; the defaults are FlexTok's (appendix: 20 steps, APG 7.5)."""
-
-    num_steps: int = 20
-    solver: str = "euler"  # euler, heun, ab2
-    guidance: dict[str, Any] = field(default_factory=lambda: {"name": "apg"})  # apg, cfg
-    guidance_scale: float = 7.5  # 1 = none; in decode() a function of t, too
-    guidance_interval: list[float] | None = None  # times [low, high] that are guided; None = all
-    time_shift: float = 1.0  # > 1: more of the steps near the noise, see flow.path.shift_times
-
-    def __post_init__(self) -> None:
-        build(SOLVERS, self.solver, "solver")
-        build(GUIDANCE, self.guidance, "guidance")
-        check_number("num_steps", self.num_steps, 1, MAX_STEPS, whole=True)
-        if not callable(self.guidance_scale):  # decode() takes a function of t, too
-            check_number("guidance_scale", self.guidance_scale, 0, MAX_SCALE, hint=" (1 = none)")
-        check_number("time_shift", self.time_shift, 0.001, 1000, hint=" (1 = equal steps)")
-        if self.guidance_interval is not None:
-            if len(self.guidance_interval) != 2:
-                raise ValueError(f"guidance_interval={self.guidance_interval} must be [low, high]")
-            within(1.0, *self.guidance_interval)
 
 
 @dataclass
@@ -88,7 +62,8 @@ class FlexTokConfig:
     max_timestep: Annotated[float, Bounds(0, open_low=True)] = (
         1.0  # of t in the time embedding; published models were made with 1000
     )
-    decode: DecodeOptions = field(default_factory=DecodeOptions)
+    drawer: DrawerConfig | None = None  # a second decoder, which draws around the first one's image
+    decode: DecodeOptions = field(default_factory=DecodeOptions)  # the drawer's, where there is one
     distilled: bool = False  # a few-step decoder: steps, solver and guidance are those of `decode`
 
 
@@ -103,7 +78,7 @@ class FlexTok(Tokenizer):
     model_type = "flextok"
     stochastic = True
     config_class = FlexTokConfig
-    local_paths = ("vae.weights",)
+    local_paths = ("vae.weights", "drawer.vae.weights")
     stated = (
         ("num_registers", "decoder.register_pos", 0),
         ("encoder_dim", "encoder.patch_embed.weight", 0),
@@ -146,6 +121,9 @@ class FlexTok(Tokenizer):
             drop_mode=config.drop_mode,
             num_registers=config.num_registers,
         )
+        self.drawer: Drawer | None = None
+        if config.drawer is not None:
+            self.drawer = Drawer(config.drawer, config.image_size)
         self.init_weights()
 
     @property
@@ -163,6 +141,13 @@ class FlexTok(Tokenizer):
     @property
     def noise_shape(self) -> tuple[int, int, int]:
         """Of the noise that decode() begins with, for one image: (C, h, w) of the latents."""
+        if self.drawer is not None:
+            return self.drawer.noise_shape
+        return self.draft_shape
+
+    @property
+    def draft_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of the latents that are encoded."""
         side = self.image_size // self.vae.downsample
         return self.vae.channels, side, side
 
@@ -245,9 +230,44 @@ class FlexTok(Tokenizer):
             noise = draw(torch.randn, shape, generator, device)
         elif tuple(noise.shape) != shape:
             raise ValueError(f"noise has shape {tuple(noise.shape)}, expected {shape}")
-        # the times stay on the CPU: reading one never waits for a GPU
-        times = shift_times(linear_times(chosen.num_steps), chosen.time_shift)
-        x0 = self.solve(to_device(noise, device), times, codes, keep, chosen, progress)
+        x = chosen.scaled(to_device(noise, device), keep, self.num_tokens)
+        vae = self.vae if self.drawer is None else self.drawer.vae
+        return as_images(vae.decode(solve(self.conditions(codes, keep), x, chosen, progress)))
+
+    def drop_drawer(self) -> None:
+        """Decode with the first decoder alone."""
+        if self.config.drawer is not None:
+            decode = self.config.drawer.draft
+            self.config = replace(self.config, drawer=None, decode=decode, distilled=False)
+            self.drawer = None
+
+    def conditions(self, codes: Tensor, keep: Tensor) -> Conditions:
+        """codes: (B, k, code_dim); keep: (B,) long on the CPU. Returns what decode() solves."""
+        if self.drawer is not None:
+            return self.drawer.conditions(self.draft(codes, keep))
+        return self.first_conditions(codes, keep)
+
+    def first_conditions(self, codes: Tensor, keep: Tensor) -> Conditions:
+        """The velocities of the first decoder."""
+        registers, mask = self.decoder.embed_codes(codes, keep)
+        one, everyone = torch.ones_like(keep), torch.ones_like(keep, dtype=torch.bool)
+        null_registers, null_mask = self.decoder.embed_codes(codes[:, :1], one, everyone)
+        return Conditions(
+            lambda x, t: self.velocity(x, t, registers, mask),
+            lambda x, t: self.velocity(x, t, null_registers, null_mask),
+        )
+
+    @torch.no_grad()
+    def draft(self, codes: Tensor, keep: Tensor) -> Tensor:
+        """What the drawer draws around: the first decoder's images (B, 3, H, W) in [-1, 1], from
+        the same noise for every row, so that they depend on nothing but the codes."""
+        if self.config.drawer is None:
+            raise ValueError("this model has no drawer: decode() is what its one decoder returns")
+        generator = torch.Generator("cpu").manual_seed(0)
+        noise = torch.randn((1, *self.draft_shape), generator=generator, device="cpu")
+        noise = to_device(noise, self.device).expand(len(codes), -1, -1, -1)
+        options = self.config.drawer.draft
+        x0 = solve(self.first_conditions(codes, keep), noise, options)
         return as_images(self.vae.decode(x0))
 
     def decode_options(self, asked: Mapping[str, Any], options: Any = None) -> DecodeOptions:
@@ -255,7 +275,7 @@ class FlexTok(Tokenizer):
         fixes."""
         chosen = super().decode_options(asked, options)
         if self.config.distilled:
-            for key in ("num_steps", "guidance_scale", "solver", "time_shift"):
+            for key in ("num_steps", "guidance_scale", "solver", "time_shift", "noise_scale"):
                 value, fixed = getattr(chosen, key), getattr(self.config.decode, key)
                 if value != fixed:
                     raise ValueError(
@@ -263,38 +283,3 @@ class FlexTok(Tokenizer):
                         "its few Euler steps, guidance included"
                     )
         return chosen
-
-    @torch.no_grad()
-    def solve(
-        self,
-        x: Tensor,
-        times: Tensor,
-        codes: Tensor,
-        keep: Tensor,
-        options: DecodeOptions | None = None,
-        progress: Callable[[int], None] | None = None,
-    ) -> Tensor:
-        """x: latents (B, C, h, w) at times[0]; times: (S+1,), decreasing; codes: (B, k, code_dim);
-        keep: (B,) long on the CPU. All else as in decode. Returns latents at times[-1]."""
-        chosen = options or self.config.decode
-        registers, mask = self.decoder.embed_codes(codes, keep)
-        one, everyone = torch.ones_like(keep), torch.ones_like(keep, dtype=torch.bool)
-        null_registers, null_mask = self.decoder.embed_codes(codes[:, :1], one, everyone)
-        calls = 0
-
-        def conditional(x: Tensor, t: Tensor) -> Tensor:
-            nonlocal calls
-            calls += 1
-            if progress is not None:
-                progress(calls)
-            return self.velocity(x, t, registers, mask)
-
-        def unconditional(x: Tensor, t: Tensor) -> Tensor:
-            return self.velocity(x, t, null_registers, null_mask)
-
-        scale = chosen.guidance_scale
-        if chosen.guidance_interval is not None:
-            scale = within(scale, *chosen.guidance_interval)
-        guide = build(GUIDANCE, chosen.guidance, "guidance")
-        solve = build(SOLVERS, chosen.solver, "solver")
-        return solve(guide(conditional, unconditional, scale), x, times)

@@ -24,10 +24,12 @@ from flextok.objectives import (
     AdversarialObjective,
     CrossLengthObjective,
     DistillationObjective,
+    DrawingObjective,
     Objective,
     ReconstructionObjective,
 )
 from flextok.tokenizers import FlexTok, TiTok
+from flextok.tokenizers.drawer import DrawerBlock
 
 
 class Cost(NamedTuple):
@@ -40,6 +42,7 @@ class Cost(NamedTuple):
 KEPT: dict[type[nn.Module], tuple[float, int]] = {
     Block: (7 + 4 * 8 / 3, 2),
     AdaLNBlock: (11 + 4 * 8 / 3, 2),
+    DrawerBlock: (11 + 4 * 8 / 3, 2),
     ViTBlock: (16, 0),
 }
 
@@ -109,6 +112,11 @@ class Formulas:
             yield self.stack(encoder.blocks, both, pairs, unread=patches)
         for _ in range(2 if isinstance(objective, CrossLengthObjective) else 1):
             yield self.stack(decoder.blocks, both, both**2, unread=registers)
+        if isinstance(objective, DrawingObjective):  # all of the above once, for the draft
+            drawer, n = objective.drawer, objective.drawer.grid**2
+            yield self.run(lambda: drawer.vae.encode(images, sample=False), 1)
+            yield from (self.stack(drawer.blocks, n, n**2), self.edges(drawer, n))
+            return
         yield from (self.edges(encoder, patches), self.edges(decoder, patches))
         if isinstance(objective, DistillationObjective):
             options, decode = objective.config, objective.teacher.network.config.decode

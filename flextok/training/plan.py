@@ -242,6 +242,8 @@ def build(config: ExperimentConfig, device: torch.device = META) -> Objective:
 def starts(model: Any, spec: Mapping[str, Any]) -> dict[str, Any]:
     """Models without weights in place of those that training would start from."""
     name = spec.get("name", default_objective(model))
+    if name == "drawing":
+        return {"weights": FlexTok(replace(model.config, drawer=None))}
     if name == "distillation":
         return {"teacher": FlexTok(model.config)}
     if isinstance(model, TiTok) and model.config.stage != "single":

@@ -9,6 +9,7 @@ from flextok.emoji.datasets import Emoji
 from flextok.generators import GPT, GPTConfig
 from flextok.objectives import NextTokenConfig, NextTokenObjective
 from flextok.pipeline import remember_tokenizer
+from flextok.schema import from_mapping
 from flextok.tokenizers import FlexTok, FlexTokConfig
 
 TINY = {
@@ -23,6 +24,9 @@ TINY = {
     "vae": {"name": "identity"},
     "quantizer": {"name": "fsq", "levels": [8, 5, 5]},
 }
+
+
+DRAWER = {"vae": {"name": "identity"}, "patch_size": 4, "dim": 32, "depth": 2, "head_dim": 16}
 
 
 VQGAN = {
@@ -59,7 +63,7 @@ def randomize(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 
 
 def tiny_tokenizer(**changes) -> FlexTok:
-    model = FlexTok(FlexTokConfig(**{**TINY, **changes}))
+    model = FlexTok(from_mapping(FlexTokConfig, {**TINY, **changes}))
     return randomize(model).eval()
 
 

@@ -1,0 +1,103 @@
+"""What a drawer minimises: the flow's error on latents, given the draft of a random prefix."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flextok.draws import BatchDraws
+from flextok.flow.path import TIME_SAMPLERS, interpolate, velocity_target
+from flextok.hub import Pretrained
+from flextok.nn.devices import to_device
+from flextok.objectives.base import Objective, draws_of, need, train_only
+from flextok.objectives.flow import nested_dropout
+from flextok.objectives.nested_dropout import PrefixConfig, take_rows
+from flextok.schema import ConfigError, Share, build
+from flextok.tokenizers import FlexTok
+from flextok.tokenizers.base import check_images
+from flextok.tokenizers.drawer import Drawer
+
+
+@dataclass
+class DrawingConfig(PrefixConfig):
+    null_prob: Share = 0.1  # how often the draft is left out, for guidance
+    time_sampler: dict[str, Any] = field(
+        default_factory=lambda: {"name": "thick_tailed", "mean": 0.3}
+    )
+
+
+class DrawingObjective(Objective):
+    """Trains a FlexTok's drawer. The tokens, the first decoder and the VAEs stay as they are."""
+
+    config_class = DrawingConfig
+    models = ("flextok",)
+    starts = ("weights",)
+    model: FlexTok
+    config: DrawingConfig
+
+    def begin(self, weights: Pretrained | None = None) -> None:
+        """weights: the trained tokenizer whose drafts are drawn around, with a drawer or without.
+        Raises ConfigError where the model has no drawer."""
+        model, config = self.model, self.config
+        if model.drawer is None:
+            raise ConfigError("drawing trains model.drawer, which this model does not have")
+        trained = need("weights", weights, FlexTok)
+        try:
+            for name, part in trained.named_children():
+                model.get_submodule(name).load_state_dict(part.state_dict())
+        except RuntimeError as error:
+            raise ConfigError(
+                f"model must have the sizes of what it starts from: {error}"
+            ) from None
+        self.nested_dropout = nested_dropout(model, config)
+        self.sample_times = build(TIME_SAMPLERS, config.time_sampler, "time sampler")
+        train_only(model, ["drawer"])
+
+    @property
+    def drawer(self) -> Drawer:
+        assert self.model.drawer is not None, "begin() asks for one"
+        return self.model.drawer
+
+    def prepare(self, pretrained: bool = True) -> None:
+        if pretrained and not self.drawer.vae.has_weights:
+            self.drawer.vae.load_weights()
+
+    @torch.no_grad()
+    def frozen(self, batch: Mapping[str, Any], draws: BatchDraws) -> dict[str, Tensor]:
+        """batch: "image" (B, 3, H, W) in [-1, 1]. Returns "latents" (B, C, h, w) of the drawer's
+        VAE, "draft" (B, 3, H, W) in [-1, 1] from a random prefix and "keep" (B,), its length."""
+        model, images = self.model, batch["image"]
+        check_images(images, model.image_size)
+        order, groups = self.nested_dropout.groups(draws)
+        images = take_rows(images, order)
+        codes = model.quantizer(model.encoder(model.vae.encode(images, sample=False)))[0]
+        drafts = [model.draft(codes[g.rows, : g.length], g.keep) for g in groups]
+        found = {
+            "latents": self.drawer.vae.encode(images, sample=False),
+            "draft": torch.cat(drafts),
+            "keep": torch.cat([g.keep for g in groups]),
+        }
+        back = sorted(range(len(order)), key=order.__getitem__)
+        return {name: take_rows(value, back) for name, value in found.items()}
+
+    def forward(
+        self, batch: Mapping[str, Any], generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        """batch: "image", or what `frozen` returns for it."""
+        if not self.drawer.vae.has_weights:
+            raise ValueError(
+                "the drawer's VAE has random weights: set model.drawer.vae.weights and call "
+                "prepare(), or load a trained model, before training"
+            )
+        draws = draws_of(batch, "latents" if "latents" in batch else "image", generator)
+        found = batch if "latents" in batch else self.frozen(batch, draws)
+        x0 = found["latents"]
+        u_null, u_time = draws(torch.rand, (2,), torch.device("cpu")).unbind(1)
+        t = self.sample_times(to_device(u_time, x0.device))
+        noise = draws(torch.randn, tuple(x0.shape[1:]), x0.device).to(x0.dtype)
+        null = u_null < self.config.null_prob
+        velocity = self.drawer(interpolate(x0, noise, t), t, found["draft"], null)
+        flow = (velocity.float() - velocity_target(x0, noise).float()).square().mean()
+        return {"loss": flow, "flow": flow}

@@ -1,0 +1,154 @@
+"""The drawer: images sampled around the mean one that a prefix stands for."""
+
+import math
+
+import pytest
+import torch
+from helpers.models import DRAWER, TINY, tiny_tokenizer
+
+from flextok.objectives import DrawingObjective, FlowObjective, make_objective
+from flextok.objectives.base import draws_of
+from flextok.schema import ConfigError, from_mapping
+from flextok.tokenizers import FlexTok, FlexTokConfig
+from flextok.tokenizers.decoding import DecodeOptions
+
+KL = {"name": "kl", "channels": 2, "block_channels": [4, 8], "layers_per_block": 1}
+ONE = {"num_steps": 1, "guidance": {"name": "cfg"}, "guidance_scale": 1.0}
+
+
+def with_drawer(**changes) -> FlexTok:
+    return tiny_tokenizer(drawer=DRAWER, decode={**ONE, "num_steps": 3, **changes})
+
+
+def pictures(batch: int = 4, seed: int = 0) -> torch.Tensor:
+    return torch.rand(batch, 3, 16, 16, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def test_the_tokens_are_those_of_the_first_decoder():
+    plain, drawing = tiny_tokenizer(), with_drawer()
+    parts = {name: part.state_dict() for name, part in plain.named_children()}
+    for name, state in parts.items():
+        drawing.get_submodule(name).load_state_dict(state)
+    assert drawing.codes_id == plain.codes_id
+    assert torch.equal(drawing.encode(pictures()), plain.encode(pictures()))
+
+
+def test_the_draft_depends_on_the_codes_alone_and_the_drawing_on_the_noise_too():
+    model = with_drawer()
+    codes = model.codes_of(model.encode(pictures()))
+    keep = torch.tensor([1, 2, 4, 8])
+    drafts = model.draft(codes, keep)
+    torch.testing.assert_close(model.draft(codes[2:], keep[2:]), drafts[2:], atol=1e-5, rtol=0)
+    assert (model.draft(codes, torch.full((4,), 8))[:3] - drafts[:3]).abs().max() > 1e-3
+    seeds = [torch.Generator().manual_seed(seed) for seed in (0, 1, 1)]
+    indices = model.encode(pictures())
+    first, other, same = (model.decode(indices, keep, generator=rng) for rng in seeds)
+    assert torch.equal(other, same)
+    assert (first - other).abs().mean() > 1e-3
+
+
+def test_a_row_does_not_depend_on_its_batch():
+    model = with_drawer(noise_scale=[1.0, 0.5], guidance_scale=2.0)
+    indices, keep = model.encode(pictures()), torch.tensor([1, 2, 4, 8])
+    noise = torch.randn(4, *model.noise_shape, generator=torch.Generator().manual_seed(0))
+    together = model.decode(indices, keep, noise=noise)
+    for row in range(4):
+        alone = model.decode(indices[row : row + 1], int(keep[row]), noise=noise[row : row + 1])
+        torch.testing.assert_close(together[row : row + 1], alone, atol=1e-4, rtol=0)
+
+
+def test_the_noise_is_scaled_by_the_number_of_tokens():
+    options = DecodeOptions(noise_scale=[1.0, 0.6])
+    scaled = options.scaled(torch.ones(4, 2), torch.tensor([1, 4, 16, 256]), 256)
+    expected = [1 - 0.4 * math.log(k) / math.log(256) for k in (1, 4, 16, 256)]
+    torch.testing.assert_close(scaled[:, 0], torch.tensor(expected))
+    noise = torch.randn(3, 2)
+    assert torch.equal(DecodeOptions().scaled(noise, torch.tensor([1, 2, 3]), 8), noise)
+    for wrong in ([1.0], [1.0, -0.1], [1.0, 11.0]):
+        with pytest.raises(ValueError, match="noise_scale="):
+            DecodeOptions(noise_scale=wrong)
+
+
+def test_saved_and_loaded_it_decodes_the_same(tmp_path):
+    model = with_drawer()
+    model.save_pretrained(tmp_path)
+    loaded, indices = FlexTok.from_pretrained(tmp_path), model.encode(pictures())
+    draws = [torch.Generator().manual_seed(0) for _ in range(2)]
+    assert torch.equal(
+        model.decode(indices, generator=draws[0]), loaded.decode(indices, generator=draws[1])
+    )
+
+
+def trained(steps: int = 400) -> tuple[FlexTok, FlexTok]:
+    """A drawer of images that are one of two, which the tokens do not tell apart, and its start."""
+    start = tiny_tokenizer(decode=ONE)
+    model = FlexTok(from_mapping(FlexTokConfig, {**TINY, "drawer": DRAWER, "decode": ONE}))
+    spec = {"name": "drawing", "time_sampler": {"name": "logit_normal", "mean": 2.0, "std": 1.5}}
+    objective = make_objective(model, spec, {"weights": start}).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+    codes = model.codes_of(torch.zeros(1, 1, dtype=torch.long))
+    draft, draws = model.draft(codes, torch.tensor([1])), torch.Generator().manual_seed(0)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 5e-3 * (1 - step / steps)
+        signs = torch.randint(0, 2, (16,), generator=draws) * 2.0 - 1
+        images = signs.view(-1, 1, 1, 1) * torch.full((16, 3, 16, 16), 0.8)
+        batch = {"latents": images, "draft": draft.expand_as(images)}  # as a cache holds them
+        loss = objective(batch, draws)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.eval(), start
+
+
+def test_it_draws_one_of_the_images_and_not_their_mean():
+    """The mean of both is grey; drawn images are bright or dark, and both occur."""
+    model, start = trained()
+    indices = torch.zeros(32, 1, dtype=torch.long)
+    drawn = model.decode(
+        indices, num_steps=12, time_shift=6.0, generator=torch.Generator().manual_seed(1)
+    )
+    means = drawn.mean(dim=(1, 2, 3))
+    assert means.abs().mean() > 0.4, means
+    assert 0.2 < (means > 0).float().mean() < 0.8
+    state, before = model.state_dict(), start.state_dict()
+    assert all(torch.equal(state[name], before[name]) for name in before), "the rest is frozen"
+
+
+def test_a_cached_front_end_gives_the_same_loss():
+    model = with_drawer()
+    objective = DrawingObjective(model, weights=tiny_tokenizer())
+    images, rows = pictures(8), torch.arange(8)
+    draws = [torch.Generator().manual_seed(3) for _ in range(3)]
+    plain = objective({"image": images, "row": rows}, draws[0])["loss"]
+    found = objective.frozen({"image": images}, draws_of({"image": images}, "image", draws[1]))
+    assert sorted(set(found["keep"].tolist())) == [1, 2, 4, 8]
+    cached = objective({**found, "row": rows}, draws[2])["loss"]
+    assert cached.item() == pytest.approx(plain.item(), rel=1e-5)
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(ConfigError, match="does not have"):
+        DrawingObjective(tiny_tokenizer(), weights=tiny_tokenizer())
+    with pytest.raises(ConfigError, match=r"start\.weights \(got nothing\)"):
+        DrawingObjective(with_drawer())
+    with pytest.raises(ConfigError, match="sizes of what"):
+        DrawingObjective(with_drawer(), weights=tiny_tokenizer(decoder_dim=48))
+    with pytest.raises(ConfigError, match="image_size=16 must be a multiple of 5"):
+        tiny_tokenizer(drawer={**DRAWER, "patch_size": 5})
+    with pytest.raises(ConfigError, match="dim=32 must be a multiple of head_dim=12"):
+        tiny_tokenizer(drawer={**DRAWER, "head_dim": 12})
+    with pytest.raises(ValueError, match="no drawer"):
+        tiny_tokenizer().draft(torch.zeros(1, 1, 3), torch.ones(1, dtype=torch.long))
+    kl = tiny_tokenizer(drawer={**DRAWER, "patch_size": 2, "vae": {**KL, "norm_groups": 2}})
+    objective = DrawingObjective(kl, weights=tiny_tokenizer())
+    with pytest.raises(ValueError, match=r"drawer\.vae\.weights"):
+        objective({"image": pictures()})
+
+
+def test_training_the_tokens_again_leaves_the_drawer_out():
+    """Its drafts would change under it."""
+    model = FlowObjective(with_drawer(), weights=with_drawer()).model
+    assert model.drawer is None
+    assert model.config.drawer is None
+    assert model.config.decode.num_steps == 1, "the first decoder's"
