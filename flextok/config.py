@@ -41,6 +41,10 @@ class DataConfig(LoadingConfig):
     validation: dict[str, Any] | list[dict[str, Any]] | None = None
     token_variants: Count = 1  # generator: augmented encodings of each image
     token_cache: str | None = None  # generator: folder, by default <output_dir>/tokens
+    # tokenizer: latents of each image that a frozen VAE encodes once, in so many augmented
+    # variants, for training to read; 0 = encode images in every step
+    latent_variants: CountOrZero = 0
+    latent_cache: str | None = None  # tokenizer: folder, by default <output_dir>/latents
 
 
 @dataclass
@@ -118,6 +122,8 @@ class ExperimentConfig:
             raise ConfigError(
                 "task generator needs tokenizer=<folder or hub id of a trained tokenizer>"
             )
+        if self.task == "generator" and self.data.latent_variants:
+            raise ConfigError("data.latent_variants is a tokenizer's: a generator reads tokens")
         if len(self.optim.betas) != 2:
             raise ConfigError(
                 f"optim.betas={self.optim.betas} must be two numbers, e.g. [0.9, 0.95]"

@@ -143,7 +143,7 @@ def test_tokens_are_mapped_by_each_worker_itself(tmp_path):
     draw_pictures(tmp_path / "pictures", CATS_AND_DOGS)
     tokenizer, dataset = tiny_tokenizer(), ImageFolder(tmp_path / "pictures")
     transform = ImageTransform(16)
-    identity = cache_identity(tokenizer, {"name": "folder"}, transform)
+    identity = cache_identity(tokenizer, {"name": "folder"})
     build_token_cache(tmp_path / "tokens", tokenizer, dataset, transform, identity)
     tokens = TokenDataset(tmp_path / "tokens")
     assert len(tokens.captions) == 6

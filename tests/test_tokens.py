@@ -41,7 +41,7 @@ def cache(folder, tokenizer, pictures, **options):
         tokenizer,
         ImageFolder(pictures),
         transform,
-        cache_identity(tokenizer, spec, transform),
+        cache_identity(tokenizer, spec),
         **{**defaults, **options},
     )
     return store.is_finished
@@ -389,7 +389,7 @@ def test_several_captions_are_taken_in_turn(tmp_path, tokenizer):
     url = write_shard(tmp_path / "a.tar", members)
     transform = ImageTransform(16, Augmentation(flip=True))
     data = WebDatasetImages(url, label_key=None)
-    identity = cache_identity(tokenizer, {}, transform)
+    identity = cache_identity(tokenizer, {})
     for name, variants in (("one", 1), ("five", 5)):
         build_token_cache(tmp_path / name, tokenizer, data, transform, identity, variants)
     assert TokenDataset(tmp_path / "one").captions == ["a dog"]

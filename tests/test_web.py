@@ -300,7 +300,7 @@ def test_hostile_data_can_be_tokenized(tmp_path):
     )
     tokenizer, transform = tiny_tokenizer(), ImageTransform(16, Augmentation(flip=True))
     options = {"variants": 2, "part_size": 8, "batch_size": 4}
-    identity = cache_identity(tokenizer, {}, transform)
+    identity = cache_identity(tokenizer, {})
     for name, workers in (("one", 0), ("two", 2)):
         build_token_cache(
             tmp_path / name, tokenizer, data, transform, identity, num_workers=workers, **options

@@ -49,6 +49,11 @@ class Train:
         "which take no changes, are trained one after the other",
         {"metavar": "CONFIG [key=value ...]"},
     ]
+    _: KW_ONLY
+    only_caches: Annotated[
+        bool,
+        "fill the caches of tokens, captions or latents, and stop; torchrun or srun share the work",
+    ] = False
 
 
 @dataclass

@@ -33,7 +33,9 @@ def run_train(options: Train) -> None:
         raise ValueError("train takes one config with key=value changes, or several without")
     try:
         for config in [load_experiment(path, overrides) for path in configs]:
-            print(f"trained model in {train(config)}")
+            folder = train(config, options.only_caches)
+            done = "filled the caches of" if options.only_caches else "trained model in"
+            print(f"{done} {folder}")
     except Interrupted as stop:
         print(f"flextok: {stop}; run the same command again to continue", file=sys.stderr)
         requeue(stop.signum)
@@ -64,7 +66,7 @@ def run_tokenize(options: Tokenize) -> dict[str, Any] | None:
         tokenizer,
         make_dataset(spec),
         transform,
-        cache_identity(tokenizer, spec, transform, options.bf16),
+        cache_identity(tokenizer, spec, options.bf16),
         options.variants,
         options.batch_size,
         options.num_workers,

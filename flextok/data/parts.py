@@ -1,6 +1,6 @@
 """The part store: what was worked out for each position of a data set, on disk.
 
-Token caches, caption caches and evaluations lie in one: `length` positions, cut into parts of
+Token, caption and latent caches and evaluations lie in one: `length` positions, cut into parts of
 `part_size`. A part is a safetensors file, written whole by one process: part p belongs to process
 p mod world_size. So any number of processes gives the same files, an interruption loses at most a
 part for each process, and every position counts once. The manifest holds the store's identity,
@@ -13,7 +13,7 @@ which is all that its rows depend on, and each part names it.
 
 `compute(batch)` returns the batch's rows by name: a tensor (n, ...), a list of tensors of unequal
 lengths, or a list of texts. Each part also has the column "position", since what cannot be read has
-no row. Several variants of an image are several positions of a data set, as in tokens.Variants.
+no row. Several variants of an image are several positions of a data set, as in variants.Variants.
 """
 
 import hashlib

@@ -1,7 +1,6 @@
 """A token cache: every image of a data set as indices, in several augmented variants."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -10,60 +9,21 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from flextok.data.labels import list_names, renumbering
+from flextok.data.labels import renumbering
 from flextok.data.parts import PartStore, Rows
-from flextok.data.pictures import UNLABELLED
 from flextok.data.processes import Process
-from flextok.data.sets import adapt, data_files
-from flextok.data.stream import Item
 from flextok.data.text import TextCache
 from flextok.data.transforms import ImageTransform
-from flextok.draws import derived_generator
+from flextok.data.variants import build_cache
 from flextok.tokenizers.base import Tokenizer, check_indices, encode_rows
 
 CACHE = "token cache"
 
 
-class Variants(Dataset):
-    """Position p is variant p % variants of sample p // variants; variant 0 is not augmented."""
-
-    def __init__(self, dataset: Any, transform: ImageTransform, variants: int, seed: int) -> None:
-        if variants < 1:
-            raise ValueError(f"variants={variants} must be at least 1")
-        self.dataset, self.transform = dataset, transform
-        self.variants, self.seed = variants, seed
-
-    def __len__(self) -> int:
-        return len(self.dataset) * self.variants
-
-    def __getitem__(self, position: int) -> Item:
-        index, variant = divmod(position, self.variants)
-        generator = derived_generator(self.seed, index, variant) if variant else None
-        item = self.dataset[index]
-        image = self.transform(item["image"], generator)
-        label, names = int(item["label"]), self.dataset.class_names
-        if label not in range(len(names)):
-            raise ValueError(f"label {label} is none of the {list_names(names)}: give class_names")
-        several = item.get("captions") or [item.get("caption", "")]
-        caption = several[variant % len(several)]  # each in turn
-        caption = "" if caption == UNLABELLED else caption
-        return {"image": image, "label": label, "caption": caption}
-
-
-def cache_identity(
-    tokenizer: Tokenizer, spec: Any, transform: ImageTransform, bf16: bool = False
-) -> dict[str, Any]:
-    """What a cache is made from: the tokenizer's codes, the data set's spec, the augmentation."""
-    return {
-        "codes_id": tokenizer.codes_id,
-        "data": spec,
-        "augmentation": {
-            key: value
-            for key, value in asdict(transform.augmentation).items()
-            if value or key in ("flip", "shift")  # caches of before the others existed stay valid
-        },
-        **({"precision": "bf16"} if bf16 else {}),
-    }
+def cache_identity(tokenizer: Tokenizer, spec: Any, bf16: bool = False) -> dict[str, Any]:
+    """What a cache is made from: the tokenizer's codes, and the data set's spec."""
+    precision = {"precision": "bf16"} if bf16 else {}
+    return {"codes_id": tokenizer.codes_id, "data": spec, **precision}
 
 
 def build_token_cache(
@@ -79,24 +39,14 @@ def build_token_cache(
     part_size: int = 16_384,
     process: Process | None = None,
 ) -> PartStore:
-    """Encode a data set with `tokenizer`, `variants` times each image, into `folder`: this
-    process's parts of it, less those already there; captions too, "" for images without one.
-
-    identity: what the cache is made from, by cache_identity. A folder made from something else, or
-    from files that have changed since (names, sizes, times), is refused with ValueError; so are
-    codes that are not finite."""
+    """Encode a data set with `tokenizer`; captions are kept too, "" for images without one. All
+    else as build_cache. identity: of cache_identity. Raises ValueError also for codes that are not
+    finite."""
     if not tokenizer.vocab_size:
         raise ValueError("the tokenizer is continuous (KL): it has no indices to cache")
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} must be at least 1")
-    dataset = adapt(dataset)
-    source = Variants(dataset, transform, variants, seed)
-    made_from = {**identity, "variants": variants, "seed": seed, "data_files": data_files(dataset)}
-    made_from["class_names"] = list(dataset.class_names)
-    store = PartStore.make(folder, CACHE, made_from, len(source), part_size, process)
     compute = partial(encode, tokenizer, seed=seed, bf16="precision" in identity)
-    store.fill(source, compute, batch_size, num_workers, desc="tokenizing")
-    return store
+    rest = (variants, batch_size, num_workers, seed, part_size, process, "tokenizing")
+    return build_cache(folder, CACHE, dataset, transform, compute, identity, *rest)
 
 
 def encode(tokenizer: Tokenizer, batch: dict[str, Any], seed: int, bf16: bool) -> Rows:

@@ -114,5 +114,8 @@ class ImageTransform:
     def prepare(
         self, item: Mapping[str, Any], generator: torch.Generator | None = None
     ) -> dict[str, Any]:
-        """An image set's item as training reads it: the image transformed, and the label."""
+        """An image set's item as training reads it: the image transformed, and the label. An item
+        of a latent cache is ready."""
+        if "latents" in item:
+            return dict(item)
         return {"image": self(item["image"], generator), "label": item["label"]}

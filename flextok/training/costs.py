@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
+from flextok.draws import BatchDraws
 from flextok.generators.base import Generator
 from flextok.generators.conditioning import TextConditioner
 from flextok.nn.blocks import AdaLNBlock, Block
@@ -51,6 +52,7 @@ KEPT: dict[type[nn.Module], tuple[float, int]] = {
 class Formulas:
     half: bool  # activations in 2 bytes, but for the norms that compute in fp32
     recompute: bool  # of a block keep the input only
+    cached: bool = False  # the frozen first part is not run
     recomputed: float = 0.0  # bytes of the largest block that is at work in the backward pass
 
     @property
@@ -68,8 +70,7 @@ class Formulas:
         if isinstance(model, Generator):
             yield from self.generator(model)
             return
-        size, dtype = model.image_size, next(model.parameters()).dtype
-        images = torch.empty(1, 3, size, size, dtype=dtype, device="meta")
+        images = an_image(model)
         if isinstance(model, FlexTok):
             yield from self.flextok(objective, model, images)
             return
@@ -104,7 +105,8 @@ class Formulas:
         encoder, decoder = model.encoder, model.decoder
         patches, registers = decoder.grid**2, model.num_tokens
         both = patches + registers
-        yield self.run(lambda: model.vae.encode(images, sample=False), 1)
+        if not self.cached:
+            yield self.front(objective, images)
         if encoder.registers is None:
             yield self.stack(encoder.blocks, patches, patches**2)
         else:
@@ -132,6 +134,12 @@ class Formulas:
             shape = (decoder.head.in_features, side, side) if alignment.spatial else (patches, -1)
             features = images.new_empty(patches * decoder.head.in_features).view(1, *shape)
             yield self.run(lambda: alignment.projector(features), 3)
+
+    def front(self, objective: Objective, images: Tensor) -> Cost:
+        """What is frozen before the trained parts."""
+        if objective.frozen_columns():
+            return self.run(lambda: objective.frozen({"image": images}, BatchDraws(1)), 1)
+        return self.run(lambda: objective.model.vae.encode(images, sample=False), 1)
 
     def titok(self, model: TiTok, images: Tensor) -> Iterator[Cost]:
         patches = model.grid**2
@@ -208,6 +216,12 @@ class Formulas:
             run()
         saved = sum(x.untyped_storage().nbytes() for x in kept.values())
         return Cost(passes * counter.get_total_flops(), saved)
+
+
+def an_image(model: Any) -> Tensor:
+    """(1, 3, H, W) on the meta device, in the model's precision."""
+    shape = (1, 3, model.image_size, model.image_size)
+    return torch.empty(shape, dtype=next(model.parameters()).dtype, device="meta")
 
 
 def matrices(network: nn.Module, but: str = "?") -> int:

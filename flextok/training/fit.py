@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from flextok.config import ExperimentConfig
 from flextok.cpu import accelerate
 from flextok.data.datamodule import DataModule
+from flextok.data.latents import LatentDataset
 from flextok.data.loading import failures_in_one_line
 from flextok.data.processes import this_process
 from flextok.data.sets import adapt
@@ -53,7 +54,8 @@ def fit(
     """Train objective.model, or continue where options.output_dir has a run of it. Returns it.
 
     Of a tokenizer, the data sets' items are {"image": ...}, (image, label) or images, which are
-    what ImageTransform takes: PIL images, files, tensors (3, H, W). Of a generator they are
+    what ImageTransform takes: PIL images, files, tensors (3, H, W); a LatentDataset may be trained
+    on, but not validated on, since validation also draws images. Of a generator they are
     {"indices": (k,), "label": ...} or {"indices": ..., "text": ...}, such as a TokenDataset's.
 
     options.output_dir becomes a model folder for from_pretrained. It also holds checkpoints/,
@@ -68,6 +70,8 @@ def fit(
     )
     check_devices(options)
     check_sharding(objective, options)
+    if isinstance(validation_set, LatentDataset):
+        raise ConfigError("validation_set is a LatentDataset: validation reads images, give those")
     folder = Path(options.output_dir)
     # LOCAL_RANK alone: Lightning started this process, torchrun or SLURM did not
     leads = this_process().rank == 0 and int(os.environ.get("LOCAL_RANK", 0)) == 0
@@ -78,6 +82,8 @@ def fit(
             return take_over(objective.model, folder)
         L.seed_everything(options.seed, verbose=False)
         objective.prepare()
+        if isinstance(train_set, LatentDataset):
+            train_set.check_made_for(objective)
         objective.train()
         if options.checkpoint_blocks:
             recompute_blocks(objective.model)

@@ -15,6 +15,8 @@ import torch
 from torch import nn
 
 from flextok.config import ExperimentConfig
+from flextok.data.latents import check_cacheable, pack
+from flextok.draws import BatchDraws
 from flextok.generators import GENERATORS
 from flextok.generators.conditioning import CONDITIONERS
 from flextok.losses.perceptual import PerceptualLoss
@@ -25,7 +27,7 @@ from flextok.pipeline import load_model
 from flextok.registry import build_model, like_start
 from flextok.schema import ConfigError, check_number, named_spec
 from flextok.tokenizers import TOKENIZERS, FlexTok, MaskGITVQGAN, TiTok
-from flextok.training.costs import Formulas
+from flextok.training.costs import Formulas, an_image
 
 
 class GPU(NamedTuple):
@@ -59,6 +61,8 @@ class Step:
     beside: int  # of frozen networks that it looks at
     block: int  # parameters of the largest transformer block
     rest: int  # parameters outside of blocks
+    front: float = 0.0  # operations of the frozen first part that a latent cache spares
+    row: int = 0  # bytes of a sample in that cache
 
 
 @dataclass
@@ -90,6 +94,9 @@ class Plan:
     config_batch_size: int  # of a step on the devices and nodes that the config names
     published_batch_size: int | None  # of FlexTok's paper, for a model of its kind
     flops_per_step: float
+    front_per_step: float  # operations of the frozen first part, with a latent cache too
+    cached: bool  # from a latent cache, which spares them
+    row_bytes: int  # of a cached sample
     memory: dict[str, float]  # bytes on each GPU, by what they hold
     fits: bool
     traffic: float  # bytes that each GPU sends a step
@@ -135,6 +142,9 @@ def plan(config: ExperimentConfig, gpus: int, assumptions: Assumptions | None = 
     seconds = step.flops * batch / (gpus * card.peak * assumed.utilisation)
     hours = seconds * config.trainer.max_steps / 3600
     sample = assumed.picture_kb * 1e3
+    cached = config.data.latent_variants > 0
+    if cached:
+        sample = step.row
     if config.task == "generator":
         sample = 2 * build(config).model.num_tokens + 8
     return Plan(
@@ -147,6 +157,9 @@ def plan(config: ExperimentConfig, gpus: int, assumptions: Assumptions | None = 
         config_batch_size=config.data.batch_size * devices * config.trainer.accumulate,
         published_batch_size=PUBLISHED_BATCH if published else None,
         flops_per_step=step.flops * batch,
+        front_per_step=step.front * batch,
+        cached=cached,
+        row_bytes=step.row,
         memory=memory,
         fits=sum(memory.values()) < 0.92 * card.memory,  # the rest: CUDA, NCCL, fragmentation
         traffic=traffic,
@@ -174,6 +187,8 @@ def is_half(config: ExperimentConfig) -> bool:
 def measure(config: ExperimentConfig) -> Step:
     """A training step of one sample."""
     objective = build(config)
+    if config.data.latent_variants:
+        check_cacheable(objective)
     beside = frozen_networks(objective)
     if is_half(config):  # nearly what autocast computes and keeps
         for network in (objective, *beside):
@@ -183,9 +198,18 @@ def measure(config: ExperimentConfig) -> Step:
     parts = [size_of(block) for block in transformer_blocks(objective.model)]
     frozen = total - trained
     outside = total - sum(parts)
-    cost = Formulas(is_half(config), config.trainer.checkpoint_blocks).step(objective)
+    cached = config.data.latent_variants > 0
+    formulas = Formulas(is_half(config), config.trainer.checkpoint_blocks, cached)
+    cost = formulas.step(objective)
     around = sum(size_of(network) for network in beside)
-    return Step(cost.flops, cost.saved, trained, frozen, around, max(parts, default=0), outside)
+    front, row = 0.0, 0
+    if objective.frozen_columns():
+        image = an_image(objective.model)
+        front = formulas.front(objective, image).flops
+        made = objective.frozen({"image": image}, BatchDraws(1))
+        row = sum(pack(name, values).nbytes for name, values in made.items()) + 8  # its label
+    largest = max(parts, default=0)
+    return Step(cost.flops, cost.saved, trained, frozen, around, largest, outside, front, row)
 
 
 def size_of(network: nn.Module) -> int:
@@ -278,6 +302,16 @@ def as_text(found: Plan) -> str:
         "config's own": found.config_batch_size,
         "published models'": found.published_batch_size,
     }
+    front = []
+    if found.front_per_step:
+        spent, each = (
+            f"{found.front_per_step / 1e12:,.1f} TFLOP",
+            f"{found.row_bytes / 1e3:,.0f} KB",
+        )
+        share = found.front_per_step / found.flops_per_step
+        not_cached = f"{spent} of these ({share:.0%}); data.latent_variants would cache {each} each"
+        cached = f"{spent} a step are spared by a latent cache of {each} an encoding"
+        front = [f"  frozen encoder  {cached if found.cached else not_cached}"]
     lines = [
         f"model           {found.trained / 1e6:,.0f}M trained{frozen} parameters",
         f"run             {found.gpus} x {assumed.gpu}, {found.strategy}, {batch}",
@@ -289,6 +323,7 @@ def as_text(found: Plan) -> str:
         ),
         f"arithmetic      {found.flops_per_step / 1e12:,.1f} TFLOP a step, "
         f"{found.seconds_per_step:.3f} s at {assumed.utilisation:.0%} of the peak",
+        *front,
         f"memory          {total / 1e9:,.1f} of {capacity / 1e9:,.0f} GB on each GPU"
         + ("" if found.fits else ": DOES NOT FIT"),
         *(f"  {name:<14} {size / 1e9:,.1f} GB" for name, size in found.memory.items() if size),

@@ -16,6 +16,12 @@ from torch.utils.data import Dataset
 
 from flextok.config import ExperimentConfig, load_experiment
 from flextok.data.labels import list_names
+from flextok.data.latents import (
+    LatentDataset,
+    build_latent_cache,
+    check_cacheable,
+    latents_identity,
+)
 from flextok.data.pictures import UNLABELLED
 from flextok.data.pixels import measure_pixels
 from flextok.data.processes import local_device
@@ -60,9 +66,34 @@ def prepare(config: ExperimentConfig) -> Run:
 
 def prepare_tokenizer(config: ExperimentConfig) -> Run:
     objective = build_objective(config, TOKENIZERS, config.model)
-    train_set = make_dataset(config.data.train)
     validation_set = make_dataset(config.data.validation) if config.data.validation else None
-    return Run(objective, train_set, validation_set, evaluation(config, objective.model, None))
+    callbacks = evaluation(config, objective.model, None)
+    train_set = make_dataset(config.data.train)
+    if config.data.latent_variants:
+        train_set = cached_latents(config, objective, train_set)
+    return Run(objective, train_set, validation_set, callbacks)
+
+
+def cached_latents(config: ExperimentConfig, objective: Objective, dataset: Any) -> LatentDataset:
+    check_cacheable(objective)
+    torch.manual_seed(config.seed)  # as fit() does: a cache changes no first weights
+    objective.prepare()
+    data, model = config.data, objective.model.eval()
+    folder = Path(data.latent_cache or Path(config.output_dir) / "latents")
+    model.to(cache_device(config))
+    store = build_latent_cache(
+        folder,
+        objective,
+        dataset,
+        ImageTransform(model.image_size, data),
+        identity=latents_identity(objective, data.train),
+        variants=data.latent_variants,
+        num_workers=data.num_workers,
+        seed=config.seed,
+    )
+    model.to("cpu")
+    store.wait()
+    return LatentDataset(folder)
 
 
 def prepare_generator(config: ExperimentConfig) -> Run:
@@ -181,7 +212,7 @@ def cached_tokens(
         tokenizer,
         make_dataset(spec),
         transform,
-        identity=cache_identity(tokenizer, spec, transform),
+        identity=cache_identity(tokenizer, spec),
         variants=data.token_variants if augment else 1,
         num_workers=data.num_workers,
         seed=config.seed,

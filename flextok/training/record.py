@@ -38,7 +38,7 @@ _PARTS = tuple(f"objective.{key}" for key in ("train", "repa", "dim", "num_stage
 FIXED = {
     "another model": ("task", "model", "tokenizer", "start", "objective.name", *_PARTS),
     "other data": (
-        *("data.train", "data.validation", "data.token_variants"),
+        *("data.train", "data.validation", "data.token_variants", "data.latent_variants"),
         *(f"data.{field.name}" for field in fields(Augmentation)),
     ),
     "another optimizer": ("optim.name",),
@@ -46,6 +46,7 @@ FIXED = {
 # These change no weight, so that a finished run needs no other words about them.
 IDLE = (
     *("output_dir", "resume", "evaluation", "data.num_workers", "data.token_cache"),
+    "data.latent_cache",
     *(
         f"trainer.{key}"
         for key in (

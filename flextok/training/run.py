@@ -18,13 +18,15 @@ from flextok.training.trainer import check_devices
 log = logging.getLogger(__name__)
 
 
-def train(config: ExperimentConfig) -> Path:
+def train(config: ExperimentConfig, only_caches: bool = False) -> Path:
     """Train (or continue) the run that `config` describes, as fit() does. Returns its output_dir,
-    which also holds config.yaml and a generator's token and caption caches."""
+    which also holds config.yaml, a generator's token and caption caches, and a tokenizer's latent
+    cache. only_caches: only fill those, this process its share."""
     values = to_mapping(config)  # a config that was made in Python is checked as a file is
     check_places(values)
     config = from_mapping(ExperimentConfig, values)
-    check_devices(config.trainer)
+    if not only_caches:
+        check_devices(config.trainer)
     folder, steps = Path(config.output_dir), config.trainer.max_steps
     stored, newest = folder / "config.yaml", newest_step(folder) if config.resume else 0
     config = fill_auto(config, stored if newest else None)
@@ -35,6 +37,8 @@ def train(config: ExperimentConfig) -> Path:
         if changes:
             log.info("with other settings from here on: %s", describe(changes))
     objective, train_set, validation_set, callbacks = prepare(config)
+    if only_caches:
+        return folder
     fit(
         objective,
         train_set,
