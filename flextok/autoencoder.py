@@ -96,6 +96,9 @@ class Autoencoder(Pretrained):
         return {**to_diffusers(to_mapping(self.config)), OURS: ours}
 
 
+AUTOENCODERS: dict[str, type[Pretrained]] = {"autoencoder": Autoencoder}
+
+
 def channel_statistics(batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     """batches: (B, C, h, w). Returns mean and standard deviation by channel, (C,) float64."""
     count, total, squares = 0, torch.zeros(()), torch.zeros(())
@@ -110,7 +113,7 @@ def channel_statistics(batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def in_fp32(norm: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-    """A group norm's input under autocast in fp32, as on a GPU: on a CPU its backward pass takes
-    three times as long in bf16."""
+    """A group norm's input in fp32 under a CPU's autocast, which on a GPU sees to it itself: the
+    backward pass takes three times as long in bf16."""
     (x,) = inputs
-    return (x.float() if torch.is_autocast_enabled(x.device.type) else x,)
+    return (x.float() if x.is_cpu and torch.is_autocast_enabled("cpu") else x,)

@@ -49,7 +49,7 @@ class DataConfig(LoadingConfig):
 
 @dataclass
 class OptimConfig:
-    name: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices, AdamW for the rest
+    name: Literal["adamw", "muon"] = "adamw"  # muon: for matrices or kernels, AdamW for the rest
     lr: Rate = 1e-4
     # {encoder: 0.1}: of a model's part
     lr_scale: Annotated[dict[str, float], Bounds(0, 1000)] = field(default_factory=dict)
@@ -98,9 +98,9 @@ class EvaluationConfig:
 
 @dataclass
 class ExperimentConfig:
-    """One training run. `task` says which of the two models `model` configures."""
+    """One training run. `task`: of which kind `model` is."""
 
-    task: Literal["tokenizer", "generator"]
+    task: Literal["autoencoder", "tokenizer", "generator"]
     output_dir: str
     model: dict[str, Any]  # what is saved: the architecture, and how it decodes by default
     data: DataConfig
@@ -136,6 +136,8 @@ class ExperimentConfig:
             )
         if self.evaluation is not None and self.data.validation is None:
             raise ConfigError("evaluation needs data.validation: the pictures to evaluate on")
+        if self.evaluation is not None and self.task == "autoencoder":
+            raise ConfigError("evaluation decodes tokens, of which an autoencoder has none: null")
         if self.trainer.strategy == "fsdp2" and self.evaluation is not None:
             raise ConfigError(
                 "trainer.strategy=fsdp2 shards the model, evaluation needs it whole: ddp?"

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flextok.autoencoder import Autoencoder
+from flextok.autoencoder import AUTOENCODERS
 from flextok.cpu import accelerate
 from flextok.draws import CODES, NOISE, Rng, row_generators
 from flextok.generators import GENERATORS, Generator
@@ -30,7 +30,7 @@ def load_model(
     """Load any model of the package from a folder, file or hub id, by the type that its config.json
     names or its published layout shows; arguments and errors as in Pretrained.from_pretrained. On
     a CPU it is accelerated (flextok.cpu)."""
-    models: dict[str, type[Pretrained]] = {**TOKENIZERS, **GENERATORS, "autoencoder": Autoencoder}
+    models: dict[str, type[Pretrained]] = {**AUTOENCODERS, **TOKENIZERS, **GENERATORS}
     stored = read_model(path)
     if stored.model_type not in models:
         raise CheckpointError(

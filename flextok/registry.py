@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from flextok.autoencoder import Autoencoder
+from flextok.autoencoder import AUTOENCODERS
 from flextok.data import datasets
 from flextok.data.sets import Joined
 from flextok.data.web import WebDatasetStream
@@ -27,7 +27,13 @@ from flextok.tokenizers import TOKENIZERS
 from flextok.vae import VAES
 
 DATASETS = {**datasets.DATASETS, "emoji": Emoji, "emoji_scenes": EmojiScenes}
-MODELS: dict[str, type[Pretrained]] = {**TOKENIZERS, **GENERATORS, "autoencoder": Autoencoder}
+# what a run trains: the models by name
+TASKS: dict[str, Mapping[str, type[Pretrained]]] = {
+    "autoencoder": AUTOENCODERS,
+    "tokenizer": TOKENIZERS,
+    "generator": GENERATORS,
+}
+MODELS: dict[str, type[Pretrained]] = {k: v for task in TASKS.values() for k, v in task.items()}
 # where a config names a component: the registry that it is chosen from
 REGISTRIES: dict[str, Mapping[str, Callable[..., Any]]] = {
     **{"train": DATASETS, "validation": DATASETS},

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from helpers.models import TITOK, VQGAN, tiny_gpt, tiny_tokenizer
+from helpers.models import AUTOENCODER, TITOK, VQGAN, tiny_gpt, tiny_tokenizer
 
+from flextok.autoencoder import Autoencoder, AutoencoderConfig
 from flextok.generators import MaskGIT, MaskGITConfig
 from flextok.objectives import OBJECTIVES, default_objective, make_objective
 from flextok.schema import ConfigError
@@ -23,6 +24,10 @@ def vqgan():
     return MaskGITVQGAN(VQGANConfig(**VQGAN))
 
 
+def autoencoder():
+    return Autoencoder(AutoencoderConfig(**AUTOENCODER))
+
+
 CASES = {
     "flow": (tiny_tokenizer, {}),
     "cross_length": (tiny_tokenizer, {}),
@@ -33,6 +38,7 @@ CASES = {
         {"first": lambda: titok("proxy"), "proxy": vqgan},
     ),
     "adversarial": (vqgan, {}),
+    "autoencoder": (autoencoder, {}),
     "next_token": (tiny_gpt, {}),
     "masked_tokens": (maskgit, {}),
 }
@@ -68,6 +74,7 @@ def test_every_objective_gives_finite_losses_and_repeats_them_for_a_seed(name):
 
 def test_an_objective_follows_from_the_model():
     expected = {"flow": tiny_tokenizer, "next_token": tiny_gpt, "masked_tokens": maskgit}
+    expected |= {"autoencoder": autoencoder}
     for name, make in expected.items():
         assert default_objective(make()) == name
     names = [default_objective(titok(stage)) for stage in ("proxy", "finetune", "single")]

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers.files import CATS_AND_DOGS, draw_pictures
-from helpers.models import TITOK, VQGAN, save_encoder, tiny_gpt, tiny_tokenizer
+from helpers.models import AUTOENCODER, TITOK, VQGAN, save_encoder, tiny_gpt, tiny_tokenizer
 from helpers.runs import (
     Stop,
     generator_yaml,
@@ -28,13 +28,12 @@ from flextok.data.sets import take
 from flextok.data.text import TextCache
 from flextok.data.tokens import TokenDataset
 from flextok.evaluation import Cell, Options, evaluate
-from flextok.generators import GENERATORS
 from flextok.hub import fingerprint
 from flextok.losses import perceptual
 from flextok.nn.blocks import recompute_blocks
 from flextok.objectives import make_objective
 from flextok.pipeline import generate_images, load_model, load_tokenizer_of
-from flextok.registry import build_model
+from flextok.registry import TASKS, build_model
 from flextok.schema import ConfigError, NotFinite
 from flextok.tokenizers import TOKENIZERS, MaskGITVQGAN, VQGANConfig
 from flextok.training.optim import make_optimizer, parameter_groups, warmup_cosine
@@ -295,6 +294,7 @@ SHRUNKEN = {
     "gpt": ["model.depth=2", "model.dim=32", "model.num_heads=2", "model.num_tokens=6"],
     "maskgit": ["model.depth=3", "model.dim=32", "model.num_heads=2"],
     "maskgit_vqgan": [f"model.{key}={value}" for key, value in VQGAN.items()],
+    "autoencoder": [f"model.{key}={value}" for key, value in AUTOENCODER.items()],
     "titok": [f"model.{key}={value}" for key, value in TITOK.items() if key != "quantizer"]
     + [f"model.proxy={VQGAN}"],
 }
@@ -356,7 +356,7 @@ def test_every_shrunk_config_takes_two_steps_in_the_precision_of_a_gpu(
     if spec.get("objective", {}).get("perceptual"):
         for loss in spec["objective"]["perceptual"]:
             monkeypatch.setitem(perceptual.PERCEPTUAL, loss, Difference)
-    if spec.get("objective", {}).get("name") == "adversarial":
+    if "start_step" in spec["objective"] or spec["objective"].get("name") == "adversarial":
         overrides += ["objective.start_step=0", "objective.dim=32", "objective.num_stages=1"]
     if "proxy" in spec.get("start", {}):
         MaskGITVQGAN(VQGANConfig(**VQGAN)).save_pretrained(tmp_path / "proxy")
@@ -384,7 +384,7 @@ def test_every_shrunk_config_takes_two_steps_in_the_precision_of_a_gpu(
 def test_every_config_builds_at_full_size(path):
     config = load_experiment(path)
     spec = {**config.model}
-    registry = TOKENIZERS if config.task == "tokenizer" else GENERATORS
+    registry = TASKS[config.task]
     if config.task == "generator" and spec.get("conditioner", {}).get("name") != "text":
         spec["conditioner"] = {"name": "class", "num_classes": 10, **spec.get("conditioner", {})}
         num_tokens = re.fullmatch(r"maskgit_titok_.(\d+)", path.stem)

@@ -1,6 +1,6 @@
 """Lightning's view of the data: training streams that resume exactly, and a validation pass."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from flextok.data.loading import make_loader
 from flextok.data.pictures import CorruptPicture
+from flextok.data.pixels import sample_of
 from flextok.data.stream import EvaluationSet, Item, PositionSampler, Stream, collate
 
 
@@ -85,6 +86,16 @@ class DataModule(L.LightningDataModule):
             collate_fn=collate_shares,
             **self._loader_options(),
         )
+
+    def samples(self, limit: int = 1000) -> Iterator[dict[str, Any]]:
+        """Batches of at most `limit` training samples, evenly spread and without augmentation."""
+        dataset, found = EvaluationSet(self.stream.dataset, self.stream.prepare), []
+        for index in sample_of(self.stream.dataset, limit):
+            found.append(dataset[index])
+            if len(found) == self.batch_size:
+                yield from filter(None, [collate(found)])
+                found = []
+        yield from filter(None, [collate(found)])
 
     def _loader_options(self) -> dict[str, Any]:
         return {

@@ -5,6 +5,7 @@ from typing import Any
 
 from flextok.hub import Pretrained
 from flextok.objectives.adversarial import AdversarialConfig, AdversarialObjective
+from flextok.objectives.autoencoder import AutoencoderObjective, AutoencoderObjectiveConfig
 from flextok.objectives.base import Objective, Part
 from flextok.objectives.cross_length import CrossLengthConfig, CrossLengthObjective
 from flextok.objectives.distillation import DistillationConfig, DistillationObjective
@@ -25,6 +26,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "proxy_codes": ProxyCodesObjective,
     "reconstruction": ReconstructionObjective,
     "adversarial": AdversarialObjective,
+    "autoencoder": AutoencoderObjective,
     "next_token": NextTokenObjective,
     "masked_tokens": MaskedTokensObjective,
 }
@@ -33,6 +35,8 @@ __all__ = [
     "OBJECTIVES",
     "AdversarialConfig",
     "AdversarialObjective",
+    "AutoencoderObjective",
+    "AutoencoderObjectiveConfig",
     "CrossLengthConfig",
     "CrossLengthObjective",
     "DistillationConfig",
@@ -61,7 +65,10 @@ def default_objective(model: Pretrained) -> str:
         return "proxy_codes"
     if isinstance(model, FlexTok) and model.drawer is not None:
         return "drawing"
-    defaults = {"flextok": "flow", "gpt": "next_token", "maskgit": "masked_tokens"}
+    defaults = {
+        **{"flextok": "flow", "autoencoder": "autoencoder"},
+        **{"gpt": "next_token", "maskgit": "masked_tokens"},
+    }
     return defaults.get(model.model_type, "reconstruction")
 
 

@@ -1,5 +1,5 @@
-"""Reconstruction against a discriminator: TiTok's second stage (arXiv 2406.07550), the single-stage
-recipe, and the MaskGIT-VQGAN."""
+"""Training against a discriminator, and the reconstruction that does: TiTok's second stage (arXiv
+2406.07550), the single-stage recipe, and the MaskGIT-VQGAN."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,51 +15,49 @@ from flextok.losses.adversarial import (
     hinge_discriminator_loss,
     hinge_generator_loss,
 )
-from flextok.objectives.base import Part
+from flextok.objectives.base import Objective, Part
 from flextok.objectives.reconstruction import ReconstructionConfig, ReconstructionObjective
 from flextok.schema import Bounds, Share, Size
 
 
 @dataclass
-class AdversarialConfig(ReconstructionConfig):
-    weight: Annotated[float, Bounds(0)] = 0.01  # of the adversarial loss, in the tokenizer's
+class DiscriminatorConfig:
+    weight: Annotated[float, Bounds(0)] = 0.01  # of the adversarial loss, in the model's
     # the step from which on it counts, and the discriminator learns
     start_step: Annotated[int, Bounds(0)] = 20_000
     lecam: Annotated[float, Bounds(0)] = 1e-3  # of LeCam regularization, in the discriminator's
     lecam_decay: Share = 0.999
     dim: Size = 128  # channels of the discriminator's first stage
     num_stages: Annotated[int, Bounds(1, 16)] = 3
-    # the discriminator's learning rate; by default the tokenizer's
+    # the discriminator's learning rate; by default the model's
     lr: Annotated[float, Bounds(0, 10, open_low=True)] | None = None
 
 
-class AdversarialObjective(ReconstructionObjective):
-    """The reconstruction's losses, that of deceiving a discriminator, and the discriminator's own.
+class Adversarial(Objective):
+    """What objectives with a discriminator share.
 
     The published code steps the tokenizer, then the discriminator, on the losses of one and the
     same forward pass: each sees the other as it was before. So one optimizer with a group of
     parameters for each does the same in one backward pass; each part's gradients are clipped on
     their own. In eval mode there is no discriminator."""
 
-    config_class = AdversarialConfig
-    config: AdversarialConfig
+    config: DiscriminatorConfig
 
-    def begin(self, first: Pretrained | None = None, proxy: Pretrained | None = None) -> None:
-        super().begin(first, proxy)
+    def add_discriminator(self) -> None:
         self.discriminator = PatchDiscriminator(self.config.dim, self.config.num_stages)
         self.lecam = LeCam(self.config.lecam_decay)
         self.judged: list[Tensor] = []  # mean logits of the real and the fake, of each micro-batch
 
-    def forward(
-        self, batch: Mapping[str, Any], generator: torch.Generator | None = None
+    def against_discriminator(
+        self, losses: dict[str, Tensor], real: Tensor, fake: Tensor
     ) -> dict[str, Tensor]:
-        losses, images, fake = self.reconstruct(batch, generator)
-        if not self.model.training:
-            return losses
+        """The losses with those of deceiving the discriminator, and its own, in the total. real,
+        fake: (B, 3, H, W) in [-1, 1]."""
+        losses = dict(losses)
         if self.step >= self.config.start_step:
             losses["adversarial"] = hinge_generator_loss(self.judge(fake)).float()
             losses["loss"] = losses["loss"] + self.config.weight * losses["adversarial"]
-            critic = self.discriminator_losses(images.to(fake.dtype), fake.detach())
+            critic = self.discriminator_losses(real.to(fake.dtype), fake.detach())
         else:  # a gradient of zero, since DDP waits for one
             sums = [p.sum() for p in self.discriminator.parameters()]
             critic = {"loss": 0.0 * torch.stack(sums).sum()}
@@ -90,3 +88,26 @@ class AdversarialObjective(ReconstructionObjective):
         if self.judged:
             self.lecam.update(*mean(torch.stack(self.judged).mean(dim=0)))
             self.judged = []
+
+
+@dataclass
+class AdversarialConfig(DiscriminatorConfig, ReconstructionConfig):
+    pass
+
+
+class AdversarialObjective(Adversarial, ReconstructionObjective):
+    """The reconstruction's losses, that of deceiving a discriminator, and the discriminator's
+    own."""
+
+    config_class = AdversarialConfig
+    config: AdversarialConfig
+
+    def begin(self, first: Pretrained | None = None, proxy: Pretrained | None = None) -> None:
+        super().begin(first, proxy)
+        self.add_discriminator()
+
+    def forward(
+        self, batch: Mapping[str, Any], generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        losses, images, fake = self.reconstruct(batch, generator)
+        return self.against_discriminator(losses, images, fake) if self.model.training else losses

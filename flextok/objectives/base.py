@@ -1,6 +1,6 @@
 """What training minimises: a module that holds the model and computes its losses on a batch."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
@@ -88,6 +88,10 @@ class Objective(nn.Module):
 
     def before_step(self, mean: Callable[[Tensor], Tensor] = lambda x: x) -> None:
         """Called before each step of the optimizer. mean: averages a tensor over processes."""
+
+    def finish(self, batches: Iterable[Mapping[str, Any]]) -> None:
+        """Called before each export, with the averaged weights in place. batches: some of the
+        training set, without augmentation, the same each time."""
 
 
 def draws_of(batch: Mapping[str, Any], key: str, generator: torch.Generator | None) -> BatchDraws:

@@ -16,19 +16,21 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
+from flextok.autoencoder import Autoencoder
 from flextok.draws import BatchDraws
 from flextok.generators.base import Generator
 from flextok.generators.conditioning import TextConditioner
 from flextok.nn.blocks import AdaLNBlock, Block
 from flextok.nn.vit import ViTBlock
 from flextok.objectives import (
-    AdversarialObjective,
+    AutoencoderObjective,
     CrossLengthObjective,
     DistillationObjective,
     DrawingObjective,
     Objective,
     ReconstructionObjective,
 )
+from flextok.objectives.adversarial import Adversarial
 from flextok.tokenizers import FlexTok, TiTok
 from flextok.tokenizers.drawer import DrawerBlock
 
@@ -74,16 +76,19 @@ class Formulas:
         if isinstance(model, FlexTok):
             yield from self.flextok(objective, model, images)
             return
-        if isinstance(model, TiTok):
+        if isinstance(model, Autoencoder):
+            yield self.run(lambda: model.decode(model.posterior(images)[0].to(images.dtype)), 3)
+        elif isinstance(model, TiTok):
             yield from self.titok(model, images)
         else:
             yield self.run(lambda: model.decode_codes(model.features(images)), 3)
         made = images.clone().requires_grad_()
-        if isinstance(objective, ReconstructionObjective):
+        if isinstance(objective, ReconstructionObjective | AutoencoderObjective):
             yield Cost(0, 16 * images.numel())  # what was made, in fp32 and in [0, 1]
             for held in objective.perceptual.networks.values():
                 yield self.run(functools.partial(held.network, made, images), 2)
-        if isinstance(objective, AdversarialObjective):  # the images, and what was made of them
+        if isinstance(objective, Adversarial) and objective.config.weight:
+            # of the images, and of what was made of them
             yield self.run(lambda: objective.discriminator(torch.cat([images, images])), 3)
             yield self.run(lambda: objective.judge(made), 2)
 

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.callbacks import LearningRateMonitor
 from torch.utils.data import Dataset
 
+from flextok.autoencoder import Autoencoder
 from flextok.config import ExperimentConfig
 from flextok.cpu import accelerate
 from flextok.data.datamodule import DataModule
@@ -22,6 +23,7 @@ from flextok.data.sets import adapt
 from flextok.data.stream import Item, as_it_is, collate
 from flextok.data.transforms import ImageTransform
 from flextok.files import only_one, writing
+from flextok.generators import Generator
 from flextok.hub import Pretrained
 from flextok.nn.blocks import recompute_blocks
 from flextok.objectives.base import Objective
@@ -37,7 +39,13 @@ from flextok.training.record import Record, end_message, is_finished, start_mess
 from flextok.training.saving import Checkpoints
 from flextok.training.sharding import compile_blocks, is_sharded
 from flextok.training.trainer import check_devices, device_type, make_trainer
-from flextok.training.validation import Export, Images, draw_reconstructions, export
+from flextok.training.validation import (
+    Export,
+    Images,
+    draw_autoencoded,
+    draw_reconstructions,
+    export,
+)
 
 log = logging.getLogger(__name__)
 
@@ -103,9 +111,9 @@ def fit(
                 LearningRateMonitor("step"),
                 Progress(refresh_rate=10),
                 SkipNonFinite(folder, options.max_nonfinite),
-                *tokenizer_callbacks(model, data, options),
+                *image_callbacks(model, data, options),
                 *callbacks,
-                Export(folder),
+                Export(folder, data),
                 saving,
             ],
         )
@@ -125,6 +133,7 @@ def fit(
             path = None if last is None else str(last)
             trainer.fit(module, data, ckpt_path=path, weights_only=True)
         # the averaged weights are in place
+        objective.finish(data.samples())
         export(model, folder, trainer.global_step, trainer.is_global_zero)
         if leads:
             log.info("%s", end_message(model, folder, trainer.global_step, saving))
@@ -134,7 +143,9 @@ def fit(
 def take_over(model: Pretrained, folder: Path) -> Pretrained:
     """The model with the weights that a finished run has left."""
     try:
-        model.load_state_dict(load_model(folder).state_dict())
+        found = load_model(folder)
+        model.load_state_dict(found.state_dict())
+        model.config = found.config
     except RuntimeError as error:
         raise ConfigError(
             f"{folder} holds a finished run of another model: choose another output_dir, or "
@@ -151,6 +162,7 @@ def check_sharding(objective: Objective, options: FitOptions) -> None:
         raise ConfigError("optim.name=muon needs whole matrices: take trainer.strategy=ddp")
     asked = {
         "a discriminator": len(objective.parts()) > 1,
+        "an autoencoder, whose latents are measured,": isinstance(objective.model, Autoencoder),
         "trainer.revive_every": options.revive_every,
     }
     for name in (name for name, value in asked.items() if value):
@@ -160,13 +172,13 @@ def check_sharding(objective: Objective, options: FitOptions) -> None:
 def make_data(
     model: Pretrained, train_set: Any, validation_set: Any | None, options: FitOptions
 ) -> DataModule:
-    """The run's batches. A tokenizer's images are brought to its size; a generator's items are
-    taken as they are."""
+    """The run's batches. Images are brought to the model's size; a generator's items are taken as
+    they are."""
     prepare: Callable[[Item, torch.Generator | None], Item] = as_it_is
-    if isinstance(model, Tokenizer):
+    if not isinstance(model, Generator):
         train_set = adapt(train_set)
         validation_set = None if validation_set is None else adapt(validation_set)
-        size = model.image_size
+        size = model.config.image_size
         prepare = ImageTransform(size, options).prepare
         model.metadata["class_names"] = list(train_set.class_names)
     return DataModule(
@@ -179,8 +191,8 @@ def make_data(
     )
 
 
-def tokenizer_callbacks(model: Any, data: DataModule, options: FitOptions) -> list[L.Callback]:
-    """Of a tokenizer: how much of its codebook is used, and how it decodes validation images."""
+def image_callbacks(model: Any, data: DataModule, options: FitOptions) -> list[L.Callback]:
+    """How much of a codebook is used, and how validation images are decoded."""
     found: list[L.Callback] = []
     if isinstance(model, Tokenizer) and model.vocab_size:
         every = options.revive_every or options.log_every
@@ -190,10 +202,11 @@ def tokenizer_callbacks(model: Any, data: DataModule, options: FitOptions) -> li
     elif options.revive_every:
         raise ConfigError(f"trainer.revive_every={options.revive_every} needs a codebook (vq)")
     samples = data.evaluation
-    if isinstance(model, Tokenizer) and samples is not None and options.num_pictures:
+    if samples is not None and options.num_pictures and not isinstance(model, Generator):
         count = min(options.num_pictures, len(samples))
         shown = collate([samples[i * len(samples) // count] for i in range(count)])
         if shown:
             folder = Path(options.output_dir) / "pictures"
-            found.append(Images(folder, draw_reconstructions(shown["image"])))
+            draw = draw_autoencoded if isinstance(model, Autoencoder) else draw_reconstructions
+            found.append(Images(folder, draw(shown["image"])))
     return found

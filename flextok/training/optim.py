@@ -11,6 +11,7 @@ from flextok.config import OptimConfig
 from flextok.nn.blocks import transformer_blocks
 from flextok.objectives.base import Objective
 from flextok.schema import ConfigError, unknown_key
+from flextok.training.muon import KernelMuon
 
 
 def parameter_groups(objective: Objective, config: OptimConfig) -> list[dict[str, Any]]:
@@ -52,9 +53,17 @@ def warmup_cosine(warmup_steps: int, max_steps: int, final: float) -> Callable[[
 def make_optimizer(objective: Objective, config: OptimConfig) -> torch.optim.Optimizer:
     groups, (first, second) = parameter_groups(objective, config), config.betas
     if config.name == "muon":
-        matrices = {p for block in transformer_blocks(objective.model) for p in block.parameters()}
-        return MuonAdamW(groups, {p for p in matrices if p.ndim == 2}, betas=(first, second))
+        return MuonAdamW(groups, muon_parameters(objective.model), (first, second))
     return fused_adamw(groups, (first, second))
+
+
+def muon_parameters(model: nn.Module) -> dict[nn.Parameter, str]:
+    """The matrices of a model's transformer blocks; of a model of convolutions, which has none, its
+    kernels, but for those that read or write the three colours."""
+    blocks = [p for block in transformer_blocks(model) for p in block.parameters()]
+    if blocks:
+        return {p: "matrices" for p in blocks if p.ndim == 2}
+    return {p: "kernels" for p in model.parameters() if p.ndim == 4 and min(p.shape[:2]) > 3}
 
 
 def fused_adamw(groups: list[dict[str, Any]], betas: tuple[float, float]) -> torch.optim.AdamW:
@@ -66,36 +75,41 @@ def fused_adamw(groups: list[dict[str, Any]], betas: tuple[float, float]) -> tor
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024) for `matrices`, AdamW for all other parameters, as one optimizer.
-    Muon's updates are scaled to AdamW's size (Moonlight, arXiv 2502.16982, section 2.2), so one
-    learning rate and weight decay serve both."""
+    """Muon (Jordan et al. 2024) for the parameters in `kinds`, which are "matrices" or "kernels",
+    and AdamW for all others, as one optimizer. Muon's updates are scaled to AdamW's size
+    (Moonlight, arXiv 2502.16982, section 2.2), so one learning rate and weight decay serve all."""
 
     def __init__(
         self,
         groups: list[dict[str, Any]],
-        matrices: set[nn.Parameter],
+        kinds: dict[nn.Parameter, str],
         betas: tuple[float, float],
         momentum: float = 0.95,
     ):
-        split: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
+        split: dict[str, list[dict[str, Any]]] = {"matrices": [], "kernels": [], "others": []}
         for group in groups:
-            for muon, chosen in split.items():
-                if own := [p for p in group["params"] if (p in matrices) == muon]:
-                    chosen.append({**group, "params": own, "muon": muon})
-        if not split[True]:
-            raise ConfigError("optim.name=muon: the model has no blocks with matrices; take adamw")
-        self.parts = {
-            True: torch.optim.Muon(split[True], momentum=momentum, adjust_lr_fn="match_rms_adamw"),
-            False: fused_adamw(split[False], betas),
+            for kind, chosen in split.items():
+                own = [p for p in group["params"] if kinds.get(p, "others") == kind]
+                if own:
+                    chosen.append({**group, "params": own, "kind": kind})
+        if not (split["matrices"] or split["kernels"]):
+            raise ConfigError("optim.name=muon: the model has no blocks or kernels; take adamw")
+        make: dict[str, Callable[[list[dict[str, Any]]], torch.optim.Optimizer]] = {
+            "matrices": lambda own: torch.optim.Muon(
+                own, momentum=momentum, adjust_lr_fn="match_rms_adamw"
+            ),
+            "kernels": lambda own: KernelMuon(own, momentum),
+            "others": lambda own: fused_adamw(own, betas),
         }
+        self.parts = {kind: make[kind](own) for kind, own in split.items() if own}
         shared = [group for part in self.parts.values() for group in part.param_groups]
         super().__init__(shared, {})
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None if closure is None else closure()
-        for muon, part in self.parts.items():
+        for kind, part in self.parts.items():
             # schedules and checkpoints know this optimizer's groups and state only
-            part.param_groups = [group for group in self.param_groups if group["muon"] == muon]
+            part.param_groups = [group for group in self.param_groups if group["kind"] == kind]
             part.state = self.state
             part.step()
         return loss

@@ -24,9 +24,9 @@ from flextok.nn.blocks import recompute_blocks, transformer_blocks
 from flextok.nn.frozen import Frozen, NeedsWeights
 from flextok.objectives import Objective, default_objective, make_objective
 from flextok.pipeline import load_model
-from flextok.registry import build_model, like_start
+from flextok.registry import TASKS, build_model, like_start
 from flextok.schema import ConfigError, check_number, named_spec
-from flextok.tokenizers import TOKENIZERS, FlexTok, MaskGITVQGAN, TiTok
+from flextok.tokenizers import FlexTok, MaskGITVQGAN, TiTok
 from flextok.training.costs import Formulas, an_image
 
 
@@ -232,8 +232,8 @@ def build(config: ExperimentConfig, device: torch.device = META) -> Objective:
         auto = {"shift": 0.0, "scale": 1.0}  # measured when it trains
         spec["vae"] = {k: auto.get(k) if v == "auto" else v for k, v in spec["vae"].items()}
     with device:
-        if config.task == "tokenizer":
-            model = build_model(TOKENIZERS, spec)
+        if config.task != "generator":
+            model = build_model(TASKS[config.task], spec)
         else:
             derived: dict[str, Any] = {}
             try:
@@ -250,8 +250,8 @@ def build(config: ExperimentConfig, device: torch.device = META) -> Objective:
         spec = dict(config.objective)
         if config.task == "generator":
             spec["cond_drop"] = 0.0  # costs nothing, and its null text needs an encoder
-        elif spec.get("name") != "cross_length":  # which compares prefixes
-            spec["nested_dropout"] = "none"  # at its dearest
+        elif config.task == "tokenizer" and spec.get("name") != "cross_length":
+            spec["nested_dropout"] = "none"  # at its dearest; cross_length compares prefixes
         objective = make_objective(model, spec, starts(model, spec))
         objective.prepare(pretrained=False)
         for module in model.modules():

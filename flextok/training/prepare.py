@@ -38,10 +38,10 @@ from flextok.evaluation.job import make_job
 from flextok.generators import GENERATORS
 from flextok.generators.conditioning import CONDITIONERS, TextConditioner
 from flextok.generators.text import Text, load_encoder
-from flextok.hub import Pretrained, fingerprint
+from flextok.hub import fingerprint
 from flextok.objectives import Objective, make_objective
 from flextok.pipeline import expected_codes, load_model, remember_tokenizer
-from flextok.registry import build_model, like_start, make_dataset, model_config
+from flextok.registry import TASKS, build_model, like_start, make_dataset, model_config
 from flextok.schema import ConfigError, build, named_spec
 from flextok.tokenizers import TOKENIZERS, FlexTokConfig, TiTokConfig
 from flextok.tokenizers.base import Tokenizer, same_codes
@@ -61,11 +61,12 @@ class Run(NamedTuple):
 
 def prepare(config: ExperimentConfig) -> Run:
     """Build the model, its objective and the data sets of an experiment, and fill the caches."""
-    return prepare_tokenizer(config) if config.task == "tokenizer" else prepare_generator(config)
+    return prepare_generator(config) if config.task == "generator" else prepare_images(config)
 
 
-def prepare_tokenizer(config: ExperimentConfig) -> Run:
-    objective = build_objective(config, TOKENIZERS, config.model)
+def prepare_images(config: ExperimentConfig) -> Run:
+    """Of what trains on images: an autoencoder or a tokenizer."""
+    objective = build_objective(config, config.model)
     validation_set = make_dataset(config.data.validation) if config.data.validation else None
     callbacks = evaluation(config, objective.model, None)
     train_set = make_dataset(config.data.train)
@@ -119,7 +120,7 @@ def prepare_generator(config: ExperimentConfig) -> Run:
         check_classes(class_names, spec["conditioner"]["num_classes"])
         if validation_set is not None:
             validation_set.count_classes_in(class_names)
-    objective = build_objective(config, GENERATORS, spec)
+    objective = build_objective(config, spec)
     model = objective.model
     model.metadata["class_names"] = class_names
     remember_tokenizer(model, folder, tokenizer, config.tokenizer)
@@ -143,14 +144,12 @@ def prepare_generator(config: ExperimentConfig) -> Run:
     return Run(objective, train_set, validation_set, callbacks)
 
 
-def build_objective(
-    config: ExperimentConfig, registry: Mapping[str, type[Pretrained]], spec: Mapping[str, Any]
-) -> Objective:
+def build_objective(config: ExperimentConfig, spec: Mapping[str, Any]) -> Objective:
     """The experiment's objective, of the model that `spec` names and the trained models that
     config.start names, which the model's metadata then hold."""
     start = {name: load_model(path) for name, path in config.start.items()}
     torch.manual_seed(config.seed)  # the first weights depend on nothing else
-    model = build_model(registry, like_start(spec, start))
+    model = build_model(TASKS[config.task], like_start(spec, start))
     if start:
         model.metadata["start"] = {
             name: f"{path} (weights {fingerprint(start[name])})"

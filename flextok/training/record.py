@@ -17,12 +17,14 @@ import lightning as L
 import torch
 
 import flextok
+from flextok.autoencoder import Autoencoder
 from flextok.card import count_parameters
 from flextok.config import ExperimentConfig, load_experiment, save_experiment
 from flextok.convert.autoencoder import OURS
 from flextok.data.augmentation import Augmentation
 from flextok.data.datamodule import DataModule
 from flextok.files import atomic_write, read_mapping, write_text
+from flextok.generators import Generator
 from flextok.hub import look_up
 from flextok.places import CONFIG, find_weights
 from flextok.schema import ConfigError, to_mapping
@@ -184,7 +186,7 @@ def start_message(module: TrainingModule, data: DataModule, trainer: L.Trainer) 
     count = len(data.stream.dataset)
     checked = 0 if data.evaluation is None else len(data.evaluation)
     step = options.batch_size * options.accumulate * trainer.world_size
-    unit = "images" if isinstance(model, Tokenizer) else "sequences"
+    unit = "sequences" if isinstance(model, Generator) else "images"
     return (
         f"{model.model_type}: {whole:,} parameters, {trained:,} are trained\n"
         f"data: {count:,} {unit} of {len(classes)} {kind} ({some}), {checked:,} for validation\n"
@@ -208,6 +210,8 @@ def end_message(model: Any, folder: Path, step: int, checkpoints: Checkpoints) -
     if isinstance(model, Tokenizer):
         following = f"flextok reconstruct PICTURE --model {folder}, or a generator with tokenizer="
         following += str(folder)
+    if isinstance(model, Autoencoder):
+        following = f"a tokenizer on its latents, model.vae={{name: kl, weights: {folder}}}"
     return f"step {step}: {score}\nmodel: {folder}; next: {following}"
 
 

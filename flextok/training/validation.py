@@ -14,8 +14,10 @@ from PIL import Image
 from torch import Tensor
 
 from flextok import viz
+from flextok.data.datamodule import DataModule
 from flextok.generators.text import Text
 from flextok.hub import Pretrained
+from flextok.nn.devices import to_device
 from flextok.objectives import Objective
 from flextok.pipeline import decodable_lengths, generate_images, reconstruct_prefixes
 from flextok.schema import NotFinite
@@ -82,10 +84,11 @@ class Evaluation(AfterValidation):
 class Export(AfterValidation):
     """Writes the model as from_pretrained reads it."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, data: DataModule):
+        self.folder, self.data = folder, data
 
     def work(self, trainer: L.Trainer, objective: Objective) -> None:
+        objective.finish(self.data.samples())
         export(objective.model, self.folder, trainer.global_step, trainer.is_global_zero)
 
 
@@ -107,6 +110,16 @@ def draw_reconstructions(images: Tensor) -> Callable[[Any], Image.Image]:
     def draw(tokenizer: Any) -> Image.Image:
         lengths = decodable_lengths(tokenizer)
         return viz.coarse_to_fine(images, reconstruct_prefixes(tokenizer, images, lengths))
+
+    return draw
+
+
+def draw_autoencoded(images: Tensor) -> Callable[[Any], Image.Image]:
+    """images: (n, 3, H, W) in [-1, 1], above what an autoencoder makes of them."""
+
+    def draw(autoencoder: Any) -> Image.Image:
+        mean, _ = autoencoder.posterior(to_device(images, autoencoder.device))
+        return viz.grid([images, autoencoder.decode(mean)], row_labels=["original", "decoded"])
 
     return draw
 

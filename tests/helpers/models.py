@@ -38,6 +38,15 @@ VQGAN = {
 }
 
 
+AUTOENCODER = {
+    "image_size": 16,
+    "channels": 4,
+    "block_channels": [8, 16],
+    "layers_per_block": 1,
+    "norm_groups": 2,
+}
+
+
 TITOK = {
     "image_size": 16,
     "patch_size": 4,

@@ -1,0 +1,127 @@
+"""Stage 0: what a KL autoencoder minimises (LDM, arXiv 2112.10752, section 3.1).
+
+    L1 + perceptual distances + kl_weight * KL, and from a set step on the loss of deceiving a patch
+    discriminator, with the discriminator's own.
+
+All terms are means over pixel values, so their weights hold at any resolution.
+"""
+
+import random
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flextok.autoencoder import Autoencoder
+from flextok.hub import Pretrained
+from flextok.losses.perceptual import PerceptualLoss
+from flextok.nn.devices import to_device
+from flextok.objectives.adversarial import Adversarial, DiscriminatorConfig
+from flextok.objectives.base import Part, draws_of, need, train_only
+from flextok.schema import Bounds, ConfigError, Share
+from flextok.tokenizers.base import check_images
+
+
+@dataclass
+class AutoencoderObjectiveConfig(DiscriminatorConfig):
+    weight: Annotated[float, Bounds(0)] = 0.0  # of the adversarial loss; 0 = no discriminator
+    perceptual: dict[str, float] = field(default_factory=dict)  # weights by name
+    # of the KL in nats, summed over an image's latents and divided by the number of its values
+    kl_weight: Annotated[float, Bounds(0)] = 1e-3
+    equivariance: Share = 0.25  # of the steps, see `transform`
+    smallest: Annotated[float, Bounds(0.25, 1)] = 0.5  # scale of the latents in such a step
+    # parts of the model that learn, such as [post_quant_conv, decoder], which leave the latents as
+    # they are; None = all
+    train: list[str] | None = None
+
+
+class AutoencoderObjective(Adversarial):
+    """Reconstruction from a sample of the posterior. In eval mode without transforms."""
+
+    config_class = AutoencoderObjectiveConfig
+    models = ("autoencoder",)
+    starts = ("weights",)
+    model: Autoencoder
+    config: AutoencoderObjectiveConfig
+
+    def begin(self, weights: Pretrained | None = None) -> None:
+        """weights: a trained autoencoder of the same sizes to go on from."""
+        if weights is not None:
+            try:
+                self.model.load_state_dict(need("weights", weights, Autoencoder).state_dict())
+            except RuntimeError as error:
+                raise ConfigError(
+                    f"model must have the sizes of what it starts from: {error}"
+                ) from None
+        train_only(self.model, self.config.train)
+        self.perceptual = PerceptualLoss(self.config.perceptual)
+        if self.config.weight:
+            self.add_discriminator()
+
+    def prepare(self, pretrained: bool = True) -> None:
+        if used := self.perceptual.load(pretrained):
+            self.model.metadata["perceptual"] = used
+
+    def forward(
+        self, batch: Mapping[str, Any], generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        images, draws = batch["image"], draws_of(batch, "image", generator)
+        check_images(images, self.model.image_size)
+        mean, logvar = self.model.posterior(images)
+        noise = draws(torch.randn, tuple(mean.shape[1:]), mean.device)
+        latents = mean + (logvar / 2).exp() * noise
+        if self.model.training:
+            latents, images = self.transform(latents, images, draws.of_step())
+        made = self.model.decode(latents)
+        losses = {
+            "l1": (made - images).abs().mean(),
+            "perceptual": self.perceptual(made, images),
+            "kl": kl_to_normal(mean, logvar).sum() / batch["image"].numel(),
+        }
+        total = losses["l1"] + losses["perceptual"] + self.config.kl_weight * losses["kl"]
+        losses = {"loss": total, **losses}
+        if self.config.weight and self.model.training:
+            return self.against_discriminator(losses, images, made)
+        return losses
+
+    def transform(
+        self, latents: Tensor, images: Tensor, rng: random.Random
+    ) -> tuple[Tensor, Tensor]:
+        """Equivariance (EQ-VAE, arXiv 2502.09509): in a share of the steps, the whole batch's
+        latents are flipped, turned by quarters and made smaller, and the images likewise. Latents
+        that decode to such images vary smoothly, which later stages model more easily."""
+        if rng.random() >= self.config.equivariance:
+            return latents, images
+        flips, turns = rng.random() < 0.5, rng.randrange(4)
+        side, factor = latents.shape[-1], images.shape[-1] // latents.shape[-1]
+        smaller = max(2, 2 * round(side * rng.uniform(self.config.smallest, 1) / 2))  # even sides
+
+        def apply(x: Tensor, size: int) -> Tensor:
+            x = (x.flip(-1) if flips else x).rot90(turns, (-2, -1))
+            if size >= x.shape[-1]:
+                return x
+            return F.interpolate(x.float(), (size, size), mode="bilinear", antialias=True)
+
+        return apply(latents, smaller), apply(images, smaller * factor)
+
+    def parts(self) -> list[Part]:
+        return super().parts() if self.config.weight else [Part(self)]
+
+    def before_step(self, mean: Callable[[Tensor], Tensor] = lambda x: x) -> None:
+        if self.config.weight:
+            super().before_step(mean)
+
+    def finish(self, batches: Iterable[Mapping[str, Any]]) -> None:
+        """Measures the latents, unless they are those of the model that training started from."""
+        model = self.model
+        encoder = (*model.encoder.parameters(), *model.quant_conv.parameters())
+        if model.config.latents_mean is None or any(p.requires_grad for p in encoder):
+            model.measure(to_device(batch["image"], model.device) for batch in batches)
+
+
+def kl_to_normal(mean: Tensor, logvar: Tensor) -> Tensor:
+    """The KL divergence of N(mean, exp(logvar)) from N(0, 1), of each value, in nats."""
+    return (mean.square() + logvar.exp() - 1 - logvar) / 2
