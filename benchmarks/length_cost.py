@@ -71,7 +71,7 @@ def main() -> None:
             "guidance 1.5": generation_costs(1.5, options.repeats),
         },
     }
-    viz.save(viz.curves(costs, "tokens", logarithmic=False), f"{options.output}.png")
+    viz.save(viz.curves({"": costs}, "tokens", logarithmic=False), f"{options.output}.png")
     facts = {"torch": torch.__version__, "threads": options.threads, "costs": costs}
     write_json(f"{options.output}.json", facts)
 

@@ -7,6 +7,7 @@ import re
 import textwrap
 import unicodedata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -171,29 +172,39 @@ Points = list[tuple[float, float]]
 
 
 def curves(
-    panels: dict[str, dict[str, Points]], x_label: str, logarithmic: bool = False
+    rows: dict[str, dict[str, dict[str, Points]]], x_label: str, logarithmic: bool = False
 ) -> Image.Image:
-    """A plot for each panel, side by side. panels: y label -> line's name -> (x, y) points, drawn
-    in their order; logarithmic: x in powers of two."""
+    """Rows of plots, side by side in each. rows: the row's title -> y label -> line's name ->
+    (x, y) points, drawn in their order; logarithmic: x in powers of two."""
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
-    figure = Figure(figsize=(4 * len(panels), 3.4), dpi=110, layout="constrained")
-    for axes, (y_label, lines) in zip(
-        np.atleast_1d(figure.subplots(1, len(panels))), panels.items(), strict=True
+    columns = max(map(len, rows.values()))
+    figure = Figure(figsize=(4 * columns, 3.6 * len(rows)), dpi=110, layout="constrained")
+    for part, (title, panels) in zip(
+        figure.subfigures(len(rows), 1, squeeze=False).flat, rows.items(), strict=True
     ):
-        for name, points in lines.items():
-            axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name)
-        if logarithmic:
-            places = sorted({x for points in lines.values() for x, _ in points})
-            axes.set_xscale("log", base=2)
-            axes.set_xticks(places, [f"{x:.3g}" for x in places])
-        axes.set(xlabel=x_label, ylabel=y_label)
-        axes.grid(alpha=0.3)
-        if len(lines) > 1:
-            axes.legend(fontsize="small")
+        part.suptitle(title)
+        places = part.subplots(1, columns, squeeze=False)[0]
+        for axes in places[len(panels) :]:
+            axes.set_axis_off()
+        for axes, (y_label, lines) in zip(places, panels.items(), strict=False):
+            draw_lines(axes, lines, logarithmic)
+            axes.set(xlabel=x_label, ylabel=y_label)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return Image.open(buffer).convert("RGB")
+
+
+def draw_lines(axes: Any, lines: dict[str, Points], logarithmic: bool) -> None:
+    for name, points in lines.items():
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name)
+    if logarithmic:
+        places = sorted({x for points in lines.values() for x, _ in points})
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(places, [f"{x:.3g}" for x in places])
+    axes.grid(alpha=0.3)
+    if len(lines) > 1:
+        axes.legend(fontsize="small")
 
 
 def image_format(path: str | Path) -> str:

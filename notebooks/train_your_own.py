@@ -78,7 +78,7 @@ folder = train(experiment)
 rows = list(csv.DictReader(next(folder.glob("logs/**/metrics.csv")).open()))
 key = next(k for k in rows[0] if "loss" in k and "train" in k)
 points = [(float(row["step"]), float(row[key])) for row in rows if row[key]]
-display(viz.curves({key: {"": points}}, "step"))
+display(viz.curves({"": {key: {"": points}}}, "step"))
 
 # %%
 tokenizer = FlexTok.from_pretrained(folder)

@@ -159,6 +159,27 @@ def test_the_network_sees_what_is_on_the_photographs(network):
         assert network(to_8_bit(image[None])).logits.argmax().item() in classes, name
 
 
+def test_at_their_own_size_small_images_keep_what_distinguishes_them(network):
+    """Enlarged to 224 px, sharp and blurred emoji are both blurred to the network."""
+    native = EfficientNetLite0("cpu", torch.float32, native=True)
+    assert native.name != network.name
+    assert native.weights == network.weights
+    emoji, transform = Emoji("validation"), ImageTransform(64)
+    pictures = [emoji[i]["image"] for i in range(32)]
+    blur = ImageFilter.GaussianBlur(2)
+    sharp, blurred = (
+        to_8_bit(torch.stack([transform(p) for p in some]))
+        for some in (pictures, [p.filter(blur) for p in pictures])
+    )
+    apart = {
+        one.name: kernel_distance(one(blurred[:16]).pooled, one(sharp[16:]).pooled)[0]
+        for one in (network, native)
+    }
+    assert apart[native.name] > 5 * apart[network.name] > 0
+    image = to_8_bit(ImageTransform(224)(pictures[0])[None])
+    torch.testing.assert_close(native(image).pooled, network(image).pooled)
+
+
 def test_entropy_and_usage_of_known_codes():
     uniform = torch.arange(16).view(16, 1) % 8
     constant = torch.full((16, 1), 3)

@@ -19,13 +19,14 @@ from flextok.emoji.datasets import Emoji
 from flextok.evaluation import (
     EVALUATORS,
     Cell,
+    Evaluator,
     Options,
     evaluate,
     job,
     processes,
     sources,
 )
-from flextok.evaluation.distances import frechet_distance, statistics
+from flextok.evaluation.distances import frechet_distance, kernel_distance, statistics
 from flextok.evaluation.evaluators import FeatureDistances
 from flextok.evaluation.features import EfficientNetLite0, Features
 from flextok.evaluation.metrics import cosine_distance, psnr, sharpness, to_8_bit
@@ -156,9 +157,10 @@ def test_by_default_what_is_at_hand_is_measured_and_the_rest_named(monkeypatch):
 
     monkeypatch.setitem(EVALUATORS, "inception", missing("inception"))
     monkeypatch.setitem(EVALUATORS, "lpips", missing("lpips"))
-    monkeypatch.setitem(EVALUATORS, "efficientnet_lite0", stand_in("efficientnet_lite0"))
+    offline = "efficientnet_lite0_native"
+    monkeypatch.setitem(EVALUATORS, offline, stand_in(offline))
     report = evaluate(tokenizer(), emoji(5), [Cell(1, 1)], options(networks=None))
-    assert "frechet_efficientnet_lite0" in report["results"][0]["scores"]
+    assert f"frechet_{offline}" in report["results"][0]["scores"]
     assert "rfid" not in report["results"][0]["scores"]
     for name in ("inception", "lpips"):
         assert f"{name} is left out: no weights of {name} here" in report["warnings"]
@@ -255,11 +257,36 @@ def test_scores_are_those_of_the_pictures(whole):
     ours, real = (network(to_8_bit(x)).pooled for x in (decoded, images))
     apart = cosine_distance(ours, real)
     assert scores["feature_distance_inception"] == pytest.approx(apart.mean().item())
+    squares = (ours - real).square().sum(1).mean().item()
+    assert scores["feature_distance_squared_inception"] == pytest.approx(squares)
     assert scores["rfid"] == pytest.approx(frechet_distance(statistics(ours), statistics(real)))
     assert whole["codes"]["vocab_size"] == 200
     result = whole["results"][0]
     assert result["bits_per_pixel"] == pytest.approx(2 * math.log2(200) / 256)
     assert result["entropy_bits_per_pixel"] < result["bits_per_pixel"]
+
+
+def test_what_is_plausible_and_what_is_faithful_are_apart(whole, monkeypatch):
+    class Brightness(Evaluator):
+        name = "brightness"
+
+        def measure(self, images):
+            return {"brightness": images.mean(dim=(1, 2, 3))}
+
+        def scores(self, rows):
+            return {"brightness": float(rows.made("brightness").mean())}
+
+    for result in whole["results"]:
+        plausible, faithful = set(result["plausible"]), set(result["faithful"])
+        assert {"sharpness", "kid", "rfid", "precision"} <= plausible
+        features = {f"feature_distance{kind}_inception" for kind in ("", "_squared")}
+        assert faithful == {"psnr", "mse", "ssim", *features}
+        assert not plausible & faithful
+        assert {**result["plausible"], **result["faithful"]} == result["scores"]
+    monkeypatch.setitem(EVALUATORS, "brightness", lambda setting: Brightness())
+    (result,) = evaluate(tokenizer(), emoji(5), [Cell(1, 1)], options(networks=()))["results"]
+    grouped = {*result["plausible"], *result["faithful"]}
+    assert set(result["scores"]) - grouped == {"brightness"}, "neither of the two"
 
 
 def test_the_report_says_all_that_the_numbers_depend_on(whole):
@@ -528,6 +555,44 @@ def test_generated_pictures_against_a_stored_reference(adm):
     assert any("image size and crop" in warning for warning in report["warnings"])
     with pytest.raises(ValueError, match="how many images to generate"):
         evaluate(tiny_gpt().double(), bare, [Cell(8, 1)], options(), tokenizer=tokenizer())
+
+
+def test_a_data_set_is_a_reference_too(tmp_path):
+    """So that held-out reconstructions are compared with the training images."""
+    others = take(Emoji("train"), 40)
+    names = {"reference": "emoji:train"}
+    folder = tmp_path / "a"
+    report = evaluate(tokenizer(), emoji(20), CELLS, options(reference=others), folder, names)
+    assert [path.name for path in folder.iterdir()] == ["report.json"], "no rows are left"
+    assert report["settings"]["stored_reference"] == "emoji:train"
+    assert report["settings"]["stored_reference_count"] == 40
+    network, transform, data = Projection(), ImageTransform(16), emoji(20)
+    theirs = network(
+        to_8_bit(torch.stack([transform(others[i]["image"]) for i in range(40)]))
+    ).pooled
+    images = torch.stack([transform(data[i]["image"]) for i in range(20)])
+    model, rngs = tokenizer(), row_generators(0, NOISE, range(20))
+    decoded = model.decode(model.encode(images), num_steps=2, guidance_scale=1.5, generator=rngs)
+    ours, scores = network(to_8_bit(decoded)).pooled, report["results"][1]["plausible"]
+    assert scores["kid_to_reference"] == pytest.approx(kernel_distance(ours, theirs)[0])
+    fid = frechet_distance(statistics(ours), statistics(theirs))
+    assert scores["fid_to_reference"] == pytest.approx(fid)
+    assert scores["kid"] != pytest.approx(scores["kid_to_reference"])
+    itself = evaluate(tokenizer(), data, [Cell(8, 2)], options(reference=data))["results"][0]
+    for score in ("kid", "precision", "recall"):
+        assert itself["scores"][f"{score}_to_reference"] == itself["scores"][score]
+    assert itself["scores"]["fid_to_reference"] == itself["scores"]["rfid"]
+
+
+def test_references_that_cannot_serve_are_refused():
+    few = take(Emoji("train"), 3)
+    with pytest.raises(ValueError, match="3 images are too few"):
+        evaluate(tokenizer(), emoji(9), [Cell(1, 1)], options(reference=few))
+    with pytest.raises(ValueError, match="needs a feature network"):
+        evaluate(tokenizer(), emoji(9), [Cell(1, 1)], options(reference=few, networks=()))
+    how = options(reference=few)
+    with pytest.raises(ValueError, match="compared with its data: name the reference there"):
+        evaluate(tiny_gpt().double(), emoji(9), [Cell(8, 1)], how, tokenizer=tokenizer())
 
 
 def test_our_own_reference_round_trips_through_an_evaluation(tmp_path):

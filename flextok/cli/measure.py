@@ -17,12 +17,13 @@ from flextok.emoji.alignment import alignment, format_report
 from flextok.emoji.scenes import EmojiScenes
 from flextok.evaluation import Cell, Options, evaluate, processes
 from flextok.evaluation.adaptive import Target, relate
+from flextok.evaluation.evaluators import FAITHFUL, PLAUSIBLE
 from flextok.evaluation.job import model_settings
 from flextok.evaluation.probe import format_table as probe_table
 from flextok.evaluation.probe import linear_probe
 from flextok.evaluation.report import check_output, write_report
 from flextok.evaluation.sweep import format_table as sweep_table
-from flextok.evaluation.sweep import sweep
+from flextok.evaluation.sweep import offline_network, sweep
 from flextok.generators import Generator
 from flextok.pipeline import load_token_model, load_tokenizer_of
 from flextok.places import released
@@ -46,12 +47,20 @@ def load_for_measuring(options: Measuring) -> Any:
 
 def measuring_options(options: Measuring, decoding: Mapping[str, Any] | None = None) -> Options:
     asked = {f.name: vars(options)[f.name] for f in fields(Options) if f.name in vars(options)}
+    if (reference := asked.get("reference")) and not reference.endswith(".npz"):
+        asked["reference"] = open_data(reference)
     return Options(**asked, decoding=decoding or {})
+
+
+def names_of(options: Evaluate | Sweep, data: str) -> dict[str, str]:
+    """What the report calls the model and the data sets."""
+    names = {"model": options.model, "data": data}
+    return names | ({"reference": options.reference} if options.reference else {})
 
 
 def run_evaluate(options: Evaluate) -> dict[str, Any] | None:
     how = measuring_options(options, decoding_options(options))
-    names = {"model": options.model, "data": options.data}
+    names = names_of(options, options.data)
     output = prepare_output(options)
     with processes.joined():
         model, tokenizer = load_for_measuring(options), None
@@ -71,20 +80,22 @@ def run_evaluate(options: Evaluate) -> dict[str, Any] | None:
 
 def run_sweep(options: Sweep) -> dict[str, Any]:
     output = prepare_output(options)
-    data = data_of(options.data, options.model)
+    data = take(data_of(options.data, options.model), options.limit)
+    if options.networks is None:
+        options.networks = offline_network(len(data))
     model = load_for_measuring(options)
     cells = ("num_steps", "guidance_scale")  # of which there may be several
     alike = {k: v for k, v in decoding_options(options).items() if k not in cells}
     report = sweep(
         model,
-        take(data, options.limit),
+        data,
         measuring_options(options, alike),
         output,
         token_lengths(options.num_tokens, model, model.num_tokens),
         options.steps,
         options.guidance_scale,
         options.num_pictures,
-        names={"model": options.model, "data": options.data or "the model's own validation data"},
+        names=names_of(options, options.data or "the model's own validation data"),
     )
     print(sweep_table(report))
     print_warnings(report)
@@ -166,14 +177,20 @@ def run_align(options: Align) -> dict[str, Any]:
 
 def print_report(report: dict[str, Any]) -> None:
     for result in report["results"]:
-        facts = {k: v for k, v in result.items() if k != "scores"}
-        print(f"{facts['num_tokens']} tokens, {facts['count']} images")
-        for name, value in {**facts, **result["scores"]}.items():
-            if name not in ("num_tokens", "count") and value is not None:
-                print(f"  {name:<48}{value:.6g}")
+        groups = {group: result[group] for group in (PLAUSIBLE, FAITHFUL)}
+        facts = {k: v for k, v in result.items() if k not in (*groups, "scores")}
+        print(f"{facts.pop('num_tokens')} tokens, {facts.pop('count')} images")
+        grouped = set().union(*groups.values())
+        others = {k: v for k, v in result["scores"].items() if k not in grouped}
+        for title, numbers in {"": facts, **groups, "others": others}.items():
+            if title and numbers:
+                print(f"  {title}")
+            for name, value in numbers.items():
+                if value is not None:
+                    print(f"    {name:<46}{value:.6g}")
     if report["codes"]:
         codes = report["codes"]
-        print(f"  {'codes used':<48}{codes['usage']:.6g} of {codes['vocab_size']}")
+        print(f"    {'codes used':<46}{codes['usage']:.6g} of {codes['vocab_size']}")
         print(f"  {'entropy (bits), all positions':<48}{codes['entropy_bits']:.6g}")
     run = report["run"]
     if run["peak_memory_mib"] is not None:

@@ -3,6 +3,10 @@
 An evaluator measures each image by itself, so that an evaluation can stream, be interrupted and be
 shared among processes; its scores are computed from all images' rows. A new one is a class and a
 line in EVALUATORS: it then runs from Python, from the command line and in training.
+
+Scores answer two questions, which reports keep apart. Plausible: do the images look like the
+data's, whichever they show? Faithful: does a reconstruction look like its original? Few tokens
+leave much open, so the most faithful image of them is a blur, which is not plausible.
 """
 
 import math
@@ -16,6 +20,7 @@ from torch import Tensor
 
 from flextok.evaluation.distances import (
     KID_SUBSET,
+    Statistics,
     frechet_distance,
     inception_score,
     kernel_distance,
@@ -23,9 +28,20 @@ from flextok.evaluation.distances import (
     statistics,
 )
 from flextok.evaluation.features import EfficientNetLite0, FeatureNetwork, Inception, load_lpips
-from flextok.evaluation.metrics import cosine_distance, lpips, mse, psnr, sharpness, ssim, to_8_bit
-from flextok.evaluation.reference import Reference, few_images
+from flextok.evaluation.metrics import (
+    cosine_distance,
+    lpips,
+    mse,
+    psnr,
+    sharpness,
+    squared_distance,
+    ssim,
+    to_8_bit,
+)
+from flextok.evaluation.reference import MeasuredReference, Reference, few_images
 from flextok.schema import unknown_key
+
+PLAUSIBLE, FAITHFUL = "plausible", "faithful"
 
 
 class Setting(NamedTuple):
@@ -52,6 +68,11 @@ class Evaluator:
     # Where the originals are not needed, the real images are measured too.
     needs: ClassVar[tuple[str, ...]] = ("images",)
     measure: Callable[..., dict[str, Tensor]]  # -> the rows' columns by name
+    group: ClassVar[str | None] = None  # PLAUSIBLE, FAITHFUL or neither: what its scores answer
+
+    def group_of(self, score: str) -> str | None:
+        """The group of a score, where they differ."""
+        return self.group
 
     def scores(self, rows: Rows) -> dict[str, Any]:
         raise NotImplementedError
@@ -68,7 +89,7 @@ class Evaluator:
 class Comparison(Evaluator):
     """The mean of a function that compares each reconstruction with its original."""
 
-    needs = ("images", "originals")
+    needs, group = ("images", "originals"), FAITHFUL
 
     def __init__(
         self,
@@ -91,7 +112,7 @@ class Comparison(Evaluator):
 class Sharpness(Evaluator):
     """The mean absolute gradient of grey values, over the real images'; below 1: blurred."""
 
-    name = "sharpness"
+    name, group = "sharpness", PLAUSIBLE
 
     def measure(self, images: Tensor) -> dict[str, Tensor]:
         return {"gradient": sharpness(images)}
@@ -103,13 +124,19 @@ class Sharpness(Evaluator):
 
 class FeatureDistances(Evaluator):
     """Distances between sets by the features of one network: Frechet and kernel distance, precision
-    and recall, class scores; and, of reconstructions, 1 - the cosine to the original's features."""
+    and recall, class scores. The same against a reference, if there is one beside the real images.
+    And, of reconstructions, how far their features are from the original's: 1 - the cosine, and the
+    squared Euclidean distance."""
 
     # what the scores are called when the features are Inception's own; others carry their network
     inception_names: ClassVar[dict[str, str]] = {
         "frechet_to_reference": "fid_to_reference",
         "kernel": "kid",
         "kernel_std": "kid_std",
+        "kernel_to_reference": "kid_to_reference",
+        "kernel_std_to_reference": "kid_std_to_reference",
+        "precision_to_reference": "precision_to_reference",
+        "recall_to_reference": "recall_to_reference",
         "class_score_10_shuffled": "inception_score_10_shuffled",  # torch-fidelity
         "class_score_10_shuffled_std": "inception_score_10_shuffled_std",
         "class_score_chunks_of_5000": "inception_score_chunks_of_5000",  # ADM
@@ -119,7 +146,11 @@ class FeatureDistances(Evaluator):
 
     def __init__(self, network: FeatureNetwork):
         self.network, self.name = network, network.name
-        self.reference: Reference | None = None  # in place of the real images, or beside them
+        # in place of the real images, or beside them
+        self.reference: Reference | MeasuredReference | None = None
+
+    def group_of(self, score: str) -> str:
+        return FAITHFUL if score.startswith("feature_distance") else PLAUSIBLE
 
     def measure(self, images: Tensor) -> dict[str, Tensor]:
         features = self.network(to_8_bit(images))
@@ -132,21 +163,18 @@ class FeatureDistances(Evaluator):
     def scores(self, rows: Rows) -> dict[str, float]:
         made, logits = rows.made(self.name), rows.made(f"{self.name}/logits")
         real = None if rows.real is None else rows.real(self.name)
-        ours, stored = statistics(made), self.reference
-        found = {}
+        ours, other = statistics(made), self.reference
+        found: dict[str, float] = {}
         if real is not None:
-            found["frechet"] = frechet_distance(ours, statistics(real))
-            if stored is not None:
-                found["frechet_to_reference"] = frechet_distance(ours, stored.statistics)
-        else:
-            assert stored is not None, "neither images nor a stored reference"
-            found["frechet"] = frechet_distance(ours, stored.statistics)
-            real = stored.features
-        if real is not None:
-            found["kernel"], found["kernel_std"] = kernel_distance(made, real)
-            found["precision"], found["recall"] = precision_recall(made, real)
+            found = set_distances(made, ours, real, statistics(real))
             if rows.paired:
                 found["feature_distance"] = float(cosine_distance(made, real).mean())
+                found["feature_distance_squared"] = float(squared_distance(made, real).mean())
+        if other is not None:
+            apart = set_distances(made, ours, other.features, other.statistics)
+            beside = "" if real is None else "_to_reference"
+            found |= {f"{key}{beside}": value for key, value in apart.items()}
+        assert found, "neither images nor a reference"
         shuffled = inception_score(logits, shuffle=True)
         found["class_score_10_shuffled"], found["class_score_10_shuffled_std"] = shuffled
         found["class_score_chunks_of_5000"], _ = inception_score(logits, shuffle=False)
@@ -161,13 +189,25 @@ class FeatureDistances(Evaluator):
     def warnings(self, rows: Rows) -> list[str]:
         sets = {"evaluated set": rows.made(self.name)}
         if rows.real is not None:
-            sets["reference set"] = rows.real(self.name)
+            sets["real images"] = rows.real(self.name)
         found = [few_images(name, *features.shape) for name, features in sets.items()]
         if min(map(len, sets.values())) < KID_SUBSET:
             found.append(f"kernel distance over all images: fewer than a subset of {KID_SUBSET}")
         if self.name.startswith("inception_"):
             found.append(f"{self.name}: not the weights that FID is defined on")
         return [*filter(None, found), *(self.reference.warnings if self.reference else [])]
+
+
+def set_distances(
+    made: Tensor, ours: Statistics, other: Tensor | None, theirs: Statistics
+) -> dict[str, float]:
+    """made, other: features of two sets, (n, D) and (m, D), None where only their statistics are
+    known."""
+    found = {"frechet": frechet_distance(ours, theirs)}
+    if other is not None:
+        found["kernel"], found["kernel_std"] = kernel_distance(made, other)
+        found["precision"], found["recall"] = precision_recall(made, other)
+    return found
 
 
 class CodeUse(Evaluator):
@@ -225,9 +265,13 @@ EVALUATORS: dict[str, Callable[[Setting], Evaluator | None]] = {
     "codes": lambda s: CodeUse(s.vocab_size) if s.vocab_size else None,
     "inception": lambda s: FeatureDistances(Inception(s.inception_weights, s.device, s.dtype)),
     "efficientnet_lite0": lambda s: FeatureDistances(EfficientNetLite0(s.device, s.dtype)),
+    "efficientnet_lite0_native": lambda s: FeatureDistances(
+        EfficientNetLite0(s.device, s.dtype, native=True)
+    ),
     "lpips": perceptual,
 }
-NETWORKS = ("inception", "efficientnet_lite0", "lpips")  # need weights, so these are asked for
+# these need weights, so they are asked for
+NETWORKS = ("inception", "efficientnet_lite0", "efficientnet_lite0_native", "lpips")
 
 
 def load_evaluators(
@@ -251,5 +295,5 @@ def load_evaluators(
                 raise  # the file was named, so it must be there
             left_out.append(f"{name} is left out: {error}")
             if name == "inception":
-                wanted.append("efficientnet_lite0")
+                wanted.append("efficientnet_lite0_native")
     return [evaluator for evaluator in found if evaluator is not None], left_out

@@ -35,7 +35,7 @@ class Options:
     seed: int = 0
     batch_size: int = 32  # of one process
     num_workers: int = 0
-    reference: str | None = None  # tokenizer: an .npz to compare with beside the images
+    reference: Any = None  # tokenizer: a data set or an .npz to compare with beside the images
     save_reference: str | None = None  # write the images' statistics to this .npz
     num_samples: int | None = None  # generator: by default as many as there are images
     labels: Literal["balanced", "data"] = "balanced"  # generator: all classes alike, or the data's

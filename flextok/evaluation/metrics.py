@@ -54,6 +54,11 @@ def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
     return 1 - cosine_similarity(a.cpu().double(), b.cpu().double(), dim=-1)
 
 
+def squared_distance(a: Tensor, b: Tensor) -> Tensor:
+    """a, b: (B, D) features. Returns their squared Euclidean distances."""
+    return (a.cpu().double() - b.cpu().double()).square().sum(dim=-1)
+
+
 def sharpness(images: Tensor) -> Tensor:
     """The mean absolute gradient of grey values, in units of the 0..255 range a pixel."""
     grey = to_8_bit(images).mean(dim=1)

@@ -1,9 +1,11 @@
-"""A stored reference for FID: the ADM evaluator's .npz (guided-diffusion), or one of our own.
+"""A reference for FID and its kin, other than the evaluated images: a data set, the ADM evaluator's
+.npz (guided-diffusion), or one of our own.
 
 ADM's holds `mu` and `sigma` of Inception's features over the whole training set and, as `arr_0`,
 ten thousand images for precision and recall. Ours states besides what it was made of.
 """
 
+import hashlib
 import zipfile
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 
 import flextok
+from flextok.data.parts import PartStore
 from flextok.evaluation.distances import Statistics, statistics
 from flextok.evaluation.features import FeatureNetwork, file_hash
 from flextok.files import atomic_write
@@ -104,6 +107,39 @@ class Reference:
                 batch = torch.from_numpy(flat.reshape(size, *shape).copy()).movedim(-1, 1)
                 rows.append(self.network(batch).pooled.cpu())
         return torch.cat(rows)
+
+
+class MeasuredReference:
+    """A data set as a reference: the features that were measured of its images."""
+
+    def __init__(self, name: str, rows: PartStore, network: str):
+        """name: of the data set; rows: with a column for the network."""
+        self.path, self.rows, self.network = name, rows, network
+
+    @cached_property
+    def features(self) -> Tensor:
+        """(n, D)."""
+        return self.rows.column(f"real/{self.network}")[:]
+
+    @cached_property
+    def statistics(self) -> Statistics:
+        return statistics(self.features)
+
+    @property
+    def hash(self) -> str:
+        """Of the very images."""
+        return hash_of_images(self.rows)
+
+    @property
+    def warnings(self) -> list[str]:
+        few = few_images(f"reference {self.path}", *self.features.shape)
+        return [few] if few else []
+
+
+def hash_of_images(rows: PartStore) -> str:
+    """A hash of the images behind rows, from the hashes of each."""
+    pixels = rows.column("real/hash")[:].numpy()
+    return hashlib.sha256(pixels.tobytes()).hexdigest()[:16]
 
 
 def read_header(stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:

@@ -1,7 +1,6 @@
 """The JSON report of an evaluation: scores, and all that they depend on."""
 
 import contextlib
-import hashlib
 import json
 import math
 import sys
@@ -14,8 +13,9 @@ from torch import Tensor
 
 from flextok.data.parts import PartStore
 from flextok.evaluation import processes
-from flextok.evaluation.evaluators import Rows
+from flextok.evaluation.evaluators import FAITHFUL, PLAUSIBLE, Rows
 from flextok.evaluation.job import Job
+from flextok.evaluation.reference import hash_of_images
 from flextok.files import read_mapping, write_text
 from flextok.schema import NotFinite
 
@@ -28,6 +28,7 @@ class Measured(NamedTuple):
     job: Job
     made: PartStore  # rows of reconstructed or generated images
     real: PartStore | None  # rows of the images that they are compared with
+    reference: PartStore | None  # rows of the data set that they are compared with besides
     asked: int  # images of the data set, unreadable ones too
     seconds: float
 
@@ -84,9 +85,14 @@ def result(measured: Measured, number: int, codes: dict[str, Any] | None) -> dic
     """One cell: how it decodes, what that costs, how good it is."""
     job, cell, rows = measured.job, measured.job.cells[number], measured.rows(str(number))
     scores: dict[str, float] = {}
+    groups: dict[str, dict[str, float]] = {PLAUSIBLE: {}, FAITHFUL: {}}
     for evaluator in job.evaluators:
         if "images" in evaluator.needs and (rows.paired or "originals" not in evaluator.needs):
-            scores |= evaluator.scores(rows)
+            found = evaluator.scores(rows)
+            scores |= found
+            for name, score in found.items():
+                if group := evaluator.group_of(name):
+                    groups[group][name] = score
     for name, score in scores.items():
         if not math.isfinite(score):
             raise NotFinite(f"{name} is {score} at {cell.num_tokens} tokens: no score to report")
@@ -104,7 +110,8 @@ def result(measured: Measured, number: int, codes: dict[str, Any] | None) -> dic
         "count": len(seconds),
         **rate,
         "seconds_per_picture": float(seconds.mean()),
-        "scores": scores,
+        **groups,
+        "scores": scores,  # those of both groups, and of neither
     }
 
 
@@ -116,9 +123,8 @@ def reference(measured: Measured) -> dict[str, Any]:
         found["reference_hash"] = found["stored_reference_hash"] = stored.hash
         found["stored_reference_count"] = stored.statistics.count
     if measured.real is not None:  # the very images, as they were compared
-        hashes = measured.real.column("real/hash")[:].numpy()
-        found["reference_hash"] = hashlib.sha256(hashes.tobytes()).hexdigest()[:16]
-        found["reference_count"] = len(hashes)
+        found["reference_hash"] = hash_of_images(measured.real)
+        found["reference_count"] = len(measured.real.column("position"))
     return found
 
 

