@@ -1,4 +1,5 @@
-"""Is the data loader ever what training waits for? Samples a second of the loader and of the model.
+"""Samples a second of the data loader and of the model: does training wait for its data? And what
+does a latent cache save?
 
     python benchmarks/loader.py configs/quickstart_tokenizer.yaml [key=value ...] \
         [--workers 0 1 2] [--seconds 10] [--json benchmarks/results/loader_cpu.json]
@@ -6,7 +7,9 @@
 The loader row reads, decodes, augments and batches as training does; the model row takes training
 steps (forward, backward, optimizer) on one batch again and again. The loader is not the bottleneck
 where it gives more than the model takes; workers run beside the model, so with a worker or more
-the two overlap. The first batches of each are not counted.
+the two overlap. The first batches of each are not counted. With data.latent_variants the latent
+cache is written first, and both rows read it: run the config with 0 and with 1 to see what a frozen
+VAE costs.
 """
 
 import argparse
@@ -31,6 +34,7 @@ from flextok.draws import derived_generator
 from flextok.objectives import Objective
 from flextok.training.fit import make_data
 from flextok.training.optim import make_optimizer
+from flextok.training.plan import measure
 from flextok.training.prepare import fill_auto, prepare
 from flextok.training.run import fit_options
 
@@ -112,6 +116,7 @@ def main() -> None:
         "cpus": os.cpu_count(),
         "clock": "cpu" if options.cpu_seconds else "wall",
         "torch": torch.__version__,
+        "gflop_per_sample": measure(config).flops / 1e9,
         "model_samples_per_s": model_rate(objective, optimizer, data, device, options.seconds),
     }
     print(f"{facts['config']}, batches of {data.batch_size}, {facts['device']}")

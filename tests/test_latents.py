@@ -12,10 +12,12 @@ import torch
 import yaml
 from helpers.files import CATS_AND_DOGS, draw_pictures
 from helpers.models import TITOK, randomize, tiny_tokenizer
-from helpers.processes import die_before, finish, start
+from helpers.processes import die_before, finish, start, start_ranks
 from helpers.runs import logged_losses, tokenizer_yaml, weights
+from torch.utils.flop_counter import FlopCounterMode
 
 from flextok import fit
+from flextok.bench import FLOPS
 from flextok.cli import main
 from flextok.config import load_experiment
 from flextok.data.augmentation import Augmentation
@@ -29,6 +31,7 @@ from flextok.objectives import make_objective
 from flextok.schema import ConfigError
 from flextok.tokenizers import TiTok, TiTokConfig
 from flextok.training.options import FitOptions
+from flextok.training.plan import as_text, measure, plan
 from flextok.training.run import train
 from flextok.vae import KLVAE
 
@@ -204,6 +207,27 @@ def test_latents_too_large_for_fp16_make_no_cache(picture_folder, tmp_path):
         cache(tmp_path, objective, picture_folder)
 
 
+def test_the_plan_counts_what_a_cache_spares_and_takes(picture_folder, tmp_path):
+    path = tokenizer_yaml(tmp_path, picture_folder)
+    overrides = [f"model.vae={json.dumps({'name': 'kl', **KL})}", "model.patch_size=2"]
+    plain, cached = (
+        load_experiment(path, [*overrides, f"data.latent_variants={n}"]) for n in (0, 1)
+    )
+    objective = objective_on_latents()
+    with FlopCounterMode(display=False, custom_mapping=FLOPS) as counter, torch.no_grad():
+        objective.frozen({"image": torch.zeros(1, 3, 16, 16)}, BatchDraws(1))
+    spared = measure(plain).flops - measure(cached).flops
+    assert spared == pytest.approx(counter.get_total_flops(), rel=0.01)
+    store = cache(tmp_path / "latents", objective, picture_folder, variants=1)
+    rows = {name: values.nbytes for name, values in store.read(0)[0].items()}
+    assert measure(cached).row == (rows["latents"] + rows["label"]) / 4
+    texts = [as_text(plan(config, 1)) for config in (plain, cached)]
+    assert "data.latent_variants would cache 1 KB each" in texts[0]
+    assert "are spared by a latent cache" in texts[1]
+    with pytest.raises(ConfigError, match="has no frozen encoder"):
+        measure(load_experiment(path, ["data.latent_variants=1"]))
+
+
 # --- runs -----------------------------------------------------------------------------------------
 
 
@@ -278,7 +302,7 @@ def test_a_cache_is_written_ahead_by_one_command(experiment, tmp_path, capsys, m
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_it_goes_on_to_the_same_files(experiment, tmp_path):
+def test_killed_and_shared_runs_of_the_command_write_the_same_files(experiment, tmp_path):
     log, whole, killed = tmp_path / "log", tmp_path / "whole", tmp_path / "killed"
 
     def command(folder):
@@ -291,8 +315,10 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_files(experiment, tmp_path)
         die = functools.partial(die_before, moment, killed)
         assert finish(start(command(killed), log, die)) == [-signal.SIGKILL]
     assert finish(start(command(killed), log)) == [0]
+    assert finish(*start_ranks(2, command(tmp_path / "shared"), log)) == [0, 0]
     expected, found = files(whole), files(killed)
     assert len(expected) == 4
+    assert files(tmp_path / "shared") == expected
     assert {name: found[name] for name in expected} == expected
 
 

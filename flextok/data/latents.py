@@ -6,6 +6,7 @@ write once, several augmented variants of each image, and never runs the encoder
 """
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -72,13 +73,21 @@ def build_latent_cache(
         draws = BatchDraws(len(positions), shared, positions)
         found = objective.frozen({"image": batch["image"].to(device)}, draws)
         rows = {"label": batch["label"]}
-        for name, values in found.items():
-            packed = pack(name, check_finite(values, f"the cached {name}"))
+        for name in objective.frozen_columns():
+            packed = pack(name, check_finite(found[name], f"the cached {name}"))
             rows[name] = check_finite(packed, f"the cached {name} in fp16").cpu()
         return rows
 
     rest = (variants, batch_size, num_workers, seed, part_size, process, "encoding")
     return build_cache(folder, CACHE, dataset, transform, compute, identity, *rest)
+
+
+def row_bytes(objective: Objective) -> int:
+    """What a row takes in a cache, with its label."""
+    model = objective.model
+    image = 3 * model.image_size**2
+    sizes = dict.fromkeys(IMAGES, image) | {"latents": 2 * math.prod(model.noise_shape)}
+    return 8 + sum(sizes[name] for name in objective.frozen_columns())
 
 
 def pack(name: str, values: Tensor) -> Tensor:

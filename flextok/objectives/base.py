@@ -57,7 +57,8 @@ class Objective(nn.Module):
         pretrained: with the weights of networks that others trained."""
 
     def frozen_columns(self) -> tuple[str, ...]:
-        """The names of what `frozen` returns; none where no first part of the model is frozen."""
+        """The names of what `forward` takes in place of images, as `frozen` returns it; none where
+        no first part of the model is frozen."""
         return ()
 
     def frozen_identity(self) -> dict[str, Any]:

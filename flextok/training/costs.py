@@ -17,7 +17,6 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from flextok.autoencoder import Autoencoder
-from flextok.draws import BatchDraws
 from flextok.generators.base import Generator
 from flextok.generators.conditioning import TextConditioner
 from flextok.nn.blocks import AdaLNBlock, Block
@@ -108,28 +107,23 @@ class Formulas:
 
     def flextok(self, objective: Any, model: FlexTok, images: Tensor) -> Iterator[Cost]:
         encoder, decoder = model.encoder, model.decoder
-        patches, registers = decoder.grid**2, model.num_tokens
-        both = patches + registers
+        patches = decoder.grid**2
         if not self.cached:
-            yield self.front(objective, images)
-        if encoder.registers is None:
-            yield self.stack(encoder.blocks, patches, patches**2)
-        else:
-            pairs = patches**2 + registers * both
-            yield self.stack(encoder.blocks, both, pairs, unread=patches)
-        for _ in range(2 if isinstance(objective, CrossLengthObjective) else 1):
-            yield self.stack(decoder.blocks, both, both**2, unread=registers)
-        if isinstance(objective, DrawingObjective):  # all of the above once, for the draft
+            yield from self.front(objective, images)
+        if isinstance(objective, DrawingObjective):
             drawer, n = objective.drawer, objective.drawer.grid**2
-            yield self.run(lambda: drawer.vae.encode(images, sample=False), 1)
             yield from (self.stack(drawer.blocks, n, n**2), self.edges(drawer, n))
             return
+        yield from self.coded(model, 2 if isinstance(objective, CrossLengthObjective) else 1)
         yield from (self.edges(encoder, patches), self.edges(decoder, patches))
         if isinstance(objective, DistillationObjective):
             options, decode = objective.config, objective.teacher.network.config.decode
             full, null = (
                 self.stack(decoder.blocks, n, n**2, trained=False).flops
-                for n in (both, patches + 1)  # one token stands for the null condition
+                for n in (
+                    patches + model.num_tokens,
+                    patches + 1,
+                )  # one token stands for the null condition
             )
             guided = full + null if decode.guidance_scale != 1 else full
             yield Cost((options.num_steps - 1) / 2 * full + options.teacher_steps * guided)
@@ -140,11 +134,24 @@ class Formulas:
             features = images.new_empty(patches * decoder.head.in_features).view(1, *shape)
             yield self.run(lambda: alignment.projector(features), 3)
 
-    def front(self, objective: Objective, images: Tensor) -> Cost:
-        """What is frozen before the trained parts."""
-        if objective.frozen_columns():
-            return self.run(lambda: objective.frozen({"image": images}, BatchDraws(1)), 1)
-        return self.run(lambda: objective.model.vae.encode(images, sample=False), 1)
+    def front(self, objective: Objective, images: Tensor) -> Iterator[Cost]:
+        """Of a FlexTok: what is frozen before the trained parts, and a latent cache spares."""
+        yield self.run(lambda: objective.model.vae.encode(images, sample=False), 1)
+        if isinstance(objective, DrawingObjective):  # a draft too
+            yield self.run(lambda: objective.drawer.vae.encode(images, sample=False), 1)
+            yield from self.coded(objective.model, 1)
+
+    def coded(self, model: FlexTok, decodings: int) -> Iterator[Cost]:
+        """Encoder and decoder, but for the layers around their blocks."""
+        encoder, patches, registers = model.encoder, model.decoder.grid**2, model.num_tokens
+        both = patches + registers
+        if encoder.registers is None:
+            yield self.stack(encoder.blocks, patches, patches**2)
+        else:
+            pairs = patches**2 + registers * both
+            yield self.stack(encoder.blocks, both, pairs, unread=patches)
+        for _ in range(decodings):
+            yield self.stack(model.decoder.blocks, both, both**2, unread=registers)
 
     def titok(self, model: TiTok, images: Tensor) -> Iterator[Cost]:
         patches = model.grid**2

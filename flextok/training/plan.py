@@ -15,8 +15,7 @@ import torch
 from torch import nn
 
 from flextok.config import ExperimentConfig
-from flextok.data.latents import check_cacheable, pack
-from flextok.draws import BatchDraws
+from flextok.data.latents import check_cacheable, row_bytes
 from flextok.generators import GENERATORS
 from flextok.generators.conditioning import CONDITIONERS
 from flextok.losses.perceptual import PerceptualLoss
@@ -204,10 +203,8 @@ def measure(config: ExperimentConfig) -> Step:
     around = sum(size_of(network) for network in beside)
     front, row = 0.0, 0
     if objective.frozen_columns():
-        image = an_image(objective.model)
-        front = formulas.front(objective, image).flops
-        made = objective.frozen({"image": image}, BatchDraws(1))
-        row = sum(pack(name, values).nbytes for name, values in made.items()) + 8  # its label
+        costs = formulas.front(objective, an_image(objective.model))
+        front, row = sum(cost.flops for cost in costs), row_bytes(objective)
     largest = max(parts, default=0)
     return Step(cost.flops, cost.saved, trained, frozen, around, largest, outside, front, row)
 
