@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import flextok
 from flextok.convert.autoencoder import OURS, to_diffusers
 from flextok.hub import Pretrained
+from flextok.places import DIFFUSERS_WEIGHTS
 from flextok.schema import Depth, Size, to_mapping
 from flextok.vae import make_kl
 
@@ -42,7 +43,7 @@ class Autoencoder(Pretrained):
     model_type = "autoencoder"
     config_class = AutoencoderConfig
     config: AutoencoderConfig
-    weights_file = "diffusion_pytorch_model.safetensors"
+    weights_file = DIFFUSERS_WEIGHTS
     stated = (
         ("channels", "decoder.conv_in.weight", 1),
         ("layers_per_block", "encoder.down_blocks.0.resnets.", None),

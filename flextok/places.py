@@ -20,6 +20,7 @@ from flextok.storage import SUFFIXES, CheckpointError, check_file, read_json, re
 log = logging.getLogger(__name__)
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"  # of an autoencoder
 OLD_WEIGHTS = "pytorch_model.bin"  # what hub repositories held before safetensors
 RELEASES = Path(__file__).parent / "releases"  # models that come with the package, by name
 
@@ -61,8 +62,8 @@ def resolve(path: str | Path, revision: str | None = None) -> Path:
         from huggingface_hub import hf_hub_download
 
         return from_hub(name, lambda: hf_hub_download(repo, file, revision=revision))
-    folder = hub_folder(repo, revision, WEIGHTS, CONFIG)
-    if (folder / WEIGHTS).is_file():
+    folder = hub_folder(repo, revision, WEIGHTS, DIFFUSERS_WEIGHTS, CONFIG)
+    if any((folder / name).is_file() for name in (WEIGHTS, DIFFUSERS_WEIGHTS)):
         return folder
     return hub_folder(repo, revision, OLD_WEIGHTS, CONFIG)
 
@@ -104,7 +105,7 @@ def from_hub(name: str, download: Callable[[], str]) -> Path:
 
 def find_weights(folder: Path) -> Path:
     """The weight file of a folder: the one of the usual name, else the only one there is."""
-    for name in (WEIGHTS, OLD_WEIGHTS):
+    for name in (WEIGHTS, DIFFUSERS_WEIGHTS, OLD_WEIGHTS):
         if (folder / name).is_file():
             return folder / name
     files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)

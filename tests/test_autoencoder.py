@@ -15,6 +15,7 @@ from helpers.runs import SIX_STEPS, Stop, interrupt_after, logged_losses, same
 
 import flextok
 from flextok.autoencoder import Autoencoder, AutoencoderConfig, channel_statistics
+from flextok.cli import main
 from flextok.config import OptimConfig, load_experiment
 from flextok.data.datasets import ImageFolder
 from flextok.data.transforms import ImageTransform
@@ -209,6 +210,15 @@ def test_a_run_leaves_a_diffusers_folder_with_standardised_latents(run):
     assert flextok.FlexTok(tokenizer).noise_shape == (4, 8, 8)
 
 
+def test_one_on_the_hub_is_found_by_its_weights(run, monkeypatch):
+    def download(repo, revision, allow_patterns):
+        assert {"config.json", "diffusion_pytorch_model.safetensors"} <= set(allow_patterns)
+        return str(run / "run")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert Autoencoder.from_pretrained("owner/vae").config.channels == 4
+
+
 @pytest.mark.parametrize("step", [3, 5])
 def test_a_resumed_run_repeats_the_uninterrupted_one(run, tmp_path, monkeypatch, step):
     config = load_experiment(run / "config.yaml", [f"output_dir={tmp_path / 'run'}"])
@@ -234,7 +244,12 @@ def test_a_finished_run_is_known_and_left_as_it_is(run, caplog):
     assert before == {p: p.stat().st_mtime_ns for p in before}
 
 
-def test_what_an_autoencoder_cannot_do_is_refused(run):
+def test_what_an_autoencoder_cannot_do_is_refused(run, tmp_path, capsys):
+    picture = str(next((run / "pictures").rglob("*.png")))
+    for command in (["reconstruct", picture, "--model"], ["sample"]):
+        output = ["--output", str(tmp_path / "out.png")]
+        assert main([*command, str(run / "run"), *output]) == 1
+        assert "is an autoencoder, which has no tokens" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="evaluation decodes tokens"):
         load_experiment(run / "config.yaml", ["evaluation={limit: 2}"])
     sharded = [
