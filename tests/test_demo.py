@@ -12,10 +12,12 @@ from PIL import Image
 from starlette.datastructures import Headers
 
 from flextok.cli import main
+from flextok.data.transforms import to_tensor
 from flextok.demo.guard import Guard
 from flextok.demo.markup import figure
-from flextok.demo.studio import Studio
+from flextok.demo.studio import Quality, Studio
 from flextok.demo.upload import Limits, read_picture
+from flextok.evaluation.metrics import psnr, sharpness, ssim
 from flextok.generators import MaskGIT, MaskGITConfig
 from flextok.pipeline import generate_images, load_model, remember_tokenizer
 from flextok.tokenizers import TiTok, TiTokConfig
@@ -200,6 +202,20 @@ def test_the_filmstrip_shows_what_the_slider_shows(studio, crop):
     assert len({made.tobytes() for _, made, _ in film}) == 4
 
 
+def test_a_reconstruction_says_how_plausible_and_how_faithful_it_is(studio, crop):
+    made, quality = studio.reconstruct(crop, 8, 0, 1)
+    ours, theirs = (to_tensor(image)[None] for image in (made, crop))
+    assert quality == (sharpness(ours) / sharpness(theirs), psnr(ours, theirs), ssim(ours, theirs))
+    plausible, faithful = quality.caption(long=True).splitlines()
+    assert plausible == f"plausible: sharpness {quality.sharpness:.2f}"
+    assert faithful == f"faithful: {quality.psnr:.1f} dB, SSIM {quality.ssim:.2f}"
+    same = Quality.of(theirs, theirs)
+    assert same == (1, 100, pytest.approx(1))
+    plain = torch.zeros_like(theirs)
+    assert Quality.of(ours, plain).sharpness is None, "no edges, nothing to be as sharp as"
+    assert Quality.of(ours, plain).caption().startswith("sharp -\n")
+
+
 def test_seeds_differ_and_begin_with_the_one_set(studio, crop):
     seed = 2**31 - 2
     drawn = list(studio.seeds(crop, 2, seed, 2))
@@ -209,7 +225,7 @@ def test_seeds_differ_and_begin_with_the_one_set(studio, crop):
 
 def test_the_token_need_is_the_shortest_that_meets_the_target(studio, crop):
     asked = (1, 1)
-    quality = {k: q for k, _, q in studio.filmstrip(crop, *asked)}
+    quality = {k: q.psnr for k, _, q in studio.filmstrip(crop, *asked)}
     target = quality[8] - 0.01
     answer = studio.need(crop, target, *asked)
     enough = [k for k in quality if quality[k] >= target]

@@ -23,6 +23,10 @@ INTRO = """# FlexTok
 A picture as a short sequence of tokens, coarse to fine: the first few are a picture already.
 """
 HINT = "Drop a picture first, or take an emoji."
+LEGEND = (
+    "Plausible: sharpness over your picture's (1 is right, less is blurred). Faithful: PSNR in dB, "
+    "which counts at all tokens; few tokens leave much open."
+)
 EXAMPLE = "a red heart on a blue background"
 TARGET = 16.0  # dB, where the slider of the token need starts
 MAX_STEPS, MAX_SCALE = 100, 10  # of what a client may ask for
@@ -107,7 +111,7 @@ def reconstruct_tab(studio: Studio, limits: Limits) -> None:
             ]
         with gr.Column(scale=2):
             result = gr.HTML(HINT, elem_id="result")
-            gr.Markdown("### Filmstrip")
+            gr.Markdown(f"### Filmstrip\n{LEGEND}")
             film = gr.HTML(elem_id="filmstrip")
             with gr.Row(visible=draws):
                 several = gr.Button("Several seeds")
@@ -133,13 +137,13 @@ def reconstruct_tab(studio: Studio, limits: Limits) -> None:
             return
         made, quality = studio.reconstruct(crop, k, *asked)
         seen = figure(crop, "what the model sees", width)
-        caption = f"{tokens(int(k))}, {quality:.1f} dB"
+        caption = f"{tokens(int(k))}\n{quality.caption(long=True)}"
         yield strip([seen, figure(made, caption, width, f"flextok-{int(k)}.png")])
 
     @answering
     def show_film(crop: Image.Image | None, *asked: Any) -> Iterator[str]:
         yield from growing(
-            figure(made, f"{tokens(k)}\n{quality:.1f} dB", 76, f"flextok-{k}.png")
+            figure(made, f"{tokens(k)}\n{quality.caption()}", 76, f"flextok-{k}.png")
             for k, made, quality in (studio.filmstrip(crop, *asked) if crop else ())
         )
 

@@ -3,14 +3,15 @@ client chooses arrive in the ranges of the page's fields; the models check them 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from flextok.data.transforms import center_crop, to_image, to_tensor
 from flextok.evaluation import adaptive
-from flextok.evaluation.metrics import psnr
+from flextok.evaluation.metrics import psnr, sharpness, ssim
 from flextok.generators.base import Generator
 from flextok.generators.conditioning import NULL_CLASS, ClassConditioner, TextConditioner
 from flextok.pipeline import (
@@ -23,6 +24,29 @@ from flextok.pipeline import (
 from flextok.tokenizers.base import Tokenizer
 
 MAX_SEED, MAX_PROMPT = 2**31 - 1, 500
+
+
+class Quality(NamedTuple):
+    """How plausible a reconstruction is, as far as one image shows it, and how faithful."""
+
+    sharpness: float | None  # over the original's; None where that has no edges
+    psnr: float  # dB
+    ssim: float
+
+    @classmethod
+    def of(cls, made: Tensor, original: Tensor) -> "Quality":
+        """made, original: (1, 3, H, W) in [-1, 1]."""
+        edges = sharpness(original).item()
+        ratio = sharpness(made).item() / edges if edges else None
+        return cls(ratio, psnr(made, original).item(), ssim(made, original).item())
+
+    def caption(self, long: bool = False) -> str:
+        """Two lines, of how plausible and how faithful it is."""
+        ratio = "-" if self.sharpness is None else f"{self.sharpness:.2f}"
+        if long:
+            faithful = f"faithful: {self.psnr:.1f} dB, SSIM {self.ssim:.2f}"
+            return f"plausible: sharpness {ratio}\n{faithful}"
+        return f"sharp {ratio}\n{self.psnr:.1f} dB"
 
 
 @dataclass
@@ -108,18 +132,18 @@ class Studio:
         seed: int = 0,
         steps: int | None = None,
         scale: float | None = None,
-    ) -> tuple[Image.Image, float]:
+    ) -> tuple[Image.Image, Quality]:
         """image: as crop() returns it; steps, scale: None = the model's own. Returns the
-        reconstruction and its PSNR in dB."""
+        reconstruction and how good it is."""
         k, images = int(tokens), to_tensor(image)[None]
         decoding = self.decoding(steps, scale)
         made = reconstruct_prefixes(self.tokenizer, images, [k], int(seed), decoding)[k].cpu()
-        return to_image(made[0]), psnr(made, images).item()
+        return to_image(made[0]), Quality.of(made, images)
 
     def filmstrip(
         self, image: Image.Image, *asked: Any
-    ) -> Iterator[tuple[int, Image.Image, float]]:
-        """(tokens, reconstruction, PSNR) for 1, 2, 4, ... tokens; asked: as of reconstruct."""
+    ) -> Iterator[tuple[int, Image.Image, Quality]]:
+        """(tokens, reconstruction, quality) for 1, 2, 4, ... tokens; asked: as of reconstruct."""
         for k in self.lengths:
             yield (k, *self.reconstruct(image, k, *asked))
 
