@@ -6,7 +6,10 @@ import pytest
 import torch
 from helpers.models import DRAWER, TINY, tiny_tokenizer
 
-from flextok.objectives import DrawingObjective, FlowObjective, make_objective
+from flextok.data.datasets import ImageFolder
+from flextok.data.latents import LatentDataset, build_latent_cache, latents_identity
+from flextok.data.transforms import ImageTransform
+from flextok.objectives import DrawingConfig, DrawingObjective, FlowObjective, make_objective
 from flextok.objectives.base import draws_of
 from flextok.schema import ConfigError, from_mapping
 from flextok.tokenizers import FlexTok, FlexTokConfig
@@ -125,6 +128,39 @@ def test_a_cached_front_end_gives_the_same_loss():
     assert sorted(set(found["keep"].tolist())) == [1, 2, 4, 8]
     cached = objective({**found, "row": rows}, draws[2])["loss"]
     assert cached.item() == pytest.approx(plain.item(), rel=1e-5)
+
+
+def test_latents_and_drafts_are_cached_for_the_decoder_that_made_them(picture_folder, tmp_path):
+    vae = {**KL, "norm_groups": 2}
+
+    def made(**spec):
+        model = tiny_tokenizer(drawer={**DRAWER, "patch_size": 2, "vae": vae})
+        model.drawer.vae.has_weights = True
+        torch.manual_seed(0)
+        for weight in model.drawer.vae.parameters():
+            weight.data.normal_(std=0.1)
+        return DrawingObjective(model, DrawingConfig(**spec), weights=tiny_tokenizer())
+
+    def cache(objective):
+        data, identity = ImageFolder(picture_folder), latents_identity(objective, {})
+        plain = ImageTransform(16)
+        return build_latent_cache(tmp_path, objective, data, plain, identity, 4, part_size=8)
+
+    objective = made()
+    assert cache(objective).is_finished
+    found = LatentDataset(tmp_path)
+    assert set(found[0]) == {"latents", "draft", "label"}
+    assert found[0]["draft"].abs().max() <= 1
+    drafts = torch.stack([found[i]["draft"] for i in range(4)])  # of one image, not augmented
+    assert not torch.equal(drafts[0], drafts[1]), "each from a length of its own"
+    batch = {name: torch.stack([found[i][name] for i in range(4)]) for name in found.columns}
+    assert objective(batch)["loss"].isfinite()
+    other = made()
+    with torch.no_grad():
+        other.model.decoder.head.weight.add_(0.1)
+    for wrong, key in ((other, "weights"), (made(nested_dropout="uniform"), "lengths")):
+        with pytest.raises(ValueError, match=rf"made from something else \({key} differ\)"):
+            cache(wrong)
 
 
 def test_what_does_not_fit_is_refused():

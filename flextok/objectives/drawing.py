@@ -1,7 +1,7 @@
 """What a drawer minimises: the flow's error on latents, given the draft of a random prefix."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -9,15 +9,16 @@ from torch import Tensor
 
 from flextok.draws import BatchDraws
 from flextok.flow.path import TIME_SAMPLERS, interpolate, velocity_target
-from flextok.hub import Pretrained
+from flextok.hub import Pretrained, fingerprint
 from flextok.nn.devices import to_device
 from flextok.objectives.base import Objective, draws_of, need, train_only
 from flextok.objectives.flow import nested_dropout
 from flextok.objectives.nested_dropout import PrefixConfig, take_rows
-from flextok.schema import ConfigError, Share, build
+from flextok.schema import ConfigError, Share, build, to_mapping
 from flextok.tokenizers import FlexTok
-from flextok.tokenizers.base import check_images
+from flextok.tokenizers.base import check_images, component
 from flextok.tokenizers.drawer import Drawer
+from flextok.vae import VAES
 
 
 @dataclass
@@ -63,6 +64,24 @@ class DrawingObjective(Objective):
     def prepare(self, pretrained: bool = True) -> None:
         if pretrained and not self.drawer.vae.has_weights:
             self.drawer.vae.load_weights()
+
+    def frozen_columns(self) -> tuple[str, ...]:
+        return ("latents", "draft")
+
+    def frozen_identity(self) -> dict[str, Any]:
+        """Of the tokenizer, the first decoder's drafts, the lengths and the drawer's encoder."""
+        model, asked = self.model, self.config
+        assert model.config.drawer is not None, "begin() asks for one"
+        parts = ("vae.", "encoder.", "quantizer.", "decoder.")
+        drawer_vae = ("drawer.vae.vae.encoder.", "drawer.vae.vae.quant_conv.")
+        config = to_mapping(replace(model.config, drawer=None))
+        return {
+            "weights": fingerprint(model, (*parts, *drawer_vae)),
+            "tokenizer": {**config, "vae": model.codes_settings()["vae"], "decode": None},
+            "draft_options": to_mapping(model.config.drawer.draft),
+            "drawer_vae": component(VAES, model.config.drawer.vae, unused="weights slicing"),
+            "lengths": [asked.nested_dropout, asked.batch_lengths],
+        }
 
     @torch.no_grad()
     def frozen(self, batch: Mapping[str, Any], draws: BatchDraws) -> dict[str, Tensor]:
