@@ -9,7 +9,15 @@ from helpers.models import DRAWER, TINY, tiny_tokenizer
 from flextok.data.datasets import ImageFolder
 from flextok.data.latents import LatentDataset, build_latent_cache, latents_identity
 from flextok.data.transforms import ImageTransform
-from flextok.objectives import DrawingConfig, DrawingObjective, FlowObjective, make_objective
+from flextok.objectives import (
+    DistillationObjective,
+    DrawingConfig,
+    DrawingDistillationConfig,
+    DrawingDistillationObjective,
+    DrawingObjective,
+    FlowObjective,
+    make_objective,
+)
 from flextok.objectives.base import draws_of
 from flextok.schema import ConfigError, from_mapping
 from flextok.tokenizers import FlexTok, FlexTokConfig
@@ -188,3 +196,70 @@ def test_training_the_tokens_again_leaves_the_drawer_out():
     assert model.drawer is None
     assert model.config.drawer is None
     assert model.config.decode.num_steps == 1, "the first decoder's"
+
+
+def bent_teacher() -> FlexTok:
+    model = with_drawer(num_steps=6, guidance_scale=2.0, noise_scale=[1.0, 0.7])
+    with torch.no_grad():  # a velocity that bends, so that few Euler steps are not enough
+        for name, parameter in model.drawer.named_parameters():
+            if "modulation" in name or "head" in name:
+                parameter.mul_(2.5)
+    return model
+
+
+def student_of(teacher: FlexTok, **changes) -> DrawingDistillationObjective:
+    config = DrawingDistillationConfig(**{"num_steps": 2, "teacher_steps": 3, **changes})
+    model = with_drawer(noise_scale=[1.0, 0.7])
+    return DrawingDistillationObjective(model, config, teacher=teacher)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.01])
+def test_the_student_comes_to_the_teachers_many_steps(weight):
+    teacher = bent_teacher()
+    objective = student_of(teacher, weight=weight, dim=32)
+    student, indices = objective.model, teacher.encode(pictures(8, seed=7))
+    noise = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(8))
+    keep = torch.tensor([1, 2, 4, 8] * 2)
+    many = teacher.decode(indices, keep, noise=noise)
+
+    def error() -> float:
+        return float((student.decode(indices, keep, noise=noise) - many).square().mean())
+
+    before = error()
+    optimizer = torch.optim.AdamW([p for p in objective.parameters() if p.requires_grad], lr=1e-3)
+    draws, batch = torch.Generator().manual_seed(0), None
+    for step in range(100):
+        if step % 10 == 0:
+            batch = {"image": pictures(16, seed=100 + step)}
+            batch = objective.frozen(batch, draws_of(batch, "image", draws))
+        loss = objective.train()(batch, draws)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert error() < before / 2
+    assert student.codes_id == teacher.codes_id
+    with pytest.raises(ValueError, match="num_steps=4 must be 2"):
+        student.decode(indices, num_steps=4)
+
+
+def test_the_discriminator_acts_on_the_last_step_only():
+    objective = student_of(bent_teacher(), weight=1.0, dim=32).train()
+    batch = {"image": pictures(8)}
+    batch = objective.frozen(batch, draws_of(batch, "image", torch.Generator()))
+    judged = {}
+    for seed in range(8):
+        draws = torch.Generator().manual_seed(seed)
+        last = draws_of(batch, "latents", draws).of_step().randrange(2) == 1
+        losses = objective(batch, torch.Generator().manual_seed(seed))
+        objective.zero_grad()
+        losses["loss"].backward()
+        grads = [p.grad.abs().max() for p in objective.discriminator.parameters()]
+        judged[last] = ("adversarial" in losses, bool(max(grads) > 0))
+    assert judged == {True: (True, True), False: (False, False)}
+
+
+def test_each_distillation_names_the_other():
+    with pytest.raises(ConfigError, match="name: drawing_distillation"):
+        DistillationObjective(with_drawer(), teacher=with_drawer())
+    with pytest.raises(ConfigError, match="name: distillation"):
+        DrawingDistillationObjective(tiny_tokenizer(), teacher=tiny_tokenizer())

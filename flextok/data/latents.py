@@ -86,7 +86,8 @@ def row_bytes(objective: Objective) -> int:
     """What a row takes in a cache, with its label."""
     model = objective.model
     image = 3 * model.image_size**2
-    sizes = dict.fromkeys(IMAGES, image) | {"latents": 2 * math.prod(model.noise_shape)}
+    sizes = dict.fromkeys(IMAGES, image) | {"keep": 8}
+    sizes["latents"] = 2 * math.prod(model.noise_shape)
     return 8 + sum(sizes[name] for name in objective.frozen_columns())
 
 

@@ -24,12 +24,19 @@ class BlurPool(nn.Module):
 
 
 class PatchDiscriminator(nn.Module):
-    """Convolutions that judge a 16 x 16 grid of patches: from `dim` channels on, `num_stages`
-    halvings."""
+    """Convolutions that judge a grid of patches: from `dim` channels on, `num_stages` halvings."""
 
-    def __init__(self, dim: int = 128, num_stages: int = 3, slope: float = 0.1):
+    def __init__(
+        self,
+        dim: int = 128,
+        num_stages: int = 3,
+        slope: float = 0.1,
+        channels: int = 3,
+        grid: int = 16,
+    ):
         super().__init__()
-        self.block_in = nn.Sequential(nn.Conv2d(3, dim, 5, padding=2), nn.LeakyReLU(slope))
+        self.grid = grid
+        self.block_in = nn.Sequential(nn.Conv2d(channels, dim, 5, padding=2), nn.LeakyReLU(slope))
         self.blocks = nn.ModuleList()
         width = dim
         for stage in range(num_stages):
@@ -48,12 +55,12 @@ class PatchDiscriminator(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """images: (B, 3, H, W) in the same range in training and in use. Returns logits
-        (B, 1, 16, 16), high = real."""
+        """images: (B, C, H, W) in the same range in training and in use. Returns logits
+        (B, 1, grid, grid), high = real."""
         x = self.block_in(images)
         for block in self.blocks:
             x = block(x)
-        return self.to_logits(F.adaptive_max_pool2d(x, 16))
+        return self.to_logits(F.adaptive_max_pool2d(x, self.grid))
 
 
 class LeCam(nn.Module):

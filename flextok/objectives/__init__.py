@@ -10,6 +10,10 @@ from flextok.objectives.base import Objective, Part
 from flextok.objectives.cross_length import CrossLengthConfig, CrossLengthObjective
 from flextok.objectives.distillation import DistillationConfig, DistillationObjective
 from flextok.objectives.drawing import DrawingConfig, DrawingObjective
+from flextok.objectives.drawing_distillation import (
+    DrawingDistillationConfig,
+    DrawingDistillationObjective,
+)
 from flextok.objectives.flow import FlowConfig, FlowObjective
 from flextok.objectives.masked_tokens import MaskedTokensConfig, MaskedTokensObjective
 from flextok.objectives.next_token import NextTokenConfig, NextTokenObjective
@@ -23,6 +27,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "cross_length": CrossLengthObjective,
     "distillation": DistillationObjective,
     "drawing": DrawingObjective,
+    "drawing_distillation": DrawingDistillationObjective,
     "proxy_codes": ProxyCodesObjective,
     "reconstruction": ReconstructionObjective,
     "adversarial": AdversarialObjective,
@@ -42,6 +47,8 @@ __all__ = [
     "DistillationConfig",
     "DistillationObjective",
     "DrawingConfig",
+    "DrawingDistillationConfig",
+    "DrawingDistillationObjective",
     "DrawingObjective",
     "FlowConfig",
     "FlowObjective",

@@ -43,8 +43,11 @@ class Adversarial(Objective):
 
     config: DiscriminatorConfig
 
-    def add_discriminator(self) -> None:
-        self.discriminator = PatchDiscriminator(self.config.dim, self.config.num_stages)
+    def add_discriminator(self, channels: int = 3, grid: int = 16) -> None:
+        config = self.config
+        self.discriminator = PatchDiscriminator(
+            config.dim, config.num_stages, channels=channels, grid=grid
+        )
         self.lecam = LeCam(self.config.lecam_decay)
         self.judged: list[Tensor] = []  # mean logits of the real and the fake, of each micro-batch
 
@@ -52,17 +55,20 @@ class Adversarial(Objective):
         self, losses: dict[str, Tensor], real: Tensor, fake: Tensor
     ) -> dict[str, Tensor]:
         """The losses with those of deceiving the discriminator, and its own, in the total. real,
-        fake: (B, 3, H, W) in [-1, 1]."""
+        fake: (B, C, H, W), images in [-1, 1] or latents."""
         losses = dict(losses)
         if self.step >= self.config.start_step:
             losses["adversarial"] = hinge_generator_loss(self.judge(fake)).float()
             losses["loss"] = losses["loss"] + self.config.weight * losses["adversarial"]
             critic = self.discriminator_losses(real.to(fake.dtype), fake.detach())
-        else:  # a gradient of zero, since DDP waits for one
-            sums = [p.sum() for p in self.discriminator.parameters()]
-            critic = {"loss": 0.0 * torch.stack(sums).sum()}
+        else:
+            critic = {"loss": self.without_discriminator()}
         losses["loss"] = losses["loss"] + critic["loss"]
         return losses | {f"discriminator_{name}": value for name, value in critic.items()}
+
+    def without_discriminator(self) -> Tensor:
+        """A loss of zero, with a gradient of zero for all weights, since DDP waits for one."""
+        return 0.0 * torch.stack([p.sum() for p in self.discriminator.parameters()]).sum()
 
     def judge(self, images: Tensor) -> Tensor:
         """The discriminator's logits, with gradients to the images but not to its weights."""
@@ -70,7 +76,7 @@ class Adversarial(Objective):
         return torch.func.functional_call(self.discriminator, weights, (images,))
 
     def discriminator_losses(self, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
-        """real, fake: (B, 3, H, W) in [-1, 1]. Returns scalars; notes the logits for LeCam."""
+        """real, fake: (B, C, H, W). Returns scalars; notes the logits for LeCam."""
         logits = self.discriminator(torch.cat([real, fake]))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # fp32 island
         logits_real, logits_fake = logits.chunk(2)

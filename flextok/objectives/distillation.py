@@ -36,6 +36,15 @@ class DistillationConfig(PrefixConfig):
     teacher_steps: Steps = 5  # the teacher's within each of them
 
 
+def few_steps(model: FlexTok, num_steps: int) -> None:
+    """From here on a model decodes in so many Euler steps without guidance, and in no other way."""
+    fixed: dict[str, Any] = {"num_steps": num_steps, "solver": "euler"}
+    fixed |= {"guidance_scale": 1.0, "guidance_interval": None}
+    model.config = replace(
+        model.config, decode=replace(model.config.decode, **fixed), distilled=True
+    )
+
+
 class DistillationObjective(Objective):
     """The squared error of the student's mean velocity over one of its steps, drawn for the whole
     batch. The condition is the images' codes; the teacher solves with its own config.decode."""
@@ -51,16 +60,18 @@ class DistillationObjective(Objective):
         config.num_steps Euler steps without guidance."""
         model, config = self.model, self.config
         trained = need("teacher", teacher, FlexTok)
+        if model.drawer or trained.drawer:
+            raise ConfigError(
+                "distillation is of first decoders: of a drawer it is objective "
+                "{name: drawing_distillation}"
+            )
         begin_as(model, trained)
         if model.codes_settings()["quantizer"] != trained.codes_settings()["quantizer"]:
             raise ConfigError(
                 f"model.quantizer={model.config.quantizer} is not the teacher's: a student's "
                 "indices must mean the same, so leave it out"
             )
-        few = {"num_steps": config.num_steps, "solver": "euler"}
-        fixed: dict[str, Any] = {**few, "guidance_scale": 1.0, "guidance_interval": None}
-        decode = replace(model.config.decode, **fixed)
-        model.config = replace(model.config, decode=decode, distilled=True)
+        few_steps(model, config.num_steps)
         model.encoder.requires_grad_(False)
         model.decoder.null_token.requires_grad_(False)  # guidance is the teacher's
         self.teacher = Frozen(trained)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ class DrawingConfig(PrefixConfig):
 class DrawingObjective(Objective):
     """Trains a FlexTok's drawer. The tokens, the first decoder and the VAEs stay as they are."""
 
-    config_class = DrawingConfig
+    config_class: ClassVar[type] = DrawingConfig
     models = ("flextok",)
     starts = ("weights",)
     model: FlexTok
@@ -66,7 +66,7 @@ class DrawingObjective(Objective):
             self.drawer.vae.load_weights()
 
     def frozen_columns(self) -> tuple[str, ...]:
-        return ("latents", "draft")
+        return ("latents", "draft", "keep")
 
     def frozen_identity(self) -> dict[str, Any]:
         """Of the tokenizer, the first decoder's drafts, the lengths and the drawer's encoder."""
@@ -101,17 +101,24 @@ class DrawingObjective(Objective):
         back = sorted(range(len(order)), key=order.__getitem__)
         return {name: take_rows(value, back) for name, value in found.items()}
 
-    def forward(
-        self, batch: Mapping[str, Any], generator: torch.Generator | None = None
-    ) -> dict[str, Tensor]:
-        """batch: "image", or what `frozen` returns for it."""
+    def found(
+        self, batch: Mapping[str, Any], generator: torch.Generator | None
+    ) -> tuple[BatchDraws, Mapping[str, Any]]:
+        """The batch's draws, and what `frozen` returns for it where it does not hold this."""
         if not self.drawer.vae.has_weights:
             raise ValueError(
                 "the drawer's VAE has random weights: set model.drawer.vae.weights and call "
                 "prepare(), or load a trained model, before training"
             )
-        draws = draws_of(batch, "latents" if "latents" in batch else "image", generator)
-        found = batch if "latents" in batch else self.frozen(batch, draws)
+        cached = "latents" in batch
+        draws = draws_of(batch, "latents" if cached else "image", generator)
+        return draws, batch if cached else self.frozen(batch, draws)
+
+    def forward(
+        self, batch: Mapping[str, Any], generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        """batch: "image", or what `frozen` returns for it."""
+        draws, found = self.found(batch, generator)
         x0 = found["latents"]
         u_null, u_time = draws(torch.rand, (2,), torch.device("cpu")).unbind(1)
         t = self.sample_times(to_device(u_time, x0.device))

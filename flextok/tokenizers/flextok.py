@@ -91,7 +91,8 @@ class FlexTok(Tokenizer):
 
     def __init__(self, config: FlexTokConfig):
         super().__init__()
-        config = replace(config, vae=with_sizes(config.vae))
+        drawer = config.drawer and replace(config.drawer, vae=with_sizes(config.drawer.vae))
+        config = replace(config, vae=with_sizes(config.vae), drawer=drawer)
         self.config, self.ordered = config, config.ordered
         self.vae = build(VAES, config.vae, "vae")
         self.quantizer = build(QUANTIZERS, config.quantizer, "quantizer")
