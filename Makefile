@@ -60,10 +60,11 @@ PROMPTS = "a red heart" "a fish" "a strawberry on a cream background" \
 
 # the figures of the models that come with the package, on what they were not trained on
 figures: setup
-	$(BIN)/python -m flextok.cli sweep emoji --data emoji:validation --dtype float32 \
-	    --output outputs/figures/emoji --json benchmarks/results/emoji_model.json
+	$(BIN)/python -m flextok.cli sweep emoji --data emoji:validation --reference emoji:train \
+	    --dtype float32 --output outputs/figures/emoji --json benchmarks/results/emoji_model.json
 	$(BIN)/python -m flextok.cli sweep emoji --data emoji_scenes:validation --limit 160 \
-	    --dtype float32 --output outputs/figures/scenes --json benchmarks/results/emoji_model_scenes.json
+	    --reference "{name: emoji_scenes, split: train, length: 1414}" --dtype float32 \
+	    --output outputs/figures/scenes --json benchmarks/results/emoji_model_scenes.json
 	$(BIN)/python -m flextok.cli align emoji-text --data "$(HELD_OUT)" \
 	    --json benchmarks/results/emoji_model_prompts.json
 

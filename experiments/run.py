@@ -48,17 +48,22 @@ def spread(values: list[float], digits: int) -> str:
 
 
 def score_tables(results: dict[str, list[dict[str, Any]]]) -> str:
-    """Markdown: a table for each score, by number of tokens."""
+    """Markdown: a table for each score, by number of tokens: first of how plausible images are,
+    then of how faithful."""
     rows = next(iter(results.values()))[0]["report"]["results"]
-    scores = {}
-    if "psnr" in rows[0]["scores"]:
-        scores["psnr"] = ("PSNR (dB), higher is better", 2)
-        scores["ssim"] = ("SSIM, higher is better", 3)
-    if "lpips" in rows[0]["scores"]:
-        scores["lpips"] = ("LPIPS, lower is better", 3)
+    scores: dict[str, tuple[str, int]] = {}
     for name in rows[0]["scores"]:
-        if name.startswith("frechet") or name in ("rfid", "gfid"):
-            scores[name] = (f"{name}, lower is better", 1)
+        if name.startswith("kernel_eff") or name == "kid":
+            scores[name] = (f"Plausible: {name}, lower is better", 3)
+        elif name.startswith("frechet") or name in ("rfid", "gfid"):
+            scores[name] = (f"Plausible: {name}, lower is better", 1)
+    titles = {
+        "sharpness": ("Plausible: sharpness, 1 is right", 2),
+        "psnr": ("Faithful: PSNR (dB), higher is better", 2),
+        "ssim": ("Faithful: SSIM, higher is better", 3),
+        "lpips": ("Faithful: LPIPS, lower is better", 3),
+    }
+    scores |= {name: title for name, title in titles.items() if name in rows[0]["scores"]}
     text = []
     lengths = [row["num_tokens"] for row in rows]
     for score, (title, digits) in scores.items():
