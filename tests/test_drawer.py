@@ -157,7 +157,7 @@ def test_latents_and_drafts_are_cached_for_the_decoder_that_made_them(picture_fo
     objective = made()
     assert cache(objective).is_finished
     found = LatentDataset(tmp_path)
-    assert set(found[0]) == {"latents", "draft", "label"}
+    assert set(found[0]) == {"latents", "draft", "keep", "label"}
     assert found[0]["draft"].abs().max() <= 1
     drafts = torch.stack([found[i]["draft"] for i in range(4)])  # of one image, not augmented
     assert not torch.equal(drafts[0], drafts[1]), "each from a length of its own"

@@ -25,6 +25,7 @@ from flextok.objectives import (
     AutoencoderObjective,
     CrossLengthObjective,
     DistillationObjective,
+    DrawingDistillationObjective,
     DrawingObjective,
     Objective,
     ReconstructionObjective,
@@ -112,27 +113,34 @@ class Formulas:
             yield from self.front(objective, images)
         if isinstance(objective, DrawingObjective):
             drawer, n = objective.drawer, objective.drawer.grid**2
-            yield from (self.stack(drawer.blocks, n, n**2), self.edges(drawer, n))
+            around = self.edges(drawer, n)
+            yield from (self.stack(drawer.blocks, n, n**2), around)
+            if isinstance(objective, DrawingDistillationObjective):
+                velocity = self.stack(drawer.blocks, n, n**2, trained=False).flops
+                velocity += around.flops / 3
+                yield self.walking(objective, velocity, velocity)
             return
         yield from self.coded(model, 2 if isinstance(objective, CrossLengthObjective) else 1)
         yield from (self.edges(encoder, patches), self.edges(decoder, patches))
         if isinstance(objective, DistillationObjective):
-            options, decode = objective.config, objective.teacher.network.config.decode
             full, null = (
                 self.stack(decoder.blocks, n, n**2, trained=False).flops
-                for n in (
-                    patches + model.num_tokens,
-                    patches + 1,
-                )  # one token stands for the null condition
+                for n in (patches + model.num_tokens, patches + 1)  # one token stands for all: null
             )
-            guided = full + null if decode.guidance_scale != 1 else full
-            yield Cost((options.num_steps - 1) / 2 * full + options.teacher_steps * guided)
+            yield self.walking(objective, full, null)
         elif objective.alignment is not None:
             alignment, side = objective.alignment, decoder.grid
             yield self.run(lambda: alignment.backbone.network(images, side), 1)
             shape = (decoder.head.in_features, side, side) if alignment.spatial else (patches, -1)
             features = images.new_empty(patches * decoder.head.in_features).view(1, *shape)
             yield self.run(lambda: alignment.projector(features), 3)
+
+    def walking(self, objective: Any, given: float, null: float) -> Cost:
+        """What distillation solves before its step: the student's way to its start, and from there
+        the teacher's, with guidance. given, null: operations of a velocity."""
+        options, decode = objective.config, objective.teacher.network.config.decode
+        guided = given + null if decode.guidance_scale != 1 else given
+        return Cost((options.num_steps - 1) / 2 * given + options.teacher_steps * guided)
 
     def front(self, objective: Objective, images: Tensor) -> Iterator[Cost]:
         """Of a FlexTok: what is frozen before the trained parts, and a latent cache spares."""

@@ -265,7 +265,7 @@ def starts(model: Any, spec: Mapping[str, Any]) -> dict[str, Any]:
     name = spec.get("name", default_objective(model))
     if name == "drawing":
         return {"weights": FlexTok(replace(model.config, drawer=None))}
-    if name == "distillation":
+    if name in ("distillation", "drawing_distillation"):
         return {"teacher": FlexTok(model.config)}
     if isinstance(model, TiTok) and model.config.stage != "single":
         proxy = MaskGITVQGAN(replace(model.config.proxy, image_size=model.image_size))
