@@ -123,17 +123,22 @@ def spell(label: str, drawable: frozenset[str]) -> str:
 
 
 def coarse_to_fine(
-    originals: Tensor | None, by_tokens: dict[int, Tensor], names: list[str] | None = None
+    originals: Tensor | None,
+    by_tokens: dict[int, Tensor],
+    names: list[str] | None = None,
+    draws: int = 1,
 ) -> Image.Image:
     """One row an image, one column a prefix length, the original last.
 
     originals: (n, 3, H, W) in [-1, 1] or None; by_tokens: prefix length -> (n, 3, H, W); names: a
-    label for each row.
+    label for each row; draws: so many images in sequence are drawn from the same indices, and stand
+    beside each other.
     """
-    labels = [f"{k} token{'s' if k > 1 else ''}" for k in by_tokens]
-    columns = list(by_tokens.values())
+    lengths = [k for k in by_tokens for _ in range(draws)]
+    labels = [f"{k} token{'s' if k > 1 else ''}" for k in lengths]
+    columns = [images[i::draws] for images in by_tokens.values() for i in range(draws)]
     if originals is not None:
-        columns.append(originals.to(columns[0].device))
+        columns.append(originals[::draws].to(columns[0].device))
         labels.append("original")
     rows = list(torch.stack(columns, dim=1))  # n of (columns, 3, H, W)
     return grid(rows, labels, names, scale=max(1, 128 // rows[0].shape[-1]))

@@ -2,9 +2,11 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers.files import draw_pictures
@@ -131,6 +133,23 @@ def test_pictures_are_decoded_in_batches_and_the_grid_is_bounded(folder, monkeyp
     monkeypatch.setattr(command, "MOST_PIXELS", 2 * 128**2 * 6)
     assert sample(folder, "tokenizer", "--images", folder / "pictures", *FEW) == 1
     assert "7 images do not fit one grid of 6" in capsys.readouterr().err
+
+
+def test_a_picture_is_drawn_several_times_side_by_side(folder, capsys):
+    draw_pictures(folder / "pictures", ["a.png", "b.png"])
+    asked = ("--images", folder / "pictures", "--steps", "2", "--num-tokens", "1", "8")
+    assert sample(folder, "tokenizer", *asked, "--num-samples", "3") == 0
+    shown = Image.open(folder / "out" / "grid.png")
+    assert sample(folder, "tokenizer", *asked) == 0
+    once = Image.open(folder / "out" / "grid.png")
+    assert shown.height == once.height, "a row a picture"
+    cell = (once.width - shown.width) / (3 - 7)  # columns: 1 token, 8 tokens, the original
+    assert cell > 100
+    columns = [
+        np.asarray(shown.crop((int(i * cell), 20, int((i + 1) * cell), shown.height)))
+        for i in range(6)
+    ]
+    assert all((a != b).any() for a, b in itertools.pairwise(columns)), "another noise for each"
 
 
 def test_pictures_of_many_prompts_are_written_as_they_are_made(folder, monkeypatch, capsys):

@@ -149,7 +149,9 @@ class Sample(Decoding, Sampling, Seed, Device, Json):
     data: Data = None
     limit: Limit = None
     num_tokens: Lengths = None
-    num_samples: Annotated[int, Bounds(1, 1_000_000), "images a class or prompt"] = 1
+    num_samples: Annotated[
+        int, Bounds(1, 1_000_000), "images a class or prompt, or drawn from a picture's tokens"
+    ] = 1
     tokenizer: ItsTokenizer = None
     output: Annotated[str, "the PNG to write"] = "outputs/sample.png"
 

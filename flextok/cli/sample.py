@@ -81,6 +81,8 @@ def run_sample(options: Sample) -> dict[str, Any]:
         names, batches = generation(model, tokenizer, lengths, options)
     columns = len(lengths) + reconstructs
     room = max(1, MOST_PIXELS // (columns * max(128, tokenizer.image_size) ** 2))
+    if reconstructs:  # whole rows
+        room = max(1, room // options.num_samples) * options.num_samples
     if len(names) > room and kind != "text":
         raise ValueError(
             f"{len(names)} images do not fit one grid of {room}: ask for "
@@ -90,7 +92,7 @@ def run_sample(options: Sample) -> dict[str, Any]:
     grid, done, files = collect(batches, room, output, kind == "text", bar)
     shown_names = names[: len(grid[lengths[0]])]
     if reconstructs:
-        picture = viz.coarse_to_fine(grid.pop(ORIGINAL), grid)
+        picture = viz.coarse_to_fine(grid.pop(ORIGINAL), grid, draws=options.num_samples)
     elif len(grid) > 1:
         picture = viz.coarse_to_fine(None, grid, shown_names)
     else:
@@ -146,8 +148,11 @@ def check_taken(kind: str, options: Sample) -> None:
 def reconstruction(
     model: Tokenizer, lengths: list[int], options: Sample
 ) -> tuple[list[str], Batches]:
-    """--images, --data or what the model was validated on; unreadable ones are skipped."""
-    decoding = decoding_options(options)
+    """--images, --data or what the model was validated on, each drawn --num-samples times;
+    unreadable ones are skipped."""
+    decoding, number = decoding_options(options), options.num_samples
+    if number > 1 and not model.stochastic:
+        raise ValueError(f"{options.model} decodes to one image: leave --num-samples out")
     if options.images:
         data = take(PictureFiles(options.images), options.limit)
     else:
@@ -157,11 +162,12 @@ def reconstruction(
     def batches() -> Batches:
         for batch in DataLoader(dataset, batch_size=BATCH, collate_fn=collate):
             if batch:
-                images, rows = batch["image"], batch["index"].tolist()
+                images = batch["image"].repeat_interleave(number, dim=0)
+                rows = [number * i + j for i in batch["index"].tolist() for j in range(number)]
                 made = reconstruct_prefixes(model, images, lengths, options.seed, decoding, rows)
                 yield images, made
 
-    return [""] * len(dataset), batches()
+    return [""] * len(dataset) * number, batches()
 
 
 def generation(
