@@ -25,6 +25,7 @@ TOKENIZER, BY_CLASS, BY_PROMPT = "emoji", "emoji-class", "emoji-text"
 DECODING = {
     "num_steps": "steps",
     **{name: name for name in ("guidance_scale", "solver", "guidance_interval", "time_shift")},
+    "noise_scale": "noise_scale",
 }
 SAMPLING = {
     **{name: name for name in ("temperature", "top_k", "top_p")},
@@ -166,6 +167,9 @@ class Solving:
         tuple[float, float] | None, "guided times", {"metavar": ("LOW", "HIGH")}
     ] = None
     time_shift: Annotated[float | None, "> 1: more steps near the noise"] = None
+    noise_scale: Annotated[
+        tuple[float, float] | None, "of one token, of all", {"metavar": ("ONE", "ALL")}
+    ] = None
 
 
 @dataclass(kw_only=True)

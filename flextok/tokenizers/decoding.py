@@ -42,6 +42,7 @@ class DecodeOptions:
             within(1.0, *self.guidance_interval)
         if len(self.noise_scale) != 2:
             raise ValueError(f"noise_scale={self.noise_scale} must be [from one token, from all]")
+        self.noise_scale = list(self.noise_scale)
         for scale in self.noise_scale:
             check_number("noise_scale", scale, 0, 10, hint=" (1 = as trained)")
 
