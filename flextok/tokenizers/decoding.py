@@ -1,6 +1,5 @@
 """How a flow decoder solves, whichever network it is."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -25,7 +24,7 @@ class DecodeOptions:
     guidance_scale: float = 7.5  # 1 = none; in decode() a function of t, too
     guidance_interval: list[float] | None = None  # times [low, high] that are guided; None = all
     time_shift: float = 1.0  # > 1: more of the steps near the noise, see flow.path.shift_times
-    # of the initial noise, from one token and from all of them; between, linear in log(length).
+    # of the initial noise, from one token and from all of them; between, linear in their number.
     # Below 1 it draws more typical images (a temperature: Glow, arXiv 1807.03039, section 6)
     noise_scale: list[float] = field(default_factory=lambda: [1.0, 1.0])
 
@@ -53,8 +52,7 @@ class DecodeOptions:
     def scaled(self, noise: Tensor, keep: Tensor, num_tokens: int) -> Tensor:
         """Initial noise (B, ...) times the scale of its number of tokens. keep: (B,) long."""
         one, full = self.noise_scale
-        share = keep.double().log() / max(math.log(num_tokens), 1e-9)
-        scale = one + (full - one) * share.clamp(0, 1)
+        scale = one + (full - one) * (keep.double() - 1) / max(num_tokens - 1, 1)
         return noise * as_column(scale.to(noise.dtype), noise)
 
 

@@ -4,9 +4,8 @@ A decoder that was trained near the noise and takes one step returns the mean of
 its tokens. This draft holds what the tokens determine, and is blurred where they determine nothing.
 The drawer is a rectified-flow DiT of latents (x_t = (1 - t) x_0 + t noise) that reads the draft
 patch by patch, at the place of the patch that it draws; so it need not learn where which token
-points, and its sequence has the length of the grid, whatever the number of tokens. That a flow from
-the posterior mean has the least distortion of all samplers of plausible images: PMRF, arXiv
-2410.00418.
+points, and its sequence has the length of the grid, whatever the number of tokens. PMRF (arXiv
+2410.00418) draws around the posterior mean as well, but begins its flow there.
 """
 
 from dataclasses import dataclass, field
