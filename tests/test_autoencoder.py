@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,14 +17,15 @@ from helpers.runs import SIX_STEPS, Stop, interrupt_after, logged_losses, same
 import flextok
 from flextok.autoencoder import Autoencoder, AutoencoderConfig, channel_statistics
 from flextok.cli import main
-from flextok.config import OptimConfig, load_experiment
+from flextok.config import ExperimentConfig, OptimConfig, load_experiment
 from flextok.data.datasets import ImageFolder
 from flextok.data.transforms import ImageTransform
+from flextok.draws import BatchDraws
 from flextok.losses import perceptual
 from flextok.objectives import AutoencoderObjective, AutoencoderObjectiveConfig, make_objective
 from flextok.objectives.autoencoder import kl_to_normal
 from flextok.pipeline import load_model
-from flextok.schema import ConfigError
+from flextok.schema import ConfigError, from_mapping
 from flextok.training.optim import make_optimizer
 from flextok.training.run import train
 from flextok.vae import KLVAE, kl_settings
@@ -167,6 +169,39 @@ def test_a_decoder_trained_on_leaves_the_latents_as_they_are():
     larger = Autoencoder(AutoencoderConfig(**{**AUTOENCODER, "channels": 6}))
     with pytest.raises(ConfigError, match="must have the sizes"):
         make_objective(larger, None, {"weights": trained})
+    with pytest.raises(ConfigError, match=r"objective.train=\[\] names no part"):
+        objective(train=[])
+
+
+def test_noise_of_latents_is_in_deviations_and_in_training_alone():
+    trained = tiny()
+    std = [0.5, 1.0, 2.0, 4.0]
+    trained.config = replace(trained.config, latents_mean=[0.0] * 4, latents_std=std)
+    config = AutoencoderObjectiveConfig(**PLAIN, latent_noise=0.5)
+    game = AutoencoderObjective(tiny(), config, weights=trained).train()
+    assert not any("noise" in name for name in game.state_dict())
+    draws = BatchDraws(400, torch.Generator().manual_seed(0))
+    noise = game.with_noise(torch.zeros(400, 4, 16, 16), draws)
+    amounts = noise.std((2, 3)) / torch.tensor(std)  # (400, 4)
+    assert (amounts.mean(dim=1, keepdim=True) / amounts - 1).abs().max() < 0.2
+    assert amounts.max() == pytest.approx(0.5, abs=0.06)
+    assert amounts.mean() == pytest.approx(0.25, abs=0.02)
+    some = game.with_noise(torch.zeros(2, 4, 16, 16), BatchDraws(400, generator_of(0)).take([7, 9]))
+    assert torch.equal(some, noise[[7, 9]])  # whatever the batch
+
+    def l1(game: AutoencoderObjective) -> float:
+        return float(game({"image": pixels()}, generator_of(2))["l1"].detach())
+
+    assert l1(game) != l1(objective())
+    assert l1(game.eval()) == l1(objective().eval())
+    with pytest.raises(ConfigError, match=r"latent_noise=0.1 .* start.weights"):
+        objective(latent_noise=0.1)
+    with pytest.raises(ConfigError, match="latent_noise"):
+        from_mapping(AutoencoderObjectiveConfig, {"latent_noise": 1.5})
+
+
+def generator_of(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
 @pytest.fixture(scope="module")
@@ -208,6 +243,30 @@ def test_a_run_leaves_a_diffusers_folder_with_standardised_latents(run):
     tokenizer = flextok.FlexTokConfig(16, num_registers=4, encoder_depth=1, decoder_depth=1)
     tokenizer.vae = {"name": "kl", "weights": str(folder)}
     assert flextok.FlexTok(tokenizer).noise_shape == (4, 8, 8)
+
+
+def test_a_run_of_the_decoder_alone_keeps_the_encoder_and_resumes(run, tmp_path, monkeypatch):
+    def config(name: str) -> ExperimentConfig:
+        objective = {
+            **{**GAME, "start_step": 0, "kl_weight": 0, "equivariance": 0, "latent_noise": 0.25},
+            "train": ["post_quant_conv", "decoder"],
+        }
+        overrides = [f"objective={json.dumps(objective)}", f"output_dir={tmp_path / name}"]
+        return load_experiment(run / "config.yaml", [*overrides, f"start.weights={run / 'run'}"])
+
+    train(config("whole"))
+    started, tuned = load_model(run / "run"), load_model(tmp_path / "whole")
+    before, after = started.state_dict(), tuned.state_dict()
+    for name in before:
+        learns = name.startswith(("post_quant_conv", "decoder"))
+        assert torch.equal(before[name], after[name]) != learns
+    assert tuned.config == started.config  # the latents' mean and deviation too
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 3)
+        with pytest.raises(Stop):
+            train(config("broken"))
+    train(config("broken"))
+    assert same(tmp_path / "whole", tmp_path / "broken")
 
 
 def test_one_on_the_hub_is_found_by_its_weights(run, monkeypatch):

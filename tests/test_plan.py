@@ -106,14 +106,20 @@ SMALL = {
     "student": {"name": "flextok", **TINY, "drawer": DRAWER},
     "titok": {"name": "titok", **TITOK},
     "autoencoder": {"name": "autoencoder", **AUTOENCODER},
+    "decoder": {"name": "autoencoder", **AUTOENCODER},
     "maskgit_vqgan": {"name": "maskgit_vqgan", **VQGAN},
+}
+
+
+ASKED = {
+    "student": {"name": "drawing_distillation", "num_steps": 1},
+    "decoder": {"train": ["post_quant_conv", "decoder"], "latent_noise": 0.2},
 }
 
 
 @pytest.mark.parametrize("kind", SMALL)
 def test_the_plan_agrees_with_a_step_really_taken(tmp_path, kind):
-    spec = {"name": "drawing_distillation", "num_steps": 1} if kind == "student" else {}
-    config = experiment(tmp_path, SMALL[kind], objective=spec)
+    config = experiment(tmp_path, SMALL[kind], objective=ASKED.get(kind, {}))
     registry = TASKS[config.task]
     (flops_1, saved_1), (flops_2, saved_2) = (real_step(config, registry, n) for n in (8, 16))
     step = measure(config)

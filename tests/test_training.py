@@ -21,6 +21,7 @@ from helpers.runs import (
     weights,
 )
 
+from flextok.autoencoder import Autoencoder
 from flextok.config import OptimConfig, load_experiment
 from flextok.data.datasets import ImageFolder
 from flextok.data.parts import PartStore
@@ -371,7 +372,10 @@ def test_every_shrunk_config_takes_two_steps_in_the_precision_of_a_gpu(
         overrides.append(f"start.teacher={tmp_path / 'teacher'}")
     if "weights" in spec.get("start", {}):
         config = load_experiment(path, [*overrides, "model.image_size=16"])
-        build_model(TOKENIZERS, config.model).save_pretrained(tmp_path / "weights")
+        model = build_model(TASKS[config.task], config.model)
+        if isinstance(model, Autoencoder):
+            model.measure([torch.rand(2, 3, 16, 16)])
+        model.save_pretrained(tmp_path / "weights")
         overrides.append(f"start.weights={tmp_path / 'weights'}")
     train(load_experiment(path, [*overrides, "trainer.log_every=1"]))
     losses = logged_losses(tmp_path / "run")

@@ -8,7 +8,7 @@ All terms are means over pixel values, so their weights hold at any resolution.
 
 import random
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 import torch
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flextok.autoencoder import Autoencoder
+from flextok.draws import BatchDraws
 from flextok.hub import Pretrained
 from flextok.losses.perceptual import PerceptualLoss
 from flextok.nn.devices import to_device
@@ -33,6 +34,8 @@ class AutoencoderObjectiveConfig(DiscriminatorConfig):
     kl_weight: Annotated[float, Bounds(0)] = 1e-3
     equivariance: Share = 0.25  # of the steps, see `transform`
     smallest: Annotated[float, Bounds(0.25, 1)] = 0.5  # scale of the latents in such a step
+    # in deviations of each channel, see `with_noise`
+    latent_noise: Share = 0.0
     # parts of the model that learn, such as [post_quant_conv, decoder], which leave the latents as
     # they are; None = all
     train: list[str] | None = None
@@ -46,17 +49,31 @@ class AutoencoderObjective(Adversarial):
     starts = ("weights",)
     model: Autoencoder
     config: AutoencoderObjectiveConfig
+    noise_scale: Tensor  # (C, 1, 1)
 
     def begin(self, weights: Pretrained | None = None) -> None:
         """weights: a trained autoencoder of the same sizes to go on from."""
+        model = self.model
         if weights is not None:
+            trained = need("weights", weights, Autoencoder)
             try:
-                self.model.load_state_dict(need("weights", weights, Autoencoder).state_dict())
+                model.load_state_dict(trained.state_dict())
             except RuntimeError as error:
                 raise ConfigError(
                     f"model must have the sizes of what it starts from: {error}"
                 ) from None
-        train_only(self.model, self.config.train)
+            mean, std = trained.config.latents_mean, trained.config.latents_std
+            model.config = replace(model.config, latents_mean=mean, latents_std=std)
+        train_only(model, self.config.train)
+        if self.config.latent_noise:
+            if model.config.latents_std is None:
+                raise ConfigError(
+                    f"objective.latent_noise={self.config.latent_noise} is in deviations of the "
+                    f"latents, which this model does not know: name a trained autoencoder, whose "
+                    f"latents were measured, as start.weights"
+                )
+            scale = self.config.latent_noise * torch.tensor(model.config.latents_std)
+            self.register_buffer("noise_scale", scale.view(-1, 1, 1), persistent=False)
         self.perceptual = PerceptualLoss(self.config.perceptual)
         if self.config.weight:
             self.add_discriminator()
@@ -74,6 +91,7 @@ class AutoencoderObjective(Adversarial):
         noise = draws(torch.randn, tuple(mean.shape[1:]), mean.device)
         latents = mean + (logvar / 2).exp() * noise
         if self.model.training:
+            latents = self.with_noise(latents, draws)
             latents, images = self.transform(latents, images, draws.of_step())
         made = self.model.decode(latents)
         losses = {
@@ -86,6 +104,16 @@ class AutoencoderObjective(Adversarial):
         if self.config.weight and self.model.training:
             return self.against_discriminator(losses, images, made)
         return losses
+
+    def with_noise(self, latents: Tensor, draws: BatchDraws) -> Tensor:
+        """latents: (B, C, h, w). Adds Gaussian noise of a deviation drawn for each image, uniform
+        between 0 and config.latent_noise times the channel's own, measured before training. So the
+        decoder learns to decode generated latents, which are a little off (RAE, arXiv 2510.11690,
+        draws the amount from half a normal distribution)."""
+        if not self.config.latent_noise:
+            return latents
+        amount = draws(torch.rand, (1, 1, 1), latents.device) * self.noise_scale
+        return latents + amount * draws(torch.randn, tuple(latents.shape[1:]), latents.device)
 
     def transform(
         self, latents: Tensor, images: Tensor, rng: random.Random

@@ -116,7 +116,8 @@ def train_only(model: nn.Module, parts: list[str] | None) -> None:
     if parts is None:
         return
     known = dict(model.named_modules())
-    if unknown := [part for part in parts if part not in known]:
+    unknown = [part for part in parts if part not in known]
+    if unknown or not parts:
         names = [name for name, _ in model.named_children()]
         raise ConfigError(f"objective.train={unknown} names no part of the model: {names}")
     learn = {p for part in parts for p in known[part].parameters() if p.requires_grad}

@@ -77,7 +77,10 @@ class Formulas:
             yield from self.flextok(objective, model, images)
             return
         if isinstance(model, Autoencoder):
-            yield self.run(lambda: model.decode(model.posterior(images)[0].to(images.dtype)), 3)
+            trains = any(p.requires_grad for p in model.encoder.parameters())
+            yield self.run(lambda: model.posterior(images), 3 if trains else 1)
+            latents = model.posterior(images)[0].detach().to(images.dtype)
+            yield self.run(lambda: model.decode(latents), 3)
         elif isinstance(model, TiTok):
             yield from self.titok(model, images)
         else:

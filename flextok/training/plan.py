@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from flextok.autoencoder import Autoencoder
 from flextok.config import ExperimentConfig
 from flextok.data.latents import check_cacheable, row_bytes
 from flextok.generators import GENERATORS
@@ -267,6 +268,9 @@ def starts(model: Any, spec: Mapping[str, Any]) -> dict[str, Any]:
         return {"weights": FlexTok(replace(model.config, drawer=None))}
     if name in ("distillation", "drawing_distillation"):
         return {"teacher": FlexTok(model.config)}
+    if isinstance(model, Autoencoder):
+        ones = [1.0] * model.config.channels
+        return {"weights": Autoencoder(replace(model.config, latents_mean=ones, latents_std=ones))}
     if isinstance(model, TiTok) and model.config.stage != "single":
         proxy = MaskGITVQGAN(replace(model.config.proxy, image_size=model.image_size))
         first = TiTok(replace(model.config, stage="proxy"))
