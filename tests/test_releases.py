@@ -96,7 +96,7 @@ def test_second_order_solvers_come_nearer_to_the_solution_than_euler(num_tokens)
         assert found[solver][1] > found["euler"][1] - 1.2
 
 
-@pytest.mark.parametrize("name", ["emoji"])
+@pytest.mark.parametrize("name", TOKENIZERS)
 def test_any_prefix_decodes_to_a_sharp_image(name):
     """A mean of all images that fit one token has 0.43 of their sharpness."""
     tokenizer, emoji = load_model(name), take(Emoji("validation"), 48)
@@ -193,5 +193,5 @@ def test_the_first_sample_needs_nothing_but_the_package(tmp_path, asked):
 
 def test_the_pictures_in_the_readme_are_small():
     pictures = sorted((ROOT / "docs/pictures").glob("*.png"))
-    assert [path.stem for path in pictures] == ["classes", "coarse_to_fine", "prompts"]
+    assert [path.stem for path in pictures] == ["classes", "coarse_to_fine", "prompts", "seeds"]
     assert all(path.stat().st_size < 300_000 for path in pictures)
