@@ -49,6 +49,8 @@ package: setup
 pictures: setup
 	$(BIN)/python sample.py --limit 5 --num-tokens 1 4 16 64 256 \
 	    --output docs/pictures/coarse_to_fine.png
+	$(BIN)/python sample.py --limit 8 --num-tokens 1 --num-samples 4 \
+	    --output docs/pictures/seeds.png
 	$(BIN)/python sample.py --classes $(CLASSES) --num-samples 6 --num-tokens 64 \
 	    --output docs/pictures/classes.png
 	$(BIN)/python sample.py --prompt $(PROMPTS) --output outputs/pictures/prompts.png
