@@ -163,6 +163,8 @@ def load_experiment(path: str | Path, overrides: list[str] | None = None) -> Exp
         raise ConfigError(f"{path}: {error}") from None
     if isinstance(data := values.get("data"), dict):
         data |= {key: folder_spec(key, data[key]) for key in ("train", "validation") if key in data}
+    if isinstance(start := values.get("start"), dict):  # null takes away what the base has
+        values["start"] = {name: model for name, model in start.items() if model is not None}
     check_places(values)
     return from_mapping(ExperimentConfig, values)
 

@@ -135,6 +135,7 @@ def test_a_file_changes_its_base(tmp_path):
         root="""
             task: tokenizer
             output_dir: a
+            start: {weights: b, proxy: c}
             model:
               {name: flextok, quantizer: {name: fsq, levels: [8]}, vae: {name: identity, scale: 2}}
             data: {train: [{name: emoji}, {name: emoji}], validation: {name: emoji}}
@@ -148,6 +149,7 @@ def test_a_file_changes_its_base(tmp_path):
         top="""
             base: below/middle.yaml
             output_dir: ${task}
+            start: {weights: null}
             model: {vae: {name: kl}}
             data: {train: {name: folder, root: x}, validation: null}
             optim: {lr_scale: {}, betas: [0.8, 0.9]}
@@ -164,6 +166,7 @@ def test_a_file_changes_its_base(tmp_path):
     }
     assert config.data.train == {"name": "folder", "root": "x"}
     assert config.data.validation is None
+    assert config.start == {"proxy": "c"}
     assert (config.optim.lr, config.optim.lr_scale, config.optim.betas) == (1e-3, {}, [0.8, 0.9])
     assert (config.trainer.max_steps, config.trainer.devices) == (6, 3)
     assert (config.task, config.output_dir) == ("tokenizer", "tokenizer")
