@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.models import AUTOENCODER, TITOK, VQGAN, tiny_gpt, tiny_tokenizer
+from helpers.models import AUTOENCODER, DRAWER, TITOK, VQGAN, tiny_gpt, tiny_tokenizer
 
 from flextok.autoencoder import Autoencoder, AutoencoderConfig
 from flextok.generators import MaskGIT, MaskGITConfig
@@ -28,10 +28,16 @@ def autoencoder():
     return Autoencoder(AutoencoderConfig(**AUTOENCODER))
 
 
+def drawing():
+    return tiny_tokenizer(drawer=DRAWER)
+
+
 CASES = {
     "flow": (tiny_tokenizer, {}),
     "cross_length": (tiny_tokenizer, {}),
     "distillation": (tiny_tokenizer, {"teacher": tiny_tokenizer}),
+    "drawing": (drawing, {"weights": tiny_tokenizer}),
+    "drawing_distillation": (drawing, {"teacher": drawing}),
     "proxy_codes": (lambda: titok("proxy"), {"proxy": vqgan}),
     "reconstruction": (
         lambda: titok("finetune"),
@@ -74,7 +80,7 @@ def test_every_objective_gives_finite_losses_and_repeats_them_for_a_seed(name):
 
 def test_an_objective_follows_from_the_model():
     expected = {"flow": tiny_tokenizer, "next_token": tiny_gpt, "masked_tokens": maskgit}
-    expected |= {"autoencoder": autoencoder}
+    expected |= {"autoencoder": autoencoder, "drawing": drawing}
     for name, make in expected.items():
         assert default_objective(make()) == name
     names = [default_objective(titok(stage)) for stage in ("proxy", "finetune", "single")]
