@@ -397,7 +397,7 @@ def test_representation_alignment_with_efficientnet(spatial):
 
 def encoded(objective, images):
     """What an objective draws, and the codes: images, codes, keep, times, noise."""
-    noised = objective.noised(images, BatchDraws(len(images), seeded()))
+    noised = objective.noised({"image": images}, BatchDraws(len(images), seeded()))
     model = objective.model
     codes = model.quantizer(model.encoder(noised.images))[0]
     keep = torch.cat([group.keep for group in noised.groups])

@@ -85,7 +85,7 @@ def test_every_key_of_a_wrong_type_is_named_in_one_line(experiment, capsys):
             if message is not None:
                 assert key.rpartition(".")[2] in message, (key, value, message)
                 messages.append(message)
-        text = {"output_dir", "tokenizer", "data.token_cache"}
+        text = {"output_dir", "tokenizer", "data.token_cache", "data.latent_cache"}
         free = {"trainer.accelerator", "trainer.strategy", "trainer.precision"}
         assert messages or key in text | free, f"{key} takes everything"
     assert main(["train", path, "trainer.max_steps=[1]"]) == 1
