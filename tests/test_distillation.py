@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from helpers.models import tiny_tokenizer
+from helpers.models import bend, tiny_tokenizer
 from PIL import Image
 
 from flextok.config import ExperimentConfig
@@ -19,10 +19,7 @@ TEACHES = DecodeOptions(guidance={"name": "cfg"}, guidance_scale=2.0)
 
 def make_teacher(**changes) -> FlexTok:
     model = tiny_tokenizer(decode=copy.copy(TEACHES), **changes)
-    with torch.no_grad():  # a velocity that bends, so that few Euler steps are not enough
-        for name, parameter in model.decoder.named_parameters():
-            if "modulation" in name or "head" in name:
-                parameter.mul_(2.5)
+    bend(model.decoder)
     return model
 
 

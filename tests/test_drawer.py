@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.models import DRAWER, TINY, tiny_tokenizer
+from helpers.models import DRAWER, TINY, bend, tiny_tokenizer
 
 from flextok.data.datasets import ImageFolder
 from flextok.data.latents import LatentDataset, build_latent_cache, latents_identity
@@ -198,10 +198,7 @@ def test_training_the_tokens_again_leaves_the_drawer_out():
 
 def bent_teacher() -> FlexTok:
     model = with_drawer(num_steps=6, guidance_scale=2.0, noise_scale=[1.0, 0.7])
-    with torch.no_grad():  # a velocity that bends, so that few Euler steps are not enough
-        for name, parameter in model.drawer.named_parameters():
-            if "modulation" in name or "head" in name:
-                parameter.mul_(2.5)
+    bend(model.drawer)
     return model
 
 
@@ -261,3 +258,10 @@ def test_each_distillation_names_the_other():
         DistillationObjective(with_drawer(), teacher=with_drawer())
     with pytest.raises(ConfigError, match="name: distillation"):
         DrawingDistillationObjective(tiny_tokenizer(), teacher=tiny_tokenizer())
+
+
+def test_a_student_of_other_codes_is_refused():
+    other = {"name": "fsq", "levels": [8, 5, 5], "bound": "ifsq"}
+    model = tiny_tokenizer(drawer=DRAWER, quantizer=other)
+    with pytest.raises(ConfigError, match=r"bound.*is not the teacher's.*leave it out"):
+        DrawingDistillationObjective(model, teacher=bent_teacher())

@@ -39,7 +39,7 @@ class Adversarial(Objective):
     The published code steps the tokenizer, then the discriminator, on the losses of one and the
     same forward pass: each sees the other as it was before. So one optimizer with a group of
     parameters for each does the same in one backward pass; each part's gradients are clipped on
-    their own. In eval mode there is no discriminator."""
+    their own. In eval mode there is no discriminator, nor before add_discriminator()."""
 
     config: DiscriminatorConfig
 
@@ -86,12 +86,18 @@ class Adversarial(Objective):
         total = hinge + self.config.lecam * lecam
         return {"loss": total, "hinge": hinge, "lecam": lecam}
 
+    @property
+    def has_discriminator(self) -> bool:
+        return "discriminator" in dict(self.named_children())
+
     def parts(self) -> list[Part]:
+        if not self.has_discriminator:
+            return super().parts()
         return [Part(self.model), Part(self.discriminator, self.config.lr)]
 
     def before_step(self, mean: Callable[[Tensor], Tensor] = lambda x: x) -> None:
         """Moves LeCam's averages by the step's logits, over all micro-batches and processes."""
-        if self.judged:
+        if self.has_discriminator and self.judged:
             self.lecam.update(*mean(torch.stack(self.judged).mean(dim=0)))
             self.judged = []
 

@@ -7,7 +7,7 @@ All terms are means over pixel values, so their weights hold at any resolution.
 """
 
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
@@ -21,7 +21,7 @@ from flextok.hub import Pretrained
 from flextok.losses.perceptual import PerceptualLoss
 from flextok.nn.devices import to_device
 from flextok.objectives.adversarial import Adversarial, DiscriminatorConfig
-from flextok.objectives.base import Part, draws_of, need, train_only
+from flextok.objectives.base import draws_of, need, take_over, train_only
 from flextok.schema import Bounds, ConfigError, Share
 from flextok.tokenizers.base import check_images
 
@@ -56,12 +56,7 @@ class AutoencoderObjective(Adversarial):
         model = self.model
         if weights is not None:
             trained = need("weights", weights, Autoencoder)
-            try:
-                model.load_state_dict(trained.state_dict())
-            except RuntimeError as error:
-                raise ConfigError(
-                    f"model must have the sizes of what it starts from: {error}"
-                ) from None
+            take_over(model, trained.state_dict())
             mean, std = trained.config.latents_mean, trained.config.latents_std
             model.config = replace(model.config, latents_mean=mean, latents_std=std)
         train_only(model, self.config.train)
@@ -101,7 +96,7 @@ class AutoencoderObjective(Adversarial):
         }
         total = losses["l1"] + losses["perceptual"] + self.config.kl_weight * losses["kl"]
         losses = {"loss": total, **losses}
-        if self.config.weight and self.model.training:
+        if self.has_discriminator and self.model.training:
             return self.against_discriminator(losses, images, made)
         return losses
 
@@ -134,13 +129,6 @@ class AutoencoderObjective(Adversarial):
             return F.interpolate(x.float(), (size, size), mode="bilinear", antialias=True)
 
         return apply(latents, smaller), apply(images, smaller * factor)
-
-    def parts(self) -> list[Part]:
-        return super().parts() if self.config.weight else [Part(self)]
-
-    def before_step(self, mean: Callable[[Tensor], Tensor] = lambda x: x) -> None:
-        if self.config.weight:
-            super().before_step(mean)
 
     def finish(self, batches: Iterable[Mapping[str, Any]]) -> None:
         """Measures the latents, unless they are those of the model that training started from."""

@@ -111,6 +111,14 @@ def need(name: str, model: Pretrained | None, kind: type[M]) -> M:
     )
 
 
+def take_over(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load a trained module's state dict. Raises ConfigError where its sizes are others."""
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        raise ConfigError(f"model must have the sizes of what it starts from: {error}") from None
+
+
 def train_only(model: nn.Module, parts: list[str] | None) -> None:
     """Freeze all parameters outside of these parts, named by their place; None = train all."""
     if parts is None:

@@ -11,12 +11,13 @@ they are, and a teacher's checkpoint loads as the student.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from flextok.flow.path import flow_error, linear_times, shift_times, x0_of
+from flextok.draws import BatchDraws
+from flextok.flow.path import flow_error, x0_of
 from flextok.hub import Pretrained
 from flextok.nn.frozen import Frozen
 from flextok.objectives.base import Objective, draws_of, need
@@ -25,7 +26,7 @@ from flextok.objectives.nested_dropout import PrefixConfig, take_rows
 from flextok.schema import Bounds, ConfigError
 from flextok.tokenizers import FlexTok
 from flextok.tokenizers.base import check_images
-from flextok.tokenizers.decoding import MAX_STEPS, solve
+from flextok.tokenizers.decoding import MAX_STEPS, Conditions, DecodeOptions, solve
 
 Steps = Annotated[int, Bounds(1, MAX_STEPS)]
 
@@ -36,13 +37,40 @@ class DistillationConfig(PrefixConfig):
     teacher_steps: Steps = 5  # the teacher's within each of them
 
 
-def few_steps(model: FlexTok, num_steps: int) -> None:
-    """From here on a model decodes in so many Euler steps without guidance, and in no other way."""
+def begin_student(model: FlexTok, teacher: FlexTok, num_steps: int) -> None:
+    """The model begins as the teacher. From here on it decodes in so many Euler steps without
+    guidance, and in no other way. Raises ConfigError where they are of other sizes or codes."""
+    begin_as(model, teacher)
+    if model.codes_settings()["quantizer"] != teacher.codes_settings()["quantizer"]:
+        raise ConfigError(
+            f"model.quantizer={model.config.quantizer} is not the teacher's: a student's "
+            "indices must mean the same, so leave it out"
+        )
     fixed: dict[str, Any] = {"num_steps": num_steps, "solver": "euler"}
     fixed |= {"guidance_scale": 1.0, "guidance_interval": None}
     model.config = replace(
         model.config, decode=replace(model.config.decode, **fixed), distilled=True
     )
+
+
+class Stretch(NamedTuple):
+    """One of a student's steps."""
+
+    walked: Tensor  # the times of its steps from noise to the start of this one
+    within: Tensor  # the times of the teacher's, from this start to the end
+    length: Tensor  # (), from start to end, negative
+
+    @classmethod
+    def drawn(cls, draws: BatchDraws, decode: DecodeOptions, teacher_steps: int) -> "Stretch":
+        """decode: the student's."""
+        times, i = decode.times(), draws.of_step().randrange(decode.num_steps)
+        length = times[i + 1] - times[i]
+        within = times[i] + length * torch.linspace(0, 1, teacher_steps + 1)
+        return cls(times[: i + 1], within, length)
+
+    def taught(self, guided: Conditions, x: Tensor, options: DecodeOptions) -> Tensor:
+        """The teacher's mean velocity over it from x (B, C, h, w). options: the teacher's."""
+        return (solve(guided, x, options, times=self.within) - x) / self.length
 
 
 class DistillationObjective(Objective):
@@ -65,13 +93,7 @@ class DistillationObjective(Objective):
                 "distillation is of first decoders: of a drawer it is objective "
                 "{name: drawing_distillation}"
             )
-        begin_as(model, trained)
-        if model.codes_settings()["quantizer"] != trained.codes_settings()["quantizer"]:
-            raise ConfigError(
-                f"model.quantizer={model.config.quantizer} is not the teacher's: a student's "
-                "indices must mean the same, so leave it out"
-            )
-        few_steps(model, config.num_steps)
+        begin_student(model, trained, config.num_steps)
         model.encoder.requires_grad_(False)
         model.decoder.null_token.requires_grad_(False)  # guidance is the teacher's
         self.teacher = Frozen(trained)
@@ -85,10 +107,9 @@ class DistillationObjective(Objective):
         device, predicts = images.device, student.config.prediction
         teacher = self.teacher.to(device)
         draws = draws_of(batch, "image", generator)
-        steps = shift_times(linear_times(self.config.num_steps), student.config.decode.time_shift)
-        i = draws.of_step().randrange(self.config.num_steps)
-        start, end = steps[i], steps[i + 1]
-        within = start + (end - start) * torch.linspace(0, 1, self.config.teacher_steps + 1)
+        decode = student.config.decode
+        stretch = Stretch.drawn(draws, decode, self.config.teacher_steps)
+        start = stretch.walked[-1]
         order, groups = self.nested_dropout.groups(draws)
         draws = draws.take(order)
         with torch.no_grad():
@@ -99,11 +120,10 @@ class DistillationObjective(Objective):
             with torch.no_grad():
                 codes = student.quantizer(student.encoder(latents[rows], length))[0][:, :length]
                 x = noise[rows]
-                if i:
+                if len(stretch.walked) > 1:
                     own = student.conditions(codes, keep)
-                    x = solve(own, x, student.config.decode, times=steps[: i + 1])
-                guided, options = teacher.conditions(codes, keep), teacher.config.decode
-                target = (solve(guided, x, options, times=within) - x) / (end - start)
+                    x = solve(own, x, decode, times=stretch.walked)
+                target = stretch.taught(teacher.conditions(codes, keep), x, teacher.config.decode)
             targets.append(x0_of(target, x, start) if predicts == "x0" else target)
             registers, mask = student.decoder.embed_codes(codes, keep)
             predictions.append(student.decoder(x, start, registers, mask).prediction)

@@ -11,7 +11,7 @@ from flextok.draws import BatchDraws
 from flextok.flow.path import TIME_SAMPLERS, interpolate, velocity_target
 from flextok.hub import Pretrained, fingerprint
 from flextok.nn.devices import to_device
-from flextok.objectives.base import Objective, draws_of, need, train_only
+from flextok.objectives.base import Objective, draws_of, need, take_over, train_only
 from flextok.objectives.flow import nested_dropout
 from flextok.objectives.nested_dropout import PrefixConfig, take_rows
 from flextok.schema import ConfigError, Share, build, to_mapping
@@ -45,13 +45,8 @@ class DrawingObjective(Objective):
         if model.drawer is None:
             raise ConfigError("drawing trains model.drawer, which this model does not have")
         trained = need("weights", weights, FlexTok)
-        try:
-            for name, part in trained.named_children():
-                model.get_submodule(name).load_state_dict(part.state_dict())
-        except RuntimeError as error:
-            raise ConfigError(
-                f"model must have the sizes of what it starts from: {error}"
-            ) from None
+        for name, part in trained.named_children():
+            take_over(model.get_submodule(name), part.state_dict())
         self.nested_dropout = nested_dropout(model, config)
         self.sample_times = build(TIME_SAMPLERS, config.time_sampler, "time sampler")
         train_only(model, ["drawer"])

@@ -20,9 +20,9 @@ from flextok.hub import Pretrained
 from flextok.nn.frozen import Frozen
 from flextok.objectives.adversarial import Adversarial, DiscriminatorConfig
 from flextok.objectives.base import need, train_only
-from flextok.objectives.distillation import Steps, few_steps
+from flextok.objectives.distillation import Steps, Stretch, begin_student
 from flextok.objectives.drawing import DrawingConfig, DrawingObjective
-from flextok.objectives.flow import begin_as, nested_dropout
+from flextok.objectives.flow import nested_dropout
 from flextok.schema import Bounds, ConfigError, Size
 from flextok.tokenizers import FlexTok
 from flextok.tokenizers.decoding import solve
@@ -56,8 +56,7 @@ class DrawingDistillationObjective(Adversarial, DrawingObjective):
                 "drawing_distillation trains model.drawer from a teacher's: of first decoders it "
                 "is objective {name: distillation}"
             )
-        begin_as(model, trained)
-        few_steps(model, config.num_steps)
+        begin_student(model, trained, config.num_steps)
         train_only(model, ["drawer"])
         model.drawer.null_draft.requires_grad_(False)  # guidance is the teacher's
         self.teacher = Frozen(trained)
@@ -75,22 +74,20 @@ class DrawingDistillationObjective(Adversarial, DrawingObjective):
         latents, draft, keep = found["latents"], found["draft"], found["keep"]
         device, decode = latents.device, self.model.config.decode
         teacher = self.teacher.to(device)
-        steps, i = decode.times(), draws.of_step().randrange(self.config.num_steps)
-        start, end = steps[i], steps[i + 1]
-        within = start + (end - start) * torch.linspace(0, 1, self.config.teacher_steps + 1)
+        stretch = Stretch.drawn(draws, decode, self.config.teacher_steps)
+        start = stretch.walked[-1]
         own, guided = (drawer.conditions(draft) for drawer in (self.drawer, teacher.drawer))
         noise = draws(torch.randn, self.drawer.noise_shape, device)
         x = decode.scaled(noise, keep, self.model.num_tokens)
         with torch.no_grad():
-            if i:
-                x = solve(own, x, decode, times=steps[: i + 1])
-            target = (solve(guided, x, teacher.config.decode, times=within) - x) / (end - start)
+            x = solve(own, x, decode, times=stretch.walked)
+            target = stretch.taught(guided, x, teacher.config.decode)
         velocity = own.given(x, start).float()
         distill = (velocity - target).square().mean()
         losses = {"loss": distill, "distill": distill}
-        if not (self.config.weight and self.model.training):
+        if not (self.has_discriminator and self.model.training):
             return losses
-        if i + 1 < self.config.num_steps:
+        if len(stretch.walked) < self.config.num_steps:
             return {**losses, "loss": distill + self.without_discriminator()}
         condition = F.pixel_unshuffle(draft, self.drawer.vae.downsample)  # (B, 3 f f, h, w)
         real, fake = (
@@ -98,10 +95,3 @@ class DrawingDistillationObjective(Adversarial, DrawingObjective):
             for x0 in (latents.float(), x0_of(velocity, x, start))
         )
         return self.against_discriminator(losses, real, fake)
-
-    def parts(self) -> Any:
-        return super().parts() if self.config.weight else DrawingObjective.parts(self)
-
-    def before_step(self, *args: Any) -> None:
-        if self.config.weight:
-            super().before_step(*args)

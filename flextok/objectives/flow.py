@@ -20,7 +20,7 @@ from flextok.hub import Pretrained, fingerprint
 from flextok.losses import RepresentationAlignment
 from flextok.nn.devices import to_device
 from flextok.nn.frozen import NeedsWeights
-from flextok.objectives.base import Objective, draws_of, need, train_only
+from flextok.objectives.base import Objective, draws_of, need, take_over, train_only
 from flextok.objectives.nested_dropout import (
     LengthGroup,
     NestedDropout,
@@ -205,7 +205,4 @@ def begin_as(model: FlexTok, trained: FlexTok) -> None:
         grid = model.get_parameter(name).shape[-2:]
         if state[name].shape[-2:] != grid:
             state[name] = F.interpolate(state[name], tuple(grid), mode="bicubic")
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise ConfigError(f"model must have the sizes of what it starts from: {error}") from None
+    take_over(model, state)

@@ -20,7 +20,7 @@ from flextok.nn.devices import to_device
 from flextok.nn.embeddings import TimeEmbedding, patchify, sincos_2d, unpatchify
 from flextok.schema import Bounds, ConfigError, Depth, Size, build
 from flextok.tokenizers.decoding import Conditions, DecodeOptions
-from flextok.vae import VAES, with_sizes
+from flextok.vae import VAES
 
 
 def one_step() -> DecodeOptions:
@@ -64,7 +64,7 @@ class Drawer(nn.Module):
 
     def __init__(self, config: DrawerConfig, image_size: int):
         super().__init__()
-        self.vae = build(VAES, with_sizes(config.vae), "vae")
+        self.vae = build(VAES, config.vae, "vae")
         stride, dim = self.vae.downsample * config.patch_size, config.dim
         if image_size % stride:
             raise ConfigError(f"drawer: image_size={image_size} must be a multiple of {stride}")

@@ -90,7 +90,7 @@ class Formulas:
             yield Cost(0, 16 * images.numel())  # what was made, in fp32 and in [0, 1]
             for held in objective.perceptual.networks.values():
                 yield self.run(functools.partial(held.network, made, images), 2)
-        if isinstance(objective, Adversarial) and objective.config.weight:
+        if isinstance(objective, Adversarial) and objective.has_discriminator:
             # of the images, and of what was made of them
             yield self.run(lambda: objective.discriminator(torch.cat([images, images])), 3)
             yield self.run(lambda: objective.judge(made), 2)
