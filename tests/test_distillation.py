@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -158,3 +159,16 @@ def test_a_student_of_other_codes_is_refused():
     other = {**teacher.config.quantizer, "bound": "ifsq"}
     with pytest.raises(ConfigError, match=r"bound.*is not the teacher's.*leave it out"):
         distillation(teacher, quantizer=other)
+
+
+def test_training_begins_with_the_noise_that_decoding_begins_with():
+    """Scaled by the number of tokens: without noise, the loss knows nothing of the noise drawn."""
+    losses = []
+    for scale, seed in ((0.0, 0), (0.0, 1), (1.0, 0), (1.0, 1)):
+        student = tiny_tokenizer(decode=replace(TEACHES, noise_scale=[scale, scale]))
+        config = DistillationConfig(nested_dropout="none", num_steps=1, teacher_steps=2)
+        objective = DistillationObjective(student, config, teacher=make_teacher())
+        draws = torch.Generator().manual_seed(seed)
+        losses.append(objective({"image": pictures(0)}, draws)["loss"].item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[2] != pytest.approx(losses[3], rel=1e-4)

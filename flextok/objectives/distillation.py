@@ -119,7 +119,7 @@ class DistillationObjective(Objective):
         for rows, length, keep in groups:
             with torch.no_grad():
                 codes = student.quantizer(student.encoder(latents[rows], length))[0][:, :length]
-                x = noise[rows]
+                x = decode.scaled(noise[rows], keep, student.num_tokens)
                 if len(stretch.walked) > 1:
                     own = student.conditions(codes, keep)
                     x = solve(own, x, decode, times=stretch.walked)
