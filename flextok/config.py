@@ -71,7 +71,7 @@ class TrainerConfig:
     devices: Annotated[int | str, Bounds(1)] = "auto"
     num_nodes: Count = 1
     strategy: str = "auto"  # ddp, fsdp2 (sharded, for 1B parameters and more), Lightning's others
-    # auto: bf16-mixed on a GPU that multiplies it fast, else 32-true
+    # auto: bf16-mixed on a GPU or CPU that multiplies it fast, else 32-true
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
     accumulate: Count = 1
     log_every: Count = 50

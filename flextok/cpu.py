@@ -36,6 +36,12 @@ FEW_ROWS = 4
 MANY_STEPS = 32
 
 
+def multiplies_bf16() -> bool:
+    """Whether this processor has instructions for products of bf16 (AVX512-BF16 or AMX): twice
+    fp32's rate, where others take up to 50 times as long as for fp32."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 def accelerate(model: M) -> M:
     """Returns `model` itself, faster on a CPU and the same elsewhere: its weights, state dict and
     files do not change, and its results do so only by rounding."""

@@ -33,11 +33,33 @@ def gpu(monkeypatch):
     return report
 
 
+@pytest.fixture
+def processor(monkeypatch):
+    """processor(instructions) lets torch report a CPU with or without those for bf16."""
+
+    def report(avx512_bf16: bool = False, amx_tile: bool = False) -> None:
+        monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: avx512_bf16)
+        monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: amx_tile)
+
+    return report
+
+
 def precision(accelerator: str, asked: str = "auto") -> str:
     return choose_precision(TrainerConfig(1, accelerator, precision=asked))
 
 
-def test_precision_follows_the_device_that_trains_not_the_machine(gpu):
+def test_a_cpu_trains_in_bf16_where_it_has_instructions_for_it(processor):
+    processor()
+    assert precision("auto") == precision("cpu") == "32-true"
+    processor(avx512_bf16=True)
+    assert precision("auto") == precision("cpu") == "bf16-mixed"
+    assert precision("cpu", "32-true") == "32-true"
+    processor(amx_tile=True)
+    assert precision("cpu") == "bf16-mixed"
+
+
+def test_precision_follows_the_device_that_trains_not_the_machine(gpu, processor):
+    processor()
     assert precision("auto") == precision("cpu") == "32-true"
     gpu(bf16=True)
     assert precision("auto") == precision("gpu") == precision("cuda") == "bf16-mixed"
@@ -46,7 +68,8 @@ def test_precision_follows_the_device_that_trains_not_the_machine(gpu):
     assert precision("gpu", "32-true") == "32-true"
 
 
-def test_a_gpu_that_only_emulates_bf16_trains_in_fp32(gpu):
+def test_a_gpu_that_only_emulates_bf16_trains_in_fp32(gpu, processor):
+    processor(avx512_bf16=True)  # the CPU's say nothing of the GPU
     gpu(bf16=False)
     assert precision("auto") == "32-true"
 

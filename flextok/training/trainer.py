@@ -11,6 +11,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from flextok.config import TrainerConfig
+from flextok.cpu import multiplies_bf16
 from flextok.data.processes import this_process
 from flextok.schema import ConfigError
 from flextok.training.checkpoints import WholeFiles
@@ -89,10 +90,12 @@ def device_type(accelerator: str) -> str:
 
 
 def choose_precision(options: TrainerConfig) -> Any:
-    """The precision that `auto` stands for on the device that trains. On a CPU bf16 takes longer
-    for the small models that train there, even where the processor has instructions for it."""
+    """The precision that `auto` stands for on the device that trains."""
     if options.precision != "auto":
         return options.precision
-    on_cuda = device_type(options.accelerator) == "cuda"
-    fast = on_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    device = device_type(options.accelerator)
+    if device == "cpu":
+        fast = multiplies_bf16()
+    else:
+        fast = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return "bf16-mixed" if fast else "32-true"
