@@ -18,6 +18,7 @@ SIX_STEPS = {  # a trainer's settings
     "validate_every": 3,
     "checkpoint_every": 2,
     "num_pictures": 2,
+    "precision": "32-true",  # the same numbers on every processor
 }
 
 
