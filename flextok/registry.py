@@ -5,6 +5,7 @@ from typing import Any
 
 from flextok.autoencoder import AUTOENCODERS
 from flextok.data import datasets
+from flextok.data.fashion_mnist import FashionMNIST
 from flextok.data.sets import Joined
 from flextok.data.web import WebDatasetStream
 from flextok.emoji.datasets import Emoji
@@ -26,7 +27,10 @@ from flextok.schema import (
 from flextok.tokenizers import TOKENIZERS
 from flextok.vae import VAES
 
-DATASETS = {**datasets.DATASETS, "emoji": Emoji, "emoji_scenes": EmojiScenes}
+DATASETS: dict[str, Callable[..., Any]] = {
+    **datasets.DATASETS,
+    **{"emoji": Emoji, "emoji_scenes": EmojiScenes, "fashion_mnist": FashionMNIST},
+}
 # what a run trains: the models by name
 TASKS: dict[str, Mapping[str, type[Pretrained]]] = {
     "autoencoder": AUTOENCODERS,

@@ -41,7 +41,8 @@ def check_item(item, names):
 
 def test_registry():
     assert set(DATASETS) == {
-        *("emoji", "emoji_scenes", "folder", "huggingface", "webdataset", "webdataset_stream")
+        *("emoji", "emoji_scenes", "fashion_mnist", "folder", "huggingface"),
+        *("webdataset", "webdataset_stream"),
     }
     for name in ("emoji", "emoji_scenes"):
         dataset = DATASETS[name](split="validation")
