@@ -239,6 +239,7 @@ def test_the_student_comes_to_the_teachers_many_steps(weight):
 
 def test_the_discriminator_acts_on_the_last_step_only():
     objective = student_of(bent_teacher(), weight=1.0, dim=32).train()
+    alone = student_of(bent_teacher()).train()  # distilled without a discriminator
     batch = {"image": pictures(8)}
     batch = objective.frozen(batch, draws_of(batch, "image", torch.Generator()))
     judged = {}
@@ -249,8 +250,12 @@ def test_the_discriminator_acts_on_the_last_step_only():
         objective.zero_grad()
         losses["loss"].backward()
         grads = [p.grad.abs().max() for p in objective.discriminator.parameters()]
-        judged[last] = ("adversarial" in losses, bool(max(grads) > 0))
-    assert judged == {True: (True, True), False: (False, False)}
+        alone.zero_grad()
+        alone(batch, torch.Generator().manual_seed(seed))["loss"].backward()
+        heads = [each.model.drawer.head.weight.grad for each in (objective, alone)]
+        judged[last] = ("adversarial" in losses, bool(max(grads) > 0), not torch.equal(*heads))
+    assert judged == {True: (True, True, True), False: (False, False, False)}
+    assert all(p.grad is None for p in objective.teacher.network.parameters())
 
 
 def test_each_distillation_names_the_other():

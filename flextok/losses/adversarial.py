@@ -1,5 +1,5 @@
 """The adversarial part of TiTok's decoder training: a patch discriminator (arXiv 1611.07004), the
-hinge loss, and LeCam regularization (arXiv 2104.03310)."""
+hinge loss, and LeCam regularization (arXiv 2104.03310); and a discriminator of features."""
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +61,26 @@ class PatchDiscriminator(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.to_logits(F.adaptive_max_pool2d(x, self.grid))
+
+
+class FeatureDiscriminator(nn.Module):
+    """Heads that judge each position by the features that a trained network finds there, one head
+    for each of its layers (LADD, arXiv 2403.12015)."""
+
+    def __init__(self, num_layers: int, channels: int, dim: int = 64):
+        super().__init__()
+        self.heads = nn.ModuleList(
+            nn.Sequential(
+                nn.LayerNorm(channels), nn.Linear(channels, dim), nn.SiLU(), nn.Linear(dim, 1)
+            )
+            for _ in range(num_layers)
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        """features: (B, L, N, C). Returns logits (B, L, N, 1), high = real."""
+        return torch.stack(
+            [head(x) for head, x in zip(self.heads, features.unbind(1), strict=True)], dim=1
+        )
 
 
 class LeCam(nn.Module):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flextok.hub import Pretrained
 from flextok.losses.adversarial import (
@@ -28,9 +28,13 @@ class DiscriminatorConfig:
     lecam: Annotated[float, Bounds(0)] = 1e-3  # of LeCam regularization, in the discriminator's
     lecam_decay: Share = 0.999
     dim: Size = 128  # channels of the discriminator's first stage
-    num_stages: Annotated[int, Bounds(1, 16)] = 3
     # the discriminator's learning rate; by default the model's
     lr: Annotated[float, Bounds(0, 10, open_low=True)] | None = None
+
+
+@dataclass
+class PatchDiscriminatorConfig(DiscriminatorConfig):
+    num_stages: Annotated[int, Bounds(1, 16)] = 3  # each halves the discriminator's grid
 
 
 class Adversarial(Objective):
@@ -43,11 +47,8 @@ class Adversarial(Objective):
 
     config: DiscriminatorConfig
 
-    def add_discriminator(self, channels: int = 3, grid: int = 16) -> None:
-        config = self.config
-        self.discriminator = PatchDiscriminator(
-            config.dim, config.num_stages, channels=channels, grid=grid
-        )
+    def add_discriminator(self, discriminator: nn.Module) -> None:
+        self.discriminator = discriminator
         self.lecam = LeCam(self.config.lecam_decay)
         self.judged: list[Tensor] = []  # mean logits of the real and the fake, of each micro-batch
 
@@ -55,7 +56,7 @@ class Adversarial(Objective):
         self, losses: dict[str, Tensor], real: Tensor, fake: Tensor
     ) -> dict[str, Tensor]:
         """The losses with those of deceiving the discriminator, and its own, in the total. real,
-        fake: (B, C, H, W), images in [-1, 1] or latents."""
+        fake: (B, ...), what it takes: images in [-1, 1], or features of latents."""
         losses = dict(losses)
         if self.step >= self.config.start_step:
             losses["adversarial"] = hinge_generator_loss(self.judge(fake)).float()
@@ -70,13 +71,13 @@ class Adversarial(Objective):
         """A loss of zero, with a gradient of zero for all weights, since DDP waits for one."""
         return 0.0 * torch.stack([p.sum() for p in self.discriminator.parameters()]).sum()
 
-    def judge(self, images: Tensor) -> Tensor:
-        """The discriminator's logits, with gradients to the images but not to its weights."""
+    def judge(self, fake: Tensor) -> Tensor:
+        """The discriminator's logits, with gradients to its input but not to its weights."""
         weights = {name: p.detach() for name, p in self.discriminator.named_parameters()}
-        return torch.func.functional_call(self.discriminator, weights, (images,))
+        return torch.func.functional_call(self.discriminator, weights, (fake,))
 
     def discriminator_losses(self, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
-        """real, fake: (B, C, H, W). Returns scalars; notes the logits for LeCam."""
+        """real, fake: (B, ...). Returns scalars; notes the logits for LeCam."""
         logits = self.discriminator(torch.cat([real, fake]))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # fp32 island
         logits_real, logits_fake = logits.chunk(2)
@@ -103,7 +104,7 @@ class Adversarial(Objective):
 
 
 @dataclass
-class AdversarialConfig(DiscriminatorConfig, ReconstructionConfig):
+class AdversarialConfig(PatchDiscriminatorConfig, ReconstructionConfig):
     pass
 
 
@@ -116,7 +117,7 @@ class AdversarialObjective(Adversarial, ReconstructionObjective):
 
     def begin(self, first: Pretrained | None = None, proxy: Pretrained | None = None) -> None:
         super().begin(first, proxy)
-        self.add_discriminator()
+        self.add_discriminator(PatchDiscriminator(self.config.dim, self.config.num_stages))
 
     def forward(
         self, batch: Mapping[str, Any], generator: torch.Generator | None = None

@@ -18,16 +18,17 @@ from torch import Tensor
 from flextok.autoencoder import Autoencoder
 from flextok.draws import BatchDraws
 from flextok.hub import Pretrained
+from flextok.losses.adversarial import PatchDiscriminator
 from flextok.losses.perceptual import PerceptualLoss
 from flextok.nn.devices import to_device
-from flextok.objectives.adversarial import Adversarial, DiscriminatorConfig
+from flextok.objectives.adversarial import Adversarial, PatchDiscriminatorConfig
 from flextok.objectives.base import draws_of, need, take_over, train_only
 from flextok.schema import Bounds, ConfigError, Share
 from flextok.tokenizers.base import check_images
 
 
 @dataclass
-class AutoencoderObjectiveConfig(DiscriminatorConfig):
+class AutoencoderObjectiveConfig(PatchDiscriminatorConfig):
     weight: Annotated[float, Bounds(0)] = 0.0  # of the adversarial loss; 0 = no discriminator
     perceptual: dict[str, float] = field(default_factory=dict)  # weights by name
     # of the KL in nats, summed over an image's latents and divided by the number of its values
@@ -71,7 +72,7 @@ class AutoencoderObjective(Adversarial):
             self.register_buffer("noise_scale", scale.view(-1, 1, 1), persistent=False)
         self.perceptual = PerceptualLoss(self.config.perceptual)
         if self.config.weight:
-            self.add_discriminator()
+            self.add_discriminator(PatchDiscriminator(self.config.dim, self.config.num_stages))
 
     def prepare(self, pretrained: bool = True) -> None:
         if used := self.perceptual.load(pretrained):

@@ -3,8 +3,8 @@
 As in distillation.py, the student walks from noise by its own steps, and at the start of one of
 them learns the mean velocity of the teacher's guided solution over it. Where few steps are too few
 for the solution, the error's best answer is a mean, and blurred. So the latents that the last step
-ends at also face a discriminator, which knows the draft and the true latents (adversarial
-distillation: arXiv 2403.12015).
+ends at also face a discriminator: they and the true ones get noise, and it judges what the teacher,
+which knows the draft, finds in them (latent adversarial diffusion distillation, arXiv 2403.12015).
 """
 
 from collections.abc import Mapping
@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from flextok.flow.path import x0_of
+from flextok.flow.path import interpolate, x0_of
 from flextok.hub import Pretrained
+from flextok.losses.adversarial import FeatureDiscriminator
+from flextok.nn.devices import to_device
 from flextok.nn.frozen import Frozen
 from flextok.objectives.adversarial import Adversarial, DiscriminatorConfig
 from flextok.objectives.base import need, train_only
@@ -27,6 +28,9 @@ from flextok.schema import Bounds, ConfigError, Size
 from flextok.tokenizers import FlexTok
 from flextok.tokenizers.decoding import solve
 
+JUDGED = slice(None, None, -2)  # of the teacher's blocks the last, and every second before it
+MOST_NOISE = 0.8  # near pure noise a true image and a drawn one look alike
+
 
 @dataclass
 class DrawingDistillationConfig(DrawingConfig, DiscriminatorConfig):
@@ -34,8 +38,7 @@ class DrawingDistillationConfig(DrawingConfig, DiscriminatorConfig):
     teacher_steps: Steps = 3  # the teacher's within each of them
     weight: Annotated[float, Bounds(0)] = 0.0  # of the adversarial loss; 0 = no discriminator
     start_step: Annotated[int, Bounds(0)] = 0
-    dim: Size = 64
-    num_stages: Annotated[int, Bounds(1, 16)] = 2
+    dim: Size = 64  # the width of the discriminator's heads
 
 
 class DrawingDistillationObjective(Adversarial, DrawingObjective):
@@ -62,9 +65,8 @@ class DrawingDistillationObjective(Adversarial, DrawingObjective):
         self.teacher = Frozen(trained)
         self.nested_dropout = nested_dropout(model, config)
         if config.weight:
-            channels, side, _ = model.drawer.noise_shape
-            channels += 3 * model.drawer.vae.downsample**2
-            self.add_discriminator(channels, max(1, side // 2**config.num_stages))
+            blocks, dim = trained.drawer.blocks, trained.drawer.dim
+            self.add_discriminator(FeatureDiscriminator(len(blocks[JUDGED]), dim, config.dim))
 
     def forward(
         self, batch: Mapping[str, Any], generator: torch.Generator | None = None
@@ -89,9 +91,13 @@ class DrawingDistillationObjective(Adversarial, DrawingObjective):
             return losses
         if len(stretch.walked) < self.config.num_steps:
             return {**losses, "loss": distill + self.without_discriminator()}
-        condition = F.pixel_unshuffle(draft, self.drawer.vae.downsample)  # (B, 3 f f, h, w)
-        real, fake = (
-            torch.cat([x0, condition.to(x0.dtype)], dim=1)
-            for x0 in (latents.float(), x0_of(velocity, x, start))
-        )
-        return self.against_discriminator(losses, real, fake)
+        t = to_device(draws(torch.rand, (), torch.device("cpu")) * MOST_NOISE, device)
+        noise = draws(torch.randn, self.drawer.noise_shape, device)
+
+        def features(x0: Tensor) -> Tensor:  # (B, L, N, D)
+            layers = teacher.drawer.features(interpolate(x0, noise, t), t, draft)
+            return torch.stack([x for x, _ in layers][JUDGED], dim=1)
+
+        with torch.no_grad():
+            real = features(latents)
+        return self.against_discriminator(losses, real, features(x0_of(velocity, x, start)))

@@ -8,6 +8,8 @@ points, and its sequence has the length of the grid, whatever the number of toke
 2410.00418) draws around the posterior mean as well, but begins its flow there.
 """
 
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -71,6 +73,7 @@ class Drawer(nn.Module):
         if dim % config.head_dim:
             raise ConfigError(f"drawer: dim={dim} must be a multiple of head_dim={config.head_dim}")
         grid = image_size // stride
+        self.dim = dim
         self.grid, self.patch_size, self.draft_patch_size = grid, config.patch_size, stride
         channels = self.vae.channels * config.patch_size**2
         self.patch_embed = nn.Linear(channels, dim)
@@ -103,9 +106,10 @@ class Drawer(nn.Module):
             for parameter in part.parameters():
                 nn.init.zeros_(parameter)
 
-    def forward(self, x_t: Tensor, t: Tensor, draft: Tensor, null: Tensor | None = None) -> Tensor:
-        """x_t: (B, C, h, w); t: (B,) or () in [0, 1]; draft: (B, 3, H, W) in [-1, 1]; null: (B,)
-        bool, True = without the draft. Returns the velocity (B, C, h, w)."""
+    def features(
+        self, x_t: Tensor, t: Tensor, draft: Tensor, null: Tensor | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """As forward. Yields each block's output (B, N, D), and the time's embedding (B, D)."""
         condition = self.draft_embed(patchify(draft, self.draft_patch_size))  # (B, N, D)
         if null is not None:
             condition = torch.where(
@@ -116,6 +120,12 @@ class Drawer(nn.Module):
         modulation = self.modulation(time).unflatten(1, (6, -1))
         for block in self.blocks:
             x = block(x, modulation)
+            yield x, time
+
+    def forward(self, x_t: Tensor, t: Tensor, draft: Tensor, null: Tensor | None = None) -> Tensor:
+        """x_t: (B, C, h, w); t: (B,) or () in [0, 1]; draft: (B, 3, H, W) in [-1, 1]; null: (B,)
+        bool, True = without the draft. Returns the velocity (B, C, h, w)."""
+        x, time = deque(self.features(x_t, t, draft, null), maxlen=1).pop()  # the last block's
         shift, scale = self.head_modulation(time)[:, None].chunk(2, dim=-1)
         x = self.head(self.norm(x) * (1 + scale) + shift)
         return unpatchify(x, self.patch_size, self.grid)
