@@ -8,6 +8,7 @@ TITOK ?= outputs/quickstart_titok
 SITE ?= outputs/site
 # the quickstarts' length; CI runs a handful of steps
 TOKENIZER_STEPS ?=
+DRAWER_STEPS ?=
 GENERATOR_STEPS ?=
 PROBE_STEPS ?= 1000
 NUM_SCENES ?= 16000
@@ -70,16 +71,21 @@ figures: setup
 	$(BIN)/python -m flextok.cli align emoji-text --data "$(HELD_OUT)" \
 	    --json benchmarks/results/emoji_model_prompts.json
 
+QUICKSTART_CLASSES = face-smiling face-affection heart flag food-fruit time
+
 quickstart: setup
 	$(BIN)/python train.py configs/quickstart_tokenizer.yaml output_dir=$(OUT)/tokenizer \
 	    $(call steps,$(TOKENIZER_STEPS))
-	$(BIN)/python sample.py $(OUT)/tokenizer --data emoji:validation --limit 8 \
+	$(BIN)/python train.py configs/quickstart_drawer.yaml output_dir=$(OUT)/drawer \
+	    start.weights=$(OUT)/tokenizer $(call steps,$(DRAWER_STEPS))
+	$(BIN)/python sample.py $(OUT)/drawer --data emoji:validation --limit 8 \
 	    --output $(OUT)/coarse_to_fine.png
-	$(BIN)/python -m flextok.cli sweep $(OUT)/tokenizer --data emoji:validation \
-	    --dtype float32 --output $(OUT)/sweep
+	$(BIN)/python -m flextok.cli sweep $(OUT)/drawer --data emoji:validation \
+	    --reference emoji:train --dtype float32 --output $(OUT)/sweep
 	$(BIN)/python train.py configs/quickstart_generator.yaml output_dir=$(OUT)/generator \
-	    tokenizer=$(OUT)/tokenizer $(call steps,$(GENERATOR_STEPS))
-	$(BIN)/python sample.py $(OUT)/generator --num-samples 1 --output $(OUT)/generated.png
+	    tokenizer=$(OUT)/drawer $(call steps,$(GENERATOR_STEPS))
+	$(BIN)/python sample.py $(OUT)/generator --classes $(QUICKSTART_CLASSES) --num-samples 6 \
+	    --output $(OUT)/generated.png
 	@echo "pictures: $(OUT)/coarse_to_fine.png and $(OUT)/generated.png"
 
 # the scenes of configs/quickstart_text.yaml; captions say left and right, so nothing is mirrored
@@ -89,7 +95,8 @@ HELD_OUT = {$(SCENES), prompts: held_out, length: 400}
 quickstart-text: setup
 	$(BIN)/python train.py configs/quickstart_tokenizer.yaml output_dir=$(OUT_TEXT)/tokenizer \
 	    "data.train={$(SCENES), prompts: train, length: $(NUM_SCENES)}" "data.validation=$(HELD_OUT)" \
-	    data.shift=0 "model.vae={name: identity, shift: 0.09, scale: 1.69}" \
+	    data.shift=0 model.image_size=32 model.patch_size=8 \
+	    "model.vae={name: identity, shift: 0.09, scale: 1.69}" \
 	    $(call steps,$(or $(TOKENIZER_STEPS),2800))
 	$(BIN)/python train.py configs/quickstart_text.yaml output_dir=$(OUT_TEXT)/generator \
 	    tokenizer=$(OUT_TEXT)/tokenizer data.train.length=$(NUM_SCENES) \

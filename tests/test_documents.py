@@ -161,10 +161,11 @@ def desk(tmp_path_factory):
         ("quickstart_text", {"name": "text", "encoder": encoder}),
     ]:
         place = folder / "outputs" / name
-        tokenizer.save_pretrained(place / "tokenizer")
+        for part in ("tokenizer", "drawer"):
+            tokenizer.save_pretrained(place / part)
         gpt = tiny_gpt(num_tokens=16, conditioner=conditioner)
         if name == "quickstart":
-            gpt.metadata["class_names"] = ["Food & Drink", *map(str, range(8))]
+            gpt.metadata["class_names"] = ["heart", "flag", "face-smiling", *map(str, range(6))]
         remember_tokenizer(gpt, place / "generator", tokenizer, str(place / "tokenizer"))
         gpt.save_pretrained(place / "generator")
     tiny_releases(folder / "releases")

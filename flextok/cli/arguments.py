@@ -344,7 +344,7 @@ class Demo(Device):
     files, and stops with Ctrl-C. Needs pip install 'flextok[demo]'.
 
     flextok demo
-    flextok demo outputs/quickstart/tokenizer outputs/quickstart/generator --port 8000
+    flextok demo outputs/quickstart/drawer outputs/quickstart/generator --port 8000
     """
 
     models: Annotated[
