@@ -95,7 +95,7 @@ HELD_OUT = {$(SCENES), prompts: held_out, length: 400}
 quickstart-text: setup
 	$(BIN)/python train.py configs/quickstart_tokenizer.yaml output_dir=$(OUT_TEXT)/tokenizer \
 	    "data.train={$(SCENES), prompts: train, length: $(NUM_SCENES)}" "data.validation=$(HELD_OUT)" \
-	    data.shift=0 model.image_size=32 model.patch_size=8 \
+	    data.shift=0 model.image_size=32 \
 	    "model.vae={name: identity, shift: 0.09, scale: 1.69}" \
 	    $(call steps,$(or $(TOKENIZER_STEPS),2800))
 	$(BIN)/python train.py configs/quickstart_text.yaml output_dir=$(OUT_TEXT)/generator \

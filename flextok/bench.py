@@ -34,7 +34,7 @@ from flextok.tokenizers import FlexTok
 from flextok.training.optim import make_optimizer
 
 _SMALL_VAE = {"name": "kl", "block_channels": [32, 32, 32, 32]}  # 16 channels, f8; never run here
-_QUICKSTART = {"image_size": 64, "patch_size": 16, "num_registers": 16, "head_dim": 32}
+_QUICKSTART = {"image_size": 64, "patch_size": 8, "num_registers": 16, "head_dim": 32}
 _LEVELS = {"quantizer": {"name": "fsq", "levels": [8, 8, 8]}, "vae": {"name": "identity"}}
 
 

@@ -15,9 +15,9 @@ def measured(size: str, only: str = "", **options) -> dict[str, dict]:
 
 
 def test_flops_are_those_that_were_run():
-    """Quickstart's decoder: 4 blocks, 128 wide, 16 patches; the last computes patches only."""
+    """Quickstart's decoder: 4 blocks, 128 wide, 64 patches; the last computes patches only."""
     rows = measured("quickstart", "decode B1", steps=2)
-    linear, dim, n = 4 * 128 * 128 + 3 * 128 * 341, 128, 16
+    linear, dim, n = 4 * 128 * 128 + 3 * 128 * 341, 128, 64
 
     def forward(registers: int) -> float:
         total = 2 * (linear * (3 * (n + registers) + n) + 2 * dim * dim * registers)  # last: keys

@@ -169,7 +169,24 @@ def test_latents_and_drafts_are_cached_for_the_decoder_that_made_them(picture_fo
             cache(wrong)
 
 
+def test_a_drawer_goes_on_with_the_tokens_of_another_tokenizer():
+    torch.manual_seed(0)
+    tokens, other = tiny_tokenizer(num_registers=4), with_drawer()
+    model = FlexTok(
+        from_mapping(FlexTokConfig, {**TINY, "num_registers": 4, "drawer": DRAWER, "decode": ONE})
+    )
+    DrawingObjective(model, weights=tokens, drawer=other)
+    codes, keep = model.codes_of(model.encode(pictures())), torch.tensor([1, 2, 4, 4])
+    draft = model.draft(codes, keep)
+    expected = other.drawer(pictures(seed=1), torch.tensor(0.7), draft)
+    assert torch.equal(model.encode(pictures()), tokens.encode(pictures()))
+    assert torch.equal(model.drawer(pictures(seed=1), torch.tensor(0.7), draft), expected)
+    assert expected.abs().max() > 0.01
+
+
 def test_what_does_not_fit_is_refused():
+    with pytest.raises(ConfigError, match="start.drawer: this model has no drawer"):
+        DrawingObjective(with_drawer(), weights=tiny_tokenizer(), drawer=tiny_tokenizer())
     with pytest.raises(ConfigError, match="does not have"):
         DrawingObjective(tiny_tokenizer(), weights=tiny_tokenizer())
     with pytest.raises(ConfigError, match=r"start\.weights \(got nothing\)"):

@@ -34,19 +34,25 @@ class DrawingObjective(Objective):
 
     config_class: ClassVar[type] = DrawingConfig
     models = ("flextok",)
-    starts = ("weights",)
+    starts = ("weights", "drawer")
     model: FlexTok
     config: DrawingConfig
 
-    def begin(self, weights: Pretrained | None = None) -> None:
-        """weights: the trained tokenizer whose drafts are drawn around, with a drawer or without.
-        Raises ConfigError where the model has no drawer."""
+    def begin(self, weights: Pretrained | None = None, drawer: Pretrained | None = None) -> None:
+        """weights: the trained tokenizer whose drafts are drawn around, with a drawer or without;
+        drawer: a FlexTok whose drawer to go on with. It reads drafts and no tokens, so it may be
+        that of another tokenizer. Raises ConfigError where a model lacks what is asked of it."""
         model, config = self.model, self.config
         if model.drawer is None:
             raise ConfigError("drawing trains model.drawer, which this model does not have")
         trained = need("weights", weights, FlexTok)
         for name, part in trained.named_children():
             take_over(model.get_submodule(name), part.state_dict())
+        if drawer is not None:
+            other = need("drawer", drawer, FlexTok).drawer
+            if other is None:
+                raise ConfigError("start.drawer: this model has no drawer to go on with")
+            take_over(model.drawer, other.state_dict())
         self.nested_dropout = nested_dropout(model, config)
         self.sample_times = build(TIME_SAMPLERS, config.time_sampler, "time sampler")
         train_only(model, ["drawer"])
