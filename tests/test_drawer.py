@@ -185,7 +185,7 @@ def test_a_drawer_goes_on_with_the_tokens_of_another_tokenizer():
 
 
 def test_what_does_not_fit_is_refused():
-    with pytest.raises(ConfigError, match="start.drawer: this model has no drawer"):
+    with pytest.raises(ConfigError, match=r"start\.drawer: this model has no drawer"):
         DrawingObjective(with_drawer(), weights=tiny_tokenizer(), drawer=tiny_tokenizer())
     with pytest.raises(ConfigError, match="does not have"):
         DrawingObjective(tiny_tokenizer(), weights=tiny_tokenizer())
