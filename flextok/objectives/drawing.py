@@ -34,7 +34,7 @@ class DrawingObjective(Objective):
 
     config_class: ClassVar[type] = DrawingConfig
     models = ("flextok",)
-    starts = ("weights", "drawer")
+    starts: ClassVar[tuple[str, ...]] = ("weights", "drawer")
     model: FlexTok
     config: DrawingConfig
 

@@ -48,7 +48,7 @@ class DrawingDistillationObjective(Adversarial, DrawingObjective):
     model: FlexTok
     config: DrawingDistillationConfig
 
-    def begin(self, teacher: Pretrained | None = None) -> None:
+    def begin(self, teacher: Pretrained | None = None) -> None:  # type: ignore[override]
         """teacher: a trained FlexTok with a drawer, as which the model begins. From here on it
         decodes in config.num_steps Euler steps without guidance. Raises ConfigError where one of
         them has no drawer."""
