@@ -47,7 +47,7 @@ def generation_costs(scale: float, repeats: int) -> list[tuple[int, float]]:
         model.generate(
             torch.tensor([1]),
             guidance_scale=scale,
-            progress=lambda done: reached.append((done, time.process_time() - began)),  # noqa: B023
+            callback=lambda done, _: reached.append((done, time.process_time() - began)),  # noqa: B023
         )
         runs.append(reached)
     return min(runs, key=lambda reached: reached[-1][1])

@@ -12,7 +12,8 @@ _PLACES = {
     **dict.fromkeys(("FlexTok", "FlexTokConfig", "MaskGITVQGAN", "TiTok"), "flextok.tokenizers"),
     **{"Autoencoder": "flextok.autoencoder"},
     **dict.fromkeys(("GPT", "MaskGIT"), "flextok.generators"),
-    **{"load_model": "flextok.pipeline", "make_objective": "flextok.objectives"},
+    **dict.fromkeys(("load", "load_tokenizer_of"), "flextok.pipeline"),
+    **{"list_models": "flextok.places", "make_objective": "flextok.objectives"},
     **{"fit": "flextok.training.fit", "FitOptions": "flextok.training.options"},
 }
 
@@ -27,7 +28,9 @@ __all__ = [
     "TiTok",
     "__version__",
     "fit",
-    "load_model",
+    "list_models",
+    "load",
+    "load_tokenizer_of",
     "make_objective",
 ]
 

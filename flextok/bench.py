@@ -208,7 +208,7 @@ def flextok_rows(model: Any, run: Run) -> Iterator[Row]:
 
     def decode(scale: float, keep: int | None = None) -> Callable[[], object]:
         options = {"num_steps": run.steps, "guidance_scale": scale, "guidance": "apg"}
-        return lambda: model.decode(indices, keep, noise=latents, **options)
+        return lambda: model.decode(indices, keep=keep, noise=latents, **options)
 
     name = f"decode B{run.batch}, {run.steps} steps"
     yield Row(f"encode B{run.batch}", lambda: model.encode(images), run.batch)

@@ -1,7 +1,8 @@
-"""The one way from a picture to the (3, H, W) tensor that a model takes.
+"""The one way from a picture to the (3, H, W) tensor that a model takes, and back.
 
 Whatever a picture comes from (a path, bytes, an open file, a PIL picture), load_picture decodes it
-to 8-bit RGB, turned upright, in sRGB, on white where it is transparent.
+to 8-bit RGB, turned upright, in sRGB, on white where it is transparent. Inside the package images
+are (3, H, W) float in [-1, 1]; at its edges they are uint8.
 """
 
 import contextlib
@@ -17,6 +18,8 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageCms, ImageFile, ImageOps, UnidentifiedImageError
 from torch import Tensor
+
+from flextok.nn.devices import check_finite
 
 # Raster formats by Pillow's names. No other decoder sees a file, whatever the file is called: one
 # for PostScript, say, would start another program.
@@ -35,6 +38,8 @@ SIXTEEN_TO_EIGHT = [(value + 128) // 257 for value in range(2**16)]
 PROFILED = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}  # ICC space -> PIL mode
 log = logging.getLogger(__name__)
 PictureSource = str | os.PathLike[str] | bytes | IO[bytes] | Image.Image
+Picture = PictureSource | np.ndarray | Tensor
+Pictures = Picture | Sequence[Picture]  # one or several
 
 
 class CorruptPicture(ValueError):
@@ -227,9 +232,54 @@ def to_tensor(image: Image.Image) -> Tensor:
     return pixels.permute(2, 0, 1).contiguous().float() / 127.5 - 1
 
 
-def picture_batch(pictures: Image.Image | Sequence[Image.Image], size: int) -> Tensor:
-    """One PIL picture or several -> (B, 3, size, size) float in [-1, 1], as evaluation has them."""
-    several = [pictures] if isinstance(pictures, Image.Image) else list(pictures)
-    if not several or not all(isinstance(picture, Image.Image) for picture in several):
-        raise ValueError("images must be a tensor, a PIL picture or a list of PIL pictures")
-    return torch.stack([to_tensor(center_crop(load_picture(p), size)) for p in several])
+def square_tensor(picture: Picture, size: int) -> Tensor:
+    """A picture, as as_picture takes it -> (3, size, size) float in [-1, 1]: the evaluation
+    transform, which every model input goes through."""
+    return to_tensor(center_crop(as_picture(picture), size))
+
+
+def as_picture(picture: Picture) -> Image.Image:
+    """A path, the bytes of a picture, a binary file, a PIL picture, an array (H, W), (H, W, 3) or
+    (H, W, 4) uint8, or a tensor (3, H, W), uint8 or float in [-1, 1] -> PIL picture in mode RGB.
+    Raises ValueError."""
+    if isinstance(picture, Tensor):
+        return to_image(picture)
+    if isinstance(picture, np.ndarray):
+        if picture.dtype != np.uint8 or picture.shape[2:] not in ((), (3,), (4,)):
+            raise ValueError(
+                f"an array of shape {picture.shape} and type {picture.dtype} is no picture: "
+                "expected uint8 (H, W), (H, W, 3) or (H, W, 4)"
+            )
+        return load_picture(Image.fromarray(picture))
+    if not isinstance(picture, str | os.PathLike | bytes | io.IOBase | Image.Image):
+        raise ValueError(
+            f"{picture!r} is no picture: give a path, bytes, a binary file, a PIL picture, an "
+            "array, a tensor, or a list of these"
+        )
+    return load_picture(picture)
+
+
+def several(pictures: Pictures) -> list[Picture] | None:
+    """The pictures of a list, or of an array or a tensor of four axes; None for one picture."""
+    batch = isinstance(pictures, np.ndarray | Tensor) and pictures.ndim == 4
+    return list(pictures) if batch or isinstance(pictures, list | tuple) else None  # type: ignore
+
+
+def to_uint8(images: Tensor) -> np.ndarray:
+    """(..., 3, H, W) float in [-1, 1] -> (..., H, W, 3) uint8, clamped and rounded. Raises
+    NotFinite."""
+    check_finite(images, "the images")
+    pixels = ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return pixels.movedim(-3, -1).cpu().numpy()
+
+
+def to_image(image: Tensor) -> Image.Image:
+    """(3, H, W) float in [-1, 1], or uint8 -> RGB picture."""
+    if image.ndim != 3 or len(image) != 3:
+        found = tuple(image.shape)
+        raise ValueError(f"a tensor of shape {found} is no picture: expected (3, H, W)")
+    if image.dtype == torch.uint8:
+        return Image.fromarray(image.movedim(0, -1).cpu().numpy())
+    if not image.is_floating_point():
+        raise ValueError(f"a tensor of type {image.dtype} is no picture: expected uint8 or float")
+    return Image.fromarray(to_uint8(image))

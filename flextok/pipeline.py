@@ -9,27 +9,28 @@ from torch import Tensor
 
 from flextok.autoencoder import AUTOENCODERS
 from flextok.cpu import accelerate
-from flextok.draws import CODES, NOISE, Rng, row_generators
+from flextok.draws import CODES, NOISE, row_generators
 from flextok.generators import GENERATORS, Generator
+from flextok.generators.base import Asked
 from flextok.generators.conditioning import Cond
 from flextok.hub import Pretrained
 from flextok.places import find_reference, read_model, resolve
 from flextok.schema import check_number
 from flextok.storage import CheckpointError
 from flextok.tokenizers import TOKENIZERS, Tokenizer
-from flextok.tokenizers.base import as_images, encode_rows, same_codes
+from flextok.tokenizers.base import decode_rows, encode_rows, same_codes
 
-Asked = Mapping[str, Any] | None  # options by name
+Options = Mapping[str, Any] | None  # by name
 
 
-def load_model(
+def load(
     path: str | Path,
     device: str | torch.device = "cpu",
     overrides: Mapping[str, Any] | None = None,
 ) -> Any:
-    """Load any model of the package from a folder, file or hub id, by the type that its config.json
-    names or its published layout shows; arguments and errors as in Pretrained.from_pretrained. On
-    a CPU it is accelerated (flextok.cpu)."""
+    """Load any model of the package by the name that `list_models` gives, from a folder, a file or
+    a hub id, by the type that its config.json names or its published layout shows; arguments and
+    errors as in Pretrained.from_pretrained. On a CPU it is accelerated (flextok.cpu)."""
     models: dict[str, type[Pretrained]] = {**AUTOENCODERS, **TOKENIZERS, **GENERATORS}
     stored = read_model(path)
     if stored.model_type not in models:
@@ -41,9 +42,12 @@ def load_model(
     return accelerate(model) if torch.device(device).type == "cpu" else model
 
 
+load_model = load  # its name in older programs
+
+
 def load_token_model(path: str | Path, device: str | torch.device = "cpu") -> Tokenizer | Generator:
-    """As load_model; raises CheckpointError for an autoencoder, which has no tokens."""
-    model = load_model(path, device)
+    """As load; raises CheckpointError for an autoencoder, which has no tokens."""
+    model = load(path, device)
     if not isinstance(model, Tokenizer | Generator):
         raise CheckpointError(
             f"{path} is an {model.model_type}, which has no tokens: name a tokenizer or a generator"
@@ -67,23 +71,23 @@ def remember_tokenizer(
 
 def load_tokenizer_of(
     generator: Generator,
-    folder: str | Path,
+    folder: str | Path | None = None,
     override: str | None = None,
     device: str | torch.device = "cpu",
 ) -> Tokenizer:
-    """The tokenizer that a generator, loaded from `folder` (or by its name or hub id), was trained
-    on; override: any other of the same codes, such as one with a few-step decoder. One of other
-    codes is refused with CheckpointError."""
+    """The tokenizer that a generator was trained on; folder: where the generator lies, where it was
+    not loaded; override: any other of the same codes, such as one with a few-step decoder. One of
+    other codes is refused with CheckpointError."""
     record = generator.metadata
     place = override or find_tokenizer(generator, folder)
-    tokenizer = load_model(place, device)
+    tokenizer = load(place, device)
     if not isinstance(tokenizer, Tokenizer):
         raise CheckpointError(f"{place} is a {tokenizer.model_type} model, not a tokenizer")
     if not {"codes_id", "tokenizer_fingerprint"} & set(record) or same_codes(record, tokenizer):
         return tokenizer
     if override is not None and "codes_id" not in record:
         # an older generator holds the hash of its own tokenizer, which leads to the codes
-        own = load_model(find_tokenizer(generator, folder), device)
+        own = load(find_tokenizer(generator, folder), device)
         if same_codes(record, own) and own.codes_id == tokenizer.codes_id:
             return tokenizer
     raise CheckpointError(
@@ -93,19 +97,21 @@ def load_tokenizer_of(
     )
 
 
-def find_tokenizer(generator: Generator, folder: str | Path) -> Path | str:
-    """Where the tokenizer lies that a generator, loaded from `folder`, names. Raises
-    CheckpointError."""
+def find_tokenizer(generator: Generator, folder: str | Path | None = None) -> Path | str:
+    """Where the tokenizer lies that a generator, which was loaded or lies in `folder`, names.
+    Raises CheckpointError."""
     record = generator.metadata
-    reference = record.get("tokenizer")
-    found = None
-    if reference is not None:
-        found = find_reference(reference, generator.home or resolve(folder))
+    reference, found = record.get("tokenizer"), None
+    home = generator.home or (folder and resolve(folder))
+    if reference is not None and home is not None:
+        found = find_reference(reference, Path(home))
     if found is None:
-        says = f"names its tokenizer as {reference!r}, where none is"
+        says = "does not say which tokenizer it needs"
+        if reference:
+            says = f"names its tokenizer as {reference!r}, where none is"
         raise CheckpointError(
-            f"{folder} {says if reference else 'does not say which tokenizer it needs'}: name one "
-            f"of its codes by --tokenizer ({expected_codes(record)})"
+            f"{folder or home or 'the generator'} {says}: name one of its codes by --tokenizer "
+            f"({expected_codes(record)})"
         )
     return found
 
@@ -122,16 +128,16 @@ def generate_images(
     cond: Cond,
     num_tokens: list[int] | None = None,
     seed: int = 0,
-    sampling: Asked = None,
-    decoding: Asked = None,
+    sampling: Options = None,
+    decoding: Options = None,
     rows: Sequence[int] | None = None,
     batch_size: int = 64,
 ) -> dict[int, Tensor]:
-    """cond: (B,) labels or B prompts. Generates max(num_tokens) indices once and decodes each
-    prefix length with the same initial noise. sampling and decoding are options of generate() and
-    decode() by name, None = the model's own. An image depends on seed and its number, not on
-    batch_size; rows: the numbers, 0 .. B-1 by default. Returns prefix length -> (B, 3, H, W) in
-    [-1, 1], shortest first."""
+    """cond: (B,) labels, or B class names or prompts. Generates max(num_tokens) indices once and
+    decodes each prefix length with the same initial noise. sampling and decoding are options of
+    generate() and decode() by name, None = the model's own. An image depends on seed and its
+    number, not on batch_size; rows: the numbers, 0 .. B-1 by default. Returns prefix length ->
+    (B, 3, H, W) in [-1, 1], shortest first."""
     lengths = sorted(set(num_tokens or [generator.num_tokens]))
     options = generator.generate_options(sampling or {})
     tokenizer.decode_options(decoding or {})  # raises before the work, not after it
@@ -140,7 +146,7 @@ def generate_images(
         numbers = some if rows is None else rows[some.start : some.stop]
         indices = generator.generate(
             cond[some.start : some.stop],
-            lengths[-1],
+            num_tokens=lengths[-1],
             options=options,
             generator=row_generators(seed, CODES, numbers),
         )
@@ -151,22 +157,24 @@ def generate_images(
 def grow_images(
     generator: Generator,
     tokenizer: Tokenizer,
-    cond: Cond,
+    cond: Asked,
     lengths: list[int],
     seed: int = 0,
-    sampling: Asked = None,
-    decoding: Asked = None,
+    sampling: Options = None,
+    decoding: Options = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """As generate_images, but yields (length, (B, 3, H, W) in [-1, 1]) as soon as that many indices
     are there, shortest first. A generator that does not generate them in order (MaskGIT) yields the
     longest only."""
     options = generator.generate_options(sampling or {})
     tokenizer.decode_options(decoding or {})  # raises before the work, not after it
-    cond = generator.conditioner.prepare(cond, generator.device)
-    draws = row_generators(seed, CODES, range(len(cond)))
+    conditions = generator.prepare(cond)
+    draws = row_generators(seed, CODES, range(len(conditions)))
     indices: Tensor | None = None
     for k in sorted(set(lengths)) if generator.streams else [max(lengths)]:
-        indices = generator.generate(cond, k, options=options, generator=draws, prefix=indices)
+        indices = generator.generate(
+            conditions, num_tokens=k, options=options, generator=draws, prefix=indices
+        )
         yield k, decode_prefixes(tokenizer, indices, [k], seed, decoding)[k]
 
 
@@ -176,7 +184,7 @@ def reconstruct_prefixes(
     images: Tensor,
     lengths: list[int],
     seed: int = 0,
-    decoding: Asked = None,
+    decoding: Options = None,
     rows: Sequence[int] | None = None,
     batch_size: int = 64,
 ) -> dict[int, Tensor]:
@@ -187,7 +195,7 @@ def reconstruct_prefixes(
     made = []
     for some in batches_of(len(images), batch_size):
         numbers = some if rows is None else rows[some.start : some.stop]
-        encoded = encode(tokenizer, images[some.start : some.stop], numbers, seed)
+        encoded = encode_rows(tokenizer, images[some.start : some.stop], seed, numbers)
         made.append(decode_prefixes(tokenizer, encoded, lengths, seed, decoding, numbers))
     return joined(made)
 
@@ -197,7 +205,7 @@ def decode_prefixes(
     encoded: Tensor,
     lengths: list[int],
     seed: int = 0,
-    decoding: Asked = None,
+    decoding: Options = None,
     rows: Sequence[int] | None = None,
 ) -> dict[int, Tensor]:
     """encoded: indices (B, k), or codes (B, k, C) of a continuous tokenizer. Decodes every prefix
@@ -208,25 +216,9 @@ def decode_prefixes(
     options = tokenizer.decode_options(decoding or {})
     rows = range(len(encoded)) if rows is None else rows
     return {
-        k: decode(tokenizer, encoded[:, :k], options, row_generators(seed, NOISE, rows))
+        k: decode_rows(tokenizer, encoded[:, :k], options, row_generators(seed, NOISE, rows))
         for k in lengths
     }
-
-
-def encode(tokenizer: Tokenizer, images: Tensor, rows: Sequence[int] | Tensor, seed: int) -> Tensor:
-    """Indices (B, K) long, or codes (B, K, C) float of a continuous tokenizer. What a tokenizer
-    draws belongs to the images' numbers `rows`."""
-    images = images.to(tokenizer.device)
-    if not tokenizer.vocab_size:
-        return tokenizer.encode_codes(images)
-    return encode_rows(tokenizer, images, seed, rows)
-
-
-def decode(tokenizer: Tokenizer, encoded: Tensor, options: Any, rngs: Rng) -> Tensor:
-    """Images (B, 3, H, W) in [-1, 1] from the first of encode()'s indices or codes."""
-    if encoded.is_floating_point():
-        return as_images(tokenizer.decode_codes(encoded))
-    return tokenizer.decode(encoded, options=options, generator=rngs)
 
 
 def batches_of(number: int, batch_size: int) -> Iterator[range]:

@@ -35,7 +35,7 @@ class StoredModel(NamedTuple):
     source: str  # names the file in errors
 
 
-def released() -> list[str]:
+def list_models() -> list[str]:
     """The names of the models that come with the package."""
     return sorted(path.parent.name for path in RELEASES.glob(f"*/{CONFIG}"))
 
@@ -49,14 +49,14 @@ def resolve(path: str | Path, revision: str | None = None) -> Path:
         return place
     if os.path.exists(place):  # a pipe or a device is no name of the hub's
         check_file(place)
-    if name in released():
+    if name in list_models():
         return RELEASES / name
     parts = name.split("/")
     repo, file = "/".join(parts[:2]), "/".join(parts[2:])
     if is_path(name) or len(parts) < 2 or (file and not file.endswith(SUFFIXES)):
         raise CheckpointError(
             f"no model at {name!r}: expected a folder with {CONFIG}, a weight file, a hub id, or "
-            f"one of those that come with the package ({', '.join(released())})"
+            f"one of those that come with the package ({', '.join(list_models())})"
         )
     if file:
         from huggingface_hub import hf_hub_download
@@ -192,7 +192,7 @@ def find_reference(reference: str, home: Path) -> Path | str | None:
     if (place := home / reference).exists():
         return place
     name = Path(reference).name if is_path(reference) else reference
-    if name in released():
+    if name in list_models():
         return RELEASES / name
     return None if is_path(reference) else reference
 

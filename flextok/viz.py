@@ -14,8 +14,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, features
 from torch import Tensor
 
-from flextok.data.transforms import to_uint8
 from flextok.files import atomic_write
+from flextok.images import to_uint8
 
 MARGIN, GAP, HEADER = 6, 4, 18
 LABEL_WIDTH, LONGEST_LABEL = 32, 200  # characters

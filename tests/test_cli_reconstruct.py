@@ -13,8 +13,9 @@ from PIL import Image
 
 from flextok.cli import main
 from flextok.data.pictures import load_picture
-from flextok.data.transforms import ImageTransform, to_uint8
+from flextok.data.transforms import ImageTransform
 from flextok.draws import NOISE, row_generators
+from flextok.images import to_uint8
 
 FEW = ("--steps", "1")
 

@@ -205,7 +205,7 @@ def test_many_steps_of_few_rows_are_laid_out(monkeypatch, rows, scale, tokens, e
     monkeypatch.setattr(module, "column_major", lambda x: relaid.append(x) or lay_out(x))
     model, labels = accelerate(tiny_gpt(num_tokens=40)), torch.arange(rows) % 5
     strides = {name: p.stride() for name, p in model.named_parameters()}
-    made = model.generate(labels, tokens, temperature=0, guidance_scale=scale)
+    made = model.generate(labels, num_tokens=tokens, temperature=0, guidance_scale=scale)
     assert len(relaid) == expected
     c, u = (model(made[:, :-1], cond) for cond in (labels, torch.full_like(labels, -1)))
     assert torch.equal((u + scale * (c - u)).argmax(dim=-1), made)

@@ -12,13 +12,13 @@ from PIL import Image
 from starlette.datastructures import Headers
 
 from flextok.cli import main
-from flextok.data.transforms import to_tensor
 from flextok.demo.guard import Guard
 from flextok.demo.markup import figure
 from flextok.demo.studio import Quality, Studio
 from flextok.demo.upload import Limits, read_picture
 from flextok.evaluation.metrics import psnr, sharpness, ssim
 from flextok.generators import MaskGIT, MaskGITConfig
+from flextok.images import to_tensor
 from flextok.pipeline import generate_images, load_model, remember_tokenizer
 from flextok.tokenizers import TiTok, TiTokConfig
 
@@ -250,7 +250,7 @@ def test_a_grown_picture_ends_as_the_one_generated_at_once(studio, models):
         sampling={"guidance_scale": 2.0},
         decoding={"num_steps": 1},
     )
-    from flextok.data.transforms import to_image
+    from flextok.images import to_image
 
     assert frames[0][1].tobytes() == to_image(at_once[1][0]).tobytes()
     assert frames[-1][1].tobytes() == to_image(at_once[8][0]).tobytes()

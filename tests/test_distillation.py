@@ -90,7 +90,7 @@ def test_the_flag_travels_and_decides_how_to_decode(tmp_path):
     assert (loaded.config.distilled, loaded.config.decode.num_steps) == (True, 2)
     indices, calls = loaded.encode(pictures(0, 2)), []
     noise = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    plain = loaded.decode(indices, noise=noise, progress=calls.append)
+    plain = loaded.decode(indices, noise=noise, callback=lambda n, x: calls.append(n))
     assert calls == [1, 2]  # two steps, one velocity each
     asked = loaded.decode(indices, noise=noise, num_steps=2, guidance_scale=1.0)
     assert torch.equal(plain, asked)

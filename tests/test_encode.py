@@ -39,9 +39,6 @@ def test_pil_pictures_are_encoded_as_their_files_are(tmp_path, name):
     if name == "titok":
         codes = tokenizer.encode_codes(torch.stack(expected))
         assert torch.equal(tokenizer.encode_codes(tuple(pictures)), codes)
-    for wrong in ([], ["a.png"], "a.png", pixels):
-        with pytest.raises(ValueError, match="a tensor, a PIL picture or a list"):
-            tokenizer.encode(wrong)
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -64,9 +61,9 @@ def test_a_batch_in_zero_to_one_is_warned_of_once(name):
 def test_the_classes_are_listed():
     names = dir(flextok)
     assert {"FlexTok", "TiTok", "MaskGITVQGAN", "GPT", "MaskGIT", "__version__"} <= set(names)
-    for name in flextok.__all__:
-        assert getattr(flextok, name) is not None
     assert names == dir(sys.modules["flextok"])
+    for name in flextok.__all__:  # which imports more modules
+        assert getattr(flextok, name) is not None
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)

@@ -164,7 +164,7 @@ def test_no_solver_waits_in_its_loop(gpu, solver, guidance, scale, interval):
     indices = torch.zeros(BATCH, model.num_tokens, dtype=torch.long)
     model.decode(indices, **options)
     del gpu.waits[:]
-    model.decode(indices, **options, progress=lambda n: at_step.append(len(gpu.waits)))
+    model.decode(indices, **options, callback=lambda n, _: at_step.append(len(gpu.waits)))
     assert len(at_step) >= 2
     assert at_step[0] == at_step[-1] == 0, gpu.waits
     assert len(gpu.waits) <= 1  # at the end, whether all pixels were finite
@@ -180,7 +180,7 @@ def test_a_guidance_scale_may_depend_on_the_time(gpu):
     options = {"num_steps": 2, "guidance_scale": lambda t: 1 + float(t)}
     model.decode(indices, **options)
     del gpu.waits[:]
-    model.decode(indices, **options, progress=lambda n: at_step.append(len(gpu.waits)))
+    model.decode(indices, **options, callback=lambda n, _: at_step.append(len(gpu.waits)))
     assert at_step == [0, 0], gpu.waits
 
 
@@ -207,7 +207,7 @@ def test_the_token_loop_does_not_wait(gpu, name, options):
         options["prefix"] = torch.zeros(BATCH, options["prefix"], dtype=torch.long)
     model.generate(cond, **options)
     del gpu.waits[:]
-    on_gpu(model.generate(cond, **options, progress=lambda n: after.append(len(gpu.waits))))
+    on_gpu(model.generate(cond, **options, callback=lambda n, _: after.append(len(gpu.waits))))
     assert len(after) >= 4
     assert after[0] == after[-1] == 0, gpu.waits
     assert len(gpu.waits) <= 1  # at the end, whether all logits were finite
@@ -219,7 +219,9 @@ def test_the_steps_of_maskgit_do_not_wait(gpu, name):
     cond, after = conditions(model, "cpu"), []
     model.generate(cond, generator=draws())
     del gpu.waits[:]
-    on_gpu(model.generate(cond, generator=draws(), progress=lambda n: after.append(len(gpu.waits))))
+    on_gpu(
+        model.generate(cond, generator=draws(), callback=lambda n, _: after.append(len(gpu.waits)))
+    )
     assert len(after) == 8
     assert after[0] == after[-1] == 0, gpu.waits
     assert len(gpu.waits) <= 1

@@ -21,7 +21,6 @@ from flextok.data.transforms import (
     random_affine,
     random_crop,
     random_hue,
-    to_uint8,
 )
 from flextok.images import (
     FORMATS,
@@ -32,6 +31,7 @@ from flextok.images import (
     resized_size,
     srgb_transform,
     to_tensor,
+    to_uint8,
 )
 from flextok.schema import ConfigError
 

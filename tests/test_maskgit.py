@@ -183,7 +183,10 @@ def test_any_number_of_steps(backbone, steps):
     done = []
     draws = torch.Generator().manual_seed(0)
     indices = model.generate(
-        torch.tensor([0, 4, -1]), generator=draws, num_steps=steps, progress=done.append
+        torch.tensor([0, 4, -1]),
+        generator=draws,
+        num_steps=steps,
+        callback=lambda n, _: done.append(n),
     )
     assert indices.shape == (3, 8)
     assert indices.min() >= 0

@@ -7,13 +7,13 @@ import torch
 from helpers.models import tiny_gpt, tiny_tokenizer
 
 from flextok.data.tokens import encode as encode_for_cache
-from flextok.data.transforms import to_uint8
 from flextok.draws import CODES, NOISE, row_generators
 from flextok.evaluation import Cell, Options, sources
 from flextok.evaluation.job import make_job
 from flextok.evaluation.metrics import mse, psnr
 from flextok.generators.ar import GenerateOptions
 from flextok.generators.maskgit import MaskGITOptions
+from flextok.images import to_uint8
 from flextok.pipeline import generate_images, grow_images, reconstruct_prefixes
 from flextok.schema import NotFinite
 from flextok.tokenizers.base import encode_rows

@@ -12,17 +12,17 @@ from flextok.data.transforms import ImageTransform
 from flextok.emoji.datasets import Emoji
 from flextok.evaluation.metrics import psnr, sharpness
 from flextok.pipeline import generate_images, load_model, load_tokenizer_of, reconstruct_prefixes
-from flextok.places import RELEASES, released
+from flextok.places import RELEASES, list_models
 from flextok.storage import CheckpointError, read_tensors
 from flextok.vae import KLVAE, kl_settings
 
 ROOT = Path(__file__).parent.parent
 NAMES = ["emoji", "emoji-class", "emoji-few-step", "emoji-one-step", "emoji-text", "emoji-vae"]
-pytestmark = pytest.mark.skipif(not released(), reason="no weights in flextok/releases")
+pytestmark = pytest.mark.skipif(not list_models(), reason="no weights in flextok/releases")
 
 
 def test_they_are_small_and_complete():
-    assert released() == NAMES
+    assert list_models() == NAMES
     files = [path for path in RELEASES.rglob("*") if path.is_file()]
     weights = {path for path in files if path.suffix == ".safetensors"}
     assert len(weights) == len(NAMES)

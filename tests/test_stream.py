@@ -7,8 +7,9 @@ from torch.utils.data import DataLoader
 from flextok.data.augmentation import Augmentation
 from flextok.data.datasets import ImageFolder
 from flextok.data.stream import EvaluationSet, PositionSampler, Stream, collate
-from flextok.data.transforms import ImageTransform, to_tensor, to_uint8
+from flextok.data.transforms import ImageTransform
 from flextok.draws import derived_generator
+from flextok.images import to_tensor, to_uint8
 
 
 def stream(folder, seed=0, **options):

@@ -14,7 +14,6 @@ from PIL import Image
 from flextok.cli import main
 from flextok.config import load_experiment, save_experiment
 from flextok.data.sets import labels_count, take
-from flextok.data.transforms import to_uint8
 from flextok.draws import NOISE, row_generators
 from flextok.emoji.datasets import Emoji
 from flextok.emoji.scenes import EmojiScenes
@@ -24,6 +23,7 @@ from flextok.evaluation.evaluators import EVALUATORS, Comparison
 from flextok.evaluation.metrics import psnr
 from flextok.evaluation.probe import linear_probe
 from flextok.evaluation.sweep import draws_of, format_table, shown_scores, spread, sweep
+from flextok.images import to_uint8
 from flextok.schema import ConfigError
 from flextok.tokenizers.base import Tokenizer
 
@@ -79,7 +79,9 @@ def test_the_shortest_prefix_that_meets_the_target_is_found():
     model, images = Exact(), grey(levels)
     target = Target("psnr", 20 * math.log10(255 / 2.5))  # rounded errors of at most 2 levels
     found = encode(model, images, target)
-    quality = torch.stack([psnr(model.decode(found.indices, k), images) for k in LENGTHS], dim=1)
+    quality = torch.stack(
+        [psnr(model.decode(found.indices, keep=k), images) for k in LENGTHS], dim=1
+    )
     for i, row in enumerate(quality.tolist()):
         good = [k for k, value in zip(LENGTHS, row, strict=True) if value >= target.value]
         assert found.keep[i] == (good[0] if good else 16)

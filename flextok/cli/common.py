@@ -10,7 +10,7 @@ import yaml
 from flextok.config import load_experiment
 from flextok.data.processes import local_device
 from flextok.pipeline import decodable_lengths, load_token_model
-from flextok.places import released
+from flextok.places import list_models
 from flextok.registry import make_dataset
 from flextok.tokenizers import Tokenizer
 
@@ -49,7 +49,7 @@ def data_of(asked: str | None, model: str, part: str = "validation") -> Any:
     Raises ValueError for any other model."""
     if asked is not None:
         return open_data(asked)
-    if model in released():
+    if model in list_models():
         return open_data(f"emoji:{part}")
     config = Path(model) / "config.yaml"
     data = load_experiment(config).data if config.is_file() else None

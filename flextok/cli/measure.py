@@ -26,7 +26,7 @@ from flextok.evaluation.sweep import format_table as sweep_table
 from flextok.evaluation.sweep import offline_network, sweep
 from flextok.generators import Generator
 from flextok.pipeline import load_token_model, load_tokenizer_of
-from flextok.places import released
+from flextok.places import list_models
 from flextok.registry import make_dataset
 
 
@@ -106,7 +106,7 @@ def run_sweep(options: Sweep) -> dict[str, Any]:
 def run_adaptive(options: Adaptive) -> dict[str, Any]:
     target = Target.parse(options.target)
     output = prepare_output(options)
-    if options.data is None and options.model in released():
+    if options.data is None and options.model in list_models():
         options.data = "emoji_scenes:validation"
     data = take(data_of(options.data, options.model), options.limit or 256)
     model = load_for_measuring(options)

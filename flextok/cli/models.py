@@ -6,16 +6,16 @@ from typing import Any
 from flextok.card import model_facts, summary
 from flextok.cli.arguments import Convert, Info, Models
 from flextok.generators import Generator
-from flextok.pipeline import load_model
-from flextok.places import released
+from flextok.pipeline import load
+from flextok.places import list_models
 from flextok.printing import printable
 from flextok.tokenizers import Tokenizer
 
 
 def run_models(options: Models) -> list[dict[str, Any]]:
     found = []
-    for name in released():
-        model = load_model(name, "meta")  # the weights stay in their file
+    for name in list_models():
+        model = load(name, "meta")  # the weights stay in their file
         if isinstance(model, Generator):
             kind, takes = "generator", "by " + model.config.conditioner["name"]
         else:
@@ -28,7 +28,7 @@ def run_models(options: Models) -> list[dict[str, Any]]:
 
 
 def run_info(options: Info) -> dict[str, Any]:
-    facts = model_facts(load_model(options.model, "meta"))  # the weights stay in their file
+    facts = model_facts(load(options.model, "meta"))  # the weights stay in their file
     lines = summary(facts)
     width = max(map(len, lines)) + 2
     for label, value in lines.items():
@@ -47,6 +47,6 @@ def run_convert(options: Convert) -> dict[str, Any]:
             overrides[key] = json.loads(text)
         except json.JSONDecodeError:
             overrides[key] = text
-    model = load_model(options.input, overrides=overrides)
+    model = load(options.input, overrides=overrides)
     print(f"wrote {printable(model.save_pretrained(options.output))}")
     return model_facts(model)

@@ -16,9 +16,9 @@ from flextok.cli.common import check_lengths, load_tokenizer
 from flextok.cli.options import decoding_options
 from flextok.data.datasets import EXTENSIONS
 from flextok.data.pictures import CorruptPicture, list_pictures, load_picture
-from flextok.data.transforms import ImageTransform, to_image
+from flextok.data.transforms import ImageTransform
 from flextok.evaluation.metrics import psnr
-from flextok.images import MAX_FILE_BYTES
+from flextok.images import MAX_FILE_BYTES, to_image
 from flextok.pipeline import reconstruct_prefixes
 from flextok.printing import printable
 

@@ -1,6 +1,5 @@
 """`flextok sample`: images by class or prompt, and coarse-to-fine grids."""
 
-import difflib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,14 +22,18 @@ from flextok.cli.options import (
     decoding_options,
 )
 from flextok.data.datasets import PictureFiles
-from flextok.data.labels import find_class, label_table
 from flextok.data.pictures import decode_text
 from flextok.data.sets import take
 from flextok.data.stream import collate
-from flextok.data.transforms import to_image
 from flextok.evaluation.sources import Images, skipping
 from flextok.generators import Generator
-from flextok.generators.conditioning import NULL_CLASS, NoConditioner, TextConditioner
+from flextok.generators.conditioning import (
+    NULL_CLASS,
+    NoConditioner,
+    TextConditioner,
+    class_label,
+)
+from flextok.images import to_image
 from flextok.pipeline import (
     batches_of,
     generate_images,
@@ -228,22 +231,10 @@ def class_labels(
     spread."""
     names = known or [str(i) for i in range(total)]
     shown = min(len(names), MOST_CLASSES)
-    asked = [label_of(entry, names) for entry in classes or ()]
+    asked = [class_label(entry, names) for entry in classes or ()]
     labels = asked or [i * len(names) // shown for i in range(shown)]
     titles = ["none" if label == NULL_CLASS else names[label] for label in labels]
     return (
         torch.tensor(labels).repeat_interleave(num_samples),
         [title for title in titles for _ in range(num_samples)],
     )
-
-
-def label_of(entry: str, names: list[str]) -> int:
-    label = find_class(label_table(names), entry)
-    if label is None and entry in ("none", ""):
-        return NULL_CLASS
-    if label is None:
-        some = ", ".join(names[:MOST_CLASSES]) + (", ..." if len(names) > MOST_CLASSES else "")
-        near = difflib.get_close_matches(entry, names, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown class {entry!r}; known: {some}, or 0 to {len(names) - 1}{hint}")
-    return label

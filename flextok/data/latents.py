@@ -20,9 +20,9 @@ from flextok.data.processes import Process
 from flextok.data.transforms import ImageTransform
 from flextok.data.variants import build_cache
 from flextok.draws import POSTERIOR, BatchDraws, derived_generator
+from flextok.nn.devices import check_finite
 from flextok.objectives.base import Objective
 from flextok.schema import ConfigError
-from flextok.tokenizers.base import check_finite
 
 CACHE = "latent cache"
 IMAGES = ("image", "draft")  # columns in [-1, 1], kept as uint8

@@ -1,42 +1,25 @@
-"""Pictures to tensors and back. Inside the package images are (3, H, W) float in [-1, 1]; at its
-edges they are uint8."""
+"""How training changes a picture before the model sees it; without augmentation, as images.py."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from flextok.data.augmentation import Augmentation
 from flextok.images import (
-    PictureSource,
+    Picture,
+    as_picture,
     center_crop,
-    load_picture,
     resized_crop,
     resized_size,
+    square_tensor,
     to_tensor,
 )
 from flextok.schema import from_mapping
-from flextok.tokenizers.base import check_finite
-
-
-def to_uint8(images: Tensor) -> np.ndarray:
-    """(..., 3, H, W) float in [-1, 1] -> (..., H, W, 3) uint8, clamped and rounded. Raises
-    NotFinite."""
-    check_finite(images, "the images")
-    pixels = ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return pixels.movedim(-3, -1).cpu().numpy()
-
-
-def to_image(image: Tensor) -> Image.Image:
-    """(3, H, W) float in [-1, 1], or uint8 -> RGB picture."""
-    if image.dtype == torch.uint8:
-        return Image.fromarray(image.movedim(0, -1).cpu().numpy())
-    return Image.fromarray(to_uint8(image))
 
 
 def random_crop(image: Image.Image, size: int, generator: torch.Generator) -> Image.Image:
@@ -80,9 +63,8 @@ def random_hue(image: Image.Image, generator: torch.Generator, fraction: float) 
 
 
 class ImageTransform:
-    """A picture, as load_picture takes it, or a tensor (3, H, W), uint8 or float in [-1, 1] ->
-    (3, size, size) in [-1, 1]. With a generator it augments; without, it is the deterministic
-    evaluation transform (bicubic, center crop)."""
+    """A picture, as as_picture takes it -> (3, size, size) float in [-1, 1]. With a generator it
+    augments; without, it is the deterministic evaluation transform (bicubic, center crop)."""
 
     def __init__(self, size: int, augmentation: Augmentation | None = None) -> None:
         """augmentation: or options that include one, such as FitOptions. Raises ConfigError."""
@@ -90,13 +72,10 @@ class ImageTransform:
         mine = {field.name: asked[field.name] for field in fields(Augmentation)}
         self.size, self.augmentation = size, from_mapping(Augmentation, mine)
 
-    def __call__(
-        self, picture: PictureSource | Tensor, generator: torch.Generator | None = None
-    ) -> Tensor:
-        image = to_image(picture) if isinstance(picture, Tensor) else load_picture(picture)
+    def __call__(self, picture: Picture, generator: torch.Generator | None = None) -> Tensor:
         if generator is None:
-            return to_tensor(center_crop(image, self.size))
-        ask = self.augmentation
+            return square_tensor(picture, self.size)
+        image, ask = as_picture(picture), self.augmentation
         if ask.crop == "random":
             image = random_crop(image, self.size, generator)
         else:

@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flextok.data.transforms import center_crop, to_image, to_tensor
 from flextok.evaluation import adaptive
 from flextok.evaluation.metrics import psnr, sharpness, ssim
 from flextok.generators.base import Generator
 from flextok.generators.conditioning import NULL_CLASS, ClassConditioner, TextConditioner
+from flextok.images import center_crop, to_image, to_tensor
 from flextok.pipeline import (
     decodable_lengths,
     grow_images,

@@ -8,8 +8,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from flextok.losses.perceptual import LPIPS
-from flextok.nn.devices import widest
-from flextok.tokenizers.base import check_finite
+from flextok.nn.devices import check_finite, widest
 
 MAX_PSNR = 100.0  # dB, of an image that comes back without any error; 8 bits cannot come near it
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from flextok.evaluation.job import Options
 from flextok.evaluation.sources import Images, batches
-from flextok.pipeline import encode, prefix_lengths
-from flextok.tokenizers.base import Tokenizer
+from flextok.pipeline import prefix_lengths
+from flextok.tokenizers.base import Tokenizer, encode_rows
 
 L2 = 1e-2  # of the mean loss, on standardised codes
 
@@ -68,7 +68,7 @@ def codes_of(tokenizer: Tokenizer, dataset: Any, options: Options) -> tuple[Tens
     codes, labels = [], []
     source = Images(dataset, tokenizer.image_size)
     for batch in batches(source, options, "encoding"):
-        found = encode(tokenizer, batch["image"], batch["index"], options.seed)
+        found = encode_rows(tokenizer, batch["image"], options.seed, batch["index"])
         if not found.is_floating_point():
             found = tokenizer.quantizer.indices_to_codes(found)
         codes.append(found.cpu().double())

@@ -21,7 +21,7 @@ from flextok.data.transforms import ImageTransform
 from flextok.draws import CODES, NOISE, row_generators
 from flextok.evaluation.job import Job, Options, hash_of
 from flextok.evaluation.metrics import image_hashes
-from flextok.pipeline import decode, encode
+from flextok.tokenizers.base import decode_rows, encode_rows
 
 Batch = Mapping[str, Any]
 # a batch -> (side, what there is of it by name): a side is "real", "codes" or a cell's number
@@ -90,7 +90,7 @@ def real(job: Job, batch: Batch) -> Iterator[tuple[str, dict[str, Tensor]]]:
 def reconstructed(job: Job, batch: Batch) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Real images, and what the tokenizer makes of them."""
     yield from real(job, batch)
-    indices = encode(job.tokenizer, batch["image"], batch["index"], job.options.seed)
+    indices = encode_rows(job.tokenizer, batch["image"], job.options.seed, batch["index"])
     originals = batch["image"].to(job.tokenizer.device)
     yield from codes_and_images(job, batch["index"], indices, {"originals": originals})
 
@@ -116,7 +116,7 @@ def codes_and_images(
         started = time.perf_counter()
         kept = indices[:, : cell.num_tokens]
         rngs = row_generators(job.options.seed, NOISE, numbers)
-        images = decode(job.tokenizer, kept, options, rngs)
+        images = decode_rows(job.tokenizer, kept, options, rngs)
         if images.is_cuda:
             torch.cuda.synchronize()
         seconds = torch.tensor((time.perf_counter() - started) / len(images), dtype=torch.float64)

@@ -22,8 +22,8 @@ from flextok.evaluation.report import write_report
 from flextok.evaluation.runner import evaluate
 from flextok.evaluation.sources import Images, readable
 from flextok.files import write_text
-from flextok.pipeline import decode, encode, prefix_lengths
-from flextok.tokenizers.base import Tokenizer
+from flextok.pipeline import prefix_lengths
+from flextok.tokenizers.base import Tokenizer, decode_rows, encode_rows
 
 AXES = {
     "tokens": ("num_tokens", "tokens"),
@@ -98,15 +98,15 @@ def draws_of(
     """Prefix length -> (n, draws, 3, H, W): the same prefix decoded from several noises, the first
     being the evaluation's own."""
     numbers = batch["index"]
-    indices = encode(tokenizer, batch["image"], numbers, options.seed)
+    indices = encode_rows(tokenizer, batch["image"], options.seed, numbers)
     decoded = {}
     for cell in cells:
         kept = indices[:, : cell.num_tokens]
         way = decoding_of(tokenizer, cell, options, tokenizer.num_tokens)
-        images = [decode(tokenizer, kept, way, row_generators(options.seed, NOISE, numbers))]
+        images = [decode_rows(tokenizer, kept, way, row_generators(options.seed, NOISE, numbers))]
         for number in range(1, draws):
             rngs = [derived_generator(options.seed, SPREAD, int(i), number) for i in numbers]
-            images.append(decode(tokenizer, kept, way, rngs))
+            images.append(decode_rows(tokenizer, kept, way, rngs))
         decoded[cell.num_tokens] = torch.stack([some.cpu() for some in images], dim=1)
     return decoded
 

@@ -5,7 +5,7 @@ positions; pre-norm blocks with SwiGLU. Position j reads the start token and ind
 predicts index j.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from flextok.draws import Rng, uniform_steps
-from flextok.generators.base import Generator
+from flextok.generators.base import Asked, Generator
 from flextok.generators.conditioning import Cond, Condition, make_conditioner
 from flextok.generators.sampling import MAX_SCALE, check_temperature, pick
 from flextok.nn.attention import KVCache
 from flextok.nn.blocks import Block, LayerNorm
-from flextok.nn.devices import to_device
+from flextok.nn.devices import check_finite, to_device
 from flextok.schema import Depth, Many, Share, Size, check_number
-from flextok.tokenizers.base import check_finite
+from flextok.tokenizers.base import Callback
 
 MAX_TOP_K = 2**31 - 1
 
@@ -140,27 +140,48 @@ class GPT(Generator):
     @torch.no_grad()
     def generate(
         self,
-        cond: Cond,
-        num_tokens: int | None = None,
+        cond: Asked,
         *,
+        num_tokens: int | None = None,
         options: GenerateOptions | None = None,
         generator: Rng = None,
         prefix: Tensor | None = None,
-        progress: Callable[[int], None] | None = None,
+        callback: Callback | None = None,
         **asked: Any,
     ) -> Tensor:
-        """As of every generator. Guidance is u + scale (c - u) on logits, both branches in one
-        batch. Each index of a row
-        takes one uniform number from its generator, and all are drawn before the first index.
-        progress is called with the number of indices so far. Raises ValueError for options out of
-        range, and NotFinite where the logits are not."""
+        """As of every generator; callback(k, indices) is given the first k, (B, k). Guidance is u +
+        scale (c - u) on logits, both branches in one batch. Each index of a row takes one uniform
+        number from its generator, and all are drawn before the first index. Raises ValueError for
+        options out of range, and NotFinite where the logits are not."""
+        chosen = self.generate_options(asked, options)
+        steps = self.stream(
+            cond, num_tokens=num_tokens, options=chosen, generator=generator, prefix=prefix
+        )
+        for indices in steps:
+            if callback is not None:
+                callback(indices.shape[1], indices)
+        return indices
+
+    @torch.no_grad()
+    def stream(
+        self,
+        cond: Asked,
+        *,
+        num_tokens: int | None = None,
+        options: GenerateOptions | None = None,
+        generator: Rng = None,
+        prefix: Tensor | None = None,
+        **asked: Any,
+    ) -> Iterator[Tensor]:
+        """As generate, but yields the first indices (B, k) as soon as they are there: k = p + 1,
+        ..., num_tokens, or only the prefix itself where it has all."""
         chosen = self.generate_options(asked, options)
         scale = chosen.guidance_scale
         total = self.check_num_tokens(num_tokens)
 
         device = self.device
-        cond = self.conditioner.prepare(cond, device)
-        batch = len(cond)
+        rows = self.prepare(cond)
+        batch = len(rows)
         if prefix is None:
             prefix = torch.empty(batch, 0, dtype=torch.long)
         elif len(prefix) != batch or prefix.shape[1] > total:
@@ -171,11 +192,12 @@ class GPT(Generator):
         done = prefix.shape[1]
         indices[:, :done] = to_device(prefix, device)
         if done == total:
-            return indices
+            yield indices
+            return
         guided = scale != 1
-        condition = self.conditioner(cond)
+        condition = self.conditioner(rows)
         if guided:
-            condition = condition.join(self.conditioner(self.conditioner.null_like(cond)))
+            condition = condition.join(self.conditioner(self.conditioner.null_like(rows)))
         repeat = 2 if guided else 1
         caches = self.new_caches(repeat * batch, total)
         contexts, mask = self.contexts(condition), context_mask(condition)
@@ -198,11 +220,11 @@ class GPT(Generator):
             largest.append(logits.abs().amax())
             indices[:, done] = new
             done += 1
-            if progress is not None:
-                progress(done)
             if done == total:
                 check_finite(torch.stack(largest), "the generator's logits")
-                return indices
+                yield indices
+                return
+            yield indices[:, :done]
             x = self.embedding(new.repeat(repeat))[:, None] + self.positions[done]
 
     def new_caches(self, batch: int, length: int) -> list[KVCache]:

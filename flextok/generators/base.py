@@ -1,14 +1,18 @@
 """What a generator is: conditions -> indices of a tokenizer."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from flextok.draws import Rng
-from flextok.generators.conditioning import Cond, Conditioner
+from flextok.generators.conditioning import Cond, Conditioner, class_label
 from flextok.hub import Pretrained
 from flextok.schema import with_options
+from flextok.tokenizers.base import Callback
+
+Asked = Cond | str | int | Sequence[int]  # one condition, or one for each image
 
 
 class Generator(Pretrained):
@@ -39,22 +43,38 @@ class Generator(Pretrained):
         what = f"{self.model_type} sampling option"
         return with_options(options or self.generate_defaults, asked, what)
 
+    @property
+    def class_names(self) -> list[str]:
+        """The names of its classes by label, numbers where none are known."""
+        known = self.metadata.get("class_names")
+        return known or [str(number) for number in range(self.conditioner.num_classes)]
+
+    def prepare(self, cond: Asked) -> Any:
+        """cond: as in generate. Returns it as the conditioner's forward takes it. Raises
+        ValueError."""
+        several: Any = [cond] if isinstance(cond, str | int) else cond
+        if self.conditioner.num_classes and not isinstance(several, Tensor):
+            names = self.class_names
+            several = torch.tensor([class_label(one, names) for one in several])
+        return self.conditioner.prepare(several, self.device)
+
     def generate(
         self,
-        cond: Cond,
-        num_tokens: int | None = None,
+        cond: Asked,
         *,
+        num_tokens: int | None = None,
         options: Any = None,
         generator: Rng = None,
         prefix: Tensor | None = None,
-        progress: Callable[[int], None] | None = None,
+        callback: Callback | None = None,
         **asked: Any,
     ) -> Tensor:
-        """cond: what the conditioner takes, (B,) labels, -1 = none, or B prompts, "" = none.
-        Returns indices (B, num_tokens) long, all by default. options: of `generate_options`, or
-        single ones by name. generator: one, or one for each row, which makes a row independent of
-        its batch. prefix: (B, p) indices to continue from, part of the result, where the generator
-        streams. progress is called with the number of steps done."""
+        """cond: (B,) labels or a list of class names or labels, -1 or "none" = no class; or a list
+        of prompts, "" = none; or one of these. Returns indices (B, num_tokens) long, all by
+        default. options: of `generate_options`, or single ones by name. generator: one, or one for
+        each row, which makes a row independent of its batch. prefix: (B, p) indices to continue
+        from, part of the result, where the generator streams. callback: called after each step
+        with the number of steps done and the indices so far."""
         raise NotImplementedError
 
     def check_num_tokens(self, num_tokens: int | None) -> int:

@@ -9,6 +9,7 @@ its own (as in the published MaskGIT models); that of a text is "".
     null = conditioner.null_like(cond)       # for guidance
 """
 
+import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -184,6 +185,22 @@ class TextConditioner(Conditioner):
             self.null_row = self.rows([""], like.device)[0]
         self.null_row = to_device(self.null_row, like.device)  # once
         return self.null_row.to(like.dtype)
+
+
+def class_label(entry: object, names: Sequence[str]) -> int:
+    """The label of a class among `names`: an entry is its name, else its number, else "none" or "",
+    for no class. Raises ValueError."""
+    if entry in names:
+        return names.index(str(entry))
+    if entry in ("none", "", NULL_CLASS):
+        return NULL_CLASS
+    number = str(entry)
+    if number.isdecimal() and len(number) < 19 and int(number) < len(names):
+        return int(number)
+    some = ", ".join(names[:16]) + (", ..." if len(names) > 16 else "")
+    near = difflib.get_close_matches(number, names, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"unknown class {entry!r}; known: {some}, or 0 to {len(names) - 1}{hint}")
 
 
 def make_conditioner(spec: Mapping[str, Any], dim: int) -> Conditioner:

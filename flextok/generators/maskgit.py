@@ -14,12 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flextok.draws import Rng, uniforms
-from flextok.generators.base import Generator
+from flextok.generators.base import Asked, Generator
 from flextok.generators.conditioning import Cond, Condition, NoConditioner, make_conditioner
 from flextok.generators.sampling import MAX_SCALE, check_temperature, pick
+from flextok.nn.devices import check_finite
 from flextok.nn.vit import ViTBlock
 from flextok.schema import Bounds, Depth, Many, Share, Size, check_number
-from flextok.tokenizers.base import check_finite
+from flextok.tokenizers.base import Callback
 
 Decay = Literal["constant", "linear", "power-cosine"]
 MAX_STEPS = 1000
@@ -155,17 +156,18 @@ class MaskGIT(Generator):
     @torch.no_grad()
     def generate(
         self,
-        cond: Cond,
-        num_tokens: int | None = None,
+        cond: Asked,
         *,
+        num_tokens: int | None = None,
         options: MaskGITOptions | None = None,
         generator: Rng = None,
         prefix: Tensor | None = None,
         uniform: Callable[[tuple[int, ...]], Tensor] | None = None,
-        progress: Callable[[int], None] | None = None,
+        callback: Callback | None = None,
         **asked: Any,
     ) -> Tensor:
-        """As of every generator. A step takes two uniform numbers for each position from the row's
+        """As of every generator; callback(steps, indices) is given (B, N) with `mask_index` where
+        there is none yet. A step takes two uniform numbers for each position from the row's
         generator, and all are drawn before the first step. uniform: a source of draws in [0, 1) by
         shape in its place, as the published sampler takes them: a step draws (B, N, V) for the
         Gumbel noise of the indices, then (B, N) for the confidence. Raises ValueError for options
@@ -174,7 +176,7 @@ class MaskGIT(Generator):
         chosen = self.generate_options(asked, options)
         steps, total = chosen.num_steps, self.check_num_tokens(num_tokens)
         device = self.device
-        cond = self.conditioner.prepare(cond, device)
+        cond = self.prepare(cond)
         condition = self.conditioner(cond)
         both = None
         if not isinstance(self.conditioner, NoConditioner):
@@ -207,8 +209,8 @@ class MaskGIT(Generator):
             indices = torch.where(masked, drawn, indices)
             least = confidence.masked_fill(~masked, torch.inf).argsort(dim=-1)[:, :masked_left]
             indices = indices.scatter(-1, least, self.mask_index)
-            if progress is not None:
-                progress(step + 1)
+            if callback is not None:
+                callback(step + 1, indices)
         check_finite(torch.stack(largest), "the generator's logits")
         return indices
 

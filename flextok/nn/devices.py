@@ -4,6 +4,8 @@ return results there; a loss expects its inputs on it already, as training loops
 import torch
 from torch import Tensor
 
+from flextok.schema import NotFinite
+
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
     """x on `device`. A copy from the CPU to a GPU goes through pinned memory, so that the CPU does
@@ -19,6 +21,16 @@ def span(x: Tensor) -> list[float]:
     if not x.numel():
         raise ValueError(f"an empty batch, of shape {tuple(x.shape)}: give at least one row")
     return torch.stack(x.aminmax()).cpu().tolist()
+
+
+def check_finite(values: Tensor, what: str) -> Tensor:
+    """The values. Raises NotFinite if one is NaN or infinite."""
+    if (~values.isfinite()).any():
+        raise NotFinite(
+            f"{what} hold values that are not finite: the model's weights are damaged, or its "
+            "training diverged"
+        )
+    return values
 
 
 def widest(device: torch.device) -> torch.dtype:

@@ -1,6 +1,7 @@
 """What a tokenizer is, and what every tokenizer does alike: the identity of its codes, the options
 of its decoder, checks of what goes in and comes out."""
 
+import functools
 import hashlib
 import json
 import warnings
@@ -9,18 +10,20 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 from weakref import WeakSet
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from flextok.draws import POSTERIOR, Rng, row_generators
+from flextok.draws import NOISE, POSTERIOR, Rng, row_generators
 from flextok.hub import Pretrained, fingerprint
-from flextok.images import picture_batch
-from flextok.nn.devices import span, to_device
+from flextok.images import Picture, Pictures, several, square_tensor, to_image
+from flextok.nn.devices import check_finite, span, to_device
 from flextok.quantizers import QUANTIZERS
-from flextok.schema import NotFinite, defaults_of, to_mapping, with_options
+from flextok.schema import check_number, defaults_of, to_mapping, with_options
 
-Pictures = Tensor | Image.Image | Sequence[Image.Image]
+Indices = Tensor | np.ndarray | Sequence[int] | Sequence[Sequence[int]]  # (B, k), or (k,) of one
+Callback = Callable[[int, Tensor], None]  # number of steps done, what is predicted so far
 _QUANTIZER_LOSSES = "commitment codebook_weight weight"  # options that no index depends on
 _warned: WeakSet[nn.Module] = WeakSet()  # tokenizers that were given images in [0, 1]
 
@@ -90,12 +93,19 @@ class Tokenizer(Pretrained):
         """images: (B, 3, H, W) float in [-1, 1]. Returns what gets quantized, (B, K, C)."""
         raise NotImplementedError
 
+    @property
+    def transform(self) -> Callable[[Picture], Tensor]:
+        """Turns a picture (a path, a PIL picture, an array, ...) into what encode takes, (3, H, W)
+        float in [-1, 1], resized and cropped: for a data set's `transform`, also in workers."""
+        return functools.partial(square_tensor, size=self.image_size)
+
     @torch.no_grad()
     def encode(self, images: Pictures, *, generator: Rng = None) -> Tensor:
-        """images: (B, 3, H, W) float in [-1, 1], or PIL images, which are resized and cropped.
-        Returns indices (B, K) long. generator: one, or one for each row, for a tokenizer that
-        draws. Raises ValueError on a wrong shape, dtype or range, and where there are no
-        indices."""
+        """images: (B, 3, H, W) float in [-1, 1], or (3, H, W), of the model's size; or one picture
+        or several as paths, PIL pictures, uint8 arrays (H, W, 3) or uint8 tensors (3, H, W), which
+        are resized and cropped. Returns indices (B, K) long. generator: one, or one for each row,
+        for a tokenizer that draws. Raises ValueError on a wrong shape, dtype or range, and where
+        there are no indices."""
         self.check_discrete()
         return self._quantized(images)[1]
 
@@ -112,25 +122,44 @@ class Tokenizer(Pretrained):
     @torch.no_grad()
     def decode(
         self,
-        indices: Tensor,
-        keep: Tensor | int | None = None,
+        indices: Indices,
         *,
+        keep: Tensor | int | None = None,
         options: Any = None,
         generator: Rng = None,
-        progress: Callable[[int], None] | None = None,
+        callback: Callback | None = None,
         **asked: Any,
     ) -> Tensor:
-        """indices: (B, k) long; keep: how many of the k to use, an int or (B,) long if ragged.
-        Returns images (B, 3, H, W) in [-1, 1]. options: of `decode_options`, or single ones by
-        name. Raises ValueError on indices, keep or options that do not fit."""
+        """indices: (B, k) integers of any type, also an array or a list, or (k,) of one image;
+        keep: how many of the k to use, an int or (B,) long if ragged. Returns images (B, 3, H, W)
+        in [-1, 1]. options: of `decode_options`, or single ones by name. callback: called after
+        each step of a decoder that takes several. Raises ValueError on indices, keep or options
+        that do not fit."""
         self.decode_options(asked, options)
         return as_images(self.decode_codes(self.codes_of(indices), keep))
 
-    def codes_of(self, indices: Tensor) -> Tensor:
-        """indices: (B, k) long, checked. Returns their codes (B, k, C) on the model's device."""
+    def reconstruct(
+        self, images: Pictures, *, num_tokens: int | None = None, seed: int = 0, **asked: Any
+    ) -> Image.Image | list[Image.Image]:
+        """images: as in encode. Encodes them and decodes their first num_tokens tokens, all by
+        default; asked: options of decode by name. Returns a PIL picture for one picture and a list
+        of them for several, in the model's size. What is drawn depends on seed and on the
+        picture's number, as in `flextok reconstruct`. Raises ValueError as encode and decode do."""
+        k = self.num_tokens if num_tokens is None else num_tokens
+        check_number("num_tokens", k, 1, self.num_tokens, whole=True)
+        options = self.decode_options(asked)  # raises before the work, not after it
+        batch = images_to_encode(self, images, level=3)
+        encoded = encode_rows(self, batch, seed, range(len(batch)))[:, :k]
+        noise = row_generators(seed, NOISE, range(len(batch)))
+        made = [to_image(image) for image in decode_rows(self, encoded, options, noise)]
+        return made[0] if several(images) is None else made
+
+    def codes_of(self, indices: Indices) -> Tensor:
+        """indices: as in decode, checked. Returns their codes (B, k, C) on the model's device."""
         self.check_discrete()
-        check_indices(indices, self.num_tokens, self.vocab_size)
-        return self.quantizer.indices_to_codes(to_device(indices, self.device))
+        rows = index_rows(indices)
+        check_indices(rows, self.num_tokens, self.vocab_size)
+        return self.quantizer.indices_to_codes(to_device(rows, self.device))
 
     def decode_codes(self, codes: Tensor, keep: Tensor | int | None = None) -> Tensor:
         """codes: (B, k, C) float, also soft; keep: as in decode. Returns images (B, 3, H, W), about
@@ -159,11 +188,21 @@ class Tokenizer(Pretrained):
 
 
 def images_to_encode(tokenizer: Tokenizer, images: Pictures, level: int = 4) -> Tensor:
-    """(B, 3, H, W) float in [-1, 1] on the tokenizer's device: tensors checked, PIL images
-    resized and cropped. Warns once of a tensor that is likely to be in [0, 1]; level: how many
-    frames above is the code that asked to encode (encode and torch.no_grad lie between)."""
-    if not isinstance(images, Tensor):
-        return to_device(picture_batch(images, tokenizer.image_size), tokenizer.device)
+    """(B, 3, H, W) float in [-1, 1] on the tokenizer's device: float tensors checked, pictures of
+    any other kind resized and cropped. Warns once of a tensor that is likely to be in [0, 1];
+    level: how many frames above is the code that asked to encode (encode and torch.no_grad lie
+    between)."""
+    if not isinstance(images, Tensor) or not images.is_floating_point():
+        pictures = several(images)
+        pictures = [images] if pictures is None else pictures  # type: ignore[list-item]
+        floats = [x for x in pictures if isinstance(x, Tensor) and x.is_floating_point()]
+        if not pictures:
+            raise ValueError("there is no image to encode: give at least one")
+        if len(floats) < len(pictures):
+            squares = [square_tensor(picture, tokenizer.image_size) for picture in pictures]
+            return to_device(torch.stack(squares), tokenizer.device)
+        images = torch.stack(floats)
+    images = images[None] if images.ndim == 3 else images
     check_images(images, tokenizer.image_size)
     low, high = span(images)
     if not (low >= -1.001 and high <= 1.001):  # NaN fails too
@@ -186,7 +225,7 @@ def check_images(images: Tensor, size: int) -> None:
     if images.ndim != 4 or tuple(images.shape[1:]) != (3, size, size):
         raise ValueError(
             f"images have shape {tuple(images.shape)}, expected (B, 3, {size}, {size}): resize "
-            "and crop first (flextok.data.transforms)"
+            "and crop first (the tokenizer's transform does)"
         )
     if not images.is_floating_point():
         raise ValueError(
@@ -242,21 +281,34 @@ def same_codes(record: Mapping[str, Any], tokenizer: Tokenizer) -> bool:
     return record.get("tokenizer_fingerprint") == fingerprint(tokenizer)
 
 
+def index_rows(indices: Indices) -> Tensor:
+    """Indices as (B, k) long, whatever integers they are. Raises ValueError for lists of several
+    lengths."""
+    try:
+        rows = torch.as_tensor(indices)
+    except ValueError as error:
+        hint = "pad them to one length and state keep="
+        raise ValueError(f"indices={indices!r} are no (B, k): {error}; {hint}") from None
+    rows = rows[None] if rows.ndim == 1 else rows
+    return rows if rows.is_floating_point() or rows.dtype == torch.bool else rows.long()
+
+
 def encode_rows(
     tokenizer: Tokenizer, images: Tensor, seed: int, rows: Iterable[int] | Tensor
 ) -> Tensor:
-    """The indices of images by number: what a tokenizer draws belongs to these numbers."""
+    """Indices (B, K) long of images by number, or codes (B, K, C) float of a continuous tokenizer.
+    What a tokenizer draws belongs to these numbers."""
+    if not tokenizer.vocab_size:
+        return tokenizer.encode_codes(images)
     return tokenizer.encode(images, generator=row_generators(seed, POSTERIOR, rows))
 
 
-def check_finite(values: Tensor, what: str) -> Tensor:
-    """The values. Raises NotFinite if one is NaN or infinite."""
-    if (~values.isfinite()).any():
-        raise NotFinite(
-            f"{what} hold values that are not finite: the model's weights are damaged, or its "
-            "training diverged"
-        )
-    return values
+def decode_rows(tokenizer: Tokenizer, encoded: Tensor, options: Any, generator: Rng) -> Tensor:
+    """Images (B, 3, H, W) in [-1, 1] from the first of encode_rows()'s indices or codes. options:
+    of `decode_options`; generator: one for each row."""
+    if encoded.is_floating_point():
+        return as_images(tokenizer.decode_codes(encoded))
+    return tokenizer.decode(encoded, options=options, generator=generator)
 
 
 def as_images(pixels: Tensor) -> Tensor:

@@ -67,25 +67,26 @@ def solve(
     conditions: Conditions,
     x: Tensor,
     options: DecodeOptions,
-    progress: Callable[[int], None] | None = None,
+    callback: Callable[[int, Tensor], None] | None = None,
     times: Tensor | None = None,
 ) -> Tensor:
-    """x: (B, C, h, w) at times[0]; progress: called with the number of velocities evaluated so far,
-    those of the null condition apart; times: (S+1,), decreasing, those of options by default.
-    Returns x at times[-1], fp32."""
+    """x: (B, C, h, w) at times[0]; callback: called after each velocity, guided or not, with the
+    number of them so far and the x_0 (B, C, h, w) fp32 that the last one predicts; times: (S+1,),
+    decreasing, those of options by default. Returns x at times[-1], fp32."""
     calls = 0
     # the times stay on the CPU: reading one never waits for a GPU
     times = options.times() if times is None else times
-
-    def given(x: Tensor, t: Tensor) -> Tensor:
-        nonlocal calls
-        calls += 1
-        if progress is not None:
-            progress(calls)
-        return conditions.given(x, t)
-
     scale: Scale = options.guidance_scale
     if options.guidance_interval is not None:
         scale = within(scale, *options.guidance_interval)
-    guide = build(GUIDANCE, options.guidance, "guidance")
-    return build(SOLVERS, options.solver, "solver")(guide(given, conditions.null, scale), x, times)
+    guided = build(GUIDANCE, options.guidance, "guidance")(conditions.given, conditions.null, scale)
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        nonlocal calls
+        v = guided(x, t)
+        calls += 1
+        if callback is not None:
+            callback(calls, x - t * v.float())  # x_t = x_0 + t v
+        return v
+
+    return build(SOLVERS, options.solver, "solver")(velocity, x, times)

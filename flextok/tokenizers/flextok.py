@@ -4,7 +4,7 @@ A ViT encoder with registers under a prefix-causal mask, FSQ, nested dropout, an
 decoder that rebuilds a plausible image from any prefix. Time: t=1 is noise (flow/path.py).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
@@ -13,16 +13,17 @@ from torch import Tensor, nn
 
 from flextok.draws import Rng, draw
 from flextok.flow.path import Quantity, velocity_of
+from flextok.images import Pictures
 from flextok.nn.attention import Attention
 from flextok.nn.blocks import SegmentModulation
-from flextok.nn.devices import to_device
+from flextok.nn.devices import check_finite, to_device
 from flextok.quantizers import QUANTIZERS
 from flextok.schema import Bounds, Depth, Size, build
 from flextok.tokenizers.base import (
-    Pictures,
+    Callback,
+    Indices,
     Tokenizer,
     as_images,
-    check_finite,
     component,
     images_to_encode,
 )
@@ -188,12 +189,11 @@ class FlexTok(Tokenizer):
     def encode(
         self,
         images: Pictures,
-        sample_posterior: bool | None = None,
         *,
+        sample_posterior: bool | None = None,
         generator: Rng = None,
     ) -> Tensor:
-        """images: (B, 3, H, W) float in [-1, 1], or one PIL image or several, which are resized
-        and cropped. Returns indices (B, K) long, coarse to fine.
+        """images: as of every tokenizer. Returns indices (B, K) long, coarse to fine.
 
         sample_posterior: draw the VAE's latents with `generator`, one or one for each row, in
         place of its posterior mode.
@@ -206,34 +206,41 @@ class FlexTok(Tokenizer):
     @torch.no_grad()
     def decode(
         self,
-        indices: Tensor,
-        keep: Tensor | int | None = None,
+        indices: Indices,
         *,
+        keep: Tensor | int | None = None,
         options: DecodeOptions | None = None,
         generator: Rng = None,
         noise: Tensor | None = None,
-        progress: Callable[[int], None] | None = None,
+        callback: Callback | None = None,
         **asked: Any,
     ) -> Tensor:
-        """indices: (B, k) long, any 1 <= k <= K; keep: how many of the k to use, an int or
-        (B,) long if ragged. Returns images (B, 3, H, W) in [-1, 1].
+        """indices: (B, k) integers, any 1 <= k <= K, also an array or a list, or (k,) of one image;
+        keep: how many of the k to use, an int or (B,) long if ragged. Returns images (B, 3, H, W)
+        in [-1, 1].
 
         options: config.decode by default; asked: single ones of DecodeOptions by name. The
         initial noise (B, C, h, w) is drawn from `generator`, one or one for each row, unless
-        given. progress is called with the number of velocities evaluated so far. Raises
-        ValueError on indices, keep or options out of range, and NotFinite where the images are
-        not."""
+        given. callback(n, x_0) is called after each velocity: how many are done, and the latents
+        (B, C, h, w) predicted from the last, of which `to_images` makes images. Raises ValueError
+        on indices, keep or options out of range, and NotFinite where the images are not."""
         chosen = self.decode_options(asked, options)
         codes, device = self.codes_of(indices), self.device
         keep = self.check_keep(keep, codes)
-        shape = (len(indices), *self.noise_shape)
+        shape = (len(codes), *self.noise_shape)
         if noise is None:
             noise = draw(torch.randn, shape, generator, device)
         elif tuple(noise.shape) != shape:
             raise ValueError(f"noise has shape {tuple(noise.shape)}, expected {shape}")
         x = chosen.scaled(to_device(noise, device), keep, self.num_tokens)
+        return self.to_images(solve(self.conditions(codes, keep), x, chosen, callback))
+
+    @torch.no_grad()
+    def to_images(self, latents: Tensor) -> Tensor:
+        """latents: (B, C, h, w) that decode() solves for. Returns images (B, 3, H, W) in
+        [-1, 1]."""
         vae = self.vae if self.drawer is None else self.drawer.vae
-        return as_images(vae.decode(solve(self.conditions(codes, keep), x, chosen, progress)))
+        return as_images(vae.decode(latents))
 
     def drop_drawer(self) -> None:
         """Decode with the first decoder alone."""

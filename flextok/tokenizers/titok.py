@@ -7,7 +7,6 @@ One-D-Piece (2501.10064: any prefix decodes). The networks take and give [0, 1];
 [-1, 1] is converted in the methods that meet images.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -21,10 +20,7 @@ from flextok.nn.embeddings import sincos_2d
 from flextok.nn.frozen import Frozen, NeedsWeights
 from flextok.quantizers import KL, QUANTIZERS
 from flextok.schema import Bounds, Depth, Size, build
-from flextok.tokenizers.base import (
-    Tokenizer,
-    as_images,
-)
+from flextok.tokenizers.base import Callback, Indices, Tokenizer, as_images
 from flextok.tokenizers.networks import add_places
 from flextok.tokenizers.titok_networks import PixelHead, TiTokDecoder, TiTokEncoder
 from flextok.tokenizers.vqgan import (
@@ -219,17 +215,17 @@ class TiTok(Tokenizer, NeedsWeights):
     @torch.no_grad()
     def decode(
         self,
-        indices: Tensor,
+        indices: Indices,
+        *,
         keep: Tensor | int | None = None,
         text: Tensor | None = None,
-        *,
         options: Any = None,
         generator: Rng = None,
-        progress: Callable[[int], None] | None = None,
+        callback: Callback | None = None,
         **asked: Any,
     ) -> Tensor:
-        """indices: (B, k) long; keep: how many of the k to use, an int or (B,) long if ragged;
-        text: (B, L, text_dim) for TA-TiTok. Returns images (B, 3, H, W) in [-1, 1]. Draws nothing.
+        """indices, keep: as of every tokenizer; text: (B, L, text_dim) for TA-TiTok. Returns images
+        (B, 3, H, W) in [-1, 1]. Draws nothing.
 
         Models trained with nested dropout decode any k in [1, K]; others need all K. Raises
         ValueError on indices, keep or text that do not fit."""

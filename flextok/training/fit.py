@@ -27,7 +27,7 @@ from flextok.generators import Generator
 from flextok.hub import Pretrained
 from flextok.nn.blocks import recompute_blocks
 from flextok.objectives.base import Objective
-from flextok.pipeline import load_model
+from flextok.pipeline import load
 from flextok.schema import ConfigError, from_mapping, to_mapping
 from flextok.tokenizers.base import Tokenizer
 from flextok.training.callbacks import CodebookUsage, Progress, SkipNonFinite
@@ -137,13 +137,13 @@ def fit(
         export(model, folder, trainer.global_step, trainer.is_global_zero)
         if leads:
             log.info("%s", end_message(model, folder, trainer.global_step, saving))
-    return load_model(folder) if is_sharded(model) else model.eval()
+    return load(folder) if is_sharded(model) else model.eval()
 
 
 def take_over(model: Pretrained, folder: Path) -> Pretrained:
     """The model with the weights that a finished run has left."""
     try:
-        found = load_model(folder)
+        found = load(folder)
         model.load_state_dict(found.state_dict())
         model.config = found.config
     except RuntimeError as error:

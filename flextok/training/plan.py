@@ -23,7 +23,7 @@ from flextok.losses.perceptual import PerceptualLoss
 from flextok.nn.blocks import recompute_blocks, transformer_blocks
 from flextok.nn.frozen import Frozen, NeedsWeights
 from flextok.objectives import Objective, default_objective, make_objective
-from flextok.pipeline import load_model
+from flextok.pipeline import load
 from flextok.registry import TASKS, build_model, like_start
 from flextok.schema import ConfigError, check_number, named_spec
 from flextok.tokenizers import FlexTok, MaskGITVQGAN, TiTok
@@ -224,7 +224,7 @@ def build(config: ExperimentConfig, device: torch.device = META) -> Objective:
     start = {}
     for name, path in config.start.items():
         with suppress(ValueError):  # it is not trained yet: the config states the sizes
-            start[name] = load_model(path, "meta")
+            start[name] = load(path, "meta")
     spec = like_start(config.model, start)
     if config.task == "tokenizer" and isinstance(spec.get("vae"), dict):
         auto = {"shift": 0.0, "scale": 1.0}  # measured when it trains
@@ -235,7 +235,7 @@ def build(config: ExperimentConfig, device: torch.device = META) -> Objective:
         else:
             derived: dict[str, Any] = {}
             try:
-                tokenizer = load_model(str(config.tokenizer), "meta")
+                tokenizer = load(str(config.tokenizer), "meta")
                 derived = {"vocab_size": tokenizer.vocab_size, "num_tokens": tokenizer.num_tokens}
             except ValueError:
                 pass

@@ -40,7 +40,7 @@ from flextok.generators.conditioning import CONDITIONERS, TextConditioner
 from flextok.generators.text import Text, load_encoder
 from flextok.hub import fingerprint
 from flextok.objectives import Objective, make_objective
-from flextok.pipeline import expected_codes, load_model, remember_tokenizer
+from flextok.pipeline import expected_codes, load, remember_tokenizer
 from flextok.registry import TASKS, build_model, like_start, make_dataset, model_config
 from flextok.schema import ConfigError, build, named_spec
 from flextok.tokenizers import TOKENIZERS, FlexTokConfig, TiTokConfig
@@ -147,7 +147,7 @@ def prepare_generator(config: ExperimentConfig) -> Run:
 def build_objective(config: ExperimentConfig, spec: Mapping[str, Any]) -> Objective:
     """The experiment's objective, of the model that `spec` names and the trained models that
     config.start names, which the model's metadata then hold."""
-    start = {name: load_model(path) for name, path in config.start.items()}
+    start = {name: load(path) for name, path in config.start.items()}
     torch.manual_seed(config.seed)  # the first weights depend on nothing else
     model = build_model(TASKS[config.task], like_start(spec, start))
     if start:
@@ -160,7 +160,7 @@ def build_objective(config: ExperimentConfig, spec: Mapping[str, Any]) -> Object
 
 def load_tokenizer(config: ExperimentConfig) -> Tokenizer:
     assert config.tokenizer is not None, "the config is checked"
-    tokenizer = load_model(config.tokenizer)
+    tokenizer = load(config.tokenizer)
     if not isinstance(tokenizer, Tokenizer):
         raise ConfigError(f"tokenizer={config.tokenizer!r} holds a {tokenizer.model_type} model")
     if not tokenizer.vocab_size:
@@ -297,7 +297,7 @@ def fill_auto(config: ExperimentConfig, stored: Path | None = None) -> Experimen
     if stored is not None and stored.is_file():
         known.append(load_experiment(stored).model.get("vae") or {})
     else:
-        starts = [load_model(path).config for path in config.start.values()]
+        starts = [load(path).config for path in config.start.values()]
         known += [start.vae for start in starts if isinstance(start, FlexTokConfig)]
     for found in known:
         numbers = {"shift": 0.0, "scale": 1.0, **found}
