@@ -8,7 +8,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -19,9 +19,11 @@ import flextok
 from flextok.card import MARK, model_card
 from flextok.convert.rules import count
 from flextok.files import atomic_write, write_text
+from flextok.nn.devices import Device, one_device
 from flextok.places import (
     CONFIG,
     WEIGHTS,
+    HubOptions,
     StoredModel,
     is_path,
     read_model,
@@ -30,7 +32,11 @@ from flextok.places import (
 from flextok.schema import ConfigError, from_mapping, to_mapping
 from flextok.storage import CheckpointError
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 CARD = "README.md"
+Dtype = torch.dtype | str | None
 M = TypeVar("M", bound="Pretrained")
 
 
@@ -65,28 +71,42 @@ class Pretrained(nn.Module):
     def from_pretrained(
         cls: type[M],
         path: str | Path,
-        device: str | torch.device = "cpu",
-        dtype: torch.dtype | None = torch.float32,
-        revision: str | None = None,
+        device: Device = "cpu",
+        dtype: Dtype = torch.float32,
         overrides: Mapping[str, Any] | None = None,
+        *,
+        subfolder: str = "",
+        torch_dtype: Dtype = None,
+        device_map: Device | None = None,
+        **hub: "Unpack[HubOptions]",
     ) -> M:
         """Load a model, in eval mode, from a local folder or file, a hub id owner/name, or a hub
-        file owner/name/file.bin, in our layout or a published one.
+        file owner/name/file.bin, in our layout or a published one, also spread over several
+        safetensors files with an index.
 
-        dtype: of floating-point weights, None = as stored. overrides: config fields to change, dots
-        descend, such as {"max_timestep": 1.0}. Raises CheckpointError when the model is missing,
-        damaged or another's, or when any tensor is missing, left over or of another shape."""
-        return cls.from_stored(read_model(path, revision), device, dtype, overrides)
+        device: "auto" = a GPU where there is one, else MPS, else the CPU. dtype: of floating-point
+        weights; "auto" or None = as stored. overrides: config fields to change, dots descend, such
+        as {"max_timestep": 1.0}. subfolder: of the folder or hub id, where the model lies there.
+        torch_dtype, device_map: other libraries' names for dtype and device. hub: revision, token,
+        cache_dir and local_files_only, as huggingface_hub takes them. Raises CheckpointError when
+        the model is missing, damaged or another's, or when any tensor is missing, left over or of
+        another shape."""
+        stored = read_model(path, subfolder, **hub)
+        return cls.from_stored(stored, device_map or device, torch_dtype or dtype, overrides)
 
     @classmethod
     def from_stored(
         cls: type[M],
         stored: StoredModel,
-        device: str | torch.device = "cpu",
-        dtype: torch.dtype | None = torch.float32,
+        device: Device = "cpu",
+        dtype: Dtype = torch.float32,
         overrides: Mapping[str, Any] | None = None,
     ) -> M:
         """The model that `read_model` found; arguments and errors as in from_pretrained."""
+        place = one_device(device)
+        kind = None if dtype == "auto" else dtype
+        if not isinstance(kind, torch.dtype | None):
+            raise ValueError(f'dtype={dtype!r} must be a torch.dtype (torch.float16) or "auto"')
         if stored.model_type != cls.model_type:
             raise CheckpointError(
                 f"{stored.source} holds a {stored.model_type!r} model, not {cls.model_type!r}"
@@ -106,13 +126,13 @@ class Pretrained(nn.Module):
         except ValueError as error:
             raise CheckpointError(f"{stored.source}: {error}") from None
         except Exception as error:  # what a constructor makes of absurd sizes is its own
-            kind = type(error).__name__
+            name = type(error).__name__
             raise CheckpointError(
-                f"{stored.source}: no model can be built from its config ({kind}: {error})"
+                f"{stored.source}: no model can be built from its config ({name}: {error})"
             ) from error
         model.check_state(stored.state, stored.source)  # before anything is copied
         for key, value in stored.state.items():  # one by one: a cast never holds two copies of all
-            stored.state[key] = value.to(device, dtype if value.is_floating_point() else None)
+            stored.state[key] = value.to(place, kind if value.is_floating_point() else None)
         model.load_weights(stored.state, stored.source)
         model.metadata.update(stored.metadata)
         model.home = home

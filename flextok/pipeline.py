@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,33 +13,44 @@ from flextok.draws import CODES, NOISE, row_generators
 from flextok.generators import GENERATORS, Generator
 from flextok.generators.base import Asked
 from flextok.generators.conditioning import Cond
-from flextok.hub import Pretrained
-from flextok.places import find_reference, read_model, resolve
+from flextok.hub import Dtype, Pretrained
+from flextok.nn.devices import Device
+from flextok.places import HubOptions, find_reference, read_model, resolve
 from flextok.schema import check_number
 from flextok.storage import CheckpointError
 from flextok.tokenizers import TOKENIZERS, Tokenizer
 from flextok.tokenizers.base import decode_rows, encode_rows, same_codes
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Options = Mapping[str, Any] | None  # by name
 
 
 def load(
     path: str | Path,
-    device: str | torch.device = "cpu",
+    device: Device = "cpu",
     overrides: Mapping[str, Any] | None = None,
+    *,
+    dtype: Dtype = torch.float32,
+    subfolder: str = "",
+    torch_dtype: Dtype = None,
+    device_map: Device | None = None,
+    **hub: "Unpack[HubOptions]",
 ) -> Any:
     """Load any model of the package by the name that `list_models` gives, from a folder, a file or
     a hub id, by the type that its config.json names or its published layout shows; arguments and
     errors as in Pretrained.from_pretrained. On a CPU it is accelerated (flextok.cpu)."""
     models: dict[str, type[Pretrained]] = {**AUTOENCODERS, **TOKENIZERS, **GENERATORS}
-    stored = read_model(path)
+    stored = read_model(path, subfolder, **hub)
     if stored.model_type not in models:
         raise CheckpointError(
             f"{path} holds an unknown model type {stored.model_type!r}; "
             f"known: {', '.join(sorted(models))}"
         )
-    model = models[stored.model_type].from_stored(stored, device, overrides=overrides)
-    return accelerate(model) if torch.device(device).type == "cpu" else model
+    kind = models[stored.model_type]
+    model = kind.from_stored(stored, device_map or device, torch_dtype or dtype, overrides)
+    return accelerate(model) if model.device.type == "cpu" else model
 
 
 load_model = load  # its name in older programs

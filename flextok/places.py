@@ -1,27 +1,43 @@
 """Where a model lies (in a folder, in one file, among those of the package, on the hub), what is
 stored there, and how one model names another, so that both can move."""
 
+import ast
 import contextlib
 import json
 import logging
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 from torch import Tensor
 
 from flextok.convert import convert_published, current_config
 from flextok.convert.autoencoder import OURS
 from flextok.schema import ConfigError, from_mapping
-from flextok.storage import SUFFIXES, CheckpointError, check_file, read_json, read_tensors
+from flextok.storage import (
+    INDEX,
+    SUFFIXES,
+    CheckpointError,
+    check_file,
+    read_json,
+    read_shards,
+    read_tensors,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 log = logging.getLogger(__name__)
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"  # of an autoencoder
 OLD_WEIGHTS = "pytorch_model.bin"  # what hub repositories held before safetensors
+UNREADABLE = (ValueError, SyntaxError, TypeError, MemoryError, RecursionError)
+LONGEST_LITERAL = 100_000  # characters of one section of a published config
+SAFETENSORS = (WEIGHTS, DIFFUSERS_WEIGHTS)
 RELEASES = Path(__file__).parent / "releases"  # models that come with the package, by name
 
 
@@ -35,16 +51,38 @@ class StoredModel(NamedTuple):
     source: str  # names the file in errors
 
 
+class HubOptions(TypedDict, total=False):
+    """How the hub is asked for a model, as huggingface_hub names it."""
+
+    revision: str | None  # a branch, a tag or a commit
+    token: str | bool | None  # by default, that of `hf auth login`
+    cache_dir: str | Path | None  # by default, the hub's own
+    local_files_only: bool  # take what the cache holds, and ask nobody
+
+
 def list_models() -> list[str]:
-    """The names of the models that come with the package."""
+    """The names of the models that come with the package, as `load` takes them."""
     return sorted(path.parent.name for path in RELEASES.glob(f"*/{CONFIG}"))
 
 
-def resolve(path: str | Path, revision: str | None = None) -> Path:
+def resolve(
+    path: str | Path,
+    subfolder: str = "",
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> Path:
     """A local folder or file as it is; else a model that comes with the package, by its name; else,
     from the hub or its local cache, the snapshot of a hub id owner/name or the file of
-    owner/name/file.bin. Raises CheckpointError."""
+    owner/name/file.bin. subfolder: of a folder or a hub id. The others are as in HubOptions. Raises
+    CheckpointError."""
     place, name = Path(path), str(path)
+    if subfolder and os.path.isdir(place):
+        place /= subfolder
+        if not place.is_dir():
+            raise CheckpointError(f"{path} has no folder {subfolder!r}")
     if os.path.isdir(place) or os.path.isfile(place):  # a name too long for a file is neither
         return place
     if os.path.exists(place):  # a pipe or a device is no name of the hub's
@@ -58,27 +96,36 @@ def resolve(path: str | Path, revision: str | None = None) -> Path:
             f"no model at {name!r}: expected a folder with {CONFIG}, a weight file, a hub id, or "
             f"one of those that come with the package ({', '.join(list_models())})"
         )
+    how: HubOptions = {"revision": revision, "token": token, "cache_dir": cache_dir}
+    how["local_files_only"] = local_files_only
     if file:
         from huggingface_hub import hf_hub_download
 
-        return from_hub(name, lambda: hf_hub_download(repo, file, revision=revision))
-    folder = hub_folder(repo, revision, WEIGHTS, DIFFUSERS_WEIGHTS, CONFIG)
-    if any((folder / name).is_file() for name in (WEIGHTS, DIFFUSERS_WEIGHTS)):
+        return from_hub(name, lambda: hf_hub_download(repo, file, **how), local_files_only)
+    inside = f"{subfolder}/" if subfolder else ""
+    wanted = [inside + CONFIG]
+    for weights in SAFETENSORS:
+        shards = f"{Path(weights).stem}-*-of-*.safetensors"
+        wanted += [inside + file for file in (weights, weights + INDEX, shards)]
+    folder = hub_folder(repo, *wanted, **how) / subfolder
+    if any(folder.glob("*.safetensors")):
         return folder
-    return hub_folder(repo, revision, OLD_WEIGHTS, CONFIG)
+    return hub_folder(repo, inside + CONFIG, inside + OLD_WEIGHTS, **how) / subfolder
 
 
-def hub_folder(repo: str, revision: str | None, *patterns: str) -> Path:
+def hub_folder(repo: str, *patterns: str, **hub: "Unpack[HubOptions]") -> Path:
     """A local folder with those files of a repository on the hub that the patterns match. Raises
     CheckpointError."""
     from huggingface_hub import snapshot_download
 
+    cached = hub.get("local_files_only", False)
     wanted = list(patterns)
-    return from_hub(repo, lambda: snapshot_download(repo, revision=revision, allow_patterns=wanted))
+    return from_hub(repo, lambda: snapshot_download(repo, allow_patterns=wanted, **hub), cached)
 
 
-def from_hub(name: str, download: Callable[[], str]) -> Path:
-    """What download() brings. What goes wrong is a CheckpointError that names the remedy."""
+def from_hub(name: str, download: Callable[[], str], cached: bool = False) -> Path:
+    """What download() brings; cached: from the local cache only. What goes wrong is a
+    CheckpointError that names the remedy."""
     from huggingface_hub import constants, errors
 
     try:
@@ -95,17 +142,19 @@ def from_hub(name: str, download: Callable[[], str]) -> Path:
             "it elsewhere and pass its folder",
         }
         hint = next(text for kind, text in hints.items() if isinstance(error, kind))
-        if constants.HF_HUB_OFFLINE:
+        if constants.HF_HUB_OFFLINE or cached:
+            asked = "local_files_only" if cached else "HF_HUB_OFFLINE"
             hint = (
-                "HF_HUB_OFFLINE is set and the local cache does not hold it: download it once "
-                f"with `hf download {'/'.join(name.split('/')[:2])}` or unset the variable"
+                f"{asked} is set and the local cache does not hold it: download it once "
+                f"with `hf download {'/'.join(name.split('/')[:2])}` or unset it"
             )
         raise CheckpointError(f"no folder or file {name!r} here; {hint}") from error
 
 
 def find_weights(folder: Path) -> Path:
-    """The weight file of a folder: the one of the usual name, else the only one there is."""
-    for name in (WEIGHTS, DIFFUSERS_WEIGHTS, OLD_WEIGHTS):
+    """The weight file of a folder: the one of the usual name, or the index of those that it is
+    spread over, else the only one there is."""
+    for name in (*SAFETENSORS, *(weights + INDEX for weights in SAFETENSORS), OLD_WEIGHTS):
         if (folder / name).is_file():
             return folder / name
     files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
@@ -117,17 +166,19 @@ def find_weights(folder: Path) -> Path:
     return files[0]
 
 
-def read_model(path: str | Path, revision: str | None = None) -> StoredModel:
-    """What lies at a path or hub id, in our layout or a published one, as a model of ours. The
-    tensors are memory-mapped where the format allows it. Raises CheckpointError."""
-    place = resolve(path, revision)
+def read_model(path: str | Path, subfolder: str = "", **hub: "Unpack[HubOptions]") -> StoredModel:
+    """What lies at a path or hub id, in our layout or a published one, as a model of ours; places
+    as in `resolve`. The tensors are memory-mapped where the format allows it. Raises
+    CheckpointError."""
+    place = resolve(path, subfolder, **hub)
     # beside a file of another name, config.json may be another model's
     folder = place if place.is_dir() else place.parent if place.name == WEIGHTS else None
     document: dict[str, Any] = {}
     if folder is not None and (folder / CONFIG).is_file():
         document = read_json(folder / CONFIG)
     weights = find_weights(place) if place.is_dir() else place
-    state, metadata = read_tensors(weights)
+    is_index = weights.name.endswith(INDEX)
+    state, metadata = (read_shards if is_index else read_tensors)(weights)
     if isinstance(document.get("model_type"), str) and isinstance(document.get("config"), dict):
         try:
             facts = check_metadata(document.get("metadata", {}))
@@ -172,13 +223,29 @@ def check_metadata(facts: object) -> dict[str, Any]:
 
 
 def parse_metadata(metadata: Mapping[str, str]) -> list[dict[str, Any]]:
-    """A safetensors file's metadata as JSON documents: all values that parse, under their names,
-    and each mapping among them."""
+    """A safetensors file's metadata as documents: all values that are JSON, or a Python literal as
+    in published FlexTok files, under their names, and each mapping among them. A literal holds
+    plain data only, and nothing in it is run."""
     parsed: dict[str, Any] = {}
     for key, text in metadata.items():
-        with contextlib.suppress(json.JSONDecodeError, RecursionError):  # free text such as "pt"
-            parsed[key] = json.loads(text)
+        for read in (json.loads, read_literal):  # free text such as "pt" is neither
+            with contextlib.suppress(*UNREADABLE):
+                parsed[key] = read(text)
+                break
     return [parsed, *(value for value in parsed.values() if isinstance(value, dict))]
+
+
+def read_literal(text: str) -> dict[Any, Any]:
+    """A mapping of plain data as Python writes it; nothing in it is run. Raises ValueError, or what
+    Python's parser raises."""
+    if not text.startswith("{") or len(text) > LONGEST_LITERAL:
+        raise ValueError("no mapping, or too long for one")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what odd text might have meant
+        found = ast.literal_eval(text)
+    if not isinstance(found, dict):
+        raise ValueError("no mapping")
+    return found
 
 
 def is_path(reference: str) -> bool:

@@ -21,6 +21,7 @@ from flextok.files import read_mapping
 
 PICKLES = (".bin", ".pt", ".pth")
 SUFFIXES = (".safetensors", *PICKLES)
+INDEX = ".index.json"  # ends the name of the file that lists the files of a sharded model
 LARGEST_SUMMED = 4_000_000_000  # bytes: a second or two
 LARGEST_JSON, MOST_LEVELS = 100_000_000, 50  # bytes, and mappings in mappings, of a JSON document
 
@@ -69,6 +70,26 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise CheckpointError(
             f"{path} is truncated or damaged ({error}); copy, download or export the model again"
         ) from None
+
+
+def read_shards(index: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """As read_tensors, of safetensors files that an index beside them lists by tensor. Raises
+    CheckpointError, also for an index that names a file elsewhere."""
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise CheckpointError(f"{index} has no weight_map: copy or download the model again")
+    state: dict[str, Tensor] = {}
+    for name in sorted(set(map(str, places.values()))):
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise CheckpointError(f"{index} names {name!r}, which is no safetensors file beside it")
+        tensors, metadata = read_tensors(index.with_name(name))
+        state |= tensors
+    if astray := sorted(set(places) ^ set(state)):
+        raise CheckpointError(
+            f"{index} does not list what its files hold, such as {astray[0]!r}: copy or download "
+            "the model again"
+        )
+    return state, metadata
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:

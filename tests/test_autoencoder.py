@@ -270,7 +270,7 @@ def test_a_run_of_the_decoder_alone_keeps_the_encoder_and_resumes(run, tmp_path,
 
 
 def test_one_on_the_hub_is_found_by_its_weights(run, monkeypatch):
-    def download(repo, revision, allow_patterns):
+    def download(repo, allow_patterns, **how):
         assert {"config.json", "diffusion_pytorch_model.safetensors"} <= set(allow_patterns)
         return str(run / "run")
 

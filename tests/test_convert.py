@@ -38,7 +38,7 @@ def golden_flextok():
     return load_file(GOLDEN / "flextok" / "tokenizer_golden.safetensors")
 
 
-@pytest.mark.parametrize("layout", ["one", "sections", "beside"])
+@pytest.mark.parametrize("layout", ["one", "sections", "literals", "beside"])
 @torch.no_grad()
 def test_flextok_golden_parity(tmp_path, flextok_weights, golden_flextok, layout):
     model = FlexTok.from_pretrained(write_flextok(tmp_path, flextok_weights, layout=layout))

@@ -9,10 +9,12 @@ import torch
 from golden.titok.load import load_case
 from helpers.models import TITOK, VQGAN, tiny_gpt, tiny_tokenizer
 from huggingface_hub import errors
+from safetensors.torch import load_file, save_file
 
 from flextok.files import atomic_write
 from flextok.generators import GENERATORS, GPT
 from flextok.hub import CheckpointError, fingerprint
+from flextok.nn.devices import one_device
 from flextok.pipeline import load_model, load_tokenizer_of, remember_tokenizer
 from flextok.tokenizers import (
     TOKENIZERS,
@@ -474,6 +476,102 @@ def test_hub_errors_say_what_to_do(monkeypatch, kind, message):
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
     with pytest.raises(CheckpointError, match=message):
         load_model("someone/other")
+
+
+def test_hub_options_reach_the_hub(tmp_path, monkeypatch):
+    """As users of its other libraries state them; a misspelt one is an error at once, for a local
+    folder too."""
+    model, asked = tiny_tokenizer(), []
+    model.save_pretrained(tmp_path / "models" / "small")
+
+    def download(repo, allow_patterns, **how):
+        asked.append((repo, how))
+        assert "small/model.safetensors" in allow_patterns
+        return str(tmp_path / "models")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    how = {"revision": "v1", "token": "t", "cache_dir": tmp_path, "local_files_only": True}
+    for load in (FlexTok.from_pretrained, load_model):
+        loaded = load("someone/models", subfolder="small", **how)
+        assert fingerprint(loaded) == fingerprint(model)
+    assert asked == [("someone/models", how)] * 2
+    local = FlexTok.from_pretrained(tmp_path / "models", subfolder="small")
+    assert fingerprint(local) == fingerprint(model)
+    with pytest.raises(CheckpointError, match="has no folder 'large'"):
+        load_model(tmp_path / "models", subfolder="large")
+    with pytest.raises(TypeError, match="revison"):
+        load_model(tmp_path / "models" / "small", revison="v1")
+
+
+def test_the_local_cache_alone_is_asked(tmp_path):
+    message = "local_files_only is set and the local cache does not hold it: .*hf download"
+    with pytest.raises(CheckpointError, match=message):
+        load_model("someone/model", cache_dir=tmp_path, local_files_only=True)
+
+
+def test_device_and_dtype_by_the_names_of_other_libraries(tmp_path, monkeypatch):
+    tiny_tokenizer().half().save_pretrained(tmp_path)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+    loaded = FlexTok.from_pretrained(tmp_path, device_map="auto", torch_dtype="auto")
+    assert (loaded.device.type, loaded.encoder.head.weight.dtype) == ("cpu", torch.float16)
+    loaded = load_model(tmp_path, device_map={"": "meta"}, torch_dtype=torch.bfloat16)
+    assert (loaded.device.type, loaded.encoder.head.weight.dtype) == ("meta", torch.bfloat16)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
+    assert one_device("auto").type == "mps"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert one_device("auto").type == "cuda"
+    with pytest.raises(ValueError, match="must name one device"):
+        load_model(tmp_path, device_map={"encoder": 0, "decoder": 1})
+    with pytest.raises(ValueError, match="dtype='half' must be a torch"):
+        load_model(tmp_path, torch_dtype="half")
+
+
+def test_a_model_in_bfloat16_encodes_and_decodes(tmp_path, images):
+    tiny_tokenizer().save_pretrained(tmp_path)
+    loaded = FlexTok.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    made = loaded.decode(loaded.encode(images), num_steps=2, generator=torch.Generator())
+    assert made.dtype == torch.float32
+    assert made.isfinite().all()
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    """A model whose weights are spread over two files, as other libraries save large ones."""
+    model = tiny_tokenizer()
+    model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    names = sorted(state)
+    places = {}
+    for number, some in enumerate((names[::2], names[1::2]), 1):
+        file = f"model-0000{number}-of-00002.safetensors"
+        save_file({name: state[name] for name in some}, tmp_path / file)
+        places |= dict.fromkeys(some, file)
+    index = {"metadata": {"total_size": 1}, "weight_map": places}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    return tmp_path
+
+
+def test_weights_spread_over_files_load(sharded):
+    assert fingerprint(load_model(sharded)) == fingerprint(tiny_tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.update(first="../model.safetensors"), "no safetensors file beside it"),
+        (lambda w: w.update(first="/etc/passwd"), "no safetensors file beside it"),
+        (lambda w: w.update(more="model-00001-of-00002.safetensors"), "such as 'more'"),
+        (lambda w: w.pop(next(iter(w))), "does not list what its files hold"),
+        (lambda w: w.update(x="model-00003-of-00002.safetensors"), "is missing"),
+        (lambda w: w.clear(), "has no weight_map"),
+    ],
+)
+def test_a_damaged_index_is_refused(sharded, change, message):
+    edit(sharded / "model.safetensors.index.json", lambda h: change(h["weight_map"]))
+    with pytest.raises(CheckpointError, match=message):
+        load_model(sharded)
 
 
 def test_published_names_are_importable_from_the_top():

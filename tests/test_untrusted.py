@@ -19,6 +19,7 @@ from flextok.cli import main
 from flextok.generators import MaskGIT, MaskGITConfig
 from flextok.hub import CheckpointError
 from flextok.pipeline import load_model
+from flextok.places import parse_metadata
 from flextok.storage import read_tensors
 from flextok.tokenizers import MaskGITVQGAN, TiTok, TiTokConfig, VQGANConfig
 
@@ -28,7 +29,7 @@ def flextok_weights():
     return golden_flextok_weights()
 
 
-@pytest.mark.parametrize("place", ["metadata", "config.json"])
+@pytest.mark.parametrize("place", ["metadata", "literals", "config.json"])
 def test_a_foreign_class_is_refused_by_name(tmp_path, flextok_weights, place):
     tree = tiny_tree()
     trace = tmp_path / "trace"
@@ -36,10 +37,28 @@ def test_a_foreign_class_is_refused_by_name(tmp_path, flextok_weights, place):
         "_target_": "os.system",
         "command": f"touch {trace}",
     }
-    layout = "one" if place == "metadata" else "beside"
+    layout = {"metadata": "one", "config.json": "beside"}.get(place, place)
     folder = write_flextok(tmp_path / "model", flextok_weights, tree, layout)
     with pytest.raises(CheckpointError, match=r"'os\.system' \(.*enc_patch_emb\).*refused"):
         load_model(folder)
+    assert not trace.exists()
+
+
+@pytest.mark.filterwarnings("error")
+def test_literals_in_metadata_are_data_and_never_run(tmp_path):
+    trace = tmp_path / "trace"
+    call = f"__import__('pathlib').Path({str(trace)!r}).touch()"
+    good = {"e": {"a": (1, None, True), "b": ["x"]}}
+    hostile = [
+        call,
+        f"{{'a': {call}}}",
+        f"{{{call}: 1}}",
+        "{'x':" * 9_000,
+        "{" + "-" * 90_000 + "1}",
+    ]
+    hostile += ["{'a': 1}" + " " * 200_000, "{1if 1else 2}", "{'a': 1 + b}", "{}.b", "{'a'"]
+    texts = {"e": str(good["e"]), "format": "pt"} | dict(enumerate(hostile))
+    assert parse_metadata(texts) == [good, good["e"]]
     assert not trace.exists()
 
 

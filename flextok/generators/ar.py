@@ -220,11 +220,10 @@ class GPT(Generator):
             largest.append(logits.abs().amax())
             indices[:, done] = new
             done += 1
+            yield indices[:, :done]
             if done == total:
                 check_finite(torch.stack(largest), "the generator's logits")
-                yield indices
                 return
-            yield indices[:, :done]
             x = self.embedding(new.repeat(repeat))[:, None] + self.positions[done]
 
     def new_caches(self, batch: int, length: int) -> list[KVCache]:

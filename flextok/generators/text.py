@@ -305,11 +305,11 @@ def encoder_folder(model: str, revision: str | None = None, config_only: bool = 
         raise CheckpointError(f"text encoder: there is no folder {model!r}: name one, or a hub id")
     try:
         if config_only:
-            return hub_folder(model, revision, "config.json")
-        folder = hub_folder(model, revision, *_FILES, _WEIGHTS)
+            return hub_folder(model, "config.json", revision=revision)
+        folder = hub_folder(model, *_FILES, _WEIGHTS, revision=revision)
         if list(folder.glob(_WEIGHTS)):
             return folder
-        return hub_folder(model, revision, *_FILES, _OLD_WEIGHTS)
+        return hub_folder(model, *_FILES, _OLD_WEIGHTS, revision=revision)
     except CheckpointError as error:
         raise CheckpointError(
             f"text encoder: {error}. Without any download works "

@@ -1,10 +1,28 @@
 """Where tensors live. encode, decode and generate move their inputs to the model's device and
 return results there; a loss expects its inputs on it already, as training loops have them."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from flextok.schema import NotFinite
+
+Device = str | torch.device | Mapping[str, str | torch.device]
+
+
+def one_device(asked: Device) -> torch.device:
+    """The device asked for, also as the map {"": device} of other libraries; "auto" = the current
+    GPU where there is one, else MPS (Apple's), else the CPU. Raises ValueError for a map over
+    several devices."""
+    if isinstance(asked, Mapping):
+        if set(asked) != {""}:
+            raise ValueError(f'device_map={asked} must name one device: {{"": "cuda"}} or "auto"')
+        asked = asked[""]
+    if asked == "auto":
+        kinds = [("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available())]
+        asked = next((name for name, is_there in kinds if is_there), "cpu")
+    return torch.device(asked)
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:

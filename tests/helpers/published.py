@@ -60,10 +60,12 @@ def tiny_tree():
 
 
 def metadata_of(tree, layout="one"):
-    """A tree as safetensors metadata: one JSON document, or one for each section."""
+    """A tree as safetensors metadata: one JSON document, or for each of its "sections" a document,
+    or a Python literal, as published."""
     if layout == "one":
         return {"format": "pt", "config": json.dumps(tree)}
-    return {"format": "pt", **{key: json.dumps(value) for key, value in tree.items()}}
+    written = str if layout == "literals" else json.dumps
+    return {"format": "pt", **{key: written(value) for key, value in tree.items()}}
 
 
 def titok_document(name, **changes):
@@ -94,7 +96,8 @@ def golden_flextok_weights():
 
 
 def write_flextok(folder, weights, tree=None, layout="one"):
-    """layout: the config tree is "one" document of the metadata, its "sections", or "beside"."""
+    """layout: the config tree is "one" document of the metadata, its "sections" or the same as
+    "literals", or "beside"."""
     folder.mkdir(exist_ok=True)
     tree = tree or tiny_tree()
     metadata = {"format": "pt"} if layout == "beside" else metadata_of(tree, layout)
