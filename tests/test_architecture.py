@@ -27,7 +27,7 @@ FLOORS = [
     {"pipeline", "data", "evaluation", "viz", "emoji"},
     {"config", "registry"},
     {"training"},
-    {"demo", "bench"},
+    {"demo", "bench", "integrations"},
     {"cli"},
 ]
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}
@@ -67,6 +67,7 @@ def test_imports_go_down_only(path):
     [
         ("lightning", ("training", "data/datamodule.py")),
         ("torch_fidelity", ("evaluation/",)),
+        ("diffusers", ("integrations/", "vae.py")),
         ("gradio", ("demo/page.py", "demo/messages.py")),
         ("omegaconf", ("config.py", "cli/common.py", "training/run.py")),
     ],

@@ -1,11 +1,13 @@
 """Published layouts through from_pretrained: golden parity, round trips, full size."""
 
+import ast
 import json
 from pathlib import Path
 
 import pytest
 import torch
 from golden.titok.load import close, load_case
+from helpers.models import tiny_tokenizer
 from helpers.published import (
     GOLDEN,
     flextok_tree,
@@ -18,6 +20,7 @@ from helpers.published import (
     write_full_size,
     write_titok,
 )
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from flextok import cli
@@ -98,6 +101,49 @@ def test_full_size_trees_give_the_published_configs():
     tree = flextok_tree((1152, 18), (1792, 28))
     assert tree["decoder"]["module_dict"]["dec_transformer"]["depth"] == 28
     assert flextok_tree() == json.loads((GOLDEN / "flextok" / "config_d12_d12.json").read_text())
+
+
+@torch.no_grad()
+def test_a_published_file_is_written_as_it_was(tmp_path, flextok_weights, golden_flextok):
+    """Golden numbers both ways: the tensors and the config of a published file come back bit by
+    bit, as Python literals, and give the same tokens and pictures."""
+    model = FlexTok.from_pretrained(write_flextok(tmp_path / "published", flextok_weights))
+    model.save_pretrained(tmp_path / "ours")
+    command = ["convert", str(tmp_path / "ours"), str(tmp_path / "back"), "--to", "published"]
+    assert cli.main(command) == 0
+    with safe_open(tmp_path / "back" / "model.safetensors", "pt") as file:
+        metadata = file.metadata()
+    written = load_file(tmp_path / "back" / "model.safetensors")
+    assert written.keys() == flextok_weights.keys()
+    assert all(torch.equal(written[key], value) for key, value in flextok_weights.items())
+    sections = {key: value for key, value in metadata.items() if key != "format"}
+    assert {key: ast.literal_eval(value) for key, value in sections.items()} == tiny_tree()
+    again = FlexTok.from_pretrained(tmp_path / "back" / "model.safetensors")
+    assert again.config == model.config
+    assert again.metadata["provenance"]["assumed"] == []
+    latents, noise = golden_flextok["latents"], golden_flextok["ode_noise"]
+    indices = again.quantizer(again.encoder(latents))[1]
+    assert torch.equal(indices, golden_flextok["fsq_indices"])
+    made = [m.decode(indices[:, :5], noise=noise, num_steps=2) for m in (model, again)]
+    assert torch.equal(*made)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vae": {"name": "identity"}}, "no vae.name='identity', only 'kl'"),
+        ({"drop_mode": "truncate"}, "no drop_mode='truncate'"),
+        ({"prediction": "x0"}, "no prediction='x0'"),
+        ({"token_grid": [4, 2]}, r"no token_grid=\[4, 2\]"),
+        ({"quantizer": {"name": "fsq", "levels": [8], "bound": "ifsq"}}, "quantizer.bound='ifsq'"),
+    ],
+)
+def test_what_the_published_layout_does_not_have_is_named(tmp_path, changes, message):
+    kl = {"name": "kl", "channels": 4, "block_channels": [8], "norm_groups": 4}
+    model = tiny_tokenizer(**{"vae": {**kl, "layers_per_block": 1}, **changes})
+    with pytest.raises(ValueError, match=message):
+        model.save_published(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @torch.no_grad()

@@ -13,10 +13,12 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
 import flextok
+from flextok.cli import main
 from flextok.data.transforms import ImageTransform
 from flextok.draws import NOISE, row_generators
 from flextok.generators import MaskGIT, MaskGITConfig
 from flextok.images import square_tensor, to_image, to_uint8
+from flextok.integrations.diffusers import FlexTokPipeline
 from flextok.tokenizers import MaskGITVQGAN, TiTok, TiTokConfig, VQGANConfig
 
 shipped = pytest.mark.skipif(not flextok.list_models(), reason="no weights in flextok/releases")
@@ -54,14 +56,17 @@ def test_the_first_lines_of_a_transformers_user():
 
 
 @shipped
-def test_the_first_lines_of_a_diffusers_user(cat):
+def test_the_first_lines_of_a_diffusers_user(cat, tmp_path):
     tokenizer = flextok.FlexTok.from_pretrained("emoji").to("cpu")
     picture = tokenizer.reconstruct(cat, num_tokens=16, num_steps=2)
     assert isinstance(picture, Image.Image)
     assert picture.size == (64, 64)
-    generator = flextok.load("emoji-text")
-    several = generator.generate("a red heart", num_tokens=2, generator=torch.Generator())
-    assert several.shape == (1, 2)
+    assert main(["convert", "emoji-text", str(tmp_path / "pipe"), "--to", "diffusers"]) == 0
+    pipe = FlexTokPipeline.from_pretrained(tmp_path / "pipe")
+    image = pipe("a red heart", num_tokens=2, num_inference_steps=1, guidance_scale=2.0).images[0]
+    assert isinstance(image, Image.Image)
+    z = pipe.autoencoder.encode(picture).latents
+    assert z.shape == (1, tokenizer.num_tokens, 4)
 
 
 # ---- what encode takes

@@ -9,7 +9,7 @@ from golden.titok.load import close, golden, load_case, published_shapes
 
 from flextok.convert.maskgit import maskgit_config, maskgit_state
 from flextok.draws import row_generators
-from flextok.generators.conditioning import CONDITIONERS, Condition
+from flextok.generators.conditioning import CONDITIONERS, Condition, Conditioner
 from flextok.generators.maskgit import (
     MaskGIT,
     MaskGITConfig,
@@ -338,7 +338,7 @@ def test_unconditional():
     assert set(calls) == {3}
 
 
-class Words(torch.nn.Module):
+class Words(Conditioner):
     """A condition of features to attend to, ragged: cond (B, L) holds numbers, -1 = padding."""
 
     def __init__(self, dim):

@@ -391,13 +391,16 @@ class Models(Json):
 
 @dataclass
 class Convert(Json):
-    """write a published model in our layout
+    """write a published model in our layout, or one of ours in another
 
     Checks that every tensor is used and none is missing, then writes model.safetensors, config.json
-    and a model card.
+    and a model card. --to diffusers: a tokenizer as AutoencoderFlexTok, a generator with its
+    tokenizer as FlexTokPipeline (flextok.integrations.diffusers). --to published: a FlexTok as the
+    published code reads it.
 
     flextok convert EPFL-VILAB/flextok_d12_d12_in1k outputs/flextok_d12
     flextok convert weights.safetensors outputs/mine max_timestep=1.0 vae.scaling_factor=0.5
+    flextok convert emoji-class outputs/emoji_diffusers --to diffusers
     """
 
     input: Annotated[str, "folder, weight file, hub id, or owner/name/file.bin"]
@@ -407,6 +410,8 @@ class Convert(Json):
         "config fields to change, e.g. max_timestep=1.0 or vae.scaling_factor=0.5",
         {"metavar": "key=value"},
     ] = field(default_factory=list)
+    _: KW_ONLY
+    to: Annotated[Literal["flextok", "diffusers", "published"], "the layout"] = "flextok"
 
 
 COMMANDS: dict[str, tuple[type, str]] = {

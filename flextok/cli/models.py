@@ -6,10 +6,10 @@ from typing import Any
 from flextok.card import model_facts, summary
 from flextok.cli.arguments import Convert, Info, Models
 from flextok.generators import Generator
-from flextok.pipeline import load
+from flextok.pipeline import load, load_tokenizer_of
 from flextok.places import list_models
 from flextok.printing import printable
-from flextok.tokenizers import Tokenizer
+from flextok.tokenizers import FlexTok, Tokenizer
 
 
 def run_models(options: Models) -> list[dict[str, Any]]:
@@ -48,5 +48,27 @@ def run_convert(options: Convert) -> dict[str, Any]:
         except json.JSONDecodeError:
             overrides[key] = text
     model = load(options.input, overrides=overrides)
-    print(f"wrote {printable(model.save_pretrained(options.output))}")
+    if options.to == "diffusers":
+        save_for_diffusers(model, options)
+    elif options.to == "published":
+        if not isinstance(model, FlexTok):
+            raise ValueError(
+                f"{options.input} is a {model.model_type}: --to published takes a FlexTok"
+            )
+        model.save_published(options.output)
+    else:
+        model.save_pretrained(options.output)
+    print(f"wrote {printable(options.output)}")
     return model_facts(model)
+
+
+def save_for_diffusers(model: Any, options: Convert) -> None:
+    """Write a FlexTok, or a generator with its FlexTok. Raises ValueError for another model."""
+    from flextok.integrations.diffusers import AutoencoderFlexTok, FlexTokGenerator, FlexTokPipeline
+
+    if isinstance(model, Generator):
+        tokenizer = load_tokenizer_of(model, options.input)
+        parts = (AutoencoderFlexTok.from_flextok(tokenizer), FlexTokGenerator.from_flextok(model))
+        FlexTokPipeline(*parts).save_pretrained(options.output)
+    else:
+        AutoencoderFlexTok.from_flextok(model).save_pretrained(options.output)

@@ -1,11 +1,14 @@
-"""Published FlexTok tokenizers, with their VAE (arXiv 2502.13967).
+"""Published FlexTok tokenizers, with their VAE (arXiv 2502.13967), in our terms, and back.
 
-A published file carries its config as JSON in the safetensors metadata: a tree of sections that
-name the classes to build. Here it is data: sizes come from the shapes of the tensors, the tree is
-held against them, and what is not in the shapes is read from it.
+A published file carries its config in the safetensors metadata, a Python literal for each section
+of a tree that names the classes to build. Here it is data: sizes come from the shapes of the
+tensors, the tree is held against them, and what is not in the shapes is read from it.
 """
 
+import copy
+import json
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -23,44 +26,22 @@ from flextok.convert.rules import (
     without_ones,
 )
 
-KNOWN_CLASSES = frozenset(
-    f"flextok.{name}"
-    for name in (
-        "flow_matching.noise_modules.MinRFNoiseModule",
-        "flow_matching.pipelines.MinRFPipeline",
-        "model.postprocessors.heads.LinearHead",
-        "model.postprocessors.heads.ToPatchesLinearHead",
-        "model.postprocessors.seq_unpacking.SequenceUnpacker",
-        "model.preprocessors.flex_seq_packing.BlockWiseSequencePacker",
-        "model.preprocessors.linear.LinearLayer",
-        "model.preprocessors.nullcond.LearnedNullCond",
-        "model.preprocessors.patching.PatchEmbedder",
-        "model.preprocessors.registers.Registers1D",
-        "model.preprocessors.time_embedding.TimestepEmbedder",
-        "model.preprocessors.token_dropout.MaskedNestedDropout",
-        "model.trunks.transformers.FlexTransformer",
-        "model.utils.dict_ops.PerSampleOp",
-        "model.utils.dict_ops.channels_first_to_last",
-        "model.utils.dict_ops.channels_last_to_first",
-        "model.utils.posembs.PositionalEmbeddingAdder",
-        "model.utils.wrappers.SequentialModuleDictWrapper",
-        "regularizers.quantize_fsq.FSQ",
-        "vae_wrapper.StableDiffusionVAE",
-    )
-)
+# the tree of d12-d12; those of the other sizes differ in numbers
+TREE: dict[str, Any] = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 _ENCODER, _DECODER = "encoder.module_dict.", "decoder.module_dict."
 _RULES = [
-    Rule("(vae.vae.*)", r"\1"),
+    Rule("vae.vae.*", r"vae.vae.\1"),
     Rule(_ENCODER + "enc_patch_emb.patch_proj.*", r"encoder.patch_embed.\1"),
     Rule(_ENCODER + "enc_posemb_module.posembs", "encoder.patch_pos"),
     Rule(_ENCODER + "enc_register_module.registers", "encoder.registers"),
-    Rule(_ENCODER + "enc_transformer.(blocks.*)", r"encoder.\1"),
+    Rule(_ENCODER + "enc_transformer.blocks.*", r"encoder.blocks.\1"),
     Rule(_ENCODER + "enc_to_latents.proj.*", r"encoder.head.\1"),
     Rule(_DECODER + "dec_from_latents.proj.*", r"decoder.code_embed.\1"),
     Rule(  # (1, 1, D, K) -> (K, D)
         _DECODER + "dec_registers_posemb_module.posembs",
         "decoder.register_pos",
         lambda state, key: without_ones(leading=2)(state, key).T,
+        lambda state, key: state[key].T[None, None],
     ),
     Rule(_DECODER + "dec_nested_dropout.dropout_mask_token", "decoder.mask_token"),
     Rule(_DECODER + "dec_latent_dropout.nullcond", "decoder.null_token"),
@@ -69,10 +50,10 @@ _RULES = [
     Rule(_DECODER + "dec_time_embedder.mlp.0.*", r"decoder.time_embed.fc1.\1"),
     Rule(_DECODER + "dec_time_embedder.mlp.2.*", r"decoder.time_embed.fc2.\1"),
     Rule(
-        _DECODER + "dec_transformer.(blocks.#).adaLN_modulation.1.*",
-        r"decoder.\1.modulation.linear.\3",
+        _DECODER + "dec_transformer.blocks.#.adaLN_modulation.1.*",
+        r"decoder.blocks.\1.modulation.linear.\2",
     ),
-    Rule(_DECODER + "dec_transformer.(blocks.*)", r"decoder.\1"),
+    Rule(_DECODER + "dec_transformer.blocks.*", r"decoder.blocks.\1"),
     Rule(_DECODER + "dec_to_patches.adaLN_modulation.1.*", r"decoder.modulation.linear.\1"),
     Rule(_DECODER + "dec_to_patches.proj.*", r"decoder.head.\1"),
 ]
@@ -98,6 +79,71 @@ def flextok_state(published: State) -> dict[str, Tensor]:
     """A published FlexTok state dict (VAE or not) in our names and shapes; views. Raises ValueError
     for an unknown key."""
     return translate(published, _RULES)
+
+
+def to_published(config: Section, state: State) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A FlexTok of ours, its config as saved, as a published file holds it: tensors, and the config
+    tree as safetensors metadata. Raises ValueError for what published modules do not have."""
+    fsq, vae = config["quantizer"], config["vae"]
+    needed = {
+        "vae.name": (vae["name"], "kl"),
+        "vae.latents_mean": (vae.get("latents_mean"), None),
+        "vae.latents_std": (vae.get("latents_std"), None),
+        "quantizer.name": (fsq["name"], "fsq"),
+        "quantizer.bound": (fsq.get("bound", "tanh"), "tanh"),
+        "quantizer.gain": (fsq.get("gain", 1.0), 1.0),
+        **{key: (config[key], None) for key in ("token_grid", "drawer")},
+        "drop_mode": (config["drop_mode"], "mask"),
+        "prediction": (config["prediction"], "velocity"),
+    }
+    for key, (found, wanted) in needed.items():
+        if found != wanted:
+            raise ValueError(
+                f"the published layout has no {key}={found!r}, only {wanted!r}: train a model with "
+                "it, as configs/flextok_d12_d12_paper.yaml does"
+            )
+    published = translate(state, [rule.reversed() for rule in _RULES])
+    tree = published_tree(config, published)
+    return published, {"format": "pt", **{name: str(value) for name, value in tree.items()}}
+
+
+def published_tree(config: Section, published: State) -> dict[str, Any]:
+    """The tree of a config and of its published state dict: TREE with other numbers."""
+    encoder_dim, patch_dim = shape(published, _ENCODER + "enc_patch_emb.patch_proj.weight", 2)
+    code_dim = shape(published, _ENCODER + "enc_to_latents.proj.weight", 2)[0]
+    decoder_dim = shape(published, _DECODER + "dec_from_latents.proj.weight", 2)[0]
+    grid = shape(published, _ENCODER + "enc_posemb_module.posembs", 4)[2]
+    patch, registers = config["patch_size"], config["num_registers"]
+    channels = patch_dim // patch**2
+    tree = copy.deepcopy(TREE)
+    for part, dim in (("encoder", encoder_dim), ("decoder", decoder_dim)):
+        sizes = {"dim": dim, "depth": config[f"{part}_depth"], "head_dim": config["head_dim"]}
+        sizes |= {"n_min": registers, "n_max": registers, "patch_sizes": [patch, patch]}
+        sizes |= {"channels_in": channels, "channels_out": channels}
+        sizes |= {"dim_in": code_dim, "dim_out": code_dim}
+        sizes |= {"max_timestep": config["max_timestep"]}
+        for section in tree[part]["module_dict"].values():
+            section |= {key: value for key, value in sizes.items() if key in section}
+            if "max_sizes" in section:
+                is_line = len(section["max_sizes"]) == 1
+                section["max_sizes"] = [registers] if is_line else [grid, grid]
+    tree["regularizer"]["levels"] = list(config["quantizer"]["levels"])
+    tree["pipeline"]["out_channels"] = channels
+    tree["vae"] |= {"latent_channels": channels}
+    tree["vae"] |= {"scaling_factor": config["vae"].get("scaling_factor", 1.0)}
+    return tree
+
+
+def find_values(document: Any, key: str) -> Iterator[Any]:
+    """Every value under `key`, at any depth of mappings."""
+    if isinstance(document, Mapping):
+        if key in document:
+            yield document[key]
+        for value in document.values():
+            yield from find_values(value, key)
+
+
+KNOWN_CLASSES = frozenset(find_values(TREE, "_target_"))
 
 
 def check_classes(document: Any, place: str = "") -> None:
@@ -213,15 +259,6 @@ def vae_config(state: State) -> dict[str, Any]:
         "block_channels": [shape(state, first.format(i), 4)[0] for i in range(blocks)],
         "layers_per_block": count(state, "vae.vae.encoder.down_blocks.0.resnets."),
     }
-
-
-def find_values(document: Any, key: str) -> Iterator[Any]:
-    """Every value under `key`, at any depth of mappings."""
-    if isinstance(document, Mapping):
-        if key in document:
-            yield document[key]
-        for value in document.values():
-            yield from find_values(value, key)
 
 
 def _mapping(value: Any) -> Section:

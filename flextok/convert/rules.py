@@ -30,10 +30,21 @@ class Rule(NamedTuple):
     pattern: str
     name: str | Callable[[re.Match[str]], str]
     change: Change | None = None
+    change_back: Change | None = None  # from ours
 
     def match(self, key: str) -> re.Match[str] | None:
         pattern = self.pattern.replace(".", r"\.").replace("#", r"(\d+)").replace("*", "(.+)")
         return re.fullmatch(pattern, key)
+
+    def reversed(self) -> "Rule":
+        """The rule from our name to the published one. Of a pattern whose groups are "#" and "*"
+        alone, all of them in the name."""
+        assert isinstance(self.name, str)
+        groups = re.findall(r"[#*]", self.pattern)
+        numbers = iter(range(1, len(groups) + 1))
+        published = re.sub(r"[#*]", lambda _: rf"\{next(numbers)}", self.pattern)
+        ours = re.sub(r"\\(\d)", lambda group: groups[int(group[1]) - 1], self.name)
+        return Rule(ours, published, self.change_back)
 
 
 def translate(

@@ -6,17 +6,22 @@ decoder that rebuilds a plausible image from any prefix. Time: t=1 is noise (flo
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from flextok.convert.flextok import to_published
 from flextok.draws import Rng, draw
+from flextok.files import atomic_write
 from flextok.flow.path import Quantity, velocity_of
 from flextok.images import Pictures
 from flextok.nn.attention import Attention
 from flextok.nn.blocks import SegmentModulation
 from flextok.nn.devices import check_finite, to_device
+from flextok.places import WEIGHTS
 from flextok.quantizers import QUANTIZERS
 from flextok.schema import Bounds, Depth, Size, build
 from flextok.tokenizers.base import (
@@ -225,15 +230,35 @@ class FlexTok(Tokenizer):
         (B, C, h, w) predicted from the last, of which `to_images` makes images. Raises ValueError
         on indices, keep or options out of range, and NotFinite where the images are not."""
         chosen = self.decode_options(asked, options)
-        codes, device = self.codes_of(indices), self.device
-        keep = self.check_keep(keep, codes)
-        shape = (len(codes), *self.noise_shape)
+        codes = self.codes_of(indices)
+        made = self.decode_codes(
+            codes, keep, options=chosen, generator=generator, noise=noise, callback=callback
+        )
+        return as_images(made)
+
+    def decode_codes(
+        self,
+        codes: Tensor,
+        keep: Tensor | int | None = None,
+        *,
+        options: DecodeOptions | None = None,
+        generator: Rng = None,
+        noise: Tensor | None = None,
+        callback: Callback | None = None,
+    ) -> Tensor:
+        """codes: (B, k, C) float, also soft; all else as in decode. Returns images (B, 3, H, W),
+        about [-1, 1], not clamped, with gradients."""
+        chosen = options or self.decode_defaults
+        lengths = self.check_keep(keep, codes)
+        codes, shape = to_device(codes, self.device), (len(codes), *self.noise_shape)
         if noise is None:
-            noise = draw(torch.randn, shape, generator, device)
+            noise = draw(torch.randn, shape, generator, self.device)
         elif tuple(noise.shape) != shape:
             raise ValueError(f"noise has shape {tuple(noise.shape)}, expected {shape}")
-        x = chosen.scaled(to_device(noise, device), keep, self.num_tokens)
-        return self.to_images(solve(self.conditions(codes, keep), x, chosen, callback))
+        x = chosen.scaled(to_device(noise, self.device), lengths, self.num_tokens)
+        x0 = solve(self.conditions(codes, lengths), x, chosen, callback)
+        vae = self.vae if self.drawer is None else self.drawer.vae
+        return vae.decode(x0)
 
     @torch.no_grad()
     def to_images(self, latents: Tensor) -> Tensor:
@@ -241,6 +266,17 @@ class FlexTok(Tokenizer):
         [-1, 1]."""
         vae = self.vae if self.drawer is None else self.drawer.vae
         return as_images(vae.decode(latents))
+
+    def save_published(self, folder: str | Path) -> Path:
+        """Write model.safetensors as the published FlexTok code reads it, its config in the file's
+        metadata, for others' programs. Raises ValueError for what that layout does not have: VAEs
+        other than AutoencoderKL, iFSQ's bound, drop_mode "truncate", a drawer."""
+        tensors, metadata = to_published(self.written_config(None), self.state_dict())
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {key: value.detach().contiguous().cpu() for key, value in tensors.items()}
+        atomic_write(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata))
+        return folder
 
     def drop_drawer(self) -> None:
         """Decode with the first decoder alone."""

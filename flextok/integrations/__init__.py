@@ -1,0 +1,1 @@
+"""The package's models as other libraries have theirs."""
