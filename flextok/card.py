@@ -3,9 +3,11 @@
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
 from torch import nn
 
 from flextok.printing import printable
@@ -56,7 +58,8 @@ def summary(facts: Mapping[str, Any]) -> dict[str, str]:
     if facts["image_size"]:
         lines["image size"] = f"{facts['image_size']} px"
     metadata = {**provenance_of(facts), **facts["metadata"]}
-    metadata.pop("provenance", None)
+    for key in ("provenance", "evaluation"):  # a card has a table of its own
+        metadata.pop(key, None)
     for key, value in metadata.items():
         label = key.replace("_", " ")
         if key == "class_names" and isinstance(value, list):
@@ -87,25 +90,107 @@ def model_card(model: "Pretrained", config: Mapping[str, Any], metadata: Mapping
     kind = next(cls for cls in type(model).__mro__ if "model_type" in vars(cls))
     headline = (kind.__doc__ or "").strip().partition("\n")[0]
     name = kind.__name__
-    license_name = str(provenance_of(facts).get("license", ""))
-    front = ["library_name: flextok", "tags:", "- flextok", f"- {facts['model_type']}"]
-    if license_name in _LICENSES:
-        front.append(f"license: {license_name}")
-    elif license_name:
-        plain = re.sub(r"[^a-z0-9.]+", "-", license_name.lower())
-        front += ["license: other", f"license_name: {plain}"]
+    front = yaml.safe_dump(front_matter(facts), sort_keys=False, allow_unicode=True)
     rows = [f"| {cell(label)} | {cell(value)} |" for label, value in summary(facts).items()]
     printed = json.dumps(facts["config"], indent=2)
     return "\n".join(
         [
-            *("---", *front, "---", MARK, ""),
+            *("---", front.rstrip(), "---", MARK, ""),
             *(f"# {name}", "", headline, ""),
             *("```python", f"from flextok import {name}", ""),
             *(f'model = {name}.from_pretrained("this folder or hub id")', "```", ""),
             *("## Numbers", "", "| | |", "|---|---|", *rows, ""),
+            *evaluation_table(metadata.get("evaluation", [])),
             *("## Config", "", "```json", printed, "```", ""),
         ]
     )
+
+
+def front_matter(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What the hub reads of a card, as it names it."""
+    metadata, kind = facts["metadata"], facts["model_type"]
+    conditioner = facts["config"].get("conditioner")
+    task = "image-to-image"
+    if conditioner is not None:
+        is_text = conditioner["name"] == "text"
+        task = "text-to-image" if is_text else "unconditional-image-generation"
+    tags = list(dict.fromkeys(("flextok", kind)))
+    front: dict[str, Any] = {"library_name": "flextok", "pipeline_tag": task, "tags": tags}
+    license_name = str(provenance_of(facts).get("license", ""))
+    if license_name in _LICENSES:
+        front["license"] = license_name
+    elif license_name:
+        plain = re.sub(r"[^a-z0-9.]+", "-", license_name.lower())
+        front |= {"license": "other", "license_name": plain}
+    if isinstance(sets := metadata.get("datasets"), list):
+        front["datasets"] = sets
+    if base := base_model(metadata):
+        front["base_model"] = base
+    if rows := metadata.get("evaluation"):
+        front["model-index"] = [{"name": f"flextok {kind}", "results": index_of(rows, task)}]
+    return front
+
+
+def base_model(metadata: Mapping[str, Any]) -> str | None:
+    """The hub id of the model that this one was made from: trained on from, converted from, or
+    whose tokens it generates. None where all lie in folders."""
+    start = metadata.get("start")
+    begun = list(start.values()) if isinstance(start, Mapping) else []
+    source = provenance_of({"metadata": metadata}).get("source")
+    names = [str(name).partition(" ")[0] for name in (*begun, source, metadata.get("tokenizer"))]
+    return next((name for name in names if is_hub_id(name)), None)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name is a hub's owner/name, as far as one can tell without asking."""
+    plain = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name)
+    return bool(plain) and not Path(name).exists()
+
+
+def evaluation_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What a card says of an evaluation's report: a row for each number of tokens, each number of
+    steps and guidance. Raises ValueError for another document."""
+    try:
+        settings, results = report["settings"], report["results"]
+        keys = ("num_tokens", "num_steps", "guidance_scale", "count")
+        return [
+            {
+                "data": str(settings["data"]),
+                **{key: row[key] for key in keys if row[key] is not None},
+                "scores": {name: round(float(score), 4) for name, score in row["scores"].items()},
+            }
+            for row in results
+        ]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"this is no report of flextok evaluate: it lacks {error}") from None
+
+
+def index_of(rows: Sequence[Mapping[str, Any]], task: str) -> list[dict[str, Any]]:
+    """Rows of `evaluation_rows` as the hub's model-index has results."""
+    found = []
+    for row in rows:
+        how = f"{row['num_tokens']} tokens"
+        metrics = [
+            {"type": name, "value": score, "name": f"{name}, {how}"}
+            for name, score in row["scores"].items()
+        ]
+        dataset = {"name": row["data"], "type": row["data"]}
+        found.append({"task": {"type": task}, "dataset": dataset, "metrics": metrics})
+    return found
+
+
+def evaluation_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Rows of `evaluation_rows` as lines of Markdown."""
+    if not rows:
+        return []
+    names = list(dict.fromkeys(name for row in rows for name in row["scores"]))
+    head = ["data", "tokens", "images", *names]
+    lines = ["## Evaluation", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for row in rows:
+        scores = [f"{row['scores'][name]:g}" if name in row["scores"] else "" for name in names]
+        cells = [row["data"], str(row["num_tokens"]), str(row["count"]), *scores]
+        lines.append("| " + " | ".join(map(cell, cells)) + " |")
+    return [*lines, ""]
 
 
 def cell(text: str) -> str:

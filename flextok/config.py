@@ -80,6 +80,9 @@ class TrainerConfig:
     keep_last: Count = 2  # checkpoints kept, besides that of the best validation loss
     max_nonfinite: Count = 10  # skipped steps in a row (loss not finite) that stop the run
     num_pictures: CountOrZero = 8  # in the grids drawn after each validation
+    loggers: list[Literal["csv", "tensorboard", "wandb"]] = field(
+        default_factory=lambda: ["csv", "tensorboard"]
+    )
     compile: bool = False  # torch.compile, for GPUs
     checkpoint_blocks: bool = False  # recompute activations in the backward pass: less memory
     revive_every: CountOrZero = 0  # steps between revivals of a VQ's unused codes; 0 = never

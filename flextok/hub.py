@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import flextok
-from flextok.card import MARK, model_card
+from flextok.card import MARK, evaluation_rows, model_card
 from flextok.convert.rules import count
 from flextok.files import atomic_write, write_text
 from flextok.nn.devices import Device, one_device
@@ -30,7 +30,7 @@ from flextok.places import (
     written_reference,
 )
 from flextok.schema import ConfigError, from_mapping, to_mapping
-from flextok.storage import CheckpointError
+from flextok.storage import CheckpointError, read_json
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -174,6 +174,13 @@ class Pretrained(nn.Module):
             raise CheckpointError(
                 f"{source} does not fit its config: {'; '.join(problems[:3])}{more}"
             )
+
+    def add_report(self, report: Mapping[str, Any] | str | Path) -> None:
+        """Keep the scores of an evaluation, as `evaluate` returns it or as its report.json holds
+        it, in the metadata: the card states them, and the hub reads them there. Raises
+        ValueError."""
+        content = report if isinstance(report, Mapping) else read_json(Path(report))
+        self.metadata["evaluation"] = evaluation_rows(content)
 
     def save_pretrained(
         self,

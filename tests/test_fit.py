@@ -1,6 +1,7 @@
 """Training from Python: fit(), and an objective in whatever wraps it."""
 
 import functools
+import importlib.util
 import re
 import sys
 from pathlib import Path
@@ -19,7 +20,9 @@ import flextok
 from flextok import FitOptions, FlexTok, FlexTokConfig, fit
 from flextok.config import OptimConfig
 from flextok.objectives import make_objective
+from flextok.schema import ConfigError, from_mapping
 from flextok.training.checkpoints import list_checkpoints
+from flextok.training.trainer import make_trainer
 
 STEPS, WHOLE = 4, 8  # a batch of eight, or two of four
 SETTINGS = {
@@ -246,3 +249,19 @@ def test_the_readmes_way_to_train_from_python(tmp_path, monkeypatch):
     )
     exec(compile(short, "README.md", "exec"), {})
     assert list(list_checkpoints(tmp_path / "outputs/mine/checkpoints")) == [2]
+
+
+def test_loggers_are_those_that_are_asked_for(tmp_path):
+    def names(*asked):
+        options = FitOptions(
+            output_dir=tmp_path, max_steps=1, accelerator="cpu", loggers=list(asked)
+        )
+        return [type(logger).__name__ for logger in make_trainer(options, False, []).loggers]
+
+    assert names() == []
+    assert names("tensorboard", "csv", "csv") == ["Events", "Rows"]
+    if importlib.util.find_spec("wandb") is None:
+        with pytest.raises(ConfigError, match=r"trainer\.loggers=wandb.*pip install wandb"):
+            names("wandb")
+    with pytest.raises(ConfigError, match="loggers"):
+        from_mapping(FitOptions, {"output_dir": "x", "max_steps": 1, "loggers": ["paper"]})

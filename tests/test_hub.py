@@ -8,7 +8,7 @@ import pytest
 import torch
 from golden.titok.load import load_case
 from helpers.models import TITOK, VQGAN, tiny_gpt, tiny_tokenizer
-from huggingface_hub import errors
+from huggingface_hub import ModelCard, errors
 from safetensors.torch import load_file, save_file
 
 from flextok.files import atomic_write
@@ -368,6 +368,61 @@ def test_the_model_card_states_config_and_numbers(tmp_path):
     card.write_text("# My own words\n")
     model.save_pretrained(tmp_path)
     assert card.read_text() == "# My own words\n"
+
+
+REPORT = {
+    "settings": {"data": "emoji:validation"},
+    "results": [
+        {"num_tokens": k, "num_steps": 2, "guidance_scale": None, "count": 8, "scores": scores}
+        for k, scores in ((1, {"psnr": 12.34567, "kid": 0.5}), (8, {"psnr": 21.5, "kid": 0.25}))
+    ],
+}
+
+
+def test_the_hub_reads_the_card(tmp_path):
+    """Its own parser finds what the model is, what it was made from and how good it is."""
+    model = tiny_tokenizer()
+    model.metadata["start"] = {"weights": "someone/larger (weights abc)"}
+    model.metadata["provenance"] = {"license": "Research: use only"}
+    model.metadata["datasets"] = ["someone/pictures"]
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps(REPORT))
+    model.add_report(path)
+    model.save_pretrained(tmp_path / "model")
+    card = ModelCard.load(tmp_path / "model" / "README.md")
+    found = card.data
+    assert found.tags == ["flextok"]
+    assert (found.pipeline_tag, found.library_name) == ("image-to-image", "flextok")
+    assert (found.base_model, found.datasets) == ("someone/larger", ["someone/pictures"])
+    assert (found.license, found.license_name) == ("other", "research-use-only")
+    scores = [(r.dataset_name, r.metric_name, r.metric_value) for r in found.eval_results]
+    assert ("emoji:validation", "psnr, 1 tokens", 12.3457) in scores
+    assert len(scores) == 4
+    assert "| emoji:validation | 8 | 8 | 21.5 | 0.25 |" in card.text
+    again = load_model(tmp_path / "model")
+    assert again.metadata["evaluation"] == model.metadata["evaluation"]
+    with pytest.raises(ValueError, match="no report of flextok evaluate"):
+        model.add_report({"results": []})
+
+
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [("class", "unconditional-image-generation"), ("text", "text-to-image")],
+)
+def test_a_generator_s_card_names_its_task(tmp_path, monkeypatch, name, task):
+    encoder = {"name": "bytes", "dim": 16, "depth": 1, "num_heads": 2}
+    options = {"encoder": encoder} if name == "text" else {"num_classes": 3}
+    gpt = tiny_gpt(conditioner={"name": name, **options})
+    gpt.metadata["tokenizer"] = "someone/tokenizer"
+    gpt.save_pretrained(tmp_path / "hub")
+    data = ModelCard.load(tmp_path / "hub" / "README.md").data
+    assert (data.pipeline_tag, data.tags) == (task, ["flextok", "gpt"])
+    assert data.base_model == "someone/tokenizer"
+    monkeypatch.chdir(tmp_path)
+    tiny_tokenizer().save_pretrained("outputs/tokenizer")
+    gpt.metadata["tokenizer"] = "outputs/tokenizer"  # a folder is no hub id
+    gpt.save_pretrained(tmp_path / "local")
+    assert ModelCard.load(tmp_path / "local" / "README.md").data.base_model is None
 
 
 def test_push_to_hub(monkeypatch):

@@ -150,6 +150,10 @@ def build_objective(config: ExperimentConfig, spec: Mapping[str, Any]) -> Object
     start = {name: load(path) for name, path in config.start.items()}
     torch.manual_seed(config.seed)  # the first weights depend on nothing else
     model = build_model(TASKS[config.task], like_start(spec, start))
+    sets = config.data.train if isinstance(config.data.train, list) else [config.data.train]
+    paths = [str(some["path"]) for some in sets if some.get("name") == "huggingface"]
+    if hub_sets := [path for path in dict.fromkeys(paths) if not Path(path).exists()]:
+        model.metadata["datasets"] = hub_sets
     if start:
         model.metadata["start"] = {
             name: f"{path} (weights {fingerprint(start[name])})"

@@ -54,7 +54,7 @@ IDLE = (
         for key in (
             *("max_steps", "accelerator", "devices", "num_nodes", "log_every", "validate_every"),
             *("checkpoint_every", "keep_last", "max_nonfinite", "num_pictures", "compile"),
-            "checkpoint_blocks",
+            *("checkpoint_blocks", "loggers"),
         )
     ),
 )

@@ -1,5 +1,6 @@
 """Lightning's Trainer as runs need it, and the devices and precision that it trains with."""
 
+import hashlib
 import os
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -27,6 +29,7 @@ def make_trainer(options: FitOptions, validates: bool, callbacks: list[L.Callbac
     if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
         # Checkpoints saves on signals, between two steps
         plugins.append(SLURMEnvironment(auto_requeue=False))
+    loggers = [make_logger(name, folder) for name in dict.fromkeys(options.loggers)]
     try:
         trainer = L.Trainer(
             accelerator=options.accelerator,
@@ -44,10 +47,7 @@ def make_trainer(options: FitOptions, validates: bool, callbacks: list[L.Callbac
             limit_val_batches=None if validates else 0,
             num_sanity_val_steps=0,
             callbacks=callbacks,
-            logger=[
-                Rows(folder / "logs", name="csv"),  # a resumed run adds a version_<n>
-                Events(folder / "logs", name="tensorboard", version=""),
-            ],
+            logger=loggers,
             use_distributed_sampler=False,  # the stream and the validation set shard themselves
             enable_model_summary=False,
         )
@@ -57,6 +57,24 @@ def make_trainer(options: FitOptions, validates: bool, callbacks: list[L.Callbac
         # buffers are constants, or moved alike on all processes: never sent around in a forward
         trainer.strategy._ddp_kwargs["broadcast_buffers"] = False
     return trainer
+
+
+def make_logger(name: str, folder: Path) -> Logger:
+    """The logger of that name, which writes below folder/logs. Raises ConfigError for wandb where
+    it is not installed."""
+    if name == "csv":
+        return Rows(folder / "logs", name="csv")  # a resumed run adds a version_<n>
+    if name == "tensorboard":
+        return Events(folder / "logs", name="tensorboard", version="")
+    place = str(folder.resolve())
+    same = hashlib.sha256(place.encode()).hexdigest()[:12]  # a continued run goes on in its own
+    try:
+        (folder / "logs").mkdir(parents=True, exist_ok=True)
+        return WandbLogger(
+            folder.name, folder / "logs", version=same, project="flextok", resume="allow"
+        )
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"trainer.loggers={name}: {error}; pip install wandb") from None
 
 
 def check_devices(options: TrainerConfig) -> None:

@@ -38,7 +38,7 @@ class AfterValidation(L.Callback):
 
 
 class Images(AfterValidation):
-    """Writes a grid drawn by `draw` to <folder>/step-<n>.png and to TensorBoard."""
+    """Writes a grid drawn by `draw` to <folder>/step-<n>.png, TensorBoard and wandb."""
 
     def __init__(self, folder: Path, draw: Callable[[Any], Image.Image]):
         self.folder, self.draw = folder, draw
@@ -57,9 +57,11 @@ class Images(AfterValidation):
             return
         viz.save(grid, self.folder / f"step-{trainer.global_step:07d}.png")
         for logger in trainer.loggers:
+            step = trainer.global_step
             if isinstance(logger, L.pytorch.loggers.TensorBoardLogger):
-                step, pixels = trainer.global_step, np.asarray(grid)
-                logger.experiment.add_image("pictures", pixels, step, dataformats="HWC")
+                logger.experiment.add_image("pictures", np.asarray(grid), step, dataformats="HWC")
+            elif isinstance(logger, L.pytorch.loggers.WandbLogger):
+                logger.log_image("pictures", [grid], step)
 
 
 class Evaluation(AfterValidation):
