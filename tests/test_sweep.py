@@ -111,7 +111,7 @@ def test_a_flextok_decodes_what_the_search_promises():
 
     def decode(indices, keep=None):
         rngs = row_generators(7, NOISE, range(3, 9))
-        return model.decode(indices, keep, generator=rngs, **decoding)
+        return model.decode(indices, keep=keep, generator=rngs, **decoding)
 
     middle = psnr(decode(model.encode(images)[:, :2]), images)
     target = Target("psnr", middle.median().item())
