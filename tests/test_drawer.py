@@ -51,7 +51,7 @@ def test_the_draft_depends_on_the_codes_alone_and_the_drawing_on_the_noise_too()
     assert (model.draft(codes, torch.full((4,), 8))[:3] - drafts[:3]).abs().max() > 1e-3
     seeds = [torch.Generator().manual_seed(seed) for seed in (0, 1, 1)]
     indices = model.encode(pictures())
-    first, other, same = (model.decode(indices, keep, generator=rng) for rng in seeds)
+    first, other, same = (model.decode(indices, keep=keep, generator=rng) for rng in seeds)
     assert torch.equal(other, same)
     assert (first - other).abs().mean() > 1e-3
 
@@ -60,9 +60,11 @@ def test_a_row_does_not_depend_on_its_batch():
     model = with_drawer(noise_scale=[1.0, 0.5], guidance_scale=2.0)
     indices, keep = model.encode(pictures()), torch.tensor([1, 2, 4, 8])
     noise = torch.randn(4, *model.noise_shape, generator=torch.Generator().manual_seed(0))
-    together = model.decode(indices, keep, noise=noise)
+    together = model.decode(indices, keep=keep, noise=noise)
     for row in range(4):
-        alone = model.decode(indices[row : row + 1], int(keep[row]), noise=noise[row : row + 1])
+        alone = model.decode(
+            indices[row : row + 1], keep=int(keep[row]), noise=noise[row : row + 1]
+        )
         torch.testing.assert_close(together[row : row + 1], alone, atol=1e-4, rtol=0)
 
 
@@ -232,10 +234,10 @@ def test_the_student_comes_to_the_teachers_many_steps(weight):
     student, indices = objective.model, teacher.encode(pictures(8, seed=7))
     noise = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(8))
     keep = torch.tensor([1, 2, 4, 8] * 2)
-    many = teacher.decode(indices, keep, noise=noise)
+    many = teacher.decode(indices, keep=keep, noise=noise)
 
     def error() -> float:
-        return float((student.decode(indices, keep, noise=noise) - many).square().mean())
+        return float((student.decode(indices, keep=keep, noise=noise) - many).square().mean())
 
     before = error()
     optimizer = torch.optim.AdamW([p for p in objective.parameters() if p.requires_grad], lr=1e-3)
