@@ -15,7 +15,7 @@ NUM_SCENES ?= 16000
 steps = $(if $(1),trainer.max_steps=$(1))
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: setup test quickstart quickstart-text quickstart-titok compare gpu lint types notebooks docs package pictures figures
+.PHONY: setup test quickstart quickstart-text quickstart-titok paper compare gpu lint types notebooks docs package pictures figures
 
 setup: $(VENV)/.installed
 
@@ -128,3 +128,12 @@ gpu: setup
 # FlexTok, TiTok, TiTok with tail drop and a 2D grid on one budget
 compare: setup
 	$(BIN)/python benchmarks/compare_tokenizers.py --json benchmarks/results/compare.json
+
+# docs/paper.md: every model that it speaks of trained, measured, and its tables and figures written
+BUDGET ?= full
+JOBS ?= 1
+DATA ?= data
+PAPER ?= outputs/paper
+paper: setup
+	$(BIN)/python experiments/paper.py --budget $(BUDGET) --jobs $(JOBS) --root $(DATA) \
+	    --output $(PAPER) $(if $(filter full,$(BUDGET)),--publish)

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from run import score_tables
-from study import write_json
+from study import score_tables, write_json
 
 from flextok.emoji.datasets import Emoji
 from flextok.evaluation import Cell, Options, evaluate

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from study import train_and_measure
+from study import score_tables, spread, train_and_measure
 
 from flextok.config import ExperimentConfig, load_experiment
 
@@ -39,44 +39,6 @@ def finished(output: Path) -> dict[str, list[dict[str, Any]]]:
         found.setdefault(path.parent.parent.name, []).append(json.loads(path.read_text("utf-8")))
     order = sorted(found, key=lambda name: (name != "paper", name != "base", name))
     return {name: found[name] for name in order}
-
-
-def spread(values: list[float], digits: int) -> str:
-    """Mean, and half the range where there are several."""
-    text = f"{sum(values) / len(values):.{digits}f}"
-    return text + (f" ± {(max(values) - min(values)) / 2:.{digits}f}" if len(values) > 1 else "")
-
-
-def score_tables(results: dict[str, list[dict[str, Any]]]) -> str:
-    """Markdown: a table for each score, by number of tokens: first of how plausible images are,
-    then of how faithful."""
-    rows = next(iter(results.values()))[0]["report"]["results"]
-    scores: dict[str, tuple[str, int]] = {}
-    for name in rows[0]["scores"]:
-        if name.startswith("kernel_eff") or name == "kid":
-            scores[name] = (f"Plausible: {name}, lower is better", 3)
-        elif name.startswith("frechet") or name in ("rfid", "gfid"):
-            scores[name] = (f"Plausible: {name}, lower is better", 1)
-    titles = {
-        "sharpness": ("Plausible: sharpness, 1 is right", 2),
-        "psnr": ("Faithful: PSNR (dB), higher is better", 2),
-        "ssim": ("Faithful: SSIM, higher is better", 3),
-        "lpips": ("Faithful: LPIPS, lower is better", 3),
-    }
-    scores |= {name: title for name, title in titles.items() if name in rows[0]["scores"]}
-    text = []
-    lengths = [row["num_tokens"] for row in rows]
-    for score, (title, digits) in scores.items():
-        text += [f"**{title}**", "", f"| recipe | seeds | {' | '.join(map(str, lengths))} |"]
-        text.append("|---" * (len(lengths) + 2) + "|")
-        for name, runs in results.items():
-            cells = [
-                spread([run["report"]["results"][i]["scores"][score] for run in runs], digits)
-                for i in range(len(lengths))
-            ]
-            text.append(f"| {name} | {len(runs)} | {' | '.join(cells)} |")
-        text.append("")
-    return "\n".join(text)
 
 
 def table(results: dict[str, list[dict[str, Any]]]) -> str:

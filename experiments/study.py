@@ -1,65 +1,126 @@
-"""A run of a study: a model trained, then measured by prefix length. What is done is kept."""
+"""A run of a study: a model trained, then measured by prefix length; and the tables of many runs.
+What is done is kept."""
 
 import json
 import logging
 import time
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from flextok.card import count_parameters
 from flextok.config import ExperimentConfig, load_experiment
 from flextok.evaluation import Cell, Options, evaluate
+from flextok.evaluation.adaptive import Target, relate
+from flextok.evaluation.probe import linear_probe
 from flextok.files import read_mapping, write_text
 from flextok.pipeline import load_model
 from flextok.registry import make_dataset
 from flextok.schema import ConfigError, to_mapping
+from flextok.tokenizers import Tokenizer
 from flextok.training.prepare import cache_device, fill_auto, load_tokenizer
 from flextok.training.run import train
 
 log = logging.getLogger(__name__)
 
+# how the name of a score begins (a network's name may follow) -> its title in tables and its digits
+SCORES = {
+    "frechet_": ("Plausible: Fréchet distance, lower is better", 1),
+    "rfid": ("Plausible: rFID, lower is better", 1),
+    "gfid": ("Plausible: gFID, lower is better", 1),
+    "kernel_": ("Plausible: kernel distance, lower is better", 3),
+    "kid": ("Plausible: KID, lower is better", 3),
+    "sharpness": ("Plausible: sharpness, 1 is right", 2),
+    "feature_distance_squared_": ("Faithful: feature distance, lower is better", 2),
+    "class_kept": ("Faithful: share of images that keep their class, higher is better", 3),
+    "psnr": ("Faithful: PSNR (dB), higher is better", 2),
+    "ssim": ("Faithful: SSIM, higher is better", 3),
+    "lpips": ("Faithful: LPIPS, lower is better", 3),
+}
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What is measured of a trained model beside its default way to decode or to sample."""
+
+    data: dict[str, Any] | None = None  # the images; by default those that train_and_measure states
+    # name -> another way: {decoding: options of decode(), sampling: options of generate()}
+    variants: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    probe: dict[str, Any] | None = None  # tokenizer: the images that a linear probe is fitted to
+    target: str | None = None  # tokenizer: what an adaptive length has to meet, such as psnr=18
+
 
 def train_and_measure(
-    config: ExperimentConfig, lengths: list[int], networks: list[str]
+    config: ExperimentConfig, lengths: list[int], networks: list[str], more: Measure | None = None
 ) -> dict[str, Any]:
     """Train the model that `config` describes, or go on where it was interrupted, and evaluate it
     at each of `lengths` tokens, as it decodes by default: a tokenizer on its validation pictures, a
-    generator by as many pictures as it was trained on, and against those.
+    generator by as many pictures as it was trained on, and against those; or each on more.data.
 
     Returns what <output_dir>/result.json then holds: config, lengths, networks, parameters,
-    cpu_seconds_per_step (of training, all threads; None where another session finished it) and the
-    evaluation's report. Where that file is there already it is only read. Raises ConfigError where
+    cpu_seconds_per_step (of training, all threads; None where another session finished it), the
+    evaluation's report, and what `more` asks for: "variants" (name -> report), "probe" and
+    "adaptive". Where that file is there already it is only read. Raises ConfigError where
     output_dir holds a run with other settings, and without data.validation."""
     config = fill_auto(config, Path(config.output_dir) / "config.yaml")
     if config.data.validation is None:
         raise ConfigError("a study measures on data.validation: name the pictures there")
-    folder = Path(config.output_dir)
+    folder, more = Path(config.output_dir), more or Measure()
     if (folder / "config.yaml").exists() and load_experiment(folder / "config.yaml") != config:
         raise ConfigError(f"{folder} holds a run with other settings: choose another output_dir")
     asked = {"config": to_mapping(config), "lengths": lengths, "networks": networks}
+    asked |= {"measure": found} if (found := to_mapping(more)) != to_mapping(Measure()) else {}
     if (folder / "result.json").exists():
         found = read_result(folder / "result.json")
         if {key: found.get(key) for key in asked} == asked:
             return found
     cost = train_timed(config, folder)
-    by_length = [Cell(k) for k in lengths]
-    options = Options(networks=tuple(networks), seed=config.seed)
-    data = config.data.validation if config.task == "tokenizer" else config.data.train
+    default = config.data.validation if config.task == "tokenizer" else config.data.train
+    data = more.data or default
+    images, by_length = make_dataset(data), [Cell(k) for k in lengths]
     names = {"model": str(folder), "data": json.dumps(data)}
-    how = (make_dataset(data), by_length, options, folder / "evaluation", names)
     model = load_model(folder).to(cache_device(config))
     tokenizer = None
     if config.task == "generator":
         tokenizer = load_tokenizer(config).to(cache_device(config))
-    report = evaluate(model, *how, tokenizer=tokenizer)
+    options = Options(networks=tuple(networks), seed=config.seed)
+    reports = {}
+    for number, (name, way) in enumerate({"": {}, **more.variants}.items()):
+        place = folder / (f"evaluation-{number}" if name else "evaluation")
+        how = (by_length, replace(options, **way), place, names)
+        reports[name] = evaluate(model, images, *how, tokenizer=tokenizer)
     result = {
         **asked,
         "parameters": count_parameters(model),
         "cpu_seconds_per_step": cost,
-        "report": report,
+        "report": reports.pop(""),
     }
+    if reports:
+        result["variants"] = reports
+    if more.probe and isinstance(model, Tokenizer):
+        result["probe"] = linear_probe(model, make_dataset(more.probe), images, options, lengths)
+    if more.target and isinstance(model, Tokenizer) and model.ordered:
+        result["adaptive"] = needed_tokens(model, images, more.target, options)
     write_json(result, folder / "result.json")
     return result
+
+
+def needed_tokens(
+    tokenizer: Tokenizer, images: Any, target: str, options: Options
+) -> dict[str, Any]:
+    """How many images need so many tokens for the target, and the mean by class."""
+    found = relate(tokenizer, images, Target.parse(target), options)
+    pictures = found.pop("pictures")
+    keeps: dict[str, list[int]] = {}
+    for picture in pictures:
+        keeps.setdefault(images.class_names[picture["label"]], []).append(picture["keep"])
+    counts = Counter(picture["keep"] for picture in pictures)
+    return {
+        **found,
+        "images_by_tokens": {str(k): counts[k] for k in sorted(counts)},
+        "mean_tokens_by_class": {name: sum(k) / len(k) for name, k in sorted(keeps.items())},
+    }
 
 
 def train_timed(config: ExperimentConfig, folder: Path) -> float | None:
@@ -74,6 +135,51 @@ def train_timed(config: ExperimentConfig, folder: Path) -> float | None:
         seconds = (time.process_time() - started) / steps
         write_json({"cpu_seconds_per_step": seconds}, path)
     return read_result(path).get("cpu_seconds_per_step")
+
+
+def spread(values: list[float], digits: int) -> str:
+    """Mean, and half the range where there are several."""
+    text = f"{sum(values) / len(values):.{digits}f}"
+    return text + (f" ± {(max(values) - min(values)) / 2:.{digits}f}" if len(values) > 1 else "")
+
+
+def score_tables(results: dict[str, list[dict[str, Any]]], scores: list[str] | None = None) -> str:
+    """Markdown: a table for each score, by number of tokens: first of how plausible images are,
+    then of how faithful.
+
+    results: the name of each row -> what train_and_measure returned for its seeds. scores: by
+    default all of SCORES that the results hold."""
+    rows = [row for some in results.values() for run in some for row in run["report"]["results"]]
+    lengths = sorted({row["num_tokens"] for row in rows})
+    held = list(dict.fromkeys(name for row in rows for name in row["scores"]))
+    text = []
+    for start, (title, digits) in SCORES.items():
+        for score in held:
+            network = score.removeprefix(start)
+            if not (score.startswith(start) if start.endswith("_") else score == start):
+                continue
+            if network.startswith(("std_", "to_reference")) or score not in (scores or held):
+                continue
+            text += [f"**{title}{f' ({network})' if network else ''}**", ""]
+            text.append(f"| recipe | seeds | {' | '.join(map(str, lengths))} |")
+            text.append("|---" * (len(lengths) + 2) + "|")
+            text += [
+                score_row(name, some, score, lengths, digits) for name, some in results.items()
+            ]
+            text.append("")
+    return "\n".join(text)
+
+
+def score_row(
+    name: str, runs: list[dict[str, Any]], score: str, lengths: list[int], digits: int
+) -> str:
+    """A line of a table: a cell for each length, empty where the runs have no such score."""
+    cells = []
+    for k in lengths:
+        rows = [row for run in runs for row in run["report"]["results"] if row["num_tokens"] == k]
+        values = [row["scores"][score] for row in rows if score in row["scores"]]
+        cells.append(spread(values, digits) if values else "")
+    return f"| {name} | {len(runs)} | {' | '.join(cells)} |"
 
 
 def read_result(path: Path) -> dict[str, Any]:

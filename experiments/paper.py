@@ -1,0 +1,388 @@
+"""The paper's claims on Fashion-MNIST: trains and measures every recipe of fashion_mnist/recipes/,
+and writes the tables and figures of docs/paper.md.
+
+    python experiments/paper.py --budget full --jobs 16     (make paper JOBS=16)
+
+fashion_mnist/study.yaml states the budgets, the measurements and the tables. Each run has a folder
+<output>/<budget>/<recipe>/seed-<n>: what is finished is skipped, what was interrupted goes on. The
+page is <output>/<budget>/paper.md, with the tables and figures of all that is finished.
+"""
+
+import argparse
+import logging
+import re
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass, field
+from graphlib import TopologicalSorter
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from classifier import ClassDistances, ClassifierNetwork, train_classifier
+from omegaconf import OmegaConf
+from study import Measure, read_result, score_tables, spread, train_and_measure
+from torch import Tensor
+
+from flextok import viz
+from flextok.config import ExperimentConfig, load_experiment
+from flextok.data.fashion_mnist import FashionMNIST
+from flextok.data.transforms import ImageTransform
+from flextok.evaluation import EVALUATORS
+from flextok.files import write_text
+from flextok.pipeline import decode, load_model
+from flextok.schema import from_mapping
+
+HERE = Path(__file__).parent / "fashion_mnist"
+RECIPES = {path.stem: path for path in sorted((HERE / "recipes").glob("*.yaml"))}
+PAGE = Path(__file__).parents[1] / "docs/paper.md"
+MARK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+@dataclass
+class Budget:
+    steps: float  # of those that the recipes state
+    images: int  # of the test set that are measured, and generated ones
+    probe_images: int  # of the training set that linear probes are fitted to
+    seeds: list[int]
+    classifier_steps: int
+    networks: list[str]
+    variants: bool = True  # whether the other ways to decode and to sample are measured
+    set: dict[str, list[str]] = field(default_factory=dict)  # all, model or recipe -> overrides
+
+
+@dataclass
+class Table:
+    scores: list[str]
+    rows: dict[str, str]  # "recipe" or "recipe: variant" -> its label
+
+
+@dataclass
+class StudyFile:
+    budgets: dict[str, Any]
+    lengths: list[int]
+    target: str
+    variants: dict[str, Any]
+    tables: dict[str, Any]
+
+
+class Study(NamedTuple):
+    file: StudyFile
+    budget: Budget
+    folder: Path  # of this budget's runs
+    root: str  # of the data
+
+    @classmethod
+    def load(cls, budget: str, output: Path, root: str) -> "Study":
+        values: Any = OmegaConf.to_container(OmegaConf.load(HERE / "study.yaml"))
+        file = from_mapping(StudyFile, values)
+        if budget not in file.budgets:
+            raise ValueError(f"budget {budget!r} must be one of {', '.join(file.budgets)}")
+        return cls(file, from_mapping(Budget, file.budgets[budget]), output / budget, root)
+
+    def place(self, recipe: str, seed: int) -> Path:
+        return self.folder / recipe / f"seed-{seed}"
+
+    def config(self, recipe: str, seed: int) -> ExperimentConfig:
+        """The recipe at this budget, with the folders of the models that it takes."""
+        path, scale = RECIPES[recipe], self.budget.steps
+        plain = load_experiment(path)
+        steps = max(1, round(scale * plain.trainer.max_steps))
+        asked = [
+            f"seed={seed}",
+            f"output_dir={self.place(recipe, seed)}",
+            f"trainer.max_steps={steps}",
+            f"optim.warmup_steps={round(scale * plain.optim.warmup_steps)}",
+            f"data.validation.limit={self.budget.images}",
+        ]
+        if self.root != "data":
+            asked += [f"data.{part}.root={self.root}" for part in ("train", "validation")]
+        for name, other in taken(plain).items():
+            asked.append(f"{name}={self.place(other, seed)}")
+        for key in ("all", plain.model["name"], recipe):
+            asked += self.budget.set.get(key, [])
+        return load_experiment(path, asked)
+
+    def lengths(self, recipe: str) -> list[int]:
+        """Those that a model is measured at: of a tokenizer without order, all of its tokens; a
+        generator writes those of its tokenizer."""
+        config = self.config(recipe, 0)
+        if config.task == "generator":
+            return self.lengths(taken(load_experiment(RECIPES[recipe]))["tokenizer"])
+        model = config.model
+        longest = model.get("num_registers", model.get("num_tokens"))
+        ordered = model.get("ordered", model["name"] == "flextok")
+        return [k for k in self.file.lengths if k <= longest] if ordered else [longest]
+
+    def measure(self, config: ExperimentConfig, recipe: str) -> Measure:
+        images: Any = config.data.validation
+        probe = {**images, "split": "train", "limit": self.budget.probe_images}
+        variants = self.file.variants.get(recipe, {}) if self.budget.variants else {}
+        return Measure(images, variants, probe, self.file.target)
+
+    def results(self, row: str) -> list[dict[str, Any]]:
+        """Of the seeds of a table's row that are finished."""
+        recipe, _, variant = row.partition(": ")
+        places = [self.place(recipe, seed) for seed in self.budget.seeds]
+        found = [one for place in places if (one := read_result(place / "result.json"))]
+        if variant:
+            found = [
+                {**one, "report": one["variants"][variant]}
+                for one in found
+                if variant in one.get("variants", {})
+            ]
+        return found
+
+
+def taken(config: ExperimentConfig) -> dict[str, str]:
+    """The keys of a recipe that name other recipes, whose models it takes."""
+    named = {f"start.{name}": other for name, other in config.start.items()}
+    named |= {"tokenizer": config.tokenizer} if config.tokenizer else {}
+    return {key: other for key, other in named.items() if other in RECIPES}
+
+
+def with_needed(recipes: list[str]) -> dict[str, set[str]]:
+    """These recipes and all that they need -> those that each one takes models of."""
+    found: dict[str, set[str]] = {}
+    waiting = list(recipes)
+    while waiting:
+        recipe = waiting.pop()
+        if recipe not in found:
+            found[recipe] = set(taken(load_experiment(RECIPES[recipe])).values())
+            waiting += found[recipe]
+    return found
+
+
+def run(study: Study, recipe: str, seed: int) -> None:
+    """Train and measure one recipe with one seed, in a process of one thread."""
+    torch.set_num_threads(1)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    weights = study.folder / "classifier.safetensors"
+    EVALUATORS["classifier"] = lambda setting: ClassDistances(
+        ClassifierNetwork(weights, setting.device, setting.dtype)
+    )
+    config = study.config(recipe, seed)
+    more = study.measure(config, recipe)
+    train_and_measure(config, study.lengths(recipe), study.budget.networks, more)
+
+
+def run_all(study: Study, recipes: list[str], jobs: int) -> Iterator[tuple[str, int]]:
+    """Run recipes and what they need, as many at once as there are jobs, in the order in which they
+    need each other and the first seed first; yields each one that is done."""
+    needed, seeds = with_needed(recipes), study.budget.seeds
+    graph = TopologicalSorter(
+        {(seed, name): {(seed, n) for n in needed[name]} for seed in seeds for name in needed}
+    )
+    graph.prepare()
+    ready: list[tuple[int, str]] = []
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        running: dict[Future[None], tuple[int, str]] = {}
+        while graph.is_active():
+            ready = sorted([*ready, *graph.get_ready()])
+            while ready and len(running) < jobs:
+                seed, recipe = ready.pop(0)
+                running[pool.submit(run, study, recipe, seed)] = (seed, recipe)
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                seed, recipe = running.pop(future)
+                future.result()  # raises what the run raised
+                graph.done((seed, recipe))
+                yield recipe, seed
+
+
+# The page
+
+
+def write_page(study: Study, classifier: dict[str, Any]) -> Path:
+    """Fill the tables of docs/paper.md, and draw its figures. Returns the new page."""
+    made = {"budget": budget_facts(study, classifier), "probe": probe_table(study)}
+    made |= {"adaptive": adaptive_table(study), "codes": codes_table(study)}
+    for name, value in study.file.tables.items():
+        table = from_mapping(Table, value)
+        results = {label: study.results(row) for row, label in table.rows.items()}
+        done = {label: runs for label, runs in results.items() if runs}
+        made[name] = (score_tables(done, table.scores) if done else "") + not_run(results)
+
+    def filled(match: re.Match[str]) -> str:
+        return f"{match[1]}\n{made[match[2]].strip()}\n\n{match[3]}"
+
+    page = study.folder / "paper.md"
+    write_text(page, MARK.sub(filled, PAGE.read_text("utf-8")))
+    draw_figures(study, study.folder / "pictures/paper")
+    return page
+
+
+def labelled_rows(study: Study, *tables: str) -> dict[str, list[dict[str, Any]]]:
+    """Label -> results, of the rows of some tables that are no variants and are finished."""
+    rows: dict[str, str] = {}
+    for name in tables:
+        rows |= study.file.tables[name]["rows"]
+    found = {label: study.results(row) for row, label in rows.items() if ": " not in row}
+    return {label: runs for label, runs in found.items() if runs}
+
+
+def not_run(results: dict[str, list[dict[str, Any]]]) -> str:
+    """A sentence that names the rows without results."""
+    missing = [label for label, runs in results.items() if not runs]
+    return f"Not yet run: {'; '.join(missing)}." if missing else ""
+
+
+def budget_facts(study: Study, classifier: dict[str, Any]) -> str:
+    """How long each run was, and what it cost."""
+    seeds = ", ".join(map(str, study.budget.seeds))
+    lines = [
+        f"Budget `{study.folder.name}`: {study.budget.images} test images; seeds {seeds}; the "
+        f"classifier, after {classifier['steps']} steps of 128 images, is right on "
+        f"{classifier['accuracy']:.1%} of the test set.",
+        "",
+        "| run | parameters | steps | batch | CPU s a step | seeds |",
+        "|---|---|---|---|---|---|",
+    ]
+    results = {f"`{recipe}`": study.results(recipe) for recipe in RECIPES}
+    for name, runs in results.items():
+        if runs:
+            trained, data = runs[0]["config"]["trainer"], runs[0]["config"]["data"]
+            seconds = [s for one in runs if (s := one["cpu_seconds_per_step"]) is not None]
+            cells = [
+                f"{runs[0]['parameters'] / 1e6:.2f}M",
+                str(trained["max_steps"]),
+                str(data["batch_size"]),
+                spread(seconds, 2) if seconds else "unknown",
+                str(len(runs)),
+            ]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", not_run(results)])
+
+
+def by_length_table(rows: dict[str, list[list[dict[str, Any]]]], key: str) -> str:
+    """rows: label -> for each seed its rows, which have num_tokens and `key`."""
+    if not rows:
+        return "*Not yet run.*"
+    lengths = sorted({one["num_tokens"] for seeds in rows.values() for s in seeds for one in s})
+    lines = [f"| recipe | {' | '.join(map(str, lengths))} |", "|---" * (len(lengths) + 1) + "|"]
+    for label, seeds in rows.items():
+        cells = []
+        for k in lengths:
+            values = [one[key] for some in seeds for one in some if one["num_tokens"] == k]
+            cells.append(spread(values, 3) if values else "")
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def probe_table(study: Study) -> str:
+    """The class accuracy of a linear probe by prefix."""
+    found = labelled_rows(study, "joining", "reconstruction")
+    return by_length_table(
+        {label: [one["probe"]["results"] for one in runs] for label, runs in found.items()},
+        "accuracy",
+    )
+
+
+def codes_table(study: Study) -> str:
+    lines = ["| recipe | codes in use of 512 | bits in the first token |", "|---|---|---|"]
+    for label, runs in labelled_rows(study, "joining", "reconstruction", "token_ablations").items():
+        codes = [one["report"]["codes"] for one in runs]
+        used = spread([c["usage"] * c["vocab_size"] for c in codes], 0)
+        bits = spread([c["entropy_bits_per_position"][0] for c in codes], 2)
+        lines.append(f"| {label} | {used} | {bits} |")
+    return "\n".join(lines) if len(lines) > 2 else "*Not yet run.*"
+
+
+def adaptive_table(study: Study) -> str:
+    """How many tokens images need for the target, by class, with our recipe."""
+    runs = study.results("flextok")
+    if not runs:
+        return "*Not yet run.*"
+    found = runs[0]["adaptive"]
+    by_class = sorted(found["mean_tokens_by_class"].items(), key=lambda pair: pair[1])
+    counts = found["images_by_tokens"]
+    lines = [
+        f"Target {found['target'].replace('=', ' ')}, met by {found['met']} of {found['count']} "
+        "images (the others count with all tokens); seed 0.",
+        "",
+        f"| tokens needed | {' | '.join(counts)} |",
+        "|---" * (len(counts) + 1) + "|",
+        f"| images | {' | '.join(map(str, counts.values()))} |",
+        "",
+        "| class | " + " | ".join(name for name, _ in by_class) + " |",
+        "|---" * (len(by_class) + 1) + "|",
+        "| mean tokens | " + " | ".join(f"{mean:.1f}" for _, mean in by_class) + " |",
+    ]
+    return "\n".join(lines)
+
+
+def draw_figures(study: Study, folder: Path) -> None:
+    """Curves over the number of tokens; strips of a few test images; and test images that share
+    their first token, above what is decoded from it. Each of what is finished."""
+    curves: dict[str, dict[str, dict[str, list[tuple[float, float]]]]] = {}
+    for name in ("joining", "reconstruction"):
+        for label, runs in labelled_rows(study, name).items():
+            rows = runs[0]["report"]["results"]
+            for score in ("frechet_classifier", "class_kept", "psnr"):
+                panel = curves.setdefault(name, {}).setdefault(score, {})
+                panel[label] = [(row["num_tokens"], row["scores"][score]) for row in rows]
+    if curves:
+        viz.save(viz.curves(curves, "tokens", logarithmic=True), folder / "curves.png")
+    if not study.results("flextok"):
+        return
+    dataset = FashionMNIST(study.root, "test", limit=study.budget.images)
+    transform = ImageTransform(28)
+    images = torch.stack([transform(dataset[i]["image"]) for i in range(len(dataset))])
+    shown = torch.tensor([dataset.labels.index(c) for c in range(10) if c in dataset.labels])
+    for recipe in ("near_noise", "flow", "flextok", "drawer"):
+        if study.results(recipe):
+            model = load_model(study.place(recipe, 0))
+            strips = {k: decoded(model, images[shown], k) for k in study.file.lengths}
+            viz.save(viz.coarse_to_fine(images[shown], strips), folder / f"strips_{recipe}.png")
+    model = load_model(study.place("flextok", 0))
+    viz.save(first_token_figure(model, images), folder / "first_token.png")
+
+
+def decoded(model: Any, images: Tensor, keep: int) -> Tensor:
+    rngs = [torch.Generator().manual_seed(i) for i in range(len(images))]
+    return decode(model, model.encode(images)[:, :keep], None, rngs)
+
+
+def first_token_figure(model: Any, images: Tensor, groups: int = 6, wide: int = 8) -> Any:
+    """The most frequent first tokens: a row of images that have each one, and below it as many
+    decodes of this token alone from other noise."""
+    first = torch.cat([model.encode(some)[:, 0] for some in images.split(100)])
+    values, counts = first.unique(return_counts=True)
+    rows, names = [], []
+    for value in values[counts.argsort(descending=True)][:groups]:
+        same = images[first == value][:wide]
+        rngs = [torch.Generator().manual_seed(i) for i in range(wide)]
+        rows += [same, decode(model, value.expand(wide, 1), None, rngs)]
+        names += [f"code {int(value)}", "decoded"]
+    return viz.grid(rows, row_labels=names, scale=3)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--budget", default="full", help="one of study.yaml's")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once, a core each")
+    parser.add_argument("--only", nargs="+", metavar="RECIPE", help="and what they need")
+    parser.add_argument("--root", default="data", help="of the data set, see FashionMNIST")
+    parser.add_argument("--output", type=Path, default=Path("outputs/paper"))
+    parser.add_argument("--publish", action="store_true", help="write docs/paper.md as well")
+    options = parser.parse_args(arguments)
+    study = Study.load(options.budget, options.output, options.root)
+    for name in options.only or []:
+        if name not in RECIPES:
+            parser.error(f"no recipe {name!r}; known: {', '.join(RECIPES)}")
+    torch.set_num_threads(options.jobs)
+    classifier = train_classifier(options.root, study.budget.classifier_steps, study.folder)
+    print(f"classifier: {classifier['accuracy']:.1%} of the test set", flush=True)
+    for recipe, seed in run_all(study, options.only or list(RECIPES), options.jobs):
+        print(f"== {recipe}, seed {seed}: done", flush=True)
+    page = write_page(study, classifier)
+    if options.publish:
+        shutil.copy(page, PAGE)
+        shutil.copytree(page.parent / "pictures", PAGE.parent / "pictures", dirs_exist_ok=True)
+    print(f"page: {page}")
+
+
+if __name__ == "__main__":
+    main()

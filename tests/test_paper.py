@@ -1,0 +1,160 @@
+"""The study of the paper's claims on Fashion-MNIST: its recipes, and a short run of some of them on
+files of the same layout."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.files import write_idx
+from safetensors.torch import load_file
+
+from flextok.config import load_experiment
+from flextok.generators import GENERATORS
+from flextok.objectives import make_objective
+from flextok.registry import build_model
+from flextok.tokenizers import TOKENIZERS
+
+sys.path.append(str(Path(__file__).parent.parent / "experiments"))
+
+import paper
+
+
+def parameters(study: paper.Study, recipe: str) -> int:
+    config = study.config(recipe, 0)
+    derived = {}
+    if config.task == "generator":
+        derived = {"vocab_size": 512, "num_tokens": max(study.lengths(recipe))}
+        if config.model["conditioner"]["name"] == "class":
+            derived["conditioner"] = {"name": "class", "num_classes": 10}
+    with torch.device("meta"):
+        model = build_model({**TOKENIZERS, **GENERATORS}, {**config.model, **derived})
+    return sum(p.numel() for p in model.parameters())
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    return paper.Study.load("full", tmp_path_factory.mktemp("paper"), "data")
+
+
+def test_every_recipe_is_in_a_table_or_needed_by_one(full):
+    rows = {row.partition(": ")[0] for table in full.file.tables.values() for row in table["rows"]}
+    assert set(paper.with_needed(sorted(rows))) == set(paper.RECIPES)
+    for table in full.file.tables.values():
+        for row in table["rows"]:
+            recipe, _, variant = row.partition(": ")
+            assert not variant or variant in full.file.variants[recipe], row
+
+
+@pytest.mark.parametrize("budget", ["short", "small", "full"])
+def test_every_recipe_is_a_checked_config_at_every_budget(budget, tmp_path):
+    study = paper.Study.load(budget, tmp_path, "data")
+    for recipe in paper.RECIPES:
+        assert parameters(study, recipe) > 0
+        more = study.measure(study.config(recipe, 1), recipe)
+        assert more.data["limit"] == study.budget.images
+        assert more.probe["split"] == "train"  # what is measured is not trained on
+
+
+def test_every_recipe_has_an_objective_that_begins_with_what_it_takes(tmp_path):
+    study = paper.Study.load("short", tmp_path, "data")
+    for recipe in paper.RECIPES:
+        config = study.config(recipe, 0)
+        if config.task == "tokenizer":
+            needed = paper.taken(load_experiment(paper.RECIPES[recipe]))
+            start = {
+                key.removeprefix("start."): build_model(TOKENIZERS, study.config(other, 0).model)
+                for key, other in needed.items()
+            }
+            assert config.start.keys() == start.keys()
+            make_objective(build_model(TOKENIZERS, config.model), config.objective, start)
+
+
+def test_what_is_compared_has_equal_parameters_and_samples(full):
+    for table in ("reconstruction", "generation"):
+        recipes = {row.partition(": ")[0] for row in full.file.tables[table]["rows"]}
+        sizes = [parameters(full, recipe) for recipe in recipes]
+        assert max(sizes) <= 1.1 * min(sizes), table
+    images = {}
+    for recipe in (*full.file.tables["reconstruction"]["rows"], "near_noise", "flow"):
+        chain = [recipe, *full_chain(recipe)]
+        configs = [full.config(name, 0) for name in chain]
+        images[recipe] = sum(c.trainer.max_steps * c.data.batch_size for c in configs)
+    assert set(images.values()) == {2500 * 32}
+
+
+def full_chain(recipe: str) -> list[str]:
+    """The recipes that a run's model was trained by before."""
+    return [name for name in paper.with_needed([recipe]) if name != recipe]
+
+
+def test_the_published_recipe_is_what_was_published(full):
+    config = full.config("published", 0)
+    plain = full.config("near_noise", 0)
+    assert config.model["prediction"] == "velocity"
+    assert config.model["drop_mode"] == "mask"
+    assert config.model["decode"]["guidance"] == {"name": "apg"}
+    assert config.optim.name == "adamw"
+    assert config.objective["time_sampler"] == {"name": "mode", "scale": 0.25}
+    assert config.trainer == plain.trainer
+
+
+def test_unknown_names_are_refused(tmp_path, capsys):
+    with pytest.raises(ValueError, match="budget 'huge' must be one of short, small, full"):
+        paper.Study.load("huge", tmp_path, "data")
+    with pytest.raises(SystemExit):
+        paper.main(["--budget", "short", "--only", "flextoc"])
+    assert "no recipe 'flextoc'; known: adamw, " in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_short_run_trains_measures_and_writes_the_page(tmp_path, capsys, monkeypatch):
+    data, output = tmp_path / "data", tmp_path / "out"
+    write_idx(data, {"train": 128, "test": 40}, packed=True)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    command = ["--budget", "short", "--root", str(data), "--output", str(output)]
+    asked = ["flextok", "drawer", "titok_8", "gpt_class"]
+    paper.main([*command, "--only", *asked])
+    runs = {*asked, "tokens"}
+    folder = output / "short"
+    results = {n: json.loads((folder / n / "seed-0/result.json").read_text()) for n in runs}
+    # the twin's classes are plain to see, and the classifier sees them
+    assert json.loads((folder / "classifier.json").read_text())["accuracy"] > 0.5
+    # tokens first: what comes after it leaves the encoder as it is, and the codes with it
+    weights = {n: load_file(folder / n / "seed-0/model.safetensors") for n in runs - {"gpt_class"}}
+    for name in ("flextok", "drawer"):
+        for key, value in weights["tokens"].items():
+            frozen = name == "drawer" or not key.startswith("decoder.")
+            assert torch.equal(weights[name][key], value) or not frozen, (name, key)
+        assert results[name]["report"]["codes"] == results["tokens"]["report"]["codes"]
+    head = "decoder.head.weight"
+    assert not torch.equal(weights["flextok"][head], weights["tokens"][head])
+    assert [r["num_tokens"] for r in results["titok_8"]["report"]["results"]] == [8]
+    for name in ("tokens", "flextok", "drawer"):
+        rows = results[name]["report"]["results"]
+        assert [row["num_tokens"] for row in rows] == [1, 2, 4, 8, 16, 32]
+        assert all(0 <= row["faithful"]["class_kept"] <= 1 for row in rows)
+        counts = results[name]["adaptive"]["images_by_tokens"].values()
+        assert sum(counts) == 30
+    assert set(results["gpt_class"]["variants"]) == {"guidance 1.5", "guidance 2"}
+    # the page has their numbers, and says of the others that they were not run
+    page = (folder / "paper.md").read_text("utf-8")
+    row = results["flextok"]["report"]["results"][5]["scores"]
+    (line,) = {
+        s
+        for s in page.splitlines()
+        if s.startswith("| FlexTok, our recipe | 1 |") and s.endswith(f" {row['psnr']:.2f} |")
+    }
+    assert line.count("|") == 9
+    assert "Not yet run: near-noise times alone; flow alone" in page
+    for figure in ("curves", "first_token", "strips_flextok", "strips_drawer"):
+        assert (folder / f"pictures/paper/{figure}.png").stat().st_size > 1000
+    # what is done is kept
+    before = {name: (folder / name / "seed-0/result.json").stat().st_mtime_ns for name in runs}
+    capsys.readouterr()
+    paper.main([*command, "--only", *asked])
+    assert "== gpt_class, seed 0: done" in capsys.readouterr().out
+    after = {name: (folder / name / "seed-0/result.json").stat().st_mtime_ns for name in runs}
+    assert after == before
+    assert (folder / "paper.md").read_text("utf-8") == page
