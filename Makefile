@@ -46,7 +46,7 @@ docs: setup
 package: setup
 	scripts/check_package.sh $(BIN)/python
 
-# the README's pictures, from the models that come with the package
+# the images of README and docs, from the models that come with the package
 pictures: setup
 	$(BIN)/python sample.py --limit 5 --num-tokens 1 4 16 64 256 \
 	    --output docs/pictures/coarse_to_fine.png

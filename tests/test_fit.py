@@ -232,9 +232,9 @@ def test_a_compiled_objective_has_the_same_gradients(name):
     torch.testing.assert_close(gradients(objective, compiled), expected, atol=1e-5, rtol=1e-4)
 
 
-def test_the_readmes_way_to_train_from_python(tmp_path, monkeypatch):
-    readme = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
-    (code,) = [c for c in re.findall(r"```python\n(.*?)```", readme, re.S) if "fit(" in c]
+def test_the_documented_way_to_train_from_python(tmp_path, monkeypatch):
+    page = (Path(__file__).parent.parent / "docs/train.md").read_text("utf-8")
+    (code,) = [c for c in re.findall(r"```python\n(.*?)```", page, re.S) if "fit(" in c]
     assert len([line for line in code.splitlines() if line.strip()]) < 14
     draws = torch.Generator().manual_seed(0)
     (tmp_path / "pictures").mkdir()
@@ -247,7 +247,7 @@ def test_the_readmes_way_to_train_from_python(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "flextok.training.fit.check_devices", lambda given: setattr(given, "accelerator", "cpu")
     )
-    exec(compile(short, "README.md", "exec"), {})
+    exec(compile(short, "train.md", "exec"), {})
     assert list(list_checkpoints(tmp_path / "outputs/mine/checkpoints")) == [2]
 
 

@@ -78,7 +78,7 @@ def experiment(folder, pictures, **model) -> ExperimentConfig:
 
 
 def test_a_run_measures_prints_and_stores(tmp_path, caplog):
-    """The emoji's numbers stood in the config that the README names for one's own pictures."""
+    """The emoji's numbers stood in the config that the docs name for one's own pictures."""
     caplog.set_level("INFO")
     pictures = gradients(tmp_path / "pictures")
     config = experiment(tmp_path / "run", pictures)
