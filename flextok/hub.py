@@ -8,7 +8,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -37,6 +37,10 @@ if TYPE_CHECKING:
 
 CARD = "README.md"
 Dtype = torch.dtype | str | None
+# "grid" (1, D, h, w) and "flat" (1 + h w, D), positions behind one of no place, are interpolated;
+# of "rows" (N, ...) the first are kept; "classes" (N, D) are rows by class name, which may be
+# followed by one for none
+Resize = Literal["grid", "flat", "rows", "classes"]
 M = TypeVar("M", bound="Pretrained")
 
 
@@ -50,6 +54,8 @@ class Pretrained(nn.Module):
     weights_file: str = WEIGHTS
     # config keys that a tensor states: its name and axis, or None and how its numbered ones begin
     stated: tuple[tuple[str, str, int | None], ...] = ()
+    # tensors that may have another size than those of the model that training starts from
+    resizable: tuple[tuple[str, "Resize"], ...] = ()
     local_paths: tuple[str, ...] = ()  # config keys that may name a folder; dots descend
     home: Path | None = None  # the folder that metadata's relative paths start from
 

@@ -241,20 +241,18 @@ def square_tensor(picture: Picture, size: int) -> Tensor:
 def as_picture(picture: Picture) -> Image.Image:
     """A path, the bytes of a picture, a binary file, a PIL picture, an array (H, W), (H, W, 3) or
     (H, W, 4) uint8, or a tensor (3, H, W), uint8 or float in [-1, 1] -> PIL picture in mode RGB.
-    Raises ValueError."""
+    Raises CorruptPicture, and ValueError for another tensor."""
     if isinstance(picture, Tensor):
         return to_image(picture)
     if isinstance(picture, np.ndarray):
         if picture.dtype != np.uint8 or picture.shape[2:] not in ((), (3,), (4,)):
-            raise ValueError(
-                f"an array of shape {picture.shape} and type {picture.dtype} is no picture: "
-                "expected uint8 (H, W), (H, W, 3) or (H, W, 4)"
-            )
+            found = f"array of shape {picture.shape} and type {picture.dtype}"
+            raise CorruptPicture(found, "expected uint8 (H, W), (H, W, 3) or (H, W, 4)")
         return load_picture(Image.fromarray(picture))
     if not isinstance(picture, str | os.PathLike | bytes | io.IOBase | Image.Image):
-        raise ValueError(
-            f"{picture!r} is no picture: give a path, bytes, a binary file, a PIL picture, an "
-            "array, a tensor, or a list of these"
+        raise CorruptPicture(
+            f"{picture!r} of type {type(picture).__name__}",
+            "no picture: give a path, bytes, a binary file, a PIL picture, an array or a tensor",
         )
     return load_picture(picture)
 

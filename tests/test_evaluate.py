@@ -212,13 +212,13 @@ def in_process(rank, folder, count):
     store = f"file://{folder}/store"
     torch.distributed.init_process_group("gloo", store, rank=rank, world_size=count)
     seen = []
-    encode = sources.encode
+    encode = sources.encode_rows
 
-    def listening(model, images, numbers, seed):
+    def listening(model, images, seed, numbers):
         seen.extend(numbers.tolist())
-        return encode(model, images, numbers, seed)
+        return encode(model, images, seed, numbers)
 
-    sources.encode = listening
+    sources.encode_rows = listening
     report = evaluate(tokenizer(), emoji(), CELLS, options(), Path(folder) / "report")
     (Path(folder) / f"seen-{rank}.json").write_text(json.dumps([seen, report]))
     torch.distributed.destroy_process_group()
@@ -328,16 +328,16 @@ def run_until(stop_after, output, monkeypatch, **changes):
     """Evaluate into a folder; stop, as by a signal, before picture number `stop_after`. Returns the
     report, or None, and the pictures that were encoded."""
     seen = []
-    encode = sources.encode
+    encode = sources.encode_rows
 
-    def counting(model, images, numbers, seed):
+    def counting(model, images, seed, numbers):
         if stop_after is not None and len(seen) + len(images) > stop_after:
             raise Stop
         seen.extend(numbers.tolist())
-        return encode(model, images, numbers, seed)
+        return encode(model, images, seed, numbers)
 
     with monkeypatch.context() as patch:
-        patch.setattr(sources, "encode", counting)
+        patch.setattr(sources, "encode_rows", counting)
         try:
             report = evaluate(tokenizer(), emoji(), CELLS, options(**changes), output)
         except Stop:
@@ -433,7 +433,7 @@ def test_unreadable_pictures_are_counted(picture_folder, tmp_path):
 
 
 def test_a_perfect_picture_counts_as_100_db(monkeypatch):
-    monkeypatch.setattr(sources, "decode", lambda model, indices, *rest: images)
+    monkeypatch.setattr(sources, "decode_rows", lambda model, indices, *rest: images)
     transform, data = ImageTransform(16), emoji(5)
     images = torch.stack([transform(data[i]["image"]) for i in range(5)])
     report = evaluate(tokenizer(), data, [Cell(1)], options())

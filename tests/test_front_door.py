@@ -106,9 +106,9 @@ def test_encode_takes_whatever_a_picture_is(tmp_path, name):
     ("images", "message"),
     [
         ([], "no image to encode"),
-        (7, "7 is no picture: give a path"),
+        (7, "7 of type int: no picture: give a path"),
         (["nowhere.png"], "nowhere.png"),
-        (np.zeros((8, 8, 3)), "type float64 is no picture: expected uint8"),
+        (np.zeros((8, 8, 3)), "type float64: expected uint8"),
         (np.zeros((8, 8, 2), np.uint8), r"shape \(8, 8, 2\)"),
         (torch.zeros(3, 8, 8, dtype=torch.long), "torch.int64 is no picture"),
         (torch.zeros(1, 8, 8, dtype=torch.uint8), r"expected \(3, H, W\)"),

@@ -64,6 +64,7 @@ class GPT(Generator):
     model_type = "gpt"
     streams = True
     config_class = GPTConfig
+    resizable = (("positions", "rows"), ("conditioner.embedding.weight", "classes"))
     local_paths = ("conditioner.encoder.model",)
     stated = (
         ("vocab_size", "embedding.weight", 0),

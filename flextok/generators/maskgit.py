@@ -71,6 +71,7 @@ class MaskGIT(Generator):
     model_type = "maskgit"
     streams = False
     config_class = MaskGITConfig
+    resizable = (("positions", "rows"), ("conditioner.embedding.weight", "classes"))
     local_paths = ("conditioner.encoder.model",)
     stated = (
         ("vocab_size", "head.weight", 0),

@@ -115,8 +115,13 @@ class AdversarialObjective(Adversarial, ReconstructionObjective):
     config_class = AdversarialConfig
     config: AdversarialConfig
 
-    def begin(self, first: Pretrained | None = None, proxy: Pretrained | None = None) -> None:
-        super().begin(first, proxy)
+    def begin(
+        self,
+        weights: Pretrained | None = None,
+        first: Pretrained | None = None,
+        proxy: Pretrained | None = None,
+    ) -> None:
+        super().begin(weights, first, proxy)
         self.add_discriminator(PatchDiscriminator(self.config.dim, self.config.num_stages))
 
     def forward(

@@ -1,15 +1,19 @@
 """What training minimises: a module that holds the model and computes its losses on a batch."""
 
+import logging
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flextok.draws import BatchDraws
 from flextok.hub import Pretrained
 from flextok.schema import ConfigError
 
+log = logging.getLogger(__name__)
 M = TypeVar("M", bound=Pretrained)
 
 
@@ -117,6 +121,58 @@ def take_over(module: nn.Module, state: Mapping[str, Tensor]) -> None:
         module.load_state_dict(state)
     except RuntimeError as error:
         raise ConfigError(f"model must have the sizes of what it starts from: {error}") from None
+
+
+def begin_with(model: Pretrained, trained: Pretrained, without: str | None = None) -> None:
+    """Take over a trained model's weights, but those whose names begin with `without`. What
+    `model.resizable` names may have another size: positions are interpolated; of registers, tokens
+    and classes those that both have are taken over, and the model's others stay as they are. A line
+    in the log says so. Raises ConfigError for other sizes."""
+    ours, state = model.state_dict(), trained.state_dict()
+    if without is not None:
+        state = {name: value for name, value in state.items() if not name.startswith(without)}
+    labels = [m.metadata.get("class_names") or [] for m in (trained, model)]
+    for name, how in model.resizable:
+        if name not in state or name not in ours:
+            continue
+        old, new = state[name], ours[name]
+        pairs = [(i, i) for i in range(min(len(old), len(new)))]
+        if how == "classes" and all(labels):
+            here = {label: i for i, label in enumerate(labels[1])}
+            pairs = [(i, here[label]) for i, label in enumerate(labels[0]) if label in here]
+            if len(old) > len(labels[0]) and len(new) > len(labels[1]):  # the one for no class
+                pairs.append((len(old) - 1, len(new) - 1))
+        if old.shape == new.shape and pairs == [(i, i) for i in range(len(new))]:
+            continue
+        if how in ("grid", "flat"):
+            state[name], kept = interpolated(old, new, how), "interpolated"
+        elif old.shape[1:] != new.shape[1:]:
+            continue  # of another width, which take_over refuses
+        else:
+            state[name] = new.clone()
+            for i, j in pairs:
+                state[name][j] = old[i]
+            kept = f"{len(pairs)} taken over, {len(new) - len(pairs)} new"
+        log.info("start: %s goes from %s to %s: %s", name, [*old.shape], [*new.shape], kept)
+    codes = [m.metadata.get("codes_id") for m in (trained, model)]
+    if None not in codes and codes[0] != codes[1]:
+        log.warning(
+            "start: the generator was trained on codes %s, this tokenizer has %s: indices meant "
+            "other images there, so that its embeddings and head help less",
+            *codes,
+        )
+    take_over(model, state)
+
+
+def interpolated(old: Tensor, new: Tensor, how: str) -> Tensor:
+    """Learned or fixed positions `old` at the places of `new`, by bicubic interpolation. how: grid
+    (1, D, h, w), or flat (1 + h w, D) of a square, whose first row stays."""
+    if how == "grid":
+        return F.interpolate(old, tuple(new.shape[-2:]), mode="bicubic")
+    sides = [math.isqrt(len(x) - 1) for x in (old, new)]
+    grid = old[1:].T.reshape(1, -1, sides[0], sides[0])
+    grid = F.interpolate(grid, (sides[1], sides[1]), mode="bicubic")
+    return torch.cat([old[:1], grid.flatten(2)[0].T])
 
 
 def train_only(model: nn.Module, parts: list[str] | None) -> None:

@@ -40,6 +40,10 @@ class DistillationConfig(PrefixConfig):
 def begin_student(model: FlexTok, teacher: FlexTok, num_steps: int) -> None:
     """The model begins as the teacher. From here on it decodes in so many Euler steps without
     guidance, and in no other way. Raises ConfigError where they are of other sizes or codes."""
+    if model.num_tokens != teacher.num_tokens:
+        raise ConfigError(
+            f"model.num_registers={model.num_tokens} must be the teacher's {teacher.num_tokens}"
+        )
     begin_as(model, teacher)
     if model.codes_settings()["quantizer"] != teacher.codes_settings()["quantizer"]:
         raise ConfigError(

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from flextok.draws import BatchDraws
@@ -20,7 +19,7 @@ from flextok.hub import Pretrained, fingerprint
 from flextok.losses import RepresentationAlignment
 from flextok.nn.devices import to_device
 from flextok.nn.frozen import NeedsWeights
-from flextok.objectives.base import Objective, draws_of, need, take_over, train_only
+from flextok.objectives.base import Objective, begin_with, draws_of, need, train_only
 from flextok.objectives.nested_dropout import (
     LengthGroup,
     NestedDropout,
@@ -66,8 +65,8 @@ class FlowObjective(Objective):
     config: FlowConfig
 
     def begin(self, weights: Pretrained | None = None) -> None:
-        """weights: a trained model to go on from; one of another image size lends its positions,
-        interpolated. A drawer is left out, since its drafts change: train it again."""
+        """weights: a trained model to go on from, also of another image size or number of registers
+        (begin_with). A drawer is left out, since its drafts change: train it again."""
         model, config = self.model, self.config
         model.drop_drawer()
         self.nested_dropout = nested_dropout(model, config)
@@ -200,9 +199,4 @@ def begin_as(model: FlexTok, trained: FlexTok) -> None:
             f"model.vae={model.config.vae} is not that of the model it starts from: take "
             f"{{name: identity, shift: {shift}, scale: {scale}}}, or auto for both"
         )
-    state = {k: v for k, v in trained.state_dict().items() if model.drawer or "drawer." not in k}
-    for name in ("encoder.patch_pos", "decoder.patch_pos"):
-        grid = model.get_parameter(name).shape[-2:]
-        if state[name].shape[-2:] != grid:
-            state[name] = F.interpolate(state[name], tuple(grid), mode="bicubic")
-    take_over(model, state)
+    begin_with(model, trained, "drawer." if model.drawer is None else None)

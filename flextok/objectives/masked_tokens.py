@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flextok.generators import MaskGIT
-from flextok.objectives.base import Objective, draws_of
+from flextok.hub import Pretrained
+from flextok.objectives.base import Objective, begin_with, draws_of, need, train_only
 from flextok.objectives.next_token import indices_and_condition
 from flextok.schema import Share
 from flextok.tokenizers.base import check_indices
@@ -21,6 +22,7 @@ class MaskedTokensConfig:
     cond_drop: Share = 0.1  # how often training sees the null condition
     label_smoothing: Share = 0.1
     unmasked_weight: Share = 0.1  # of positions that are not masked
+    train: list[str] | None = None  # parts that learn, such as [conditioner, head]; None = all
 
 
 class MaskedTokensObjective(Objective):
@@ -29,8 +31,16 @@ class MaskedTokensObjective(Objective):
 
     config_class = MaskedTokensConfig
     models = ("maskgit",)
+    starts = ("weights",)
     model: MaskGIT
     config: MaskedTokensConfig
+
+    def begin(self, weights: Pretrained | None = None) -> None:
+        """weights: a trained model to go on from, also of other classes or fewer or more tokens
+        (begin_with)."""
+        if weights is not None:
+            begin_with(self.model, need("weights", weights, MaskGIT))
+        train_only(self.model, self.config.train)
 
     def forward(
         self, batch: Mapping[str, Any], generator: torch.Generator | None = None

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flextok.generators import GPT
-from flextok.objectives.base import Objective, draws_of
+from flextok.hub import Pretrained
+from flextok.objectives.base import Objective, begin_with, draws_of, need, train_only
 from flextok.schema import Bounds, Share
 from flextok.tokenizers.base import check_indices
 
@@ -21,6 +22,7 @@ class NextTokenConfig:
     # share of input indices, not of those predicted, that training replaces by uniform ones, as
     # sampling errors will (the noisy context of reAR, arXiv 2510.04450, at a constant share)
     context_noise: Annotated[float, Bounds(0, 1, open_high=True)] = 0.0
+    train: list[str] | None = None  # parts that learn, such as [conditioner, head]; None = all
 
 
 class NextTokenObjective(Objective):
@@ -29,8 +31,16 @@ class NextTokenObjective(Objective):
 
     config_class = NextTokenConfig
     models = ("gpt",)
+    starts = ("weights",)
     model: GPT
     config: NextTokenConfig
+
+    def begin(self, weights: Pretrained | None = None) -> None:
+        """weights: a trained model to go on from, also of other classes or fewer or more tokens
+        (begin_with)."""
+        if weights is not None:
+            begin_with(self.model, need("weights", weights, GPT))
+        train_only(self.model, self.config.train)
 
     def forward(
         self, batch: Mapping[str, Any], generator: torch.Generator | None = None

@@ -10,7 +10,7 @@ from torch import Tensor
 from flextok.hub import Pretrained
 from flextok.objectives.base import need
 from flextok.objectives.nested_dropout import PrefixConfig, take_rows
-from flextok.objectives.reconstruction import PrefixObjective
+from flextok.objectives.reconstruction import PrefixObjective, continue_from
 from flextok.schema import ConfigError
 from flextok.tokenizers import MaskGITVQGAN, TiTok
 
@@ -21,12 +21,15 @@ class ProxyCodesObjective(PrefixObjective):
 
     config_class = PrefixConfig
     models = ("titok",)
-    starts = ("proxy",)
+    starts = ("weights", "proxy")
     model: TiTok
 
-    def begin(self, proxy: Pretrained | None = None) -> None:
-        """proxy: the VQGAN, unless the model has one attached."""
+    def begin(self, weights: Pretrained | None = None, proxy: Pretrained | None = None) -> None:
+        """weights: as of the reconstruction's objective; proxy: the VQGAN, unless the model has one
+        attached."""
         super().begin()
+        if weights is not None:
+            continue_from(self.model, need("weights", weights, TiTok))
         stage = self.model.config.stage
         if stage != "proxy":
             raise ConfigError(f"stage {stage!r} learns pixels, not a proxy's indices")

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from flextok.hub import Pretrained
 from flextok.losses.perceptual import PerceptualLoss
-from flextok.objectives.base import Objective, draws_of, need, train_only
+from flextok.objectives.base import Objective, begin_with, draws_of, need, train_only
 from flextok.objectives.nested_dropout import NestedDropout, PrefixConfig, take_rows
 from flextok.schema import ConfigError
-from flextok.tokenizers import MaskGITVQGAN, TiTok
+from flextok.tokenizers import MaskGITVQGAN, TiTok, Tokenizer
 from flextok.tokenizers.base import check_images
 from flextok.tokenizers.vqgan import to_unit
 
@@ -54,19 +54,41 @@ class PrefixObjective(Objective):
         return torch.cat(out), aux, order
 
 
+def continue_from(model: Tokenizer, trained: Tokenizer) -> None:
+    """Take over a trained TiTok's or VQGAN's weights. Raises ConfigError where they do not fit."""
+    legacy = isinstance(trained, TiTok) and trained.config.legacy
+    if legacy and model.num_tokens != trained.num_tokens:
+        raise ConfigError(
+            f"model.num_tokens={model.num_tokens} must be {trained.num_tokens}: the outputs of a "
+            "TiTok with legacy=true mix all of its tokens"
+        )
+    begin_with(model, trained)
+    if isinstance(model, TiTok):
+        model.has_weights = True
+
+
 class ReconstructionObjective(PrefixObjective):
     """The squared error of the images, perceptual distances, and the quantizer's loss."""
 
     config_class = ReconstructionConfig
     models = ("titok", "maskgit_vqgan")
-    starts = ("first", "proxy")
+    starts = ("weights", "first", "proxy")
     config: ReconstructionConfig
 
-    def begin(self, first: Pretrained | None = None, proxy: Pretrained | None = None) -> None:
-        """first, proxy: what a TiTok of the stage "finetune" begins with, unless it is trained
-        already: its first stage, and the VQGAN whose decoder gives the pixels."""
+    def begin(
+        self,
+        weights: Pretrained | None = None,
+        first: Pretrained | None = None,
+        proxy: Pretrained | None = None,
+    ) -> None:
+        """weights: a trained model of the same stage to go on from, also of another image size or
+        number of tokens (begin_with). first, proxy: what a TiTok of the stage "finetune" begins
+        with, unless it is trained already: its first stage, and the VQGAN whose decoder gives the
+        pixels."""
         super().begin()
         model, train = self.model, self.config.train
+        if weights is not None:
+            continue_from(model, need("weights", weights, type(model)))
         stage = model.config.stage if isinstance(model, TiTok) else "single"
         if stage == "proxy":
             raise ConfigError("a TiTok of stage 'proxy' learns no pixels: objective=proxy_codes")

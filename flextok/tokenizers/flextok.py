@@ -92,6 +92,10 @@ class FlexTok(Tokenizer):
         ("encoder_depth", "encoder.blocks.", None),
         ("decoder_depth", "decoder.blocks.", None),
     )
+    resizable = (
+        *(("encoder.patch_pos", "grid"), ("decoder.patch_pos", "grid")),
+        *(("encoder.registers", "rows"), ("decoder.register_pos", "rows")),
+    )
     codes_weights = ("vae.vae.encoder.", "vae.vae.quant_conv.", "encoder.", "quantizer.")
     codes_keys = ("image_size", "patch_size", "num_tokens", "token_grid", "head_dim")
 

@@ -75,6 +75,11 @@ class TiTok(Tokenizer, NeedsWeights):
 
     model_type = "titok"
     config_class = TiTokConfig
+    resizable = (
+        *(("encoder.patch_pos", "flat"), ("decoder.patch_pos", "flat")),
+        *(("encoder.latent_tokens", "rows"), ("encoder.latent_pos", "rows")),
+        ("decoder.latent_pos", "rows"),
+    )
     codes_weights = ("encoder.", "quantizer.")
     codes_keys = ("image_size", "patch_size", "num_tokens", "head_dim", "legacy")
     stated = (

@@ -120,9 +120,9 @@ def prepare_generator(config: ExperimentConfig) -> Run:
         check_classes(class_names, spec["conditioner"]["num_classes"])
         if validation_set is not None:
             validation_set.count_classes_in(class_names)
-    objective = build_objective(config, spec)
+    known = {"class_names": class_names, "codes_id": tokenizer.codes_id}
+    objective = build_objective(config, spec, known)
     model = objective.model
-    model.metadata["class_names"] = class_names
     remember_tokenizer(model, folder, tokenizer, config.tokenizer)
     number = config.trainer.num_pictures
     cond: Tensor | Text = torch.arange(number) % max(1, len(class_names))
@@ -144,12 +144,15 @@ def prepare_generator(config: ExperimentConfig) -> Run:
     return Run(objective, train_set, validation_set, callbacks)
 
 
-def build_objective(config: ExperimentConfig, spec: Mapping[str, Any]) -> Objective:
+def build_objective(
+    config: ExperimentConfig, spec: Mapping[str, Any], known: Mapping[str, Any] | None = None
+) -> Objective:
     """The experiment's objective, of the model that `spec` names and the trained models that
-    config.start names, which the model's metadata then hold."""
+    config.start names, which the model's metadata then hold. known: other metadata."""
     start = {name: load(path) for name, path in config.start.items()}
     torch.manual_seed(config.seed)  # the first weights depend on nothing else
     model = build_model(TASKS[config.task], like_start(spec, start))
+    model.metadata.update(known or {})
     sets = config.data.train if isinstance(config.data.train, list) else [config.data.train]
     paths = [str(some["path"]) for some in sets if some.get("name") == "huggingface"]
     if hub_sets := [path for path in dict.fromkeys(paths) if not Path(path).exists()]:
