@@ -33,7 +33,7 @@ class AutoencoderObjectiveConfig(PatchDiscriminatorConfig):
     perceptual: dict[str, float] = field(default_factory=dict)  # weights by name
     # of the KL in nats, summed over an image's latents and divided by the number of its values
     kl_weight: Annotated[float, Bounds(0)] = 1e-3
-    equivariance: Share = 0.25  # of the steps, see `transform`
+    equivariance: Share = 0.0  # of the steps, see `transform`
     smallest: Annotated[float, Bounds(0.25, 1)] = 0.5  # scale of the latents in such a step
     # in deviations of each channel, see `with_noise`
     latent_noise: Share = 0.0
