@@ -102,7 +102,7 @@ class Machine:
 
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-# from shapes, what torch's counter does not know in every version
+# from shapes, for operations that torch's counter lacks in some versions
 FLOPS: dict[Any, Any] = {
     ATTENTION: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
     ATTENTION_BACKWARD: lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v),

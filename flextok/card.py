@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from flextok.hub import Pretrained
 
 MARK = "<!-- written by flextok; without this line it is left alone -->"
-_LICENSES = ("apache-2.0", "mit", "cc-by-4.0", "cc-by-nc-4.0")  # identifiers that the hub knows
+_LICENSES = ("apache-2.0", "mit", "cc-by-4.0", "cc-by-nc-4.0")  # the hub's identifiers
 
 
 def model_facts(model: "Pretrained") -> dict[str, Any]:
@@ -142,13 +142,13 @@ def base_model(metadata: Mapping[str, Any]) -> str | None:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name is a hub's owner/name, as far as one can tell without asking."""
+    """Whether a name is a hub's owner/name, as far as its spelling shows."""
     plain = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name)
     return bool(plain) and not Path(name).exists()
 
 
 def evaluation_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What a card says of an evaluation's report: a row for each number of tokens, each number of
+    """What a card states of an evaluation's report: a row for each number of tokens, each number of
     steps and guidance. Raises ValueError for another document."""
     try:
         settings, results = report["settings"], report["results"]

@@ -117,11 +117,11 @@ def find_tokenizer(generator: Generator, folder: str | Path | None = None) -> Pa
     if reference is not None and home is not None:
         found = find_reference(reference, Path(home))
     if found is None:
-        says = "does not say which tokenizer it needs"
+        fault = "does not name the tokenizer that it needs"
         if reference:
-            says = f"names its tokenizer as {reference!r}, where none is"
+            fault = f"names its tokenizer as {reference!r}, where none is"
         raise CheckpointError(
-            f"{folder or home or 'the generator'} {says}: name one of its codes by --tokenizer "
+            f"{folder or home or 'the generator'} {fault}: name one of its codes by --tokenizer "
             f"({expected_codes(record)})"
         )
     return found

@@ -134,7 +134,7 @@ def from_hub(name: str, download: Callable[[], str], cached: bool = False) -> Pa
         hints = {
             errors.GatedRepoError: "its owner asks to accept terms first: do so on its page, then "
             "`hf auth login`",
-            errors.RepositoryNotFoundError: "the hub knows no such model: check the name; for a "
+            errors.RepositoryNotFoundError: "the hub has no such model: check the name; for a "
             "private one, `hf auth login`",
             errors.RevisionNotFoundError: "the model has no such revision",
             Exception: f"the hub does not give it ({type(error).__name__} "
@@ -193,7 +193,7 @@ def read_model(path: str | Path, subfolder: str = "", **hub: "Unpack[HubOptions]
         where = f"{folder} has no {CONFIG} of ours; " if folder and not document else ""
         raise CheckpointError(f"{where}{weights}: {error}") from None
     for point in published.provenance.get("assumed", []):
-        log.info("%s does not say everything: %s", path, point)
+        log.info("%s leaves settings open: %s", path, point)
     is_local = Path(path).exists()
     provenance = {"source": place.name if is_local else str(path), **published.provenance}
     facts = {"provenance": provenance}

@@ -221,7 +221,7 @@ def test_what_was_sampled_is_json_too(tmp_path, monkeypatch, capsys):
     assert (found["num_tokens"], found["seed"], len(found["conditions"])) == ([1, 8], 5, 2)
     assert Path(found["output"]).is_file()
     assert main(["sample", "tokenizer", "--json", "facts.json"]) == 1
-    assert "does not say which images it belongs to" in capsys.readouterr().err
+    assert "does not state which images it belongs to" in capsys.readouterr().err
     data = ["--data", "emoji:validation", "--limit", "3", "--num-tokens", "1"]
     assert main(["sample", "tokenizer", *data, "--json", "facts.json"]) == 0
     assert json.loads(facts.read_text())["count"] == 3

@@ -516,7 +516,7 @@ def test_hub_ids_load_from_the_cache_offline(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("RepositoryNotFoundError", "knows no such model"),
+        ("RepositoryNotFoundError", "hub has no such model"),
         ("GatedRepoError", "accept terms"),
         ("RevisionNotFoundError", "no such revision"),
         ("LocalEntryNotFoundError", "check the name and the connection"),

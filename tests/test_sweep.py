@@ -349,7 +349,7 @@ def test_a_models_own_data_or_none(folder, capsys, monkeypatch, command):
     arguments += ["--target", "psnr=9"] if command == "adaptive" else ["--num-tokens", "1"]
     code, _ = run(folder, command, *arguments)
     assert code == 1
-    assert "does not say which images it belongs to" in capsys.readouterr().err
+    assert "does not state which images it belongs to" in capsys.readouterr().err
     draw_pictures(folder / "photos", CATS_AND_DOGS)
     config = load_experiment("configs/quickstart_tokenizer.yaml", ["output_dir=x"])
     config.data.train = config.data.validation = {"name": "folder", "root": str(folder / "photos")}

@@ -184,7 +184,7 @@ def test_trained_encoder_ignores_padding(make):
     ("damage", "message"),
     [
         (lambda f: (f / "model.safetensors").unlink(), "gives no text encoder"),
-        (lambda f: (f / "config.json").unlink(), "does not say how wide"),
+        (lambda f: (f / "config.json").unlink(), "does not state the width"),
         (lambda f: shutil.copy(f / "bert.safetensors", f / "model.safetensors"), "lacks weights"),
     ],
 )

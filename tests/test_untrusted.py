@@ -127,7 +127,7 @@ def test_messages_name_the_tensor(tmp_path, flextok_weights):
     ):
         load_model(write_flextok(tmp_path, state))
     save_file({"surprise": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(CheckpointError, match=r"no layout that this package knows.*'surprise'"):
+    with pytest.raises(CheckpointError, match=r"no layout that this package reads.*'surprise'"):
         load_model(tmp_path / "other.safetensors")
 
 
@@ -135,10 +135,10 @@ def test_messages_name_the_tensor(tmp_path, flextok_weights):
     ("document", "message"),
     [
         ('{"model_type": "flextok", "config": {}, "metadata": [1]}', "metadata must be a mapping"),
-        ('{"model_type": ["flextok"], "config": {}}', "no layout that this package knows"),
+        ('{"model_type": ["flextok"], "config": {}}', "no layout that this package reads"),
         ('{"model_type": "os.system", "config": {}}', "unknown model type 'os.system'"),
         ("[" * 100_000, "damaged"),
-        ('{"a": {"_target_": ["os.system"]}}', "no layout that this package knows"),
+        ('{"a": {"_target_": ["os.system"]}}', "no layout that this package reads"),
     ],
 )
 def test_odd_configs_are_refused(tmp_path, document, message):

@@ -92,7 +92,7 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(
         required=True,
         metavar="command",
-        help="flextok <command> --help teaches each",
+        help="flextok <command> --help explains each command",
         parser_class=AnyOrder,
     )
     for name, (kind, work) in COMMANDS.items():

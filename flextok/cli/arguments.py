@@ -45,14 +45,14 @@ class Train:
 
     arguments: Annotated[
         list[str],
-        "a YAML file, see configs/, and what to change in it, e.g. optim.lr=1e-4; several files, "
-        "which take no changes, are trained one after the other",
+        "a YAML file, see configs/, and the keys to change in it, e.g. optim.lr=1e-4; several "
+        "files are trained one after the other, without changes",
         {"metavar": "CONFIG [key=value ...]"},
     ]
     _: KW_ONLY
     only_caches: Annotated[
         bool,
-        "fill the caches of tokens, captions or latents, and stop; torchrun or srun share the work",
+        "only write the caches of tokens, captions or latents; torchrun or srun share the work",
     ] = False
 
 
@@ -60,8 +60,9 @@ class Train:
 class Tokenize(Augmentation, Loading, Seed, Device, Json):
     """encode a data set once, for generators to train on
 
-    Writes shards of indices, labels and captions. Run it again to continue; torchrun or srun share
-    the work. A generator reads the result by data.train={name: tokens, path: <output>}.
+    Writes shards of indices, labels and captions. The same command continues an interrupted run,
+    and torchrun or srun share the work. A generator reads the result by
+    data.train={name: tokens, path: <output>}.
 
     flextok tokenize emoji emoji:train outputs/tokens --variants 4
     torchrun --nproc-per-node=8 -m flextok.cli tokenize MODEL 'shards-{000..999}.tar' tokens
@@ -74,14 +75,15 @@ class Tokenize(Augmentation, Loading, Seed, Device, Json):
     variants: Annotated[Count, "encodings of each image"] = 1
     part_size: Annotated[Count, "encodings a shard"] = 16_384
     bf16: Annotated[bool, "encode in bf16: GPUs only"] = False
-    verify: Annotated[bool, "then check all checksums"] = False
+    verify: Annotated[bool, "check all checksums at the end"] = False
 
 
 @dataclass
 class Plan(Json):
-    """a run's memory, arithmetic, data rate and cost, before it runs
+    """estimate a run's memory, arithmetic, data rate and cost before it starts
 
-    From the config's sizes and stated assumptions; docs/scale.md has how they were checked.
+    Computes them from the config's sizes and from assumptions that it prints; docs/scale.md
+    describes how they were checked.
 
     flextok plan configs/flextok_d18_d28.yaml --gpus 128
     flextok plan configs/ar_class_1.33B.yaml --gpus 8 --gpu a100 --json plan.json
@@ -102,8 +104,8 @@ class Plan(Json):
 class Index(Json):
     """count the samples of WebDataset shards, for streaming them
 
-    The file that it writes is what a webdataset_stream takes as urls: it states each shard's number
-    of samples, hence an epoch's length.
+    A webdataset_stream takes the written file as its urls. The file states each shard's number of
+    samples, and thus an epoch's length.
 
     flextok index 'shards-{000..999}.tar' shards.json
     flextok index 's3://bucket/{000..999}.tar' shards.json --fetch 'aws s3 cp {url} -'
@@ -120,9 +122,9 @@ class Sample(Decoding, Sampling, Seed, Device, Json):
     """reconstruct pictures, or generate by class or prompt, as a coarse-to-fine grid
 
     With a tokenizer: reconstruct --images or --data at each of --num-tokens. With a generator:
-    generate --classes, or --prompt, --prompts-file or the captions of --data; prompts also get
-    their last images as files beside the grid. Without a model: the one for the purpose of those
-    that come with the package.
+    generate --classes, or --prompt, --prompts-file or the captions of --data. Images of prompts are
+    also written as files beside the grid, one each. Without MODEL the command takes the package's
+    model for the purpose.
 
     flextok sample
     flextok sample --images cat.jpg --num-tokens 1 16 256
@@ -140,17 +142,19 @@ class Sample(Decoding, Sampling, Seed, Device, Json):
     images: Annotated[list[str] | None, "picture files or folders"] = None
     classes: Annotated[
         list[str] | None,
-        "names, else numbers, else 'none' (or ''), for no class; alone: all, or "
-        f"{MOST_CLASSES} of them",
+        "names or numbers of classes, or 'none' (or '') for no class; --classes alone: all of "
+        f"them, at most {MOST_CLASSES}",
         {"nargs": "*"},
     ] = None
-    prompt: Annotated[list[str] | None, "texts; '' = none"] = None
+    prompt: Annotated[list[str] | None, "texts; '' is no prompt"] = None
     prompts_file: Annotated[str | None, "one prompt a line"] = None
     data: Data = None
     limit: Limit = None
     num_tokens: Lengths = None
     num_samples: Annotated[
-        int, Bounds(1, 1_000_000), "images a class or prompt, or drawn from a picture's tokens"
+        int,
+        Bounds(1, 1_000_000),
+        "images of each class or prompt, or decoded from each picture's tokens",
     ] = 1
     tokenizer: ItsTokenizer = None
     output: Annotated[str, "the PNG to write"] = "outputs/sample.png"
@@ -163,7 +167,7 @@ class Reconstruct(Decoding, Seed, Device, Json):
     Crops each picture to a square of the model's size, encodes it and decodes it from all tokens,
     or from the first few. Several pictures or lengths go to a folder, as <picture>-<tokens>.png. A
     picture named - is read from standard input, and its reconstruction goes to standard output.
-    Unreadable pictures are skipped, and the exit code is 1 then.
+    Unreadable pictures are skipped, and the command then exits with code 1.
 
     flextok reconstruct cat.jpg
     flextok reconstruct holiday/ --num-tokens 1 4 16 --output outputs/holiday --json
@@ -179,7 +183,7 @@ class Reconstruct(Decoding, Seed, Device, Json):
 
 Compared = Annotated[
     str | None,
-    "tokenizer: a set as for DATA, or an .npz, that distances between sets are to as well",
+    "tokenizer: compare with this set too, given as DATA is, or with the statistics of an .npz",
 ]
 
 
@@ -188,7 +192,7 @@ class Networks:
     networks: Annotated[
         list[str] | None,
         "inception (FID), efficientnet_lite0 or efficientnet_lite0_native (offline, no FID; the "
-        "second for small images), lpips; default: inception and lpips, or what is at hand",
+        "second for small images), lpips; default: inception and lpips, or those installed",
         {"nargs": "*"},
     ] = None
     inception_weights: Annotated[str | None, "default: torch's cache"] = None
@@ -208,9 +212,10 @@ class Measuring(Seed, Loading, Device, Json):
 
 @dataclass
 class Evaluate(Networks, Decoding, Measuring):
-    """how plausible (FID, KID, precision, sharpness), how faithful (PSNR, SSIM, LPIPS), code usage
+    """measure how plausible images are, how faithful reconstructions are, and the code usage
 
-    A tokenizer reconstructs DATA; a generator is compared with DATA. Writes report.json. Several
+    Plausible: FID, KID, precision, recall, sharpness. Faithful: PSNR, SSIM, LPIPS. A tokenizer
+    reconstructs DATA; images of a generator are compared with DATA. Writes report.json. Several
     processes: torchrun --nproc-per-node=N -m flextok.cli evaluate ...
 
     flextok evaluate emoji emoji:validation
@@ -225,7 +230,7 @@ class Evaluate(Networks, Decoding, Measuring):
     num_tokens: Annotated[list[int] | None, "default: all"] = None
     num_samples: Annotated[Count | None, "generator: how many images"] = None
     labels: Annotated[
-        Literal["balanced", "data"], "generator: all classes alike, or as often as in DATA"
+        Literal["balanced", "data"], "generator: all classes equally often, or as often as in DATA"
     ] = "balanced"
     reference: Compared = None
     save_reference: Annotated[str | None, "write DATA's statistics to this .npz"] = None
@@ -233,10 +238,10 @@ class Evaluate(Networks, Decoding, Measuring):
 
 @dataclass
 class Sweep(Networks, Solving, Measuring):
-    """reconstruction quality against the number of tokens, steps and guidance
+    """measure reconstructions by number of tokens, steps and guidance
 
-    Prints a table, how plausible and how faithful, and writes report.json, sweep.csv, tokens.png,
-    bits.png, time.png, strips.png and variance.png.
+    Prints a table of how plausible and how faithful they are, and writes report.json,
+    sweep.csv, tokens.png, bits.png, time.png, strips.png and variance.png.
 
     flextok sweep emoji --data emoji:validation --reference emoji:train --steps 1 4
     """
@@ -259,10 +264,10 @@ class Sweep(Networks, Solving, Measuring):
 
 @dataclass
 class Adaptive(Decoding, Measuring):
-    """how many tokens each image needs to meet a target, and whether complexity shows
+    """find how many tokens each image needs to meet a target
 
-    Finds the shortest prefix that meets the target, image by image, and tests by rank
-    correlation whether images of more objects need more, where labels count them.
+    Finds the shortest prefix that meets the target, image by image. Where labels count objects, a
+    rank correlation tests whether images of more objects need more tokens.
 
     flextok adaptive emoji --target psnr=18 --limit 64
     """
@@ -276,10 +281,9 @@ class Adaptive(Decoding, Measuring):
 
 @dataclass
 class Probe(Measuring):
-    """class accuracy of a linear probe on the first 1, 2, 4, ... codes
+    """measure how well the first 1, 2, 4, ... codes predict the class
 
-    Trains a linear classifier on the codes of labelled images and tests it on others: how well the
-    first codes predict the class.
+    Trains a linear classifier on the codes of labelled images and tests it on others.
 
     flextok probe emoji --train emoji:train --data emoji:validation
     """
@@ -294,10 +298,10 @@ class Probe(Measuring):
 
 @dataclass
 class Align(Decoding, Seed, Device, Json):
-    """how well generated emoji scenes show their prompts, against the number of tokens
+    """measure how well generated emoji scenes show their prompts, by number of tokens
 
-    A small classifier, trained on real scenes, reads generated ones; the same images scored
-    against shuffled prompts are the control.
+    A small classifier, trained on real scenes, recognises the facts of generated ones. The same
+    images, scored against shuffled prompts, are the control.
 
     flextok align emoji-text --limit 64 --json align.json \\
         --data "{name: emoji_scenes, max_objects: 2, vocabulary: basic, prompts: held_out}"
@@ -315,10 +319,10 @@ class Align(Decoding, Seed, Device, Json):
 
 @dataclass
 class Bench(Device, Json):
-    """seconds, FLOP/s, memory of encoding, decoding, generating and a training step
+    """measure time, FLOP/s and memory of encoding, decoding, generating and a training step
 
-    Random weights at named sizes, beside the machine's own best rates; on a CPU, compare CPU
-    seconds with --threads 1.
+    Builds models of named sizes with random weights, and measures the machine's own best rates
+    too. On a CPU, compare CPU seconds with --threads 1.
 
     flextok bench quickstart
     flextok bench d12-d12 ar-49M --threads 1 --json bench.json
@@ -326,10 +330,10 @@ class Bench(Device, Json):
 
     sizes: Annotated[list[str], "names, all, or config files"] = field(default_factory=list)
     _: KW_ONLY
-    only: Annotated[str, "rows whose name holds this"] = ""
+    only: Annotated[str, "only rows whose name contains this"] = ""
     batch: Annotated[list[int] | None, "in place of a size's own"] = None
     steps: Annotated[int, "of FlexTok's decoder"] = 4
-    repeats: Annotated[Count, "the best of these counts"] = 3
+    repeats: Annotated[Count, "measure so often and keep the best"] = 3
     compare_mkl: Annotated[bool, "also without oneDNN, on a CPU"] = False
     threads: Annotated[Count | None, "of the CPU"] = None
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -337,11 +341,11 @@ class Bench(Device, Json):
 
 @dataclass
 class Demo(Device):
-    """a web page to take pictures apart and generate images, on this machine
+    """serve a web page on this machine that reconstructs pictures and generates images
 
-    Drop a picture and slide its number of tokens; with a generator, watch an image of a class or a
-    prompt grow token by token. The page is served to this machine only, works offline, keeps no
-    files, and stops with Ctrl-C. Needs pip install 'flextok[demo]'.
+    A slider sets the number of tokens of a picture. With a generator, the page shows an image of a
+    class or a prompt while its tokens are generated. The page is served to this machine only,
+    works offline, keeps no files, and stops with Ctrl-C. Needs pip install 'flextok[demo]'.
 
     flextok demo
     flextok demo outputs/quickstart/drawer outputs/quickstart/generator --port 8000
@@ -356,7 +360,7 @@ class Demo(Device):
     host: Annotated[str, "0.0.0.0 shows it to your network"] = "127.0.0.1"
     allow_host: Annotated[
         list[str],
-        "names in a browser's address bar that the page answers to, beside this machine's own",
+        "host names to serve the page under, beside this machine's own",
     ] = field(default_factory=list)
     port: Annotated[int | None, "by default the first free one from 7860"] = None
     max_megabytes: Annotated[float, "of one upload"] = 10
@@ -366,10 +370,10 @@ class Demo(Device):
 
 @dataclass
 class Info(Json):
-    """a model's config, sizes, vocabulary, bits per image and provenance
+    """print a model's config, sizes, vocabulary, bits per image and provenance
 
-    Reads the header of the weight file only, so it is quick for the largest models too. What a
-    published file left open is listed as assumed.
+    Reads only the header of the weight file, so it is quick for the largest models too. Settings
+    that a published file does not state are listed as assumed.
 
     flextok info emoji-class
     flextok info EPFL-VILAB/flextok_d12_d12_in1k --json | jq .parameters.total
@@ -380,9 +384,9 @@ class Info(Json):
 
 @dataclass
 class Models(Json):
-    """the models that come with the package
+    """list the models that come with the package
 
-    Lists tokenizers and generators. Their names serve wherever a command takes a model.
+    Prints the tokenizers and generators. Every command that takes a model accepts their names.
 
     flextok models
     flextok info emoji-class

@@ -57,7 +57,7 @@ def data_of(asked: str | None, model: str, part: str = "validation") -> Any:
     if not spec or (isinstance(spec, dict) and spec.get("name") == "tokens"):
         option = "--train" if part == "train" else "--data"
         raise ValueError(
-            f"{model} does not say which images it belongs to: name them with {option}"
+            f"{model} does not state which images it belongs to: name them with {option}"
         )
     return make_dataset(spec)
 

@@ -35,10 +35,12 @@ SAMPLING = {
 Count = Annotated[int, Bounds(1, 2**40)]
 SETS = "emoji:validation, emoji_scenes:train, a picture folder, shards (*.tar), {name: ...}"
 Data = Annotated[str | None, SETS]
-OwnData = Annotated[str | None, f"{SETS}; default: what the model was validated on"]
-Limit = Annotated[Count | None, "take this many images, evenly spread"]
+OwnData = Annotated[str | None, f"{SETS}; default: the model's validation set"]
+Limit = Annotated[Count | None, "use only this many images, evenly spread over the set"]
 Lengths = Annotated[list[int] | None, "default 1 2 4 ... all, or all"]
-ItsTokenizer = Annotated[str | None, "generator: another place to find its tokenizer"]
+ItsTokenizer = Annotated[
+    str | None, "for a generator: decode with this tokenizer in place of its own"
+]
 
 
 class AnyOrder(argparse.ArgumentParser):
@@ -137,14 +139,14 @@ JSON = {"nargs": "?", "const": "-", "type": json_file, "metavar": "FILE.json"}
 class Json:
     json: Annotated[
         str | None,
-        "write the numbers to a file; without a name to standard output, and nothing else",
+        "write the numbers to this file; without a name to standard output, and print nothing else",
         JSON,
     ] = None
 
 
 @dataclass(kw_only=True)
 class Device:
-    device: Annotated[str | None, "cpu, cuda, ...; a GPU where there is one"] = None
+    device: Annotated[str | None, "cpu, cuda, ...; default: a GPU where there is one"] = None
 
 
 @dataclass(kw_only=True)
@@ -164,18 +166,20 @@ class Solving:
 
     solver: Annotated[str | None, "euler, heun or ab2"] = None
     guidance_interval: Annotated[
-        tuple[float, float] | None, "guided times", {"metavar": ("LOW", "HIGH")}
+        tuple[float, float] | None, "guide only between these times", {"metavar": ("LOW", "HIGH")}
     ] = None
-    time_shift: Annotated[float | None, "> 1: more steps near the noise"] = None
+    time_shift: Annotated[float | None, "above 1: more steps near the noise"] = None
     noise_scale: Annotated[
-        tuple[float, float] | None, "of one token, of all", {"metavar": ("ONE", "ALL")}
+        tuple[float, float] | None,
+        "scale of the noise for one token and for all",
+        {"metavar": ("ONE", "ALL")},
     ] = None
 
 
 @dataclass(kw_only=True)
 class Decoding(Solving):
     steps: Annotated[int | None, "decoder steps"] = None
-    guidance_scale: Annotated[float | None, "decoder guidance, 1 = none"] = None
+    guidance_scale: Annotated[float | None, "decoder's guidance; 1 is none"] = None
 
 
 @dataclass(kw_only=True)

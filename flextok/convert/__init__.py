@@ -29,7 +29,7 @@ def convert_published(state: State, documents: Documents) -> Published:
             return converts(state, documents)
     some = ", ".join(repr(key) for key in list(state)[:3]) or "none"
     raise ValueError(
-        f"the weights are of no layout that this package knows (keys: {some}, ...). Known: its own "
+        f"the weights are of no layout that this package reads (keys: {some}, ...). Known: its own "
         "with config.json; published FlexTok, its AR generators, TiTok, MaskGIT, MaskGIT-VQGAN, "
         "diffusers' AutoencoderKL"
     )

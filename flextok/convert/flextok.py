@@ -2,7 +2,7 @@
 
 A published file carries its config in the safetensors metadata, a Python literal for each section
 of a tree that names the classes to build. Here it is data: sizes come from the shapes of the
-tensors, the tree is held against them, and what is not in the shapes is read from it.
+tensors, the tree is checked against them, and what is not in the shapes is read from it.
 """
 
 import copy
@@ -267,5 +267,5 @@ def _mapping(value: Any) -> Section:
 
 def _number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise ValueError(f"the config says {name} = {value!r}, expected a positive number")
+        raise ValueError(f"the config has {name} = {value!r}, expected a positive number")
     return float(value)

@@ -1,5 +1,5 @@
 """The engine of the maps: tensors renamed and changed by rules, shapes read with errors that name
-the tensor, config sections found and held against the weights."""
+the tensor, config sections found and checked against the weights."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence

@@ -346,7 +346,7 @@ def hidden_size(model: str, revision: str | None) -> int:
         raise
     except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(
-            f"{folder} does not say how wide its embeddings are ({error}): give dim"
+            f"{folder} does not state the width of its embeddings ({error}): give dim"
         ) from error
 
 

@@ -65,7 +65,7 @@ class AutoencoderObjective(Adversarial):
             if model.config.latents_std is None:
                 raise ConfigError(
                     f"objective.latent_noise={self.config.latent_noise} is in deviations of the "
-                    f"latents, which this model does not know: name a trained autoencoder, whose "
+                    f"latents, which this model has not stored: name a trained autoencoder, whose "
                     f"latents were measured, as start.weights"
                 )
             scale = self.config.latent_noise * torch.tensor(model.config.latents_std)

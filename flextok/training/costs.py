@@ -1,6 +1,6 @@
 """What one sample of a training step costs: operations, and bytes kept for the backward pass.
 
-Formulas over an objective's transformer blocks, which tests hold against steps that were counted. A
+Formulas over an objective's transformer blocks, which tests compare with steps that were counted. A
 matrix of P numbers takes 2 P operations a position forward and 4 P backward; attention 4 D a pair
 of positions forward and 10 D backward, since the fused kernel computes its scores again. Networks
 of convolutions have no such formula: torch counts a forward pass of theirs on the meta device.

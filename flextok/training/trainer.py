@@ -91,7 +91,7 @@ def check_devices(options: TrainerConfig) -> None:
         )
     if device == "cpu" and "," in str(options.devices):
         raise ConfigError(
-            f"trainer.devices={options.devices} numbers GPUs: for a CPU say how many processes"
+            f"trainer.devices={options.devices} numbers GPUs: for a CPU give a number of processes"
         )
     if options.precision == "16-mixed" and (device == "cpu" or options.strategy == "fsdp2"):
         where = "on a CPU" if device == "cpu" else "with trainer.strategy=fsdp2"
