@@ -32,12 +32,13 @@ RECONSTRUCTED = "outputs/reconstructed"
 
 @dataclass
 class Train:
-    """train a tokenizer or a generator from a config
+    """train a tokenizer or a generator from a config, or both from a folder of pictures
 
     One YAML file states everything about a run; key=value changes it. The output folder gets
     checkpoints, logs, images and the model. An interrupted run continues when started again by
-    the same command.
+    the same command. With --data, configs that fit the memory are written, printed and trained.
 
+    flextok train --data photos/ --size 64
     flextok train configs/quickstart_tokenizer.yaml
     flextok train configs/quickstart_tokenizer.yaml output_dir=outputs/mine optim.lr=1e-3 \\
         "data.train={name: folder, root: pictures}"
@@ -48,8 +49,12 @@ class Train:
         "a YAML file, see configs/, and the keys to change in it, e.g. optim.lr=1e-4; several "
         "files are trained one after the other, without changes",
         {"metavar": "CONFIG [key=value ...]"},
-    ]
+    ] = field(default_factory=list)
     _: KW_ONLY
+    data: Annotated[str | None, "a folder of pictures, in place of a config"] = None
+    size: Annotated[int, "of the images of --data, in pixels"] = 64
+    gpu_memory: Annotated[float | None, "GB to fill, of a GPU; default: what is here"] = None
+    output: Annotated[str | None, "for --data; default: outputs/ and the folder's name"] = None
     only_caches: Annotated[
         bool,
         "only write the caches of tokens, captions or latents; torchrun or srun share the work",

@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from flextok.cli.arguments import Index, Plan, Tokenize, Train
@@ -19,6 +20,7 @@ from flextok.data.tokens import (
 from flextok.data.transforms import ImageTransform
 from flextok.registry import make_dataset
 from flextok.training.plan import Assumptions, as_text, plan
+from flextok.training.recipe import memory_here, memory_of, write_recipe
 from flextok.training.run import train
 from flextok.training.saving import Interrupted, requeue
 
@@ -29,8 +31,12 @@ def run_train(options: Train) -> None:
     # a file may have an = in its name
     configs = [a for a in options.arguments if "=" not in a or os.path.isfile(a)]
     overrides = [a for a in options.arguments if a not in configs]
-    if not configs or (len(configs) > 1 and overrides):
-        raise ValueError("train takes one config with key=value changes, or several without")
+    if options.data is not None and not configs:
+        configs = [str(path) for path in configs_for(options, options.data)]
+    elif not configs or options.data is not None or (len(configs) > 1 and overrides):
+        raise ValueError(
+            "train takes one config with key=value changes, or several without, or --data FOLDER"
+        )
     try:
         for config in [load_experiment(path, overrides) for path in configs]:
             folder = train(config, options.only_caches)
@@ -40,6 +46,23 @@ def run_train(options: Train) -> None:
         print(f"flextok: {stop}; run the same command again to continue", file=sys.stderr)
         requeue(stop.signum)
         raise SystemExit(128 + stop.signum) from None
+
+
+def configs_for(options: Train, pictures: str) -> list[Path]:
+    """Write and print the configs for a folder of pictures. Returns them. Raises ValueError."""
+    if options.gpu_memory is not None and memory_here() is None:
+        raise ValueError(
+            f"--gpu-memory {options.gpu_memory:g}: this machine has no GPU, leave it out for a CPU"
+        )
+    memory = options.gpu_memory or memory_here()
+    output = options.output or Path("outputs") / Path(pictures).resolve().name
+    files = write_recipe(pictures, output, options.size, memory)
+    for path in files:
+        print(f"# {path}\n{path.read_text(encoding='utf-8')}")
+        if memory is not None:
+            needed = memory_of(load_experiment(path))
+            print(f"# takes about {needed:.1f} of {memory:.0f} GB; `flextok plan` says more\n")
+    return files
 
 
 def run_plan(options: Plan) -> dict[str, Any]:

@@ -1,0 +1,78 @@
+"""From a folder of pictures to two trained models in one command."""
+
+from contextlib import nullcontext
+
+import pytest
+from helpers.runs import Stop, interrupt_after
+
+from flextok.cli import main
+from flextok.config import load_experiment
+from flextok.pipeline import load, load_tokenizer_of
+from flextok.schema import ConfigError
+from flextok.training.plan import plan
+from flextok.training.recipe import USABLE, write_recipe
+
+SHORT = [f"trainer.{key}=1" for key in ("validate_every", "checkpoint_every")]
+SHORT += ["trainer.max_steps=2", "trainer.accelerator=cpu", "data.token_variants=1"]
+
+
+@pytest.mark.slow
+def test_one_command_from_pictures_to_pictures(picture_folder, tmp_path, capsys, monkeypatch):
+    """On a CPU; the same command again continues."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    out = tmp_path.parent / f"{tmp_path.name}-out"
+    command = ["train", "--data", str(picture_folder), "--size", "32", "--output", str(out)]
+    for interrupted in (True, False):
+        with monkeypatch.context() as patch, pytest.raises(Stop) if interrupted else nullcontext():
+            if interrupted:
+                interrupt_after(patch, 1)
+            assert main([*command, *SHORT]) == 0
+    printed = capsys.readouterr().out
+    assert f"# {out / 'tokenizer.yaml'}\ntask: tokenizer" in printed
+    generator = load(out / "generator")
+    assert generator.class_names == ["cats", "dogs"]
+    assert generator.metadata["step"] == 2
+    tokenizer = load_tokenizer_of(generator)
+    assert tokenizer.metadata["step"] == 2
+    assert tokenizer.decode(generator.generate("cats")).shape == (1, 3, 32, 32)
+    for name in ("tokenizer", "generator"):
+        assert len(list((out / name / "pictures").glob("*.png"))) == 2
+    assert main([*command[:-2], "48", "--output", str(out)]) == 1
+    assert main(["train", "--data", str(picture_folder), "--gpu-memory", "24"]) == 1
+    assert "this machine has no GPU" in capsys.readouterr().err
+
+
+def test_a_gpu_is_filled_and_not_more(picture_folder, tmp_path):
+    """As the plan counts its memory; a smaller one gets a smaller model."""
+    trained = []
+    for memory in (8, 24, 80):
+        files = write_recipe(picture_folder, tmp_path / str(memory), 128, memory)
+        tokenizer, generator = map(load_experiment, files)
+        for config in (tokenizer, generator):
+            found = plan(config, gpus=1)
+            assert sum(found.memory.values()) < USABLE * memory * 1e9
+            assert found.batch_size >= 32
+            trained.append(found.trained)
+        assert generator.tokenizer == tokenizer.output_dir
+    assert trained[0] < trained[2] < trained[4]
+    with pytest.raises(ConfigError, match="128 pixels need more"):
+        write_recipe(picture_folder, tmp_path / "none", 128, 0.1)
+
+
+def test_what_is_there_is_not_overwritten(picture_folder, tmp_path):
+    files = write_recipe(picture_folder, tmp_path / "out", 32)
+    assert write_recipe(picture_folder, tmp_path / "out", 32) == files
+    with pytest.raises(ConfigError, match=r"tokenizer\.yaml has other settings"):
+        write_recipe(picture_folder, tmp_path / "out", 64)
+    with pytest.raises(ConfigError, match="size=30 must be a multiple of 8"):
+        write_recipe(picture_folder, tmp_path / "odd", 30)
+
+
+def test_held_out_pictures_and_a_single_class(tmp_path, picture_folder):
+    (tmp_path / "set").mkdir()
+    (picture_folder / "cats").rename(tmp_path / "set" / "train")
+    (picture_folder / "dogs").rename(tmp_path / "set" / "val")
+    tokenizer, generator = write_recipe(tmp_path / "set", tmp_path / "out", 32)
+    data = load_experiment(tokenizer).data
+    assert [spec["root"][-5:] for spec in (data.train, data.validation)] == ["train", "t/val"]
+    assert load_experiment(generator).model["conditioner"] == {"name": "none"}
