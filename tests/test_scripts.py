@@ -1,5 +1,6 @@
 """The scripts beside the package start: what they import is still where they look for it."""
 
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -24,3 +25,16 @@ def test_script_teaches_its_use(script, monkeypatch, capsys):
         runpy.run_path(str(ROOT / script), run_name="__main__")
     assert end.value.code == 0
     assert "usage:" in capsys.readouterr().out
+
+
+def test_the_architecture_page_shows_every_part(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    import architecture
+
+    def names(svg: str) -> list[str]:
+        return re.findall(r'class="name">([^<]+)<', svg)
+
+    committed = architecture.PICTURE.read_text("utf-8")
+    assert names(committed) == names(architecture.draw()), "run python scripts/architecture.py"
+    shown = {name.rstrip("/").removesuffix(".py") for name in names(committed)}
+    assert shown == set(architecture.parts())
