@@ -1,5 +1,5 @@
-"""Draw docs/pictures/architecture.svg from the code: the parts of the package in rows, each with the
-first sentence of its docstring. A part imports from its own row and from the rows below it only.
+"""Draw docs/pictures/architecture.svg from the code: the parts of the package in rows, each with
+the first sentence of its docstring. A part imports from its own row and the rows below it only.
 Run this again when a part or such a sentence changes.
 
 python scripts/architecture.py
