@@ -32,7 +32,7 @@ from flextok.data.fashion_mnist import FashionMNIST
 from flextok.data.transforms import ImageTransform
 from flextok.evaluation import EVALUATORS
 from flextok.files import write_text
-from flextok.pipeline import decode, load_model
+from flextok.pipeline import load
 from flextok.schema import from_mapping
 
 HERE = Path(__file__).parent / "fashion_mnist"
@@ -333,16 +333,16 @@ def draw_figures(study: Study, folder: Path) -> None:
     shown = torch.tensor([dataset.labels.index(c) for c in range(10) if c in dataset.labels])
     for recipe in ("near_noise", "flow", "flextok", "drawer"):
         if study.results(recipe):
-            model = load_model(study.place(recipe, 0))
+            model = load(study.place(recipe, 0))
             strips = {k: decoded(model, images[shown], k) for k in study.file.lengths}
             viz.save(viz.coarse_to_fine(images[shown], strips), folder / f"strips_{recipe}.png")
-    model = load_model(study.place("flextok", 0))
+    model = load(study.place("flextok", 0))
     viz.save(first_token_figure(model, images), folder / "first_token.png")
 
 
 def decoded(model: Any, images: Tensor, keep: int) -> Tensor:
     rngs = [torch.Generator().manual_seed(i) for i in range(len(images))]
-    return decode(model, model.encode(images)[:, :keep], None, rngs)
+    return model.decode(model.encode(images), keep, generator=rngs)
 
 
 def first_token_figure(model: Any, images: Tensor, groups: int = 6, wide: int = 8) -> Any:
@@ -354,7 +354,7 @@ def first_token_figure(model: Any, images: Tensor, groups: int = 6, wide: int = 
     for value in values[counts.argsort(descending=True)][:groups]:
         same = images[first == value][:wide]
         rngs = [torch.Generator().manual_seed(i) for i in range(wide)]
-        rows += [same, decode(model, value.expand(wide, 1), None, rngs)]
+        rows += [same, model.decode(value.expand(wide, 1), generator=rngs)]
         names += [f"code {int(value)}", "decoded"]
     return viz.grid(rows, row_labels=names, scale=3)
 

@@ -15,7 +15,7 @@ from flextok.evaluation import Cell, Options, evaluate
 from flextok.evaluation.adaptive import Target, relate
 from flextok.evaluation.probe import linear_probe
 from flextok.files import read_mapping, write_text
-from flextok.pipeline import load_model
+from flextok.pipeline import load
 from flextok.registry import make_dataset
 from flextok.schema import ConfigError, to_mapping
 from flextok.tokenizers import Tokenizer
@@ -80,7 +80,7 @@ def train_and_measure(
     data = more.data or default
     images, by_length = make_dataset(data), [Cell(k) for k in lengths]
     names = {"model": str(folder), "data": json.dumps(data)}
-    model = load_model(folder).to(cache_device(config))
+    model = load(folder).to(cache_device(config))
     tokenizer = None
     if config.task == "generator":
         tokenizer = load_tokenizer(config).to(cache_device(config))
