@@ -342,7 +342,7 @@ def draw_figures(study: Study, folder: Path) -> None:
 
 def decoded(model: Any, images: Tensor, keep: int) -> Tensor:
     rngs = [torch.Generator().manual_seed(i) for i in range(len(images))]
-    return model.decode(model.encode(images), keep, generator=rngs)
+    return model.decode(model.encode(images), keep=keep, generator=rngs)
 
 
 def first_token_figure(model: Any, images: Tensor, groups: int = 6, wide: int = 8) -> Any:
