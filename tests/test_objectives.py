@@ -94,7 +94,7 @@ def test_an_objective_follows_from_the_model():
         (tiny_gpt, {"name": "flow"}, {}, "FlowObjective trains flextok models, not a gpt"),
         (tiny_gpt, {"name": "flowe"}, {}, "Did you mean 'flow'"),
         (tiny_gpt, {"cond_dropp": 0.1}, {}, "Did you mean 'cond_drop'"),
-        (tiny_gpt, {}, {"weights": tiny_gpt}, "unknown model to start from 'weights'"),
+        (tiny_gpt, {}, {"teacher": tiny_gpt}, "unknown model to start from 'teacher'"),
         (tiny_tokenizer, {}, {"weights": tiny_gpt}, r"start.weights \(got a gpt model\)"),
         (vqgan, {}, {"first": vqgan}, "has no use for start.first"),
         (lambda: titok("proxy"), {"name": "adversarial"}, {}, "learns no pixels"),
