@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
 DEVICE = torch.device("cuda", 0)
-# what reads a GPU's values on the CPU although torch's tags do not say so
+# what reads a GPU's values on the CPU although torch's tags lack that
 READING = {aten.multinomial.default}
 WAITING_TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 LIBRARY = str(Path(torch.__file__).parent)

@@ -16,7 +16,7 @@
 # %% [markdown]
 # # A picture, coarse to fine
 #
-# A FlexTok tokenizer writes a picture as a short sequence of tokens, the most telling ones first
+# A FlexTok tokenizer encodes an image as a short sequence of tokens, the most important ones first
 # ([FlexTok](https://arxiv.org/abs/2502.13967), section 3). Any first few of them decode to a whole picture.
 # Set `PICTURE` to a file of yours; without one an emoji stands in.
 
@@ -59,7 +59,7 @@ for k, made in decoded.items():
     print(f"{k:6d}{ratio:22.2f}{psnr(made, images).item():21.1f}{ssim(made, images).item():7.2f}")
 
 # %% [markdown]
-# What the tokens do not say, the decoder makes up: other noise, another picture. With more tokens there is
+# The decoder makes up what the tokens leave open: other noise, another image. With more tokens there is
 # less left to make up. (One step of the decoder gives about the mean of what is possible; more steps draw a
 # sample.)
 

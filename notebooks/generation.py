@@ -51,7 +51,7 @@ pictures = generate_images(generator, tokenizer, labels, [64], sampling={"guidan
 display(viz.grid(list(pictures.split(6)), row_labels=chosen))
 
 # %% [markdown]
-# **From a prompt.** The text model knows emoji by their names, and scenes of one or two well-known ones:
+# **From a prompt.** The text model was trained on the names of emoji, and on scenes of one or two well-known ones:
 
 # %%
 generator = GPT.from_pretrained("emoji-text")

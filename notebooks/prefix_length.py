@@ -51,7 +51,7 @@ report = sweep(tokenizer, pictures, options, output, num_pictures=3, num_draws=4
 print(format_table(report))
 display(Image(output / "tokens.png", width=900))
 scores = {row["num_tokens"]: row["faithful"]["psnr"] for row in report["results"]}
-assert scores[256] > scores[1], "all tokens must tell more than the first"
+assert scores[256] > scores[1], "all tokens must be more faithful than the first"
 
 # %% [markdown]
 # Where decodes of one prefix differ (bright), the tokens have not decided yet:

@@ -13,6 +13,9 @@ PAGES = [
     *sorted((ROOT / "flextok").rglob("*.py")),  # docstrings, comments, errors and help texts
     *sorted((ROOT / "configs").rglob("*.yaml")),
     *sorted((ROOT / "experiments").rglob("*.yaml")),
+    *sorted((ROOT / "notebooks").glob("*.py")),  # test_documents.py pairs them with the .ipynb
+    *sorted((ROOT / "benchmarks").glob("*.py")),
+    *sorted((ROOT / "scripts").glob("*.py")),
 ]
 THINGS = (
     "tokens?|models?|(?:de|en)coders?|generators?|tokenizers?|teachers?|registers?|latents?|"
