@@ -379,6 +379,8 @@ def test_every_shrunk_config_takes_two_steps_in_the_precision_of_a_gpu(
             model.measure([torch.rand(2, 3, 16, 16)])
         model.save_pretrained(tmp_path / "weights")
         overrides.append(f"start.weights={tmp_path / 'weights'}")
+        if "drawer" in spec["start"]:
+            overrides.append(f"start.drawer={tmp_path / 'weights'}")
     train(load_experiment(path, [*overrides, "trainer.log_every=1"]))
     losses = logged_losses(tmp_path / "run")
     assert list(losses) == [0, 1]
