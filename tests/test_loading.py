@@ -184,7 +184,7 @@ class Signals(int):
     __members__ = known
     def __class_getitem__(cls, name):
         return known[name]
-import torch.distributed.checkpoint, lightning.pytorch, timm, diffusers, transformers
+import torch.distributed.checkpoint, lightning.pytorch, timm, diffusers, transformers, psutil
 signal.Signals = Signals
 for name in ("resource", "pwd", "grp", "termios"):
     sys.modules[name] = None
