@@ -32,7 +32,7 @@ from flextok.data.fashion_mnist import FashionMNIST
 from flextok.data.transforms import ImageTransform
 from flextok.evaluation import EVALUATORS
 from flextok.files import write_text
-from flextok.pipeline import load
+from flextok.pipeline import load, reconstruct_prefixes
 from flextok.schema import from_mapping
 
 HERE = Path(__file__).parent / "fashion_mnist"
@@ -334,15 +334,10 @@ def draw_figures(study: Study, folder: Path) -> None:
     for recipe in ("near_noise", "flow", "flextok", "drawer"):
         if study.results(recipe):
             model = load(study.place(recipe, 0))
-            strips = {k: decoded(model, images[shown], k) for k in study.file.lengths}
+            strips = reconstruct_prefixes(model, images[shown], study.file.lengths)
             viz.save(viz.coarse_to_fine(images[shown], strips), folder / f"strips_{recipe}.png")
     model = load(study.place("flextok", 0))
     viz.save(first_token_figure(model, images), folder / "first_token.png")
-
-
-def decoded(model: Any, images: Tensor, keep: int) -> Tensor:
-    rngs = [torch.Generator().manual_seed(i) for i in range(len(images))]
-    return model.decode(model.encode(images), keep=keep, generator=rngs)
 
 
 def first_token_figure(model: Any, images: Tensor, groups: int = 6, wide: int = 8) -> Any:

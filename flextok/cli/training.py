@@ -50,11 +50,12 @@ def run_train(options: Train) -> None:
 
 def configs_for(options: Train, pictures: str) -> list[Path]:
     """Write and print the configs for a folder of pictures. Returns them. Raises ValueError."""
-    if options.gpu_memory is not None and memory_here() is None:
+    here = memory_here()
+    if options.gpu_memory is not None and here is None:
         raise ValueError(
             f"--gpu-memory {options.gpu_memory:g}: this machine has no GPU, leave it out for a CPU"
         )
-    memory = options.gpu_memory or memory_here()
+    memory = options.gpu_memory or here
     output = options.output or Path("outputs") / Path(pictures).resolve().name
     files = write_recipe(pictures, output, options.size, memory)
     for path in files:

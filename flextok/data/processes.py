@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import torch
 
+from flextok.nn.devices import one_device
+
 
 class Process(NamedTuple):
     rank: int = 0
@@ -30,6 +32,7 @@ def this_process() -> Process:
 
 def local_device() -> str:
     """This process's GPU where the machine has any, else MPS (Apple's), else the CPU."""
-    if torch.cuda.is_available():
+    kind = one_device("auto").type
+    if kind == "cuda":
         return f"cuda:{this_process().local_rank % torch.cuda.device_count()}"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+    return kind

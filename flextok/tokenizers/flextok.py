@@ -35,7 +35,7 @@ from flextok.tokenizers.base import (
 from flextok.tokenizers.decoding import Conditions, DecodeOptions, solve
 from flextok.tokenizers.drawer import Drawer, DrawerConfig
 from flextok.tokenizers.networks import Encoder, FlowDecoder, add_places
-from flextok.vae import VAES, with_sizes
+from flextok.vae import KLVAE, VAES, IdentityVAE, with_sizes
 
 
 @dataclass
@@ -261,15 +261,18 @@ class FlexTok(Tokenizer):
             raise ValueError(f"noise has shape {tuple(noise.shape)}, expected {shape}")
         x = chosen.scaled(to_device(noise, self.device), lengths, self.num_tokens)
         x0 = solve(self.conditions(codes, lengths), x, chosen, callback)
-        vae = self.vae if self.drawer is None else self.drawer.vae
-        return vae.decode(x0)
+        return self.solved_vae.decode(x0)
+
+    @property
+    def solved_vae(self) -> IdentityVAE | KLVAE:
+        """That of the latents which decode() solves for."""
+        return self.vae if self.drawer is None else self.drawer.vae
 
     @torch.no_grad()
     def to_images(self, latents: Tensor) -> Tensor:
         """latents: (B, C, h, w) that decode() solves for. Returns images (B, 3, H, W) in
         [-1, 1]."""
-        vae = self.vae if self.drawer is None else self.drawer.vae
-        return as_images(vae.decode(latents))
+        return as_images(self.solved_vae.decode(latents))
 
     def save_published(self, folder: str | Path) -> Path:
         """Write model.safetensors as the published FlexTok code reads it, its config in the file's

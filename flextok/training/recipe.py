@@ -80,7 +80,7 @@ def choose(
 
     def both(sizes: Sizes, batch: int, steps: int) -> dict[str, dict[str, Any]]:
         tokenizer = tokenizer_of(sizes, data | {"batch_size": batch}, output, size, steps)
-        return {"tokenizer": tokenizer, "generator": generator_of(tokenizer, classes)}
+        return {"tokenizer": tokenizer, "generator": generator_of(sizes, tokenizer, classes)}
 
     if gpu_memory is None:
         return both(CPU, batch=16, steps=2000)
@@ -133,22 +133,20 @@ def tokenizer_of(
     }
 
 
-def generator_of(tokenizer: dict[str, Any], classes: int) -> dict[str, Any]:
+def generator_of(sizes: Sizes, tokenizer: dict[str, Any], classes: int) -> dict[str, Any]:
     """The experiment of a generator by class, or without a condition where there is one class."""
-    registers = tokenizer["model"]["num_registers"]
-    known = next(s for s in (CPU, *GPU) if s.encoder[1] == tokenizer["model"]["encoder_dim"])
-    depth, dim = known.generator
+    depth, dim = sizes.generator
     steps = tokenizer["trainer"]["max_steps"] // 2
     name, scale = ("class", 2.0) if classes > 1 else ("none", 1.0)
     model = {
         **{"name": "gpt", "depth": depth, "dim": dim, "dropout": 0.1},
-        **{"num_heads": dim // tokenizer["model"]["head_dim"], "num_tokens": registers},
+        **{"num_heads": dim // tokenizer["model"]["head_dim"], "num_tokens": sizes.registers},
         "conditioner": {"name": name},
         "generate": {"temperature": 0.8, "top_p": 0.9, "guidance_scale": scale},
     }
     optim = {
         **{"name": "muon", "lr": 3e-3, "weight_decay": 0.1, "warmup_steps": steps // 20},
-        **{"final_lr": 0.02, "ema_decay": 0.99 if known is CPU else 0.9995},
+        **{"final_lr": 0.02, "ema_decay": 0.99 if sizes is CPU else 0.9995},
     }
     output = Path(tokenizer["output_dir"])
     return {

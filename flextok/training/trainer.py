@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from flextok.config import TrainerConfig
 from flextok.cpu import multiplies_bf16
 from flextok.data.processes import this_process
+from flextok.nn.devices import one_device
 from flextok.schema import ConfigError
 from flextok.training.checkpoints import WholeFiles
 from flextok.training.options import FitOptions
@@ -102,9 +103,7 @@ def device_type(accelerator: str) -> str:
     """What Lightning takes for trainer.accelerator: cuda, mps or cpu."""
     if accelerator not in ("auto", "gpu"):
         return accelerator
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+    return one_device("auto").type
 
 
 def choose_precision(options: TrainerConfig) -> Any:
