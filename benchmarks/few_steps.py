@@ -17,7 +17,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from flextok.cli.common import open_data
 from flextok.cli.options import write_json
 from flextok.evaluation import Cell, Options, evaluate
-from flextok.pipeline import load_model
+from flextok.pipeline import load
 
 NETWORK = "efficientnet_lite0_native"
 SHOWN = {
@@ -42,7 +42,7 @@ def main() -> None:
     data, reference = open_data(options.data), open_data(options.reference)
     table: dict[int, dict[str, dict[str, float]]] = {}  # tokens -> model -> its mean scores
     for path in (options.teacher, *options.students):
-        model = load_model(path)
+        model = load(path)
         cells = [Cell(k) for k in options.num_tokens or [model.num_tokens]]
         how = {"networks": [NETWORK], "reference": reference}
         runs = [evaluate(model, data, cells, Options(seed=s, **how)) for s in options.seeds]

@@ -15,7 +15,7 @@ from study import score_tables, write_json
 
 from flextok.emoji.datasets import Emoji
 from flextok.evaluation import Cell, Options, evaluate
-from flextok.pipeline import load_model
+from flextok.pipeline import load
 
 INTERVALS = ([0.0, 0.5], [0.2, 0.8], [0.5, 1.0])
 
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("outputs/guidance"))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    model, dataset = load_model(options.model), Emoji("validation")
+    model, dataset = load(options.model), Emoji("validation")
     cells = [Cell(k) for k in options.num_tokens]
     results: dict[str, list[dict[str, Any]]] = {}
     for name, changes in settings(options.steps).items():

@@ -53,9 +53,6 @@ def load(
     return accelerate(model) if model.device.type == "cpu" else model
 
 
-load_model = load  # its name in older programs
-
-
 def load_token_model(path: str | Path, device: str | torch.device = "cpu") -> Tokenizer | Generator:
     """As load; raises CheckpointError for an autoencoder, which has no tokens."""
     model = load(path, device)

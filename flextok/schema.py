@@ -10,6 +10,7 @@ import functools
 import inspect
 import math
 import numbers
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -78,6 +79,17 @@ def unknown_key(kind: str, key: str, known: list[str], where: str = "") -> Confi
     hint = f" Did you mean {guess[0]!r}?" if guess else ""
     place = f" in {where!r}" if where else ""
     return ConfigError(f"unknown {kind} {key!r}{place}.{hint} Known: {', '.join(sorted(known))}.")
+
+
+def find_class(table: Mapping[str, int], label: int | str) -> int | None:
+    """The number of a class by its name, else by its number; None where it has neither. table: the
+    number of each name."""
+    text = str(label)
+    if text in table:
+        return table[text]
+    is_number = re.fullmatch("[0-9]{1,18}", text)
+    number = int(text) if is_number else {"false": 0, "true": 1}.get(text, len(table))
+    return number if number < len(table) else None
 
 
 def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:

@@ -32,12 +32,12 @@ from flextok import FlexTok, viz
 from flextok.card import model_facts, summary
 from flextok.data.transforms import ImageTransform
 from flextok.emoji.datasets import Emoji
-from flextok.pipeline import load_model, reconstruct_prefixes
+from flextok.pipeline import load, reconstruct_prefixes
 from flextok.storage import CheckpointError
 
 HUB_ID = "EPFL-VILAB/flextok_d12_d12_in1k"
 try:
-    published = load_model(HUB_ID)
+    published = load(HUB_ID)
 except CheckpointError as error:
     published = None
     print(error)
@@ -64,6 +64,6 @@ folder = tempfile.mkdtemp()
 changed = FlexTok.from_pretrained("emoji", overrides={"decode.num_steps": 4})
 changed.metadata["note"] = "decodes in four steps"
 changed.save_pretrained(folder)
-again = load_model(folder)
+again = load(folder)
 assert again.config.decode.num_steps == 4
 print(Path(folder, "README.md").read_text()[:600])

@@ -18,7 +18,7 @@ from flextok.data.transforms import ImageTransform
 from flextok.emoji.datasets import Emoji
 from flextok.evaluation.metrics import psnr
 from flextok.generators import Generator
-from flextok.pipeline import load_model, load_tokenizer_of, remember_tokenizer
+from flextok.pipeline import load, load_tokenizer_of, remember_tokenizer
 from flextok.places import RELEASES
 
 LIMIT = 60e6  # bytes of all models together
@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> None:
     tokenizer, place = None, None
     for argument in arguments:
         name, folder = argument.split("=", 1)
-        model = load_model(folder)
+        model = load(folder)
         if isinstance(model, Generator):
             if tokenizer is None:
                 raise SystemExit(f"{argument}: name its tokenizer before it")
@@ -60,7 +60,7 @@ def main(arguments: list[str]) -> None:
                 raise SystemExit(f"{argument}: trained on another tokenizer than {place}")
             remember_tokenizer(model, RELEASES / name, tokenizer, str(RELEASES / place))
         target = model.save_pretrained(RELEASES / name, rounded(model))
-        released = load_model(target)
+        released = load(target)
         if isinstance(model, Autoencoder):
             print(f"{name}: {quality(model):.2f} dB, {quality(released):.2f} as rounded to fp16")
         elif not isinstance(model, Generator):

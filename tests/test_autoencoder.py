@@ -24,7 +24,7 @@ from flextok.draws import BatchDraws
 from flextok.losses import perceptual
 from flextok.objectives import AutoencoderObjective, AutoencoderObjectiveConfig, make_objective
 from flextok.objectives.autoencoder import kl_to_normal
-from flextok.pipeline import load_model
+from flextok.pipeline import load
 from flextok.schema import ConfigError, from_mapping
 from flextok.training.optim import make_optimizer
 from flextok.training.run import train
@@ -234,7 +234,7 @@ def test_a_run_leaves_a_diffusers_folder_with_standardised_latents(run):
     mean, std = channel_statistics([vae.encode(batch)])
     assert torch.allclose(mean, torch.zeros(4).double(), atol=1e-4)
     assert torch.allclose(std, torch.ones(4).double(), atol=1e-4)
-    theirs, ours = AutoencoderKL.from_pretrained(folder).eval(), load_model(folder)
+    theirs, ours = AutoencoderKL.from_pretrained(folder).eval(), load(folder)
     with torch.no_grad():
         assert torch.equal(theirs(batch).sample, ours.decode(ours.posterior(batch)[0]))
     assert ours.metadata["step"] == 6
@@ -255,7 +255,7 @@ def test_a_run_of_the_decoder_alone_keeps_the_encoder_and_resumes(run, tmp_path,
         return load_experiment(run / "config.yaml", [*overrides, f"start.weights={run / 'run'}"])
 
     train(config("whole"))
-    started, tuned = load_model(run / "run"), load_model(tmp_path / "whole")
+    started, tuned = load(run / "run"), load(tmp_path / "whole")
     before, after = started.state_dict(), tuned.state_dict()
     for name in before:
         learns = name.startswith(("post_quant_conv", "decoder"))

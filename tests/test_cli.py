@@ -10,7 +10,7 @@ from PIL import Image
 
 from flextok import viz
 from flextok.cli import main, make_parser
-from flextok.pipeline import load_model, remember_tokenizer
+from flextok.pipeline import load, remember_tokenizer
 
 ROOT = Path(__file__).parent.parent
 
@@ -188,7 +188,7 @@ def test_align_prints_both_scores_and_writes_json(models, capsys):
     report, probe = models / "report" / "align.json", models / "report" / "probe.safetensors"
     tokenizer = tiny_tokenizer(image_size=32, patch_size=8)
     tokenizer.save_pretrained(models / "larger")
-    gpt = load_model(models / "text")
+    gpt = load(models / "text")
     remember_tokenizer(gpt, models / "text", tokenizer, str(models / "larger"))
     gpt.save_pretrained(models / "text")
     command = ["align", str(models / "text"), "--data", scenes, "--limit", "8", "--steps", "1"]

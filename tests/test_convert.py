@@ -27,7 +27,7 @@ from flextok import cli
 from flextok.generators import GPT, MaskGIT
 from flextok.generators.text import Text
 from flextok.hub import CheckpointError, fingerprint
-from flextok.pipeline import load_model
+from flextok.pipeline import load
 from flextok.tokenizers import FlexTok, MaskGITVQGAN, TiTok
 
 
@@ -181,10 +181,10 @@ def test_first_stage_titok_and_the_legacy_flag(tmp_path):
     weights, _ = load_case("titok_tiny")
     weights = {k: v for k, v in weights.items() if not k.startswith("pixel_")}
     folder = write_titok(tmp_path, "titok_tiny", weights, finetune_decoder=False)
-    model = load_model(folder)
+    model = load(folder)
     assert (model.config.stage, model.config.legacy) == ("proxy", True)
     folder = write_titok(tmp_path, "titok_tiny", weights, is_legacy=False)
-    assert not load_model(folder).config.legacy
+    assert not load(folder).config.legacy
 
 
 @torch.no_grad()
@@ -289,11 +289,11 @@ def test_round_trip_of_the_others_is_bit_identical(tmp_path, name):
     weights, io = load_case(name)
     torch.save(weights, tmp_path / "published.bin")
     changed = {"head_dim": 32} if name == "titok_tiny" else {"num_heads": 4}
-    theirs = load_model(tmp_path / "published.bin", overrides=changed)
+    theirs = load(tmp_path / "published.bin", overrides=changed)
     pairs = [f"{key}={value}" for key, value in changed.items()]
     command = ["convert", str(tmp_path / "published.bin"), str(tmp_path / "ours"), *pairs]
     assert cli.main(command) == 0
-    ours = load_model(tmp_path / "ours")
+    ours = load(tmp_path / "ours")
     assert ours.config == theirs.config
     if name == "titok_tiny":
         images = io["image"] * 2 - 1
@@ -331,12 +331,12 @@ def test_info(tmp_path, flextok_weights, capsys):
 @pytest.mark.parametrize("name", ["l32", "b64", "s128"])
 def test_titok_documents_agree_with_the_shapes(tmp_path, name):
     write_full_size(tmp_path, f"titok_{name}", random=False)
-    model = load_model(tmp_path, "meta")
+    model = load(tmp_path, "meta")
     assert (model.num_tokens, model.config.stage) == (int(name[1:]), "finetune")
     document = titok_document(name, codebook_size=8192)
     (tmp_path / "config.json").write_text(json.dumps(document))
     with pytest.raises(CheckpointError, match="codebook_size = 8192, the weights have 4096"):
-        load_model(tmp_path, "meta")
+        load(tmp_path, "meta")
 
 
 linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
@@ -361,7 +361,7 @@ def test_the_largest_model_loads_without_a_copy(tmp_path):
     before = memory("RssAnon")
     size = write_full_size(tmp_path, "flextok_d18_d28", random=False)
     assert size > 10e9
-    model = load_model(tmp_path)
+    model = load(tmp_path)
     assert sum(p.numel() for p in model.parameters()) * 4 == size
     assert model.config.decoder_dim == 1792
     assert memory("RssAnon") - before < 0.05 * size

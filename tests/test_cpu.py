@@ -13,7 +13,7 @@ from flextok import cpu as module
 from flextok.cpu import OneDNNLinear, accelerate, linear, onednn_is_faster, takes_onednn
 from flextok.generators import GPT
 from flextok.nn.frozen import Frozen
-from flextok.pipeline import load_model
+from flextok.pipeline import load
 
 needs_op = pytest.mark.skipif(
     module.ONEDNN_LINEAR is None, reason="this torch lacks oneDNN's product"
@@ -170,7 +170,7 @@ def test_every_layer_of_a_model_and_none_of_its_weights(tmp_path):
     for name in ("model.safetensors", "config.json"):
         assert (files[0] / name).read_bytes() == (files[1] / name).read_bytes()
     assert fast is accelerate(fast)
-    assert type(load_model(files[0]).head) is OneDNNLinear
+    assert type(load(files[0]).head) is OneDNNLinear
     assert type(GPT.from_pretrained(files[0]).head) is nn.Linear
     assert type(copy.deepcopy(fast).head) is OneDNNLinear
 

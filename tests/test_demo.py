@@ -19,7 +19,7 @@ from flextok.demo.upload import Limits, read_picture
 from flextok.evaluation.metrics import psnr, sharpness, ssim
 from flextok.generators import MaskGIT, MaskGITConfig
 from flextok.images import to_tensor
-from flextok.pipeline import generate_images, load_model, remember_tokenizer
+from flextok.pipeline import generate_images, load, remember_tokenizer
 from flextok.tokenizers import TiTok, TiTokConfig
 
 LIMITS = Limits(max_bytes=2**16, max_pixels=10_000)
@@ -242,7 +242,7 @@ def test_a_grown_picture_ends_as_the_one_generated_at_once(studio, models):
     every = pair.grow(1, 5, every_token=True, decoder_steps=1)
     assert [k for k, _ in every] == [1, 2, 3, 4, 5]
     at_once = generate_images(
-        load_model(models / "by_class"),
+        load(models / "by_class"),
         studio.tokenizer,
         torch.tensor([1]),
         [1, 8],
@@ -286,7 +286,7 @@ def test_a_generator_in_steps_shows_its_steps_and_its_last_image(models, tmp_pat
     torch.manual_seed(0)
     small = {"vocab_size": 200, "num_tokens": 8, "dim": 16, "depth": 1, "num_heads": 2}
     maskgit = MaskGIT(MaskGITConfig(**small, conditioner={"name": "class", "num_classes": 3}))
-    tokenizer = load_model(models / "tokenizer")
+    tokenizer = load(models / "tokenizer")
     remember_tokenizer(maskgit, tmp_path, tokenizer, str(models / "tokenizer"))
     maskgit.save_pretrained(tmp_path)
     studio = Studio([str(tmp_path), str(models / "by_text")])

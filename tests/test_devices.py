@@ -90,8 +90,8 @@ def test_loading_a_model_does_not_import_the_compiler_of_torch(tmp_path):
         model = build_model({**TOKENIZERS, **GENERATORS}, spec)
         folders.append(str(model.save_pretrained(tmp_path / name)))
     code = (
-        "import sys; from flextok.pipeline import load_model\n"
-        "for folder in sys.argv[1:]: load_model(folder)\n"
+        "import sys; from flextok.pipeline import load\n"
+        "for folder in sys.argv[1:]: load(folder)\n"
         "print([name for name in ('torch._inductor', 'torch._dynamo') if name in sys.modules])"
     )
     found = subprocess.run(

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from flextok.config import load_experiment
 from flextok.objectives import OBJECTIVES, make_objective
-from flextok.pipeline import load_model
+from flextok.pipeline import load
 from flextok.registry import build_model
 from flextok.tokenizers import TOKENIZERS
 from flextok.tokenizers.networks import Encoder, FlowDecoder
@@ -136,7 +136,7 @@ def test_a_sharded_tokenizer_trains_saves_continues_and_loads_on_one_process(pla
     two = run(place, "tokenizer.yaml", tmp_path / "two", *SHARDED)
     assert distance(two, place / "tokenizer") < 1e-5
     assert "from flextok import FlexTok\n" in (two / "README.md").read_text()
-    tokenizer = load_model(two)  # one process
+    tokenizer = load(two)  # one process
     image = torch.zeros(1, 3, 16, 16)
     assert tokenizer.decode(tokenizer.encode(image), num_steps=1).shape == image.shape
     checkpoints = list_checkpoints(two / "checkpoints")
@@ -156,7 +156,7 @@ def test_a_sharded_tokenizer_trains_saves_continues_and_loads_on_one_process(pla
 def test_a_sharded_generator_trains_saves_and_loads_on_one_process(place, tmp_path):
     two = run(place, "generator.yaml", tmp_path / "two", *SHARDED)
     assert distance(two, place / "generator") < 1e-5
-    generator = load_model(two)  # one process
+    generator = load(two)  # one process
     assert generator.generate(torch.zeros(2, dtype=torch.long)).shape == (2, 8)
     # started once more, when finished, in one process: the export comes from the folder of shards
     exported = two / "model.safetensors"

@@ -217,6 +217,21 @@ def test_a_run_of_another_objective_is_passed_over_and_then_refused(tmp_path):
         fit(smaller, Drawn("flow"), options=options(tmp_path))
 
 
+@pytest.mark.parametrize(("before", "now"), [(0.5, 0.0), (0.0, 0.5)])
+def test_an_average_neither_begins_nor_ends_in_a_run(tmp_path, before, now):
+    """It ended in torch's list of keys that are left over."""
+
+    def run(steps, decay):
+        optim = OptimConfig(warmup_steps=1, ema_decay=decay)
+        asked = options(tmp_path, max_steps=steps, optim=optim, checkpoint_every=1)
+        return fit(make("flow"), Drawn("flow"), options=asked)
+
+    run(1, before)
+    with pytest.raises(ConfigError, match=rf"optim\.ema_decay .*, not {now:g}: change it"):
+        run(2, now)
+    run(2, before)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["flow", "next_token"])
 def test_a_compiled_objective_has_the_same_gradients(name):

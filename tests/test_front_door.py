@@ -226,10 +226,11 @@ def test_maskgit_shows_what_is_still_masked():
 
 def test_classes_go_by_name_number_and_label():
     model = tiny_gpt()
-    model.metadata["class_names"] = ["cat", "dog", "2", "cow", "hen"]
+    model.metadata["class_names"] = ["cat", "dog", "3", "cow", "hen"]
     labels = torch.tensor([1, 2, 4, -1])
     drawn = model.generate(labels, temperature=0)
-    for asked in (["dog", "2", 4, "none"], ["dog", 2, "hen", -1], [1, 2, 4, ""]):
+    # a number is a label, as in a tensor; a text is a name first
+    for asked in (["dog", "3", 4, "none"], ["dog", 2, "hen", -1], [1, 2, "4", ""]):
         assert torch.equal(model.generate(asked, temperature=0), drawn)
     assert torch.equal(model.generate("dog", temperature=0), drawn[:1])
     assert torch.equal(model.generate(4, temperature=0), drawn[2:3])

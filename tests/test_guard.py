@@ -12,7 +12,7 @@ from helpers.runs import SIX_STEPS
 
 from flextok.config import load_experiment
 from flextok.data.transforms import ImageTransform
-from flextok.pipeline import load_model
+from flextok.pipeline import load
 from flextok.quantizers.vq import VQ, count_codes
 from flextok.training.callbacks import Progress
 from flextok.training.run import train
@@ -56,7 +56,7 @@ def test_a_step_of_images_that_are_not_finite_is_skipped_and_counted(tmp_path, m
     assert [float(n) for n in skipped if n] == [0, 1, 1]
     state = torch.load(folder / "checkpoints" / "last.ckpt")["state_dict"]
     assert all(value.isfinite().all() for value in state.values())
-    assert all(value.isfinite().all() for value in load_model(folder).state_dict().values())
+    assert all(value.isfinite().all() for value in load(folder).state_dict().values())
 
 
 def test_codes_of_what_is_not_finite_are_neither_counted_nor_revived():

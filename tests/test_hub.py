@@ -15,7 +15,7 @@ from flextok.files import atomic_write
 from flextok.generators import GENERATORS, GPT
 from flextok.hub import CheckpointError, fingerprint
 from flextok.nn.devices import one_device
-from flextok.pipeline import load_model, load_tokenizer_of, remember_tokenizer
+from flextok.pipeline import load, load_tokenizer_of, remember_tokenizer
 from flextok.tokenizers import (
     TOKENIZERS,
     FlexTok,
@@ -49,7 +49,7 @@ def test_round_trip_is_bit_identical(tmp_path, images):
 
 def test_the_type_in_the_file_decides(tmp_path):
     tiny_gpt().save_pretrained(tmp_path / "gpt")
-    assert isinstance(load_model(tmp_path / "gpt"), GPT)
+    assert isinstance(load(tmp_path / "gpt"), GPT)
     with pytest.raises(CheckpointError, match="holds a 'gpt' model, not 'flextok'"):
         FlexTok.from_pretrained(tmp_path / "gpt")
 
@@ -95,7 +95,7 @@ def test_a_model_saved_with_the_keys_of_its_training_still_loads(tmp_path, make,
         header["config"] = {k: v for k, v in header["config"].items() if k not in expected} | older
 
     edit(tmp_path / "config.json", change)
-    loaded = load_model(tmp_path)
+    loaded = load(tmp_path)
     assert {key: getattr(loaded.config, key) for key in expected} == expected
     if "distill" in older:
         decode = loaded.config.decode
@@ -138,15 +138,15 @@ def test_damaged_folders_are_refused(tmp_path, damage, message):
     tiny_tokenizer().save_pretrained(tmp_path)
     damage(tmp_path)
     with pytest.raises(CheckpointError, match=message):
-        load_model(tmp_path)
+        load(tmp_path)
 
 
 def test_a_missing_model_says_what_was_looked_for(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="no model at"):
-        load_model(tmp_path / "nowhere" / "at" / "all")
+        load(tmp_path / "nowhere" / "at" / "all")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(CheckpointError, match="someone/something"):
-        load_model("someone/something")
+        load("someone/something")
 
 
 def test_an_interrupted_save_leaves_the_old_file(tmp_path):
@@ -172,13 +172,13 @@ def test_a_generator_finds_its_tokenizer_and_refuses_another(tmp_path):
     moved.mkdir()
     for name in ("gpt", "tokenizer"):
         (tmp_path / name).rename(moved / name)
-    found = load_tokenizer_of(load_model(moved / "gpt"), moved / "gpt")
+    found = load_tokenizer_of(load(moved / "gpt"), moved / "gpt")
     assert fingerprint(found) == fingerprint(tokenizer)
     with torch.no_grad():
         tokenizer.encoder.registers += 1
     tokenizer.save_pretrained(moved / "tokenizer")
     with pytest.raises(CheckpointError, match="is not the one that this generator was trained on"):
-        load_tokenizer_of(load_model(moved / "gpt"), moved / "gpt")
+        load_tokenizer_of(load(moved / "gpt"), moved / "gpt")
 
 
 def add_noise(model, prefix):
@@ -272,7 +272,7 @@ def family(tmp_path):
 
 def make_old(folder):
     """The generator as it was saved when it held the hash of all of its tokenizer's weights."""
-    weights = fingerprint(load_model(folder / "tokenizer"))
+    weights = fingerprint(load(folder / "tokenizer"))
 
     def change(header):
         del header["metadata"]["codes_id"]
@@ -285,7 +285,7 @@ def make_old(folder):
 def test_a_generator_takes_every_decoder_of_its_codes(family, old):
     if old:
         make_old(family)
-    gpt = load_model(family / "gpt")
+    gpt = load(family / "gpt")
     own = load_tokenizer_of(gpt, family / "gpt")
     found = load_tokenizer_of(gpt, family / "gpt", str(family / "distilled"))
     assert fingerprint(found) != fingerprint(own)
@@ -297,10 +297,10 @@ def test_a_generator_takes_every_decoder_of_its_codes(family, old):
 
 def test_a_generator_saved_elsewhere_finds_its_tokenizer(family, tmp_path):
     elsewhere = tmp_path / "far" / "away" / "gpt"
-    gpt = load_model(family / "gpt")
+    gpt = load(family / "gpt")
     gpt.save_pretrained(elsewhere)
-    found = load_tokenizer_of(load_model(elsewhere), elsewhere)
-    assert fingerprint(found) == fingerprint(load_model(family / "tokenizer"))
+    found = load_tokenizer_of(load(elsewhere), elsewhere)
+    assert fingerprint(found) == fingerprint(load(family / "tokenizer"))
     for name in ("config.json", "README.md"):
         assert str(tmp_path) not in (elsewhere / name).read_text()
     assert "tokenizer |" not in (elsewhere / "README.md").read_text()
@@ -312,8 +312,8 @@ def test_a_generator_without_its_tokenizer_asks_for_one(family, tmp_path):
     with pytest.raises(
         CheckpointError, match=r"'\.\./tokenizer', where none is: name one .* by --t"
     ):
-        load_tokenizer_of(load_model(place), place)
-    found = load_tokenizer_of(load_model(place), place, str(family / "distilled"))
+        load_tokenizer_of(load(place), place)
+    found = load_tokenizer_of(load(place), place, str(family / "distilled"))
     assert found.config.distilled
 
 
@@ -323,9 +323,9 @@ def test_a_copy_of_a_generator_of_the_package_finds_the_package_s_tokenizer(rele
         if name == "copied":
             shutil.copytree(releases / "emoji-class", place)
         else:
-            load_model("emoji-class").save_pretrained(place)
-        found = load_tokenizer_of(load_model(place), place)
-        assert fingerprint(found) == fingerprint(load_model("emoji"))
+            load("emoji-class").save_pretrained(place)
+        found = load_tokenizer_of(load(place), place)
+        assert fingerprint(found) == fingerprint(load("emoji"))
 
 
 def test_folders_in_a_config_are_relative_to_the_model(tmp_path, monkeypatch):
@@ -341,7 +341,7 @@ def test_folders_in_a_config_are_relative_to_the_model(tmp_path, monkeypatch):
     assert stored["metadata"]["start"]["weights"] == "tokenizer (weights 12ab)"
     assert str(tmp_path) not in (tmp_path / "model" / "README.md").read_text()
     monkeypatch.chdir("/")
-    loaded = load_model(tmp_path / "model")
+    loaded = load(tmp_path / "model")
     assert os.path.samefile(loaded.config.vae["weights"], tmp_path / "vae")
     assert loaded.codes_id == model.codes_id
 
@@ -399,7 +399,7 @@ def test_the_hub_reads_the_card(tmp_path):
     assert ("emoji:validation", "psnr, 1 tokens", 12.3457) in scores
     assert len(scores) == 4
     assert "| emoji:validation | 8 | 8 | 21.5 | 0.25 |" in card.text
-    again = load_model(tmp_path / "model")
+    again = load(tmp_path / "model")
     assert again.metadata["evaluation"] == model.metadata["evaluation"]
     with pytest.raises(ValueError, match="no report of flextok evaluate"):
         model.add_report({"results": []})
@@ -467,13 +467,13 @@ def test_what_is_pushed_names_no_local_folder(family, monkeypatch, reference):
             pushed.update({p.name: p.read_bytes() for p in Path(folder_path).iterdir()})
 
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
-    gpt = load_model(family / "gpt")
+    gpt = load(family / "gpt")
     if reference is not None:
         gpt.metadata["tokenizer"] = reference
     gpt.push_to_hub("me/gpt")
     header = json.loads(pushed["config.json"])
     assert header["metadata"].get("tokenizer") == reference
-    assert header["metadata"]["codes_id"] == load_model(family / "tokenizer").codes_id
+    assert header["metadata"]["codes_id"] == load(family / "tokenizer").codes_id
     assert not any(b"../" in pushed[name] for name in ("config.json", "README.md"))
 
 
@@ -508,9 +508,9 @@ def test_hub_ids_load_from_the_cache_offline(tmp_path, monkeypatch):
     assert by_file.metadata["provenance"]["source"] == "someone/titok/titok.bin"
     message = r"'someone/other' here; HF_HUB_OFFLINE is set.*`hf download someone/other`"
     with pytest.raises(CheckpointError, match=message):
-        load_model("someone/other")
+        load("someone/other")
     with pytest.raises(CheckpointError, match="HF_HUB_OFFLINE is set"):
-        load_model("someone/titok/other.bin")
+        load("someone/titok/other.bin")
 
 
 @pytest.mark.parametrize(
@@ -530,7 +530,7 @@ def test_hub_errors_say_what_to_do(monkeypatch, kind, message):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
     with pytest.raises(CheckpointError, match=message):
-        load_model("someone/other")
+        load("someone/other")
 
 
 def test_hub_options_reach_the_hub(tmp_path, monkeypatch):
@@ -546,22 +546,22 @@ def test_hub_options_reach_the_hub(tmp_path, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     how = {"revision": "v1", "token": "t", "cache_dir": tmp_path, "local_files_only": True}
-    for load in (FlexTok.from_pretrained, load_model):
-        loaded = load("someone/models", subfolder="small", **how)
+    for loads in (FlexTok.from_pretrained, load):
+        loaded = loads("someone/models", subfolder="small", **how)
         assert fingerprint(loaded) == fingerprint(model)
     assert asked == [("someone/models", how)] * 2
     local = FlexTok.from_pretrained(tmp_path / "models", subfolder="small")
     assert fingerprint(local) == fingerprint(model)
     with pytest.raises(CheckpointError, match="has no folder 'large'"):
-        load_model(tmp_path / "models", subfolder="large")
+        load(tmp_path / "models", subfolder="large")
     with pytest.raises(TypeError, match="revison"):
-        load_model(tmp_path / "models" / "small", revison="v1")
+        load(tmp_path / "models" / "small", revison="v1")
 
 
 def test_the_local_cache_alone_is_asked(tmp_path):
     message = "local_files_only is set and the local cache does not hold it: .*hf download"
     with pytest.raises(CheckpointError, match=message):
-        load_model("someone/model", cache_dir=tmp_path, local_files_only=True)
+        load("someone/model", cache_dir=tmp_path, local_files_only=True)
 
 
 def test_device_and_dtype_by_the_names_of_other_libraries(tmp_path, monkeypatch):
@@ -570,16 +570,16 @@ def test_device_and_dtype_by_the_names_of_other_libraries(tmp_path, monkeypatch)
     monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
     loaded = FlexTok.from_pretrained(tmp_path, device_map="auto", torch_dtype="auto")
     assert (loaded.device.type, loaded.encoder.head.weight.dtype) == ("cpu", torch.float16)
-    loaded = load_model(tmp_path, device_map={"": "meta"}, torch_dtype=torch.bfloat16)
+    loaded = load(tmp_path, device_map={"": "meta"}, torch_dtype=torch.bfloat16)
     assert (loaded.device.type, loaded.encoder.head.weight.dtype) == ("meta", torch.bfloat16)
     monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
     assert one_device("auto").type == "mps"
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     assert one_device("auto").type == "cuda"
     with pytest.raises(ValueError, match="must name one device"):
-        load_model(tmp_path, device_map={"encoder": 0, "decoder": 1})
+        load(tmp_path, device_map={"encoder": 0, "decoder": 1})
     with pytest.raises(ValueError, match="dtype='half' must be a torch"):
-        load_model(tmp_path, torch_dtype="half")
+        load(tmp_path, torch_dtype="half")
 
 
 def test_a_model_in_bfloat16_encodes_and_decodes(tmp_path, images):
@@ -609,7 +609,7 @@ def sharded(tmp_path):
 
 
 def test_weights_spread_over_files_load(sharded):
-    assert fingerprint(load_model(sharded)) == fingerprint(tiny_tokenizer())
+    assert fingerprint(load(sharded)) == fingerprint(tiny_tokenizer())
 
 
 @pytest.mark.parametrize(
@@ -626,7 +626,7 @@ def test_weights_spread_over_files_load(sharded):
 def test_a_damaged_index_is_refused(sharded, change, message):
     edit(sharded / "model.safetensors.index.json", lambda h: change(h["weight_map"]))
     with pytest.raises(CheckpointError, match=message):
-        load_model(sharded)
+        load(sharded)
 
 
 def test_published_names_are_importable_from_the_top():

@@ -16,7 +16,7 @@ from flextok.config import ExperimentConfig, load_experiment
 from flextok.data.datasets import ImageFolder
 from flextok.data.pixels import measure_pixels
 from flextok.data.web import WebDatasetStream
-from flextok.pipeline import load_model
+from flextok.pipeline import load
 from flextok.schema import ConfigError, from_mapping
 from flextok.training.plan import Assumptions, plan
 from flextok.training.prepare import fill_auto
@@ -85,7 +85,7 @@ def test_a_run_measures_prints_and_stores(tmp_path, caplog):
     mean, deviation, _ = measure_pixels(ImageFolder(pictures), 16)
     train(config)
     assert config.model["vae"] == AUTO  # the caller's config is as it was
-    model = load_model(tmp_path / "run")
+    model = load(tmp_path / "run")
     stored = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["model"]["vae"]
     assert model.config.vae == stored
     assert stored["shift"] == pytest.approx(mean, rel=5e-3)
@@ -101,7 +101,7 @@ def test_a_run_measures_prints_and_stores(tmp_path, caplog):
     gradients(pictures, low=150, high=250)
     config.trainer.max_steps = 3
     train(config)
-    assert load_model(tmp_path / "run").config.vae == stored
+    assert load(tmp_path / "run").config.vae == stored
 
 
 def tensor(path) -> torch.Tensor:

@@ -11,7 +11,7 @@ from flextok.data.sets import take
 from flextok.data.transforms import ImageTransform
 from flextok.emoji.datasets import Emoji
 from flextok.evaluation.metrics import psnr, sharpness
-from flextok.pipeline import generate_images, load_model, load_tokenizer_of, reconstruct_prefixes
+from flextok.pipeline import generate_images, load, load_tokenizer_of, reconstruct_prefixes
 from flextok.places import RELEASES, list_models
 from flextok.storage import CheckpointError, read_tensors
 from flextok.vae import KLVAE, kl_settings
@@ -34,7 +34,7 @@ def test_they_are_small_and_complete():
 
 
 def test_the_autoencoder_keeps_held_out_emoji_and_is_a_vae_by_its_name():
-    autoencoder = load_model("emoji-vae")
+    autoencoder = load("emoji-vae")
     transform = ImageTransform(autoencoder.image_size)
     images = torch.stack([transform(item["image"]) for item in take(Emoji("validation"), 16)])
     vae = KLVAE(**kl_settings("emoji-vae")).eval()
@@ -53,7 +53,7 @@ TOKENIZERS = ["emoji", "emoji-few-step", "emoji-one-step"]
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_held_out_emoji_sharpen_with_every_token(name):
-    tokenizer = load_model(name)
+    tokenizer = load(name)
     emoji = take(Emoji("validation"), 16)
     transform = ImageTransform(tokenizer.image_size)
     images = torch.stack([transform(emoji[i]["image"]) for i in range(len(emoji))])
@@ -69,7 +69,7 @@ def test_second_order_solvers_come_nearer_to_the_solution_than_euler(num_tokens)
     """heun divided by the clamp at t = 0, where this head has no velocity: 64 tokens and 8 steps
     came to 10.8 dB against Euler's 19.1. PSNR to the picture falls a little with accuracy, as it
     does with Euler's steps: the exact solution is a sample, and one step is the mean of all."""
-    tokenizer, emoji = load_model("emoji"), take(Emoji("validation"), 3)
+    tokenizer, emoji = load("emoji"), take(Emoji("validation"), 3)
     tokenizer.drop_drawer()
     transform = ImageTransform(tokenizer.image_size)
     images = torch.stack([transform(emoji[i]["image"]) for i in range(3)])
@@ -99,7 +99,7 @@ def test_second_order_solvers_come_nearer_to_the_solution_than_euler(num_tokens)
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_any_prefix_decodes_to_a_sharp_image(name):
     """A mean of all images that fit one token has 0.43 of their sharpness."""
-    tokenizer, emoji = load_model(name), take(Emoji("validation"), 48)
+    tokenizer, emoji = load(name), take(Emoji("validation"), 48)
     transform = ImageTransform(tokenizer.image_size)
     images = torch.stack([transform(emoji[i]["image"]) for i in range(len(emoji))])
     found = {}
@@ -111,7 +111,7 @@ def test_any_prefix_decodes_to_a_sharp_image(name):
 
 def test_one_token_is_many_images_of_the_same_colours():
     """Seeds draw different images from one token; from all tokens they agree."""
-    tokenizer, emoji = load_model("emoji"), take(Emoji("validation"), 6)
+    tokenizer, emoji = load("emoji"), take(Emoji("validation"), 6)
     transform = ImageTransform(tokenizer.image_size)
     images = torch.stack([transform(emoji[i]["image"]) for i in range(len(emoji))])
     one, other = (reconstruct_prefixes(tokenizer, images, [1, 256], seed=seed) for seed in (0, 1))
@@ -124,13 +124,13 @@ def test_one_token_is_many_images_of_the_same_colours():
 
 def test_few_steps_speak_the_same_tokens():
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    first, *others = (load_model(name).encode(images) for name in TOKENIZERS)
+    first, *others = (load(name).encode(images) for name in TOKENIZERS)
     assert all(torch.equal(first, other) for other in others)
 
 
 @pytest.mark.parametrize("name", ["emoji-class", "emoji-text"])
 def test_the_generators_take_every_decoder_of_their_codes(name):
-    generator = load_model(name)
+    generator = load(name)
     for tokenizer in [None, *TOKENIZERS]:
         found = load_tokenizer_of(generator, name, tokenizer)
         assert found.codes_id == generator.metadata["codes_id"]
@@ -140,7 +140,7 @@ def test_the_generators_take_every_decoder_of_their_codes(name):
 @pytest.mark.parametrize("name", ["emoji-class", "emoji-text"])
 def test_a_generator_draws_through_every_decoder_of_its_codes(name, decoder):
     """The same indices, so the same motif: nearer to its own decoder's image than another one."""
-    generator = load_model(name)
+    generator = load(name)
     names = generator.metadata["class_names"]
     cond = ["a key", "a frog"]
     if name == "emoji-class":
@@ -153,7 +153,7 @@ def test_a_generator_draws_through_every_decoder_of_its_codes(name, decoder):
 
 @pytest.mark.parametrize("name", ["emoji-class", "emoji-text"])
 def test_a_tokenizer_of_other_codes_is_refused_by_name(name, tmp_path, capsys):
-    other, generator = load_model("emoji-few-step"), load_model(name)
+    other, generator = load("emoji-few-step"), load(name)
     with torch.no_grad():
         other.encoder.head.weight.mul_(1.01)
     folder = other.save_pretrained(tmp_path / "other-codes")
@@ -170,7 +170,7 @@ def test_a_tokenizer_of_other_codes_is_refused_by_name(name, tmp_path, capsys):
 
 
 def test_classes_and_prompts_change_the_picture():
-    by_class, by_prompt = load_model("emoji-class"), load_model("emoji-text")
+    by_class, by_prompt = load("emoji-class"), load("emoji-text")
     names = by_class.metadata["class_names"]
     assert len(names) == 96
     conds = torch.tensor([names.index("heart"), names.index("animal-mammal")]), ["a key", "a frog"]

@@ -26,7 +26,7 @@ from helpers.runs import (
 from flextok.config import load_experiment
 from flextok.hub import CheckpointError
 from flextok.objectives import OBJECTIVES
-from flextok.pipeline import load_model
+from flextok.pipeline import load
 from flextok.registry import build_model
 from flextok.schema import ConfigError
 from flextok.tokenizers import FlexTok
@@ -258,7 +258,7 @@ def test_a_run_killed_again_and_again_ends_as_one_never_killed(long_runs, tmp_pa
     assert reached < 40
     assert finish(start(command, tmp_path / "log")) == [0], (tmp_path / "log").read_text()[-3000:]
     assert same(tmp_path / "run", long_runs / task)
-    assert load_model(tmp_path / "run").metadata["step"] == 40
+    assert load(tmp_path / "run").metadata["step"] == 40
 
 
 @pytest.mark.slow

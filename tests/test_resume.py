@@ -24,7 +24,7 @@ from flextok.config import ExperimentConfig, OptimConfig, save_experiment
 from flextok.files import only_one
 from flextok.hub import CheckpointError
 from flextok.objectives import make_objective
-from flextok.pipeline import load_model
+from flextok.pipeline import load
 from flextok.schema import ConfigError, from_mapping
 from flextok.training.checkpoints import (
     WholeFiles,
@@ -133,7 +133,7 @@ def test_a_finished_run_started_again_is_left_as_it_is(make, place, caplog):
         assert named in str(told.value)
         assert "resume=false to start over" in str(told.value)
     assert snapshot(folder) == before
-    assert load_model(folder).metadata["class_names"] == ["cats", "dogs"]
+    assert load(folder).metadata["class_names"] == ["cats", "dogs"]
 
 
 def test_data_named_by_another_path_are_the_same(make, place, tmp_path, caplog):
@@ -274,7 +274,7 @@ def test_other_groups_keep_each_parameters_state_with_it():
 def test_training_on_after_the_end(make):
     folder = train(make())
     train(make(max_steps=7))
-    assert load_model(folder).metadata["step"] == 7
+    assert load(folder).metadata["step"] == 7
     starts = [json.loads(p.read_text()) for p in sorted((folder / "starts").glob("*.json"))]
     assert [(s["step"], s["config"]["trainer"]["max_steps"]) for s in starts] == [(0, 4), (4, 7)]
 
@@ -344,7 +344,7 @@ def test_a_run_of_an_older_version_is_refused_clearly(make, stop_after, finished
             train(again)
     assert snapshot(folder) == before
     train(make("resume", False))
-    assert load_model(folder).metadata["step"] == 4
+    assert load(folder).metadata["step"] == 4
 
 
 # Checkpoints: every damage is found, and the one before is taken.
@@ -569,7 +569,7 @@ def test_a_run_says_what_it_trains_and_what_came_of_it(make, place, caplog):
     caplog.set_level("INFO")
     changes = ("data.validation", {"name": "folder", "root": str(place / "a")})
     folder = train(make(*changes, max_steps=3, num_pictures=1))
-    whole = sum(p.numel() for p in load_model(folder).parameters())
+    whole = sum(p.numel() for p in load(folder).parameters())
     text = caplog.text
     assert f"flextok: {whole:,} parameters" in text
     assert "data: 6 images of 2 classes (cats, dogs), 6 for validation" in text
@@ -599,4 +599,4 @@ def test_a_checkpoint_that_finds_no_room_ends_the_run_in_one_line(make, tmp_path
     assert "step-0000002.ckpt: File too large (" in line
     assert "start the same command again: it continues" in line
     assert finish(start(["train", path], log)) == [0]
-    assert load_model(make().output_dir).metadata["step"] == 4
+    assert load(make().output_dir).metadata["step"] == 4

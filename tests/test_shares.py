@@ -16,7 +16,7 @@ from flextok.data.datasets import ImageFolder
 from flextok.data.stream import EvaluationSet
 from flextok.data.transforms import ImageTransform
 from flextok.objectives import make_objective
-from flextok.pipeline import load_model
+from flextok.pipeline import load
 from flextok.training.run import train
 
 PICTURES = [f"{i}.png" for i in range(9)]
@@ -80,7 +80,7 @@ def test_any_number_of_pictures_and_damaged_ones_ends_with_the_exact_average(tmp
     pictures(tmp_path / "validation", case if isinstance(case, int) else 9, DAMAGED.get(case, ()))
     strategy = "ddp" if kind == "adversarial" else "fsdp2"
     run = run_on_two(tmp_path, spec_of(tmp_path, kind), strategy)
-    model = load_model(run)
+    model = load(run)
     images = readable(tmp_path / "validation")
     assert len(images) == {7: 7, 8: 8, "9 pictures": 9}.get(case, 9 - len(DAMAGED.get(case, ())))
     with torch.no_grad():

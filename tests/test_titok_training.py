@@ -16,7 +16,7 @@ from flextok.config import OptimConfig, load_experiment
 from flextok.losses import perceptual
 from flextok.losses.adversarial import hinge_discriminator_loss, hinge_generator_loss
 from flextok.objectives import ReconstructionObjective, make_objective
-from flextok.pipeline import load_model
+from flextok.pipeline import load
 from flextok.quantizers.vq import codebook_usage
 from flextok.registry import build_model
 from flextok.schema import ConfigError
@@ -73,7 +73,7 @@ def trained(tmp_path_factory):
 
 
 def test_each_stage_starts_from_the_one_before(trained):
-    vqgan, first, second = (load_model(trained / n) for n in ("vqgan", "stage1", "stage2"))
+    vqgan, first, second = (load(trained / n) for n in ("vqgan", "stage1", "stage2"))
     for key, value in first.state_dict().items():
         if key.startswith(("encoder.", "quantizer.")):
             assert torch.equal(second.state_dict()[key], value), f"{key} is frozen"
@@ -307,7 +307,7 @@ def test_dead_codes_are_revived_and_usage_is_logged(trained, tmp_path):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("flextok.training.prepare.build_model", build_with_one_near_code)
             train(config)
-        used[revive_every] = float(load_model(tmp_path / name).metadata["codebook"].split("%")[0])
+        used[revive_every] = float(load(tmp_path / name).metadata["codebook"].split("%")[0])
     assert used[0] == pytest.approx(100 / 32, abs=0.1)
     assert used[2] > 3 * used[0]
 
@@ -333,7 +333,7 @@ def test_components_combine_freely(trained, tmp_path, name):
     train(experiment(tmp_path, "tokenizer", model))
     at = str(tmp_path / "tokenizer")
     generator = train(experiment(tmp_path, "generator", MASKGIT, tokenizer=at))
-    assert load_model(generator).config.vocab_size == 16
+    assert load(generator).config.vocab_size == 16
     output = tmp_path / "out.png"
     assert main(["sample", str(generator), "--output", str(output)]) == 0
     assert Image.open(output).width > 3 * 128  # 1, 2, 4 and 6 tokens

@@ -33,7 +33,7 @@ from flextok.hub import fingerprint
 from flextok.losses import perceptual
 from flextok.nn.blocks import recompute_blocks
 from flextok.objectives import make_objective
-from flextok.pipeline import generate_images, load_model, load_tokenizer_of
+from flextok.pipeline import generate_images, load, load_tokenizer_of
 from flextok.registry import TASKS, build_model
 from flextok.schema import ConfigError, NotFinite
 from flextok.tokenizers import TOKENIZERS, MaskGITVQGAN, VQGANConfig
@@ -67,8 +67,8 @@ def uninterrupted(tmp_path_factory):
 
 def test_a_run_leaves_model_logs_pictures_and_config(uninterrupted):
     folder = uninterrupted / "tokenizer"
-    assert load_model(folder).metadata["class_names"] == ["cats", "dogs"]
-    assert load_model(folder).metadata["step"] == 6
+    assert load(folder).metadata["class_names"] == ["cats", "dogs"]
+    assert load(folder).metadata["step"] == 6
     assert set(logged_losses(folder)) == set(range(6))
     assert {p.name for p in (folder / "pictures").iterdir()} == {
         "step-0000003.png",
@@ -80,8 +80,8 @@ def test_a_run_leaves_model_logs_pictures_and_config(uninterrupted):
 
 
 def test_the_generator_learned_its_sizes_from_tokenizer_and_data(uninterrupted):
-    tokenizer = load_model(uninterrupted / "tokenizer")
-    gpt = load_model(uninterrupted / "generator")
+    tokenizer = load(uninterrupted / "tokenizer")
+    gpt = load(uninterrupted / "generator")
     assert gpt.config.vocab_size == tokenizer.vocab_size
     assert gpt.config.num_tokens == tokenizer.num_tokens
     assert gpt.config.conditioner["num_classes"] == 2
@@ -94,7 +94,7 @@ def test_a_generator_may_write_only_the_first_tokens(uninterrupted, tmp_path):
     pictures = uninterrupted / "pictures"
     path = generator_yaml(uninterrupted, pictures, "short", num_tokens=3)
     train(load_experiment(path, [f"output_dir={tmp_path}", "trainer.max_steps=2"]))
-    gpt = load_model(tmp_path)
+    gpt = load(tmp_path)
     tokenizer = load_tokenizer_of(gpt, tmp_path)
     made = generate_images(gpt, tokenizer, torch.tensor([0, 1]), [2, 3], seed=0)
     assert {k: tuple(v.shape) for k, v in made.items()} == dict.fromkeys((2, 3), (2, 3, 16, 16))
@@ -105,7 +105,7 @@ def test_a_generator_may_write_only_the_first_tokens(uninterrupted, tmp_path):
 @pytest.mark.parametrize("name", ["text", "frozen"])
 def test_a_text_generator_trains_on_captions(uninterrupted, name):
     folder = uninterrupted / name
-    gpt = load_model(folder)
+    gpt = load(folder)
     cache = TextCache(PartStore.open(folder / "tokens" / "train" / "text", "caption cache"))
     assert set(cache.places) == {"", "cats", "dogs", *(f"two {n} left of a tree" for n in CLASSES)}
     tokens = TokenDataset(folder / "tokens" / "train")
@@ -193,11 +193,11 @@ def test_periodic_evaluation_is_the_commands_on_the_exported_model(uninterrupted
     report = json.loads(reports[0].read_text())
     assert [r["num_tokens"] for r in report["results"]] == [1, 8]
     assert report["settings"]["sample_count"] == 4
-    assert report["settings"]["model_hash"] == fingerprint(load_model(folder))
+    assert report["settings"]["model_hash"] == fingerprint(load(folder))
     if task == "tokenizer":
         pictures = take(ImageFolder(uninterrupted / "pictures"), 4)
         again = evaluate(
-            load_model(folder), pictures, [Cell(1), Cell(8)], Options(networks=(), batch_size=3)
+            load(folder), pictures, [Cell(1), Cell(8)], Options(networks=(), batch_size=3)
         )
         scores = [r["scores"] for r in again["results"]]
         assert scores == [r["scores"] for r in report["results"]]
@@ -385,7 +385,7 @@ def test_every_shrunk_config_takes_two_steps_in_the_precision_of_a_gpu(
     losses = logged_losses(tmp_path / "run")
     assert list(losses) == [0, 1]
     assert torch.tensor(list(losses.values())).isfinite().all()
-    assert load_model(tmp_path / "run").metadata["step"] == 2
+    assert load(tmp_path / "run").metadata["step"] == 2
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)

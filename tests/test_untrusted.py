@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from flextok.cli import main
 from flextok.generators import MaskGIT, MaskGITConfig
 from flextok.hub import CheckpointError
-from flextok.pipeline import load_model
+from flextok.pipeline import load
 from flextok.places import parse_metadata
 from flextok.storage import read_tensors
 from flextok.tokenizers import MaskGITVQGAN, TiTok, TiTokConfig, VQGANConfig
@@ -40,7 +40,7 @@ def test_a_foreign_class_is_refused_by_name(tmp_path, flextok_weights, place):
     layout = {"metadata": "one", "config.json": "beside"}.get(place, place)
     folder = write_flextok(tmp_path / "model", flextok_weights, tree, layout)
     with pytest.raises(CheckpointError, match=r"'os\.system' \(.*enc_patch_emb\).*refused"):
-        load_model(folder)
+        load(folder)
     assert not trace.exists()
 
 
@@ -78,7 +78,7 @@ def test_a_config_that_does_not_fit_is_refused(
     part = "encoder" if section.startswith("enc") else "decoder"
     tree[part]["module_dict"][section][key] = value
     with pytest.raises(CheckpointError, match=message):
-        load_model(write_flextok(tmp_path, flextok_weights, tree))
+        load(write_flextok(tmp_path, flextok_weights, tree))
 
 
 def drop(state, key):
@@ -111,7 +111,7 @@ def test_every_tensor_must_fit(tmp_path, flextok_weights, name, damage):
         else:
             folder = write_titok(tmp_path, name, state)
         with pytest.raises(CheckpointError):
-            load_model(folder, "meta")
+            load(folder, "meta")
 
 
 def test_messages_name_the_tensor(tmp_path, flextok_weights):
@@ -119,16 +119,16 @@ def test_messages_name_the_tensor(tmp_path, flextok_weights):
     state = dict(flextok_weights)
     drop(state, key)
     with pytest.raises(CheckpointError, match=r"'decoder\.blocks\.1\.mlp\.fc3\.weight' is missing"):
-        load_model(write_flextok(tmp_path, state))
+        load(write_flextok(tmp_path, state))
     state = dict(flextok_weights)
     reshape(state, key)
     with pytest.raises(
         CheckpointError, match=r"is float \[682, 128\], expected float \[341, 128\]"
     ):
-        load_model(write_flextok(tmp_path, state))
+        load(write_flextok(tmp_path, state))
     save_file({"surprise": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(CheckpointError, match=r"no layout that this package reads.*'surprise'"):
-        load_model(tmp_path / "other.safetensors")
+        load(tmp_path / "other.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_odd_configs_are_refused(tmp_path, document, message):
     save_file({"surprise": torch.zeros(1)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(document)
     with pytest.raises(CheckpointError, match=message):
-        load_model(tmp_path)
+        load(tmp_path)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
@@ -157,7 +157,7 @@ def test_truncated_files_are_refused(tmp_path, suffix):
     for length in (0, 7, 200, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
         with pytest.raises(CheckpointError, match=r"truncated or damaged|damaged or hostile"):
-            load_model(path)
+            load(path)
 
 
 class Payload:
@@ -178,7 +178,7 @@ def test_a_pickle_with_code_is_refused_and_leaves_no_trace(tmp_path, suffix, wra
     else:
         torch.save(content, path, _use_new_zipfile_serialization=wrap == "zip")
     with pytest.raises(CheckpointError) as caught:
-        load_model(path)
+        load(path)
     assert not trace.exists()
     assert "weights_only" not in str(caught.value)  # torch's own advice is to allow code
     if suffix != ".safetensors":
@@ -199,14 +199,14 @@ def test_a_pickle_with_code_is_refused_and_leaves_no_trace(tmp_path, suffix, wra
 def test_only_named_tensors_are_read(tmp_path, content, message):
     torch.save(content, tmp_path / "model.bin")
     with pytest.raises(CheckpointError, match=message):
-        load_model(tmp_path / "model.bin")
+        load(tmp_path / "model.bin")
 
 
 def test_a_folder_with_two_weight_files_asks_which(tmp_path):
     for name in ("a.bin", "b.bin"):
         torch.save({"a": torch.zeros(1)}, tmp_path / name)
     with pytest.raises(CheckpointError, match=r"several weight files \(a\.bin, b\.bin\)"):
-        load_model(tmp_path)
+        load(tmp_path)
 
 
 def nested():
@@ -229,7 +229,7 @@ def nested():
 def test_a_pickle_s_tensors_are_numbers_that_lie_in_it(tmp_path, make, kind):
     torch.save({"good": torch.ones(2), "odd": make()}, tmp_path / "model.bin")
     with pytest.raises(CheckpointError, match=rf"holds a .*{kind}.* under 'odd'"):
-        load_model(tmp_path / "model.bin")
+        load(tmp_path / "model.bin")
 
 
 @pytest.mark.parametrize("part", ["data/0", "data/2", "data.pkl"])
@@ -317,7 +317,7 @@ def test_weights_that_are_not_what_they_claim(tmp_path, begins, length, message)
     path.write_bytes(begins)
     os.truncate(path, length)
     with pytest.raises(CheckpointError, match=message):
-        load_model(path)
+        load(path)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "pytorch_model.bin"])
@@ -348,7 +348,7 @@ def test_a_pipe_is_no_hub_id(tmp_path, monkeypatch, name):
     os.mkfifo(name)
     monkeypatch.setattr("flextok.places.from_hub", lambda *asked: pytest.fail("asked the hub"))
     with pytest.raises(CheckpointError, match=f"{name} is no regular file"):
-        load_model(name)
+        load(name)
 
 
 @pytest.mark.parametrize(
@@ -370,7 +370,7 @@ def test_metadata_of_another_type(tmp_path, capsys, facts, message, command):
     header = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**header, "metadata": facts}))
     with pytest.raises(CheckpointError, match=message):
-        load_model(tmp_path)
+        load(tmp_path)
     assert main([command, str(tmp_path)]) == 1
     assert capsys.readouterr().err.count("\n") == 1
 
@@ -383,7 +383,7 @@ def test_documents_that_no_program_writes(tmp_path, document):
     save_file({"surprise": torch.zeros(1)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(document)
     with pytest.raises(CheckpointError, match=r"config\.json is damaged"):
-        load_model(tmp_path)
+        load(tmp_path)
 
 
 def test_escape_sequences_in_metadata_are_printed_escaped(tmp_path, capsys):
@@ -451,7 +451,7 @@ def test_no_number_of_a_config_costs_time_or_memory(tmp_path, kind):
             (tmp_path / "config.json").write_text(json.dumps(header))
             began = time.monotonic()
             try:
-                load_model(tmp_path)
+                load(tmp_path)
             except CheckpointError as error:
                 message = str(error)
                 names = [str(name) for name in (*parents, last) if isinstance(name, str)]
@@ -496,4 +496,4 @@ def test_sizes_are_held_against_the_tensors_by_name(tmp_path, kind, change, mess
     header["config"] |= change
     (tmp_path / "config.json").write_text(json.dumps(header))
     with pytest.raises(CheckpointError, match=message):
-        load_model(tmp_path)
+        load(tmp_path)

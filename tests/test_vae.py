@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL
 
 from flextok.autoencoder import Autoencoder, AutoencoderConfig
 from flextok.convert import current_config
-from flextok.pipeline import load_model
+from flextok.pipeline import load
 from flextok.tokenizers import FlexTok, FlexTokConfig
 from flextok.tokenizers.base import component
 from flextok.vae import KLVAE, VAES, kl_settings, with_sizes
@@ -121,7 +121,7 @@ def test_a_saved_autoencoder_gives_equal_outputs_in_diffusers(tmp_path, images):
     theirs = AutoencoderKL.from_pretrained(tmp_path).eval()
     assert torch.equal(theirs(images).sample, model.decode(model.posterior(images)[0]))
     assert theirs.config.latents_mean == [1, 2, 3, 4]
-    ours = load_model(tmp_path)
+    ours = load(tmp_path)
     assert ours.config == model.config
     assert ours.metadata == model.metadata
     theirs.save_pretrained(tmp_path / "theirs")  # and what diffusers writes is one of ours

@@ -3,14 +3,14 @@ file calls a class is looked up by name first and by number second, and data set
 compared by name."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from flextok.data.pictures import clean_text
+from flextok.schema import find_class
 
 MAX_CLASSES = 1_000_000
 NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")  # as a label is written: 7, and not 007
-BOOLEANS = {"false": 0, "true": 1}
 
 
 def as_label(value: object) -> int | str:
@@ -46,15 +46,6 @@ def check_names(class_names: Sequence[str] | int) -> list[str]:
 
 def label_table(names: Sequence[str]) -> dict[str, int]:
     return {name: number for number, name in enumerate(names)}
-
-
-def find_class(table: Mapping[str, int], label: int | str) -> int | None:
-    """The number of a class by its name, else by its number; None where it has neither."""
-    text = str(label)
-    if text in table:
-        return table[text]
-    number = int(text) if re.fullmatch("[0-9]{1,18}", text) else BOOLEANS.get(text, len(table))
-    return number if number < len(table) else None
 
 
 def index_labels(

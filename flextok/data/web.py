@@ -23,6 +23,7 @@ from flextok.data.shards import (
     stated_counts,
 )
 from flextok.data.stream import Sharded, SkipCounter
+from flextok.schema import find_class
 
 IMAGE_KEY = ";".join(extension[1:] for extension in EXTENSIONS)
 HELD = 100_000  # samples whose places a stream holds in memory
@@ -73,7 +74,7 @@ class Shards(Sharded):
             raise CorruptPicture(name, "the sample holds no picture")
         if self.labels is None:
             stated = self.find_label(members, name)
-            label = None if stated is None else labels.find_class(self.numbers, stated)
+            label = None if stated is None else find_class(self.numbers, stated)
             if label is None:
                 raise CorruptPicture(name, f"label {stated!r} is none of the class_names")
         else:

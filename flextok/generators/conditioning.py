@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from flextok.generators.text import ByteEncoder, PretrainedEncoder, Text, check_prompts
 from flextok.generators.words import WordEncoder
 from flextok.nn.devices import span, to_device
-from flextok.schema import ConfigError, Many, Size, build
+from flextok.schema import ConfigError, Many, Size, build, find_class
 
 Cond = Tensor | Sequence[str] | Text  # (B,) labels, B prompts, or what `prepare` made of them
 NULL_CLASS = -1  # as a label: no condition
@@ -188,17 +188,18 @@ class TextConditioner(Conditioner):
 
 
 def class_label(entry: object, names: Sequence[str]) -> int:
-    """The label of a class among `names`: an entry is its name, else its number, else "none" or "",
-    for no class. Raises ValueError."""
-    if entry in names:
-        return names.index(str(entry))
-    if entry in ("none", "", NULL_CLASS):
+    """The label of a class among `names`: an entry is a label, or else the class's name, its number
+    or "none" or "", for no class. Raises ValueError."""
+    if entry == NULL_CLASS or (entry in ("none", "") and entry not in names):
         return NULL_CLASS
-    number = str(entry)
-    if number.isdecimal() and len(number) < 19 and int(number) < len(names):
-        return int(number)
+    if isinstance(entry, int):
+        number = entry if 0 <= entry < len(names) else None
+    else:
+        number = find_class({name: label for label, name in enumerate(names)}, str(entry))
+    if number is not None:
+        return number
     some = ", ".join(names[:16]) + (", ..." if len(names) > 16 else "")
-    near = difflib.get_close_matches(number, names, n=1)
+    near = difflib.get_close_matches(str(entry), names, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ValueError(f"unknown class {entry!r}; known: {some}, or 0 to {len(names) - 1}{hint}")
 

@@ -9,16 +9,18 @@ import zlib
 from collections import ChainMap
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from torch import nn
 
 from flextok.files import atomic_write, read_mapping, write_text, writing
 from flextok.schema import ConfigError
 from flextok.storage import CheckpointError
+
+if TYPE_CHECKING:
+    from flextok.training.module import TrainingModule
 
 SUMS = ".sum"  # of a checkpoint that is a file: its checksum, in a file beside it
 CHECKSUMS = "checksums-*.json"  # of a checkpoint that is a folder, one for each process
@@ -83,10 +85,11 @@ def list_checkpoints(folder: Path) -> dict[int, Path]:
     return {int(match[1]): path for path, match in matches.items() if match}
 
 
-def find_checkpoint(folder: Path, module: nn.Module | None = None) -> Path | None:
-    """The newest intact checkpoint, of `module`, a LightningModule, if given; None without any.
-    Others are passed over with a warning; CheckpointError if all are, OldRun for one of a version
-    whose runs cannot be continued."""
+def find_checkpoint(folder: Path, module: "TrainingModule | None" = None) -> Path | None:
+    """The newest intact checkpoint, of `module` if given; None without any. Others are passed over
+    with a warning; CheckpointError if all are, OldRun for one of a version whose runs cannot be
+    continued, ConfigError where one of the checkpoint and the module has an average and the other
+    has none."""
     damage = []
     for _, path in sorted(list_checkpoints(folder).items(), reverse=True):
         try:
@@ -126,8 +129,9 @@ def verify(path: Path) -> None:
         raise CheckpointError(f"checkpoint {path} is damaged: {error}") from None
 
 
-def check_fits(path: Path, content: Mapping[str, Any], module: nn.Module) -> None:
-    """Refuse a checkpoint of another model, as loading it would, but in time for an older one.
+def check_fits(path: Path, content: Mapping[str, Any], module: "TrainingModule") -> None:
+    """Refuse a checkpoint of another model, as loading it would, but in time for an older one, and
+    one that has an average of the weights where the module has none, or the other way round.
     content: what load_checkpoint gives."""
     if path.is_dir():
         listed = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
@@ -145,6 +149,14 @@ def check_fits(path: Path, content: Mapping[str, Any], module: nn.Module) -> Non
         raise CheckpointError(
             f"checkpoint {path} is of another model: {different[0]} and {len(different) - 1} more "
             "tensors differ"
+        )
+    decay, has_average = module.options.optim.ema_decay, len(theirs) < len(state)
+    if has_average != (decay > 0):
+        holds, wanted = ("an", "above 0") if has_average else ("no", "0")
+        raise ConfigError(
+            f"checkpoint {path} holds {holds} average of the weights, so that the run continues "
+            f"only with an optim.ema_decay {wanted}, not {decay:g}: change it, choose another "
+            "output_dir, or pass resume=false to start over there"
         )
 
 

@@ -138,14 +138,14 @@ def write_full_size(folder, name, random=True):
 CHILD = """
 import json, sys, time
 import torch
-from flextok.pipeline import load_model
+from flextok.pipeline import load
 from helpers.published import memory
 
 folder, work, family = sys.argv[1:]
 if family == "flextok":  # an import is no part of a load
     from diffusers import AutoencoderKL
 before, start = memory("VmRSS"), time.perf_counter()
-model = load_model(folder)
+model = load(folder)
 result = {"load_s": time.perf_counter() - start}
 for parameter in model.parameters():
     assert parameter.sum().isfinite()

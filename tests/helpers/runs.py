@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from flextok.pipeline import load_model
+from flextok.pipeline import load
 from flextok.training.module import TrainingModule
 from helpers.models import TINY
 
@@ -66,7 +66,7 @@ def logged_losses(folder) -> dict[int, float]:
 
 
 def weights(folder):
-    return load_model(folder).state_dict()
+    return load(folder).state_dict()
 
 
 class Stop(Exception):
