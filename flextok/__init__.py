@@ -13,6 +13,7 @@ _PLACES = {
     **{"Autoencoder": "flextok.autoencoder"},
     **dict.fromkeys(("GPT", "MaskGIT"), "flextok.generators"),
     **dict.fromkeys(("load", "load_tokenizer_of"), "flextok.pipeline"),
+    **{"search": "flextok.tree_search"},
     **{"list_models": "flextok.places", "make_objective": "flextok.objectives"},
     **{"fit": "flextok.training.fit", "FitOptions": "flextok.training.options"},
 }
@@ -32,6 +33,7 @@ __all__ = [
     "load",
     "load_tokenizer_of",
     "make_objective",
+    "search",
 ]
 
 

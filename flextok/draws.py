@@ -24,6 +24,7 @@ ORDER, AUGMENT, STEP, VALIDATION = 1, 2, 3, 4  # of training
 NOISE, CODES, SPREAD, POSTERIOR = 5, 6, 7, 8  # of an image
 REVIVE, PROBE, BLOCK = 9, 10, 11  # of a codebook, a scene probe, a block of a stream
 ROW = 12  # of a training batch
+SEARCH = 13  # of a candidate in a search
 
 
 def derived_generator(*key: int) -> torch.Generator:

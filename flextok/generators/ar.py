@@ -148,15 +148,23 @@ class GPT(Generator):
         generator: Rng = None,
         prefix: Tensor | None = None,
         callback: Callback | None = None,
+        caches: list[KVCache] | None = None,
         **asked: Any,
     ) -> Tensor:
         """As of every generator; callback(k, indices) is given the first k, (B, k). Guidance is u +
         scale (c - u) on logits, both branches in one batch. Each index of a row takes one uniform
-        number from its generator, and all are drawn before the first index. Raises ValueError for
-        options out of range, and NotFinite where the logits are not."""
+        number from its generator, and all are drawn before the first index. caches: of `new_caches`
+        or `take_caches`; what they hold of the prefix is not computed again, and afterwards they
+        hold all positions but the last index's. Raises ValueError for options out of range, and
+        NotFinite where the logits are not."""
         chosen = self.generate_options(asked, options)
         steps = self.stream(
-            cond, num_tokens=num_tokens, options=chosen, generator=generator, prefix=prefix
+            cond,
+            num_tokens=num_tokens,
+            options=chosen,
+            generator=generator,
+            prefix=prefix,
+            caches=caches,
         )
         for indices in steps:
             if callback is not None:
@@ -172,6 +180,7 @@ class GPT(Generator):
         options: GenerateOptions | None = None,
         generator: Rng = None,
         prefix: Tensor | None = None,
+        caches: list[KVCache] | None = None,
         **asked: Any,
     ) -> Iterator[Tensor]:
         """As generate, but yields the first indices (B, k) as soon as they are there: k = p + 1,
@@ -200,7 +209,8 @@ class GPT(Generator):
         if guided:
             condition = condition.join(self.conditioner(self.conditioner.null_like(rows)))
         repeat = 2 if guided else 1
-        caches = self.new_caches(repeat * batch, total)
+        if caches is None:
+            caches = self.new_caches(batch, total, guided)
         contexts, mask = self.contexts(condition), context_mask(condition)
         blocks: Any = self.blocks
         head: Any = self.head
@@ -209,7 +219,7 @@ class GPT(Generator):
         draws = uniform_steps(total - done, batch, generator, device)
         first = done
         largest: list[Tensor] = []  # logit of each step; checked at the end, once
-        x = self.join_start(indices[:, :done].repeat(repeat, 1), condition)
+        x = self.join_start(indices[:, :done].repeat(repeat, 1), condition)[:, caches[0].length :]
         while True:
             for block, cache, context in zip(blocks, caches, contexts, strict=True):
                 x = block(x, is_causal=True, cache=cache, context=context, context_mask=mask)
@@ -227,10 +237,21 @@ class GPT(Generator):
                 return
             x = self.embedding(new.repeat(repeat))[:, None] + self.positions[done]
 
-    def new_caches(self, batch: int, length: int) -> list[KVCache]:
+    def new_caches(self, batch: int, length: int, guided: bool = False) -> list[KVCache]:
+        """Empty caches, one for each block, for so many rows and indices; guided: with as many rows
+        of the null condition behind them."""
         dim = self.positions.shape[1]
         heads = self.config.num_heads or self.config.depth
-        return [KVCache(batch, heads, length, dim // heads, like=self.start) for _ in self.blocks]
+        rows = 2 * batch if guided else batch
+        return [KVCache(rows, heads, length, dim // heads, like=self.start) for _ in self.blocks]
+
+    def take_caches(
+        self, caches: list[KVCache], batch: int, rows: Tensor, prefix: int, length: int
+    ) -> list[KVCache]:
+        """Caches of generate() for a batch, as they are for another one whose row j has the first
+        `prefix` indices of row rows[j], (n,) long, and grows to `length` indices."""
+        rows = torch.cat([rows + first for first in range(0, len(caches[0].k), batch)])
+        return [cache.take(rows, prefix, length) for cache in caches]
 
 
 def context_mask(condition: Condition) -> Tensor | None:

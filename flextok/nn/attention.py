@@ -34,6 +34,14 @@ class KVCache:
         self.length = end
         return self.k[:, :, :end], self.v[:, :, :end]
 
+    def take(self, rows: Tensor, length: int, room: int) -> "KVCache":
+        """A copy for the batch whose row j continues row rows[j] of this one, (n,) long: the first
+        `length` positions, and room for `room` in all."""
+        _, heads, _, dim = self.k.shape
+        taken = KVCache(len(rows), heads, room, dim, like=self.k)
+        taken.append(self.k[rows, :, :length], self.v[rows, :, :length])
+        return taken
+
 
 class Attention(nn.Module):
     """Self- or cross-attention without biases; num_heads * head_dim = dim."""
