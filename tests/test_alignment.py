@@ -5,7 +5,13 @@ import pytest
 import torch
 from helpers.models import tiny_gpt
 
-from flextok.emoji.alignment import alignment, derangement, format_report
+from flextok.emoji.alignment import (
+    alignment,
+    caption_facts,
+    derangement,
+    format_report,
+    scene_verifier,
+)
 from flextok.emoji.probe import (
     GRIDS,
     Probe,
@@ -91,6 +97,37 @@ def test_facts_are_those_of_the_scene(held_out):
         assert (first == second) == scene["background"].endswith(" background")
         names = [held_out.kinds[k] for k in kinds if k >= 0]
         assert names == [thing["name"] for thing in scene["objects"]]
+
+
+@pytest.mark.parametrize("options", [OPTIONS, {}, {"split": "validation", "max_objects": 4}])
+def test_a_caption_states_its_scene(options):
+    scenes = EmojiScenes(**options)
+    for i in range(60):
+        scene = scenes[i]
+        facts = scene_facts(scene, scenes.max_objects)
+        assert torch.equal(caption_facts(scene["caption"], scenes), facts), scene["caption"]
+
+
+def test_a_prompt_states_what_it_mentions(held_out):
+    key, heart = held_out.kinds.index("key"), held_out.kinds.index("red heart")
+    for prompt in ("a red heart above a key", "one sees a red heart above a key."):
+        facts = caption_facts(prompt, held_out).tolist()
+        assert facts == [1, GRIDS.index((1, 2)), -1, -1, heart, key]
+    with pytest.raises(ValueError, match="'a monkey' names 0"):
+        caption_facts("a monkey", held_out)
+    with pytest.raises(ValueError, match="names 3"):
+        caption_facts("a key, a key and a key", held_out)
+    with pytest.raises(ValueError, match="unknown background 'mauve'"):
+        caption_facts("a key on a mauve background", held_out)
+
+
+def test_the_verifier_prefers_the_image_of_the_caption(probe, held_out):
+    images, _, captions = read_scenes(held_out, SIZE, NUMBER)
+    score = scene_verifier(probe, held_out)
+    own = score(images, captions, images)
+    other = score(images, [captions[i] for i in derangement(NUMBER, 0)], images)
+    assert (own > other).float().mean() > 0.9
+    assert (own <= 0).all()
 
 
 def test_the_probe_reads_scenes_that_it_has_not_seen(probe, held_out):

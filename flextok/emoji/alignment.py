@@ -2,21 +2,25 @@
 
 The score of an image is the part of its prompt's facts that the probe reads off it; of a class
 generator, whose classes are numbers of objects, the count alone. The control scores the same
-images against the prompts of other images: what agreement by chance looks like.
+images against the prompts of other images: what agreement by chance looks like. A probe is a
+verifier for flextok.tree_search, too.
 """
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flextok.emoji.probe import UNKNOWN, Probe, fact_sizes, read_scenes
-from flextok.emoji.scenes import EmojiScenes
+from flextok.emoji.captions import noun_phrase
+from flextok.emoji.probe import GRIDS, UNKNOWN, Probe, fact_sizes, read_scenes
+from flextok.emoji.scenes import COLORS, LAYOUTS, EmojiScenes
 from flextok.generators.base import Generator
 from flextok.generators.conditioning import ClassConditioner, TextConditioner
 from flextok.pipeline import generate_images, reconstruct_prefixes
 from flextok.tokenizers.base import Tokenizer
+from flextok.tree_search import Verifier
 
 
 @dataclass
@@ -100,6 +104,54 @@ def alignment(
 def agreement(found: Tensor, facts: Tensor) -> Tensor:
     """found, facts: (B, F) long. Returns (B, F) of 1 or 0, NaN where there is nothing to know."""
     return torch.where(facts == UNKNOWN, torch.nan, (found == facts).float())
+
+
+def scene_verifier(probe: Probe, scenes: EmojiScenes) -> Verifier:
+    """Scores images by the mean log-probability that the probe gives to the facts of their
+    captions."""
+
+    @torch.no_grad()
+    def score(images: Tensor, cond: list[str], indices: Tensor) -> Tensor:
+        known = {caption: caption_facts(caption, scenes) for caption in set(cond)}
+        facts = torch.stack([known[caption] for caption in cond])
+        found = torch.stack(
+            [
+                logits.cpu().log_softmax(dim=1).gather(1, facts[:, i, None].clamp_min(0))[:, 0]
+                for i, logits in enumerate(probe(images.to(probe.head.weight.device)))
+            ],
+            dim=1,
+        )
+        return found.masked_fill(facts == UNKNOWN, torch.nan).nanmean(dim=1)
+
+    return score
+
+
+def caption_facts(caption: str, scenes: EmojiScenes) -> Tensor:
+    """The facts (F,) long of a scene's caption, or of a prompt that is worded like one, in the
+    order of fact_sizes; UNKNOWN is what it does not mention. Raises ValueError for a prompt that
+    names none of the scenes' emoji, or too many."""
+    phrases = {noun_phrase(r.name): scenes.kind_of(r) for r in scenes.records}
+    longest_first = sorted(phrases, key=len, reverse=True)
+    pattern = rf"(?<!\w)(?:{'|'.join(map(re.escape, longest_first))})(?!\w)"
+    found = re.fullmatch(r"(.*) on an? (.* background|gradient from .*)", caption)
+    things, background = found.groups() if found else (caption, "")
+    kinds = [scenes.kinds.index(phrases[phrase]) for phrase in re.findall(pattern, things)]
+    if not 1 <= len(kinds) <= scenes.max_objects:
+        raise ValueError(
+            f"prompt {caption!r} names {len(kinds)} of the scenes' emoji, expected 1 to "
+            f"{scenes.max_objects}, in words such as {longest_first[-1]!r}"
+        )
+    colors = background.removesuffix(" background").removeprefix("gradient from ").split(" to ")
+    if background and (wrong := [color for color in colors if color not in COLORS]):
+        raise ValueError(f"unknown background {wrong[0]!r}; known: {', '.join(COLORS)}")
+    tall = " above " in things or " middle row" in things
+    grids = LAYOUTS[len(kinds)][0]
+    grid = max(grids, key=lambda g: g[1]) if tall else min(grids, key=lambda g: g[1])
+    missing = [UNKNOWN] * (scenes.max_objects - len(kinds))
+    parts = (
+        [list(COLORS).index(c) for c in (colors[0], colors[-1])] if background else [UNKNOWN] * 2
+    )
+    return torch.tensor([len(kinds) - 1, GRIDS.index(grid), *parts, *kinds, *missing])
 
 
 def by_level(agreed: Tensor, count: Tensor) -> dict[int, float]:

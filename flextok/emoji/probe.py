@@ -123,6 +123,7 @@ def train_probe(
     batch_size: int = 64,
     seed: int = 0,
     device: str | torch.device = "cpu",
+    width: int = 32,
 ) -> Probe:
     """A probe for pictures of image_size, in eval mode. It learns from scenes, blurred and with
     noise in random measure, since generated pictures are not as crisp as real ones."""
@@ -130,7 +131,7 @@ def train_probe(
     images, facts, _ = read_scenes(scenes, image_size, number)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        probe = Probe(image_size, fact_sizes(scenes)).to(device)
+        probe = Probe(image_size, fact_sizes(scenes), width).to(device)
     optimizer = torch.optim.AdamW(probe.parameters(), lr=2e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     for step in tqdm(range(steps), desc="training the probe", unit="step"):
