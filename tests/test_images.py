@@ -27,8 +27,8 @@ from flextok.images import (
     MAX_SIDE,
     CorruptPicture,
     center_crop,
+    covering_size,
     load_picture,
-    resized_size,
     srgb_transform,
     to_tensor,
     to_uint8,
@@ -262,30 +262,35 @@ def test_a_profile_that_cannot_be_used_is_ignored(caplog):
 # --- crops --------------------------------------------------------------------------------------
 
 
-def crop_of_the_whole(image: Image.Image, size: int, left: int, top: int) -> np.ndarray:
+def crop_of_the_whole(
+    image: Image.Image, height: int, width: int, left: int, top: int
+) -> np.ndarray:
     """As it was: resize all, then crop."""
-    target = resized_size(image, size)
+    target = covering_size(image, height, width)
     resized = image if target == image.size else image.resize(target, Image.Resampling.BICUBIC)
-    return np.asarray(resized.crop((left, top, left + size, top + size)), int)
+    return np.asarray(resized.crop((left, top, left + width, top + height)), int)
 
 
+@pytest.mark.parametrize("size", [(16, 16), (24, 16), (12, 20)])
 @pytest.mark.parametrize(
     "shape", [(40, 60), (97, 31), (16, 16), (33, 16), (400, 21), (7, 300), (1, 90)]
 )
-def test_crops_are_those_of_the_whole_resized_picture(shape):
+def test_crops_are_those_of_the_whole_resized_picture(shape, size):
     rng = np.random.default_rng(1)
     image = Image.fromarray(rng.integers(0, 256, (*shape, 3), dtype=np.uint8))
-    width, height = resized_size(image, 16)
-    ordinary = max(width, height) <= 64
-    found = np.asarray(center_crop(image, 16), int)
-    expected = crop_of_the_whole(image, 16, (width - 16) // 2, (height - 16) // 2)
+    width, height = covering_size(image, *size)
+    spare = (width - size[1], height - size[0])
+    assert min(spare) == 0
+    ordinary = width <= 4 * size[1] and height <= 4 * size[0]
+    found = np.asarray(center_crop(image, *size), int)
+    expected = crop_of_the_whole(image, *size, spare[0] // 2, spare[1] // 2)
     assert np.abs(found - expected).max() <= (0 if ordinary else 1)
     for seed in range(8):
         draws = torch.Generator().manual_seed(seed)
-        left = int(torch.randint(width - 15, (), generator=draws))
-        top = int(torch.randint(height - 15, (), generator=draws))
-        crop = random_crop(image, 16, torch.Generator().manual_seed(seed))
-        expected = crop_of_the_whole(image, 16, left, top)
+        left = int(torch.randint(spare[0] + 1, (), generator=draws))
+        top = int(torch.randint(spare[1] + 1, (), generator=draws))
+        crop = random_crop(image, *size, torch.Generator().manual_seed(seed))
+        expected = crop_of_the_whole(image, *size, left, top)
         assert np.abs(np.asarray(crop, int) - expected).max() <= (0 if ordinary else 1)
 
 

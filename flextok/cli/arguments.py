@@ -21,6 +21,7 @@ from flextok.cli.options import (
     OwnData,
     Sampling,
     Seed,
+    Shape,
     Solving,
 )
 from flextok.data.augmentation import Augmentation
@@ -123,7 +124,7 @@ class Index(Json):
 
 
 @dataclass
-class Sample(Decoding, Sampling, Seed, Device, Json):
+class Sample(Decoding, Shape, Sampling, Seed, Device, Json):
     """reconstruct pictures, or generate by class or prompt, as a coarse-to-fine grid
 
     With a tokenizer: reconstruct --images or --data at each of --num-tokens. With a generator:
@@ -166,13 +167,13 @@ class Sample(Decoding, Sampling, Seed, Device, Json):
 
 
 @dataclass
-class Reconstruct(Decoding, Seed, Device, Json):
+class Reconstruct(Decoding, Shape, Seed, Device, Json):
     """encode pictures and decode their first tokens, one PNG each
 
-    Crops each picture to a square of the model's size, encodes it and decodes it from all tokens,
-    or from the first few. Several pictures or lengths go to a folder, as <picture>-<tokens>.png. A
-    picture named - is read from standard input, and its reconstruction goes to standard output.
-    Unreadable pictures are skipped, and the command then exits with code 1.
+    Crops each picture to a square of the model's size, or to --height and --width, encodes it and
+    decodes it from all tokens, or from the first few. Several pictures or lengths go to a folder,
+    as <picture>-<tokens>.png. A picture named - is read from standard input, and its image goes to
+    standard output. Unreadable pictures are skipped, and the command then exits with code 1.
 
     flextok reconstruct cat.jpg
     flextok reconstruct holiday/ --num-tokens 1 4 16 --output outputs/holiday --json

@@ -25,7 +25,7 @@ TOKENIZER, BY_CLASS, BY_PROMPT = "emoji", "emoji-class", "emoji-text"
 DECODING = {
     "num_steps": "steps",
     **{name: name for name in ("guidance_scale", "solver", "guidance_interval", "time_shift")},
-    "noise_scale": "noise_scale",
+    **{name: name for name in ("noise_scale", "height", "width")},
 }
 SAMPLING = {
     **{name: name for name in ("temperature", "top_k", "top_p")},
@@ -180,6 +180,14 @@ class Solving:
 class Decoding(Solving):
     steps: Annotated[int | None, "decoder steps"] = None
     guidance_scale: Annotated[float | None, "decoder's guidance; 1 is none"] = None
+
+
+@dataclass(kw_only=True)
+class Shape:
+    """Of images that are no squares, for models that take them."""
+
+    height: Annotated[int | None, "of the images, in pixels; default: the model's square"] = None
+    width: Annotated[int | None, "as height"] = None
 
 
 @dataclass(kw_only=True)

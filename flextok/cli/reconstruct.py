@@ -16,7 +16,6 @@ from flextok.cli.common import check_lengths, load_tokenizer
 from flextok.cli.options import decoding_options
 from flextok.data.datasets import EXTENSIONS
 from flextok.data.pictures import CorruptPicture, list_pictures, load_picture
-from flextok.data.transforms import ImageTransform
 from flextok.evaluation.metrics import psnr
 from flextok.images import MAX_FILE_BYTES, to_image
 from flextok.pipeline import reconstruct_prefixes
@@ -32,6 +31,8 @@ def run_reconstruct(options: Reconstruct) -> list[dict[str, Any]]:
     check_output(output, number, options.json == "-")
     model = load_tokenizer(options.model, options.device)
     lengths = check_lengths(options.num_tokens or [model.num_tokens], model.num_tokens)
+    height, width = model.checked_shape(options.height, options.width)
+    size = {"height": height, "width": width}
     results, unreadable = [], 0
     for name, source in tqdm(sources.items(), unit="picture", disable=None):
         try:
@@ -42,7 +43,7 @@ def run_reconstruct(options: Reconstruct) -> list[dict[str, Any]]:
             log.warning("skipped %s", error)
             unreadable += 1
             continue
-        images = ImageTransform(model.image_size)(picture)[None]
+        images = model.transform(picture, **size)[None]
         decoded = reconstruct_prefixes(
             model, images, lengths, options.seed, decoding_options(options)
         )

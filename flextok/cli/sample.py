@@ -78,12 +78,13 @@ def run_sample(options: Sample) -> dict[str, Any]:
     if not reconstructs:
         tokenizer = load_tokenizer_of(model, options.model, options.tokenizer, model.device)
     lengths = token_lengths(options.num_tokens, tokenizer, model.num_tokens)
+    size = tokenizer.checked_shape(options.height, options.width)
     if reconstructs:
         names, batches = reconstruction(model, lengths, options)
     else:
         names, batches = generation(model, tokenizer, lengths, options)
     columns = len(lengths) + reconstructs
-    room = max(1, MOST_PIXELS // (columns * max(128, tokenizer.image_size) ** 2))
+    room = max(1, MOST_PIXELS // (columns * max(128, *size) ** 2))
     if reconstructs:  # whole rows
         room = max(1, room // options.num_samples) * options.num_samples
     if len(names) > room and kind != "text":
@@ -160,7 +161,7 @@ def reconstruction(
         data = take(PictureFiles(options.images), options.limit)
     else:
         data = take(data_of(options.data, options.model), options.limit or 8)
-    dataset = skipping(Images(data, model.image_size))
+    dataset = skipping(Images(data, model.checked_shape(options.height, options.width)))
 
     def batches() -> Batches:
         for batch in DataLoader(dataset, batch_size=BATCH, collate_fn=collate):

@@ -14,20 +14,23 @@ from flextok.images import (
     Picture,
     as_picture,
     center_crop,
+    covering_size,
+    image_tensor,
     resized_crop,
-    resized_size,
-    square_tensor,
     to_tensor,
 )
 from flextok.schema import from_mapping
 
 
-def random_crop(image: Image.Image, size: int, generator: torch.Generator) -> Image.Image:
-    """Resize the shorter side to size, then crop anywhere along the longer one."""
-    width, height = resized_size(image, size)
-    left = int(torch.randint(width - size + 1, (), generator=generator))
-    top = int(torch.randint(height - size + 1, (), generator=generator))
-    return resized_crop(image, size, left, top)
+def random_crop(
+    image: Image.Image, height: int, width: int, generator: torch.Generator
+) -> Image.Image:
+    """Resize the picture until it just covers height x width, then crop anywhere along the side
+    that is too long."""
+    across, down = covering_size(image, height, width)
+    left = int(torch.randint(across - width + 1, (), generator=generator))
+    top = int(torch.randint(down - height + 1, (), generator=generator))
+    return resized_crop(image, height, width, left, top)
 
 
 def random_shift(image: Image.Image, generator: torch.Generator, fraction: float) -> Image.Image:
@@ -63,23 +66,34 @@ def random_hue(image: Image.Image, generator: torch.Generator, fraction: float) 
 
 
 class ImageTransform:
-    """A picture, as as_picture takes it -> (3, size, size) float in [-1, 1]. With a generator it
+    """A picture, as as_picture takes it -> (3, H, W) float in [-1, 1]. With a generator it
     augments; without, it is the deterministic evaluation transform (bicubic, center crop)."""
 
-    def __init__(self, size: int, augmentation: Augmentation | None = None) -> None:
-        """augmentation: or options that include one, such as FitOptions. Raises ConfigError."""
+    def __init__(
+        self, size: int | tuple[int, int], augmentation: Augmentation | None = None
+    ) -> None:
+        """size: of a square, or (H, W). augmentation: or options that include one, such as
+        FitOptions. Raises ConfigError."""
         asked = vars(augmentation or Augmentation())
         mine = {field.name: asked[field.name] for field in fields(Augmentation)}
-        self.size, self.augmentation = size, from_mapping(Augmentation, mine)
+        self.size = size if isinstance(size, tuple) else (size, size)
+        self.augmentation = from_mapping(Augmentation, mine)
 
-    def __call__(self, picture: Picture, generator: torch.Generator | None = None) -> Tensor:
+    def __call__(
+        self,
+        picture: Picture,
+        generator: torch.Generator | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """size: (H, W) in place of the transform's own."""
+        size = size or self.size
         if generator is None:
-            return square_tensor(picture, self.size)
+            return image_tensor(picture, *size)
         image, ask = as_picture(picture), self.augmentation
         if ask.crop == "random":
-            image = random_crop(image, self.size, generator)
+            image = random_crop(image, *size, generator)
         else:
-            image = center_crop(image, self.size)
+            image = center_crop(image, *size)
         if ask.flip and torch.rand((), generator=generator) < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if ask.rotate or ask.scale:
@@ -93,8 +107,9 @@ class ImageTransform:
     def prepare(
         self, item: Mapping[str, Any], generator: torch.Generator | None = None
     ) -> dict[str, Any]:
-        """An image set's item as training reads it: the image transformed, and the label. An item
-        of a latent cache is ready."""
+        """An image set's item as training reads it: the image transformed, to "size" where a bucket
+        has set one, and the label. An item of a latent cache is ready."""
         if "latents" in item:
             return dict(item)
-        return {"image": self(item["image"], generator), "label": item["label"]}
+        image = self(item["image"], generator, item.get("size"))
+        return {"image": image, "label": item["label"]}

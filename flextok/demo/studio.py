@@ -123,7 +123,7 @@ class Studio:
 
     def crop(self, picture: Image.Image) -> Image.Image:
         """The square that the tokenizer encodes."""
-        return center_crop(picture, self.tokenizer.image_size)
+        return center_crop(picture, *self.tokenizer.shapes[0])
 
     def reconstruct(
         self,

@@ -31,7 +31,8 @@ Show = Callable[[Job, Batch], Iterator[tuple[str, dict[str, Tensor]]]]
 class Images(Dataset):
     """Images as the evaluation transform makes them, with their numbers. Raises CorruptPicture."""
 
-    def __init__(self, dataset: Any, image_size: int):
+    def __init__(self, dataset: Any, image_size: int | tuple[int, int]):
+        """image_size: of squares, or (H, W)."""
         if len(dataset) == 0:
             raise ValueError("the data set is empty: nothing to evaluate")
         self.dataset, self.prepare = adapt(dataset), ImageTransform(image_size).prepare

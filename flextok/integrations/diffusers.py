@@ -56,9 +56,16 @@ class AutoencoderFlexTok(ModelMixin, ConfigMixin):  # type: ignore[misc]
         return model.eval()
 
     @torch.no_grad()
-    def encode(self, x: Pictures, return_dict: bool = True) -> FlexTokEncoderOutput | tuple[Tensor]:
-        """x: (B, 3, H, W) float in [-1, 1], or pictures as FlexTok.encode takes them."""
-        indices = self.tokenizer.encode(images_to_encode(self.tokenizer, x))
+    def encode(
+        self,
+        x: Pictures,
+        return_dict: bool = True,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> FlexTokEncoderOutput | tuple[Tensor]:
+        """x, height, width: as FlexTok.encode takes them."""
+        images = images_to_encode(self.tokenizer, x, height, width)
+        indices = self.tokenizer.encode(images)
         codes = self.tokenizer.codes_of(indices)
         return FlexTokEncoderOutput(codes, indices) if return_dict else (codes,)
 
@@ -70,11 +77,13 @@ class AutoencoderFlexTok(ModelMixin, ConfigMixin):  # type: ignore[misc]
         generator: Rng = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
     ) -> DecoderOutput | tuple[Tensor]:
         """z: the first k codes (B, k, C) float, or indices (B, k). Returns images (B, 3, H, W) in
-        [-1, 1]. Steps and guidance are the model's own where None."""
+        [-1, 1]. Steps, guidance and size are the model's own where None."""
         asked = {"num_steps": num_inference_steps, "guidance_scale": guidance_scale}
-        options = self.tokenizer.decode_options(asked)
+        options = self.tokenizer.decode_options({**asked, "height": height, "width": width})
         codes = z if z.is_floating_point() else self.tokenizer.codes_of(z)
         made = self.tokenizer.decode_codes(codes, options=options, generator=generator)
         images = as_images(made)
@@ -124,21 +133,24 @@ class FlexTokReconstructionPipeline(DiffusionPipeline):
         self,
         image: Pictures,
         num_tokens: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         generator: Rng = None,
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple[Any]:
-        """image: one picture or several, as FlexTok.encode takes them; num_tokens: all by default;
-        generator: draws the initial noise; output_type: pil, np (B, H, W, 3) or pt (B, 3, H, W),
-        both in [0, 1]. Returns `.images`."""
+        """image: one picture or several, height and width: as FlexTok.encode takes them;
+        num_tokens: all by default; generator: draws the initial noise; output_type: pil, np
+        (B, H, W, 3) or pt (B, 3, H, W), both in [0, 1]. Returns `.images`."""
         model = self.autoencoder
         if num_tokens is not None:
             check_number("num_tokens", num_tokens, 1, model.tokenizer.num_tokens, whole=True)
-        z = model.encode(image).latents[:, :num_tokens]
+        size = {"height": height, "width": width}
+        z = model.encode(image, **size).latents[:, :num_tokens]
         how = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
-        made = model.decode(z, generator=generator, **how).sample
+        made = model.decode(z, generator=generator, **how, **size).sample
         images = self.image_processor.postprocess(made, output_type=output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -156,6 +168,8 @@ class FlexTokPipeline(DiffusionPipeline):
         self,
         prompt: Asked,
         num_tokens: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         decoder_guidance_scale: float | None = None,
@@ -164,9 +178,9 @@ class FlexTokPipeline(DiffusionPipeline):
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple[Any]:
         """prompt: prompts, class names or labels, as the generator takes them; num_tokens: all by
-        default; guidance_scale: of the generator; num_inference_steps, decoder_guidance_scale: of
-        the decoder; generator: draws the indices, then the decoder's noise. Returns `.images`, as
-        FlexTokReconstructionPipeline does."""
+        default; height, width: of the images; guidance_scale: of the generator;
+        num_inference_steps, decoder_guidance_scale: of the decoder; generator: draws the indices,
+        then the decoder's noise. Returns `.images`, as FlexTokReconstructionPipeline does."""
         how = {"num_tokens": num_tokens, "guidance_scale": guidance_scale}
         indices = self.transformer.model.generate(prompt, generator=generator, **how)
         made = self.autoencoder.decode(
@@ -174,6 +188,8 @@ class FlexTokPipeline(DiffusionPipeline):
             generator=generator,
             num_inference_steps=num_inference_steps,
             guidance_scale=decoder_guidance_scale,
+            height=height,
+            width=width,
         ).sample
         images = self.image_processor.postprocess(made, output_type=output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)

@@ -32,9 +32,10 @@ class ViTFeatures(nn.Module):
         self.register_buffer("mean", mean.view(1, 3, 1, 1))
         self.register_buffer("std", std.view(1, 3, 1, 1))
 
-    def forward(self, images: Tensor, grid: int) -> Tensor:
-        """images: (B, 3, H, W) in [-1, 1]. Returns (B, grid^2, dim)."""
-        pixels = (resize(images, grid * self.network.patch_embed.patch_size[0]) + 1) / 2
+    def forward(self, images: Tensor, rows: int, columns: int) -> Tensor:
+        """images: (B, 3, H, W) in [-1, 1]. Returns (B, rows * columns, dim)."""
+        size = self.network.patch_embed.patch_size[0]
+        pixels = (resize(images, rows * size, columns * size) + 1) / 2
         tokens = self.network.forward_features((pixels - self.mean) / self.std)
         return tokens[:, self.network.num_prefix_tokens :]
 
@@ -50,10 +51,10 @@ class EfficientNetFeatures(nn.Module):
         super().__init__()
         self.network = efficientnet_lite0(pretrained)
 
-    def forward(self, images: Tensor, grid: int) -> Tensor:
-        """images: (B, 3, H, W) in [-1, 1]. Returns (B, grid^2, dim)."""
+    def forward(self, images: Tensor, rows: int, columns: int) -> Tensor:
+        """images: (B, 3, H, W) in [-1, 1]. Returns (B, rows * columns, dim)."""
         (features,) = self.network.forward_intermediates(
-            resize(images, grid * self.stride),
+            resize(images, rows * self.stride, columns * self.stride),
             indices=[self.stage],
             stop_early=True,
             intermediates_only=True,
@@ -102,25 +103,28 @@ class RepresentationAlignment(nn.Module):
             )
 
     @torch.no_grad()
-    def targets(self, images: Tensor, grid: int) -> Tensor:
-        """images: (B, 3, H, W) in [-1, 1]. Returns the network's patch features (B, grid^2, F)."""
-        target = self.backbone.to(images.device)(images.float(), grid).float()
+    def targets(self, images: Tensor, rows: int, columns: int) -> Tensor:
+        """images: (B, 3, H, W) in [-1, 1]. Returns the network's patch features, (B, N, F)."""
+        target = self.backbone.to(images.device)(images.float(), rows, columns).float()
         if self.spatial:
             std, mean = torch.std_mean(target, dim=1, keepdim=True)
             target = (target - mean) / (std + 1e-6)
         return target
 
     def forward(self, features: Tensor, images: Tensor) -> Tensor:
-        """features: (B, N, D) of a square grid of patches; images: (B, 3, H, W) in [-1, 1]."""
-        grid = round(features.shape[1] ** 0.5)
+        """features: (B, N, D) of square patches of images (B, 3, H, W) in [-1, 1]."""
+        height, width = images.shape[-2:]
+        rows = round((features.shape[1] * height / width) ** 0.5)
+        columns = features.shape[1] // rows
         features = features.to(next(self.projector.parameters()).dtype)
         if self.spatial:
-            maps = self.projector(rearrange(features, "b (h w) d -> b d h w", h=grid))
+            maps = self.projector(rearrange(features, "b (h w) d -> b d h w", h=rows))
             projected = maps.flatten(2).transpose(1, 2)
         else:
             projected = self.projector(features)
-        return 1 - F.cosine_similarity(projected.float(), self.targets(images, grid), dim=-1).mean()
+        targets = self.targets(images, rows, columns)
+        return 1 - F.cosine_similarity(projected.float(), targets, dim=-1).mean()
 
 
-def resize(images: Tensor, size: int) -> Tensor:
-    return F.interpolate(images, (size, size), mode="bicubic", antialias=True)
+def resize(images: Tensor, height: int, width: int) -> Tensor:
+    return F.interpolate(images, (height, width), mode="bicubic", antialias=True)

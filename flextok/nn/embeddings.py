@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -38,6 +39,15 @@ def sincos_2d(dim: int, height: int, width: int, temperature: float = 10_000.0) 
     table[0, : dim // 2] = axis(height)[:, :, None]
     table[0, dim // 2 :] = axis(width)[:, None, :]
     return table
+
+
+def patch_positions(table: Tensor, height: int, width: int) -> Tensor:
+    """table: (1, D, h, w), the positions of a grid of patches. Returns those of height x width
+    patches, (1, N, D): of another grid by bicubic interpolation, so that the first and the last
+    row and column keep their places at the image's edges."""
+    if table.shape[-2:] != (height, width):
+        table = F.interpolate(table.float(), (height, width), mode="bicubic").to(table.dtype)
+    return table.flatten(2).transpose(1, 2)
 
 
 class TimeEmbedding(nn.Module):

@@ -82,7 +82,7 @@ class AutoencoderObjective(Adversarial):
         self, batch: Mapping[str, Any], generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
         images, draws = batch["image"], draws_of(batch, "image", generator)
-        check_images(images, self.model.image_size)
+        check_images(images, (self.model.image_size, self.model.image_size))
         mean, logvar = self.model.posterior(images)
         noise = draws(torch.randn, tuple(mean.shape[1:]), mean.device)
         latents = mean + (logvar / 2).exp() * noise

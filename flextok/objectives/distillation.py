@@ -107,7 +107,7 @@ class DistillationObjective(Objective):
         self, batch: Mapping[str, Any], generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
         student, images = self.model, batch["image"]
-        check_images(images, student.image_size)
+        check_images(images, *student.shapes)
         device, predicts = images.device, student.config.prediction
         teacher = self.teacher.to(device)
         draws = draws_of(batch, "image", generator)
@@ -118,7 +118,7 @@ class DistillationObjective(Objective):
         draws = draws.take(order)
         with torch.no_grad():
             latents = student.vae.encode(take_rows(images, order), generator=draws.generators)
-        noise = draws(torch.randn, student.noise_shape, device)
+        noise = draws(torch.randn, tuple(latents.shape[1:]), device)
         predictions, targets = [], []
         for rows, length, keep in groups:
             with torch.no_grad():

@@ -89,11 +89,12 @@ class DrawingObjective(Objective):
         """batch: "image" (B, 3, H, W) in [-1, 1]. Returns "latents" (B, C, h, w) of the drawer's
         VAE, "draft" (B, 3, H, W) in [-1, 1] from a random prefix and "keep" (B,), its length."""
         model, images = self.model, batch["image"]
-        check_images(images, model.image_size)
+        check_images(images, *model.shapes)
         order, groups = self.nested_dropout.groups(draws)
         images = take_rows(images, order)
         codes = model.quantizer(model.encoder(model.vae.encode(images, sample=False)))[0]
-        drafts = [model.draft(codes[g.rows, : g.length], g.keep) for g in groups]
+        size = tuple(images.shape[-2:])
+        drafts = [model.draft(codes[g.rows, : g.length], g.keep, size) for g in groups]
         found = {
             "latents": self.drawer.vae.encode(images, sample=False),
             "draft": torch.cat(drafts),

@@ -79,7 +79,7 @@ class DrawingDistillationObjective(Adversarial, DrawingObjective):
         stretch = Stretch.drawn(draws, decode, self.config.teacher_steps)
         start = stretch.walked[-1]
         own, guided = (drawer.conditions(draft) for drawer in (self.drawer, teacher.drawer))
-        noise = draws(torch.randn, self.drawer.noise_shape, device)
+        noise = draws(torch.randn, tuple(latents.shape[1:]), device)
         x = decode.scaled(noise, keep, self.model.num_tokens)
         with torch.no_grad():
             x = solve(own, x, decode, times=stretch.walked)
@@ -92,7 +92,7 @@ class DrawingDistillationObjective(Adversarial, DrawingObjective):
         if len(stretch.walked) < self.config.num_steps:
             return {**losses, "loss": distill + self.without_discriminator()}
         t = to_device(draws(torch.rand, (), torch.device("cpu")) * MOST_NOISE, device)
-        noise = draws(torch.randn, self.drawer.noise_shape, device)
+        noise = draws(torch.randn, tuple(latents.shape[1:]), device)
 
         def features(x0: Tensor) -> Tensor:  # (B, L, N, D)
             layers = teacher.drawer.features(interpolate(x0, noise, t), t, draft)

@@ -136,7 +136,7 @@ class FlowObjective(Objective):
         """batch: "image" (B, 3, H, W) in [-1, 1], or what `frozen` makes of it."""
         images, latents = batch.get("image"), batch.get("latents")
         if images is not None:
-            check_images(images, self.model.image_size)
+            check_images(images, *self.model.shapes)
         if latents is not None and latents.shape[1:] != self.model.noise_shape:
             raise ValueError(
                 f"latents have shape {tuple(latents.shape)}, expected (B, "

@@ -41,7 +41,7 @@ class PrefixObjective(Objective):
         """What `decode` makes of the codes of each image, or of a random prefix, in an order of
         its own; the quantizer's loss; and this order."""
         images, text = batch["image"], batch.get("text_features")
-        check_images(images, self.model.image_size)
+        check_images(images, *self.model.shapes)
         draws = draws_of(batch, "image", generator)
         order, groups = self.nested_dropout.groups(draws)
         draws = draws.take(order)

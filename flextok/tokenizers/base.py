@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from flextok.draws import NOISE, POSTERIOR, Rng, row_generators
 from flextok.hub import Pretrained, fingerprint
-from flextok.images import Picture, Pictures, several, square_tensor, to_image
+from flextok.images import Pictures, image_tensor, several, to_image
 from flextok.nn.devices import check_finite, span, to_device
 from flextok.quantizers import QUANTIZERS
 from flextok.schema import check_number, defaults_of, to_mapping, with_options
@@ -57,6 +57,26 @@ class Tokenizer(Pretrained):
     def image_size(self) -> int:
         return self.config.image_size
 
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """(H, W) of the images that it takes and decodes to; the first is the square, the
+        default."""
+        return [(self.image_size, self.image_size)]
+
+    def checked_shape(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """Those asked for, where None the square's. Raises ValueError unless they are one of
+        `shapes`."""
+        square, _ = self.shapes[0]
+        asked = (square if height is None else height, square if width is None else width)
+        if asked not in self.shapes:
+            known = ", ".join(f"{h} x {w}" for h, w in self.shapes)
+            raise ValueError(
+                f"height={asked[0]} and width={asked[1]} are no shape of this {self.model_type}, "
+                f"which has {known} (height x width): a FlexTok has those that `shapes` in its "
+                "config names"
+            )
+        return asked
+
     def sizes(self) -> tuple[int | None, int, int]:
         return self.image_size, self.num_tokens, self.vocab_size
 
@@ -94,29 +114,42 @@ class Tokenizer(Pretrained):
         raise NotImplementedError
 
     @property
-    def transform(self) -> Callable[[Picture], Tensor]:
+    def transform(self) -> Callable[..., Tensor]:
         """Turns a picture (a path, a PIL picture, an array, ...) into what encode takes, (3, H, W)
-        float in [-1, 1], resized and cropped: for a data set's `transform`, also in workers."""
-        return functools.partial(square_tensor, size=self.image_size)
+        float in [-1, 1], resized and cropped: for a data set's `transform`, also in workers.
+        height=, width=: of another shape than the square."""
+        square, _ = self.shapes[0]
+        return functools.partial(image_tensor, height=square, width=square)
 
     @torch.no_grad()
-    def encode(self, images: Pictures, *, generator: Rng = None) -> Tensor:
-        """images: (B, 3, H, W) float in [-1, 1], or (3, H, W), of the model's size; or one picture
+    def encode(
+        self,
+        images: Pictures,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        generator: Rng = None,
+    ) -> Tensor:
+        """images: (B, 3, H, W) float in [-1, 1], or (3, H, W), of one of `shapes`; or one picture
         or several as paths, PIL pictures, uint8 arrays (H, W, 3) or uint8 tensors (3, H, W), which
-        are resized and cropped. Returns indices (B, K) long. generator: one, or one for each row,
-        for a tokenizer that draws. Raises ValueError on a wrong shape, dtype or range, and where
-        there are no indices."""
+        are resized and cropped to height x width, by default the square. Returns indices (B, K)
+        long. generator: one, or one for each row, for a tokenizer that draws. Raises ValueError on
+        a wrong shape, dtype or range, and where there are no indices."""
         self.check_discrete()
-        return self._quantized(images)[1]
+        return self._quantized(images, height, width)[1]
 
     @torch.no_grad()
-    def encode_codes(self, images: Pictures) -> Tensor:
-        """images: as in encode. Returns codes (B, K, C) float, quantized ones or, for a continuous
-        bottleneck in eval mode, the posterior's mean."""
-        return self._quantized(images)[0]
+    def encode_codes(
+        self, images: Pictures, *, height: int | None = None, width: int | None = None
+    ) -> Tensor:
+        """images, height, width: as in encode. Returns codes (B, K, C) float, quantized ones or,
+        for a continuous bottleneck in eval mode, the posterior's mean."""
+        return self._quantized(images, height, width)[0]
 
-    def _quantized(self, images: Pictures) -> tuple[Tensor, Tensor, Tensor]:
-        z = self.features(images_to_encode(self, images, level=5))
+    def _quantized(
+        self, images: Pictures, height: int | None, width: int | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        z = self.features(images_to_encode(self, images, height, width, level=5))
         return self.quantizer(check_finite(z, "the encoder's outputs"))
 
     @torch.no_grad()
@@ -142,13 +175,14 @@ class Tokenizer(Pretrained):
         self, images: Pictures, *, num_tokens: int | None = None, seed: int = 0, **asked: Any
     ) -> Image.Image | list[Image.Image]:
         """images: as in encode. Encodes them and decodes their first num_tokens tokens, all by
-        default; asked: options of decode by name. Returns a PIL picture for one picture and a list
-        of them for several, in the model's size. What is drawn depends on seed and on the
-        picture's number, as in `flextok reconstruct`. Raises ValueError as encode and decode do."""
+        default; asked: options of decode by name, height and width for both. Returns a PIL picture
+        for one picture and a list of them for several, in the model's size. What is drawn depends
+        on seed and on the picture's number, as in `flextok reconstruct`. Raises ValueError as
+        encode and decode do."""
         k = self.num_tokens if num_tokens is None else num_tokens
         check_number("num_tokens", k, 1, self.num_tokens, whole=True)
         options = self.decode_options(asked)  # raises before the work, not after it
-        batch = images_to_encode(self, images, level=3)
+        batch = images_to_encode(self, images, asked.get("height"), asked.get("width"), level=3)
         encoded = encode_rows(self, batch, seed, range(len(batch)))[:, :k]
         noise = row_generators(seed, NOISE, range(len(batch)))
         made = [to_image(image) for image in decode_rows(self, encoded, options, noise)]
@@ -187,11 +221,19 @@ class Tokenizer(Pretrained):
         return lengths.long().expand(batch)
 
 
-def images_to_encode(tokenizer: Tokenizer, images: Pictures, level: int = 4) -> Tensor:
+def images_to_encode(
+    tokenizer: Tokenizer,
+    images: Pictures,
+    height: int | None = None,
+    width: int | None = None,
+    level: int = 4,
+) -> Tensor:
     """(B, 3, H, W) float in [-1, 1] on the tokenizer's device: float tensors checked, pictures of
     any other kind resized and cropped. Warns once of a tensor that is likely to be in [0, 1];
     level: how many frames above is the code that asked to encode (encode and torch.no_grad lie
     between)."""
+    shape = tokenizer.checked_shape(height, width)
+    is_asked = height is not None or width is not None
     if not isinstance(images, Tensor) or not images.is_floating_point():
         pictures = several(images)
         pictures = [images] if pictures is None else pictures  # type: ignore[list-item]
@@ -199,11 +241,11 @@ def images_to_encode(tokenizer: Tokenizer, images: Pictures, level: int = 4) -> 
         if not pictures:
             raise ValueError("there is no image to encode: give at least one")
         if len(floats) < len(pictures):
-            squares = [square_tensor(picture, tokenizer.image_size) for picture in pictures]
-            return to_device(torch.stack(squares), tokenizer.device)
+            resized = [image_tensor(picture, *shape) for picture in pictures]
+            return to_device(torch.stack(resized), tokenizer.device)
         images = torch.stack(floats)
     images = images[None] if images.ndim == 3 else images
-    check_images(images, tokenizer.image_size)
+    check_images(images, *([shape] if is_asked else tokenizer.shapes))
     low, high = span(images)
     if not (low >= -1.001 and high <= 1.001):  # NaN fails too
         raise ValueError(
@@ -220,11 +262,12 @@ def images_to_encode(tokenizer: Tokenizer, images: Pictures, level: int = 4) -> 
     return to_device(images, tokenizer.device)
 
 
-def check_images(images: Tensor, size: int) -> None:
-    """Raise ValueError unless images are (B, 3, size, size) float."""
-    if images.ndim != 4 or tuple(images.shape[1:]) != (3, size, size):
+def check_images(images: Tensor, *shapes: tuple[int, int]) -> None:
+    """Raise ValueError unless images are (B, 3, H, W) float, with (H, W) one of shapes."""
+    if images.ndim != 4 or tuple(images.shape[1:]) not in [(3, *shape) for shape in shapes]:
+        expected = " or ".join(f"(B, 3, {h}, {w})" for h, w in shapes)
         raise ValueError(
-            f"images have shape {tuple(images.shape)}, expected (B, 3, {size}, {size}): resize "
+            f"images have shape {tuple(images.shape)}, expected {expected}: resize "
             "and crop first (the tokenizer's transform does)"
         )
     if not images.is_floating_point():

@@ -9,7 +9,7 @@ from torch import Tensor
 from flextok.flow.guidance import GUIDANCE, Scale, Velocity, within
 from flextok.flow.path import as_column, linear_times, shift_times
 from flextok.flow.solvers import SOLVERS
-from flextok.schema import build, check_number
+from flextok.schema import Size, build, check_number
 
 MAX_STEPS, MAX_SCALE = 10_000, 1000  # of a decoder; more of them are a mistake
 
@@ -27,6 +27,8 @@ class DecodeOptions:
     # of the initial noise, from one token and from all of them; between, linear in their number.
     # Below 1 it draws more typical images (a temperature: Glow, arXiv 1807.03039, section 6)
     noise_scale: list[float] = field(default_factory=lambda: [1.0, 1.0])
+    height: Size | None = None  # of the images, in pixels; None = the square's
+    width: Size | None = None
 
     def __post_init__(self) -> None:
         build(SOLVERS, self.solver, "solver")

@@ -19,7 +19,13 @@ from torch import Tensor, nn
 from flextok.nn.attention import Attention
 from flextok.nn.blocks import LayerNorm, SwiGLU
 from flextok.nn.devices import to_device
-from flextok.nn.embeddings import TimeEmbedding, patchify, sincos_2d, unpatchify
+from flextok.nn.embeddings import (
+    TimeEmbedding,
+    patch_positions,
+    patchify,
+    sincos_2d,
+    unpatchify,
+)
 from flextok.schema import Bounds, ConfigError, Depth, Size, build
 from flextok.tokenizers.decoding import Conditions, DecodeOptions
 from flextok.vae import VAES
@@ -115,7 +121,10 @@ class Drawer(nn.Module):
             condition = torch.where(
                 to_device(null[:, None, None], x_t.device), self.null_draft, condition
             )
-        x = self.patch_embed(patchify(x_t, self.patch_size)) + condition + self.patch_pos
+        rows, columns = (side // self.patch_size for side in x_t.shape[-2:])
+        table = self.patch_pos.transpose(1, 2).unflatten(2, (self.grid, self.grid))
+        x = self.patch_embed(patchify(x_t, self.patch_size)) + condition
+        x = x + patch_positions(table, rows, columns)
         time = self.time_embed(to_device(t, x.device).expand(len(x)))  # (B, D)
         modulation = self.modulation(time).unflatten(1, (6, -1))
         for block in self.blocks:
@@ -128,13 +137,7 @@ class Drawer(nn.Module):
         x, time = deque(self.features(x_t, t, draft, null), maxlen=1).pop()  # the last block's
         shift, scale = self.head_modulation(time)[:, None].chunk(2, dim=-1)
         x = self.head(self.norm(x) * (1 + scale) + shift)
-        return unpatchify(x, self.patch_size, self.grid)
-
-    @property
-    def noise_shape(self) -> tuple[int, int, int]:
-        """(C, h, w) of the latents of one image."""
-        side = self.grid * self.patch_size
-        return self.vae.channels, side, side
+        return unpatchify(x, self.patch_size, x_t.shape[-2] // self.patch_size)
 
     def conditions(self, draft: Tensor) -> Conditions:
         """draft: (B, 3, H, W) in [-1, 1]. Returns the velocities around it, and around nothing."""

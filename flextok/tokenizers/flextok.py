@@ -23,7 +23,7 @@ from flextok.nn.blocks import SegmentModulation
 from flextok.nn.devices import check_finite, to_device
 from flextok.places import WEIGHTS
 from flextok.quantizers import QUANTIZERS
-from flextok.schema import Bounds, Depth, Size, build
+from flextok.schema import Bounds, ConfigError, Depth, Size, build
 from flextok.tokenizers.base import (
     Callback,
     Indices,
@@ -43,6 +43,9 @@ class FlexTokConfig:
     """Width is 64 x depth where no dim is given, as in the published sizes."""
 
     image_size: Size = 256
+    # [height, width] of other images that it takes: training sorts its images into these and the
+    # square by their proportions, see data/buckets.py
+    shapes: list[list[Size]] = field(default_factory=list)
     patch_size: Size = 2  # in latents
     num_registers: Size = 256  # K, the longest token sequence
     token_grid: list[Size] | None = None  # 2D baseline: [rows, columns] of K tokens, no registers
@@ -109,6 +112,7 @@ class FlexTok(Tokenizer):
         stride = self.vae.downsample * config.patch_size
         if config.image_size % stride:
             raise ValueError(f"image_size={config.image_size} must be a multiple of {stride}")
+        check_shapes(config, stride)
         grid = config.image_size // stride
         encoder_dim = config.encoder_dim or 64 * config.encoder_depth
         decoder_dim = config.decoder_dim or 64 * config.decoder_depth
@@ -135,11 +139,16 @@ class FlexTok(Tokenizer):
         self.drawer: Drawer | None = None
         if config.drawer is not None:
             self.drawer = Drawer(config.drawer, config.image_size)
+            check_shapes(config, self.drawer.draft_patch_size)
         self.init_weights()
 
     @property
     def num_tokens(self) -> int:
         return self.config.num_registers
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        return [*super().shapes, *((height, width) for height, width in self.config.shapes)]
 
     @property
     def decode_defaults(self) -> DecodeOptions:
@@ -151,16 +160,8 @@ class FlexTok(Tokenizer):
 
     @property
     def noise_shape(self) -> tuple[int, int, int]:
-        """Of the noise that decode() begins with, for one image: (C, h, w) of the latents."""
-        if self.drawer is not None:
-            return self.drawer.noise_shape
-        return self.draft_shape
-
-    @property
-    def draft_shape(self) -> tuple[int, int, int]:
-        """(C, h, w) of the latents that are encoded."""
-        side = self.image_size // self.vae.downsample
-        return self.vae.channels, side, side
+        """Of the noise that decode() begins with, for one square: (C, h, w) of the latents."""
+        return latent_shape(self.solved_vae, *self.shapes[0])
 
     def init_weights(self) -> None:
         """Linear: Xavier, no bias. Tokens and positions: N(0, config.token_std). Zero: modulations
@@ -199,15 +200,19 @@ class FlexTok(Tokenizer):
         self,
         images: Pictures,
         *,
+        height: int | None = None,
+        width: int | None = None,
         sample_posterior: bool | None = None,
         generator: Rng = None,
     ) -> Tensor:
-        """images: as of every tokenizer. Returns indices (B, K) long, coarse to fine.
+        """images, height, width: as of every tokenizer. Returns indices (B, K) long, coarse to
+        fine.
 
         sample_posterior: draw the VAE's latents with `generator`, one or one for each row, in
         place of its posterior mode.
         Raises ValueError on a wrong shape, dtype or range."""
-        latents = self.vae.encode(images_to_encode(self, images), sample_posterior, generator)
+        images = images_to_encode(self, images, height, width)
+        latents = self.vae.encode(images, sample_posterior, generator)
         weight = self.encoder.patch_embed.weight
         z = check_finite(self.encoder(latents.to(weight.dtype)), "the encoder's outputs")
         return self.quantizer(z)[1]
@@ -228,11 +233,12 @@ class FlexTok(Tokenizer):
         keep: how many of the k to use, an int or (B,) long if ragged. Returns images (B, 3, H, W)
         in [-1, 1].
 
-        options: config.decode by default; asked: single ones of DecodeOptions by name. The
-        initial noise (B, C, h, w) is drawn from `generator`, one or one for each row, unless
-        given. callback(n, x_0) is called after each velocity: how many are done, and the latents
-        (B, C, h, w) predicted from the last, of which `to_images` makes images. Raises ValueError
-        on indices, keep or options out of range, and NotFinite where the images are not."""
+        options: config.decode by default; asked: single ones of DecodeOptions by name, such as
+        height and width: any prefix decodes to any of `shapes`. The initial noise (B, C, h, w) is
+        drawn from `generator`, one or one for each row, unless given. callback(n, x_0) is called
+        after each velocity: how many are done, and the latents (B, C, h, w) predicted from the
+        last, of which `to_images` makes images. Raises ValueError on indices, keep or options out
+        of range, and NotFinite where the images are not."""
         chosen = self.decode_options(asked, options)
         codes = self.codes_of(indices)
         made = self.decode_codes(
@@ -254,13 +260,15 @@ class FlexTok(Tokenizer):
         about [-1, 1], not clamped, with gradients."""
         chosen = options or self.decode_defaults
         lengths = self.check_keep(keep, codes)
-        codes, shape = to_device(codes, self.device), (len(codes), *self.noise_shape)
+        size = self.checked_shape(chosen.height, chosen.width)
+        codes = to_device(codes, self.device)
+        shape = (len(codes), *latent_shape(self.solved_vae, *size))
         if noise is None:
             noise = draw(torch.randn, shape, generator, self.device)
         elif tuple(noise.shape) != shape:
             raise ValueError(f"noise has shape {tuple(noise.shape)}, expected {shape}")
         x = chosen.scaled(to_device(noise, self.device), lengths, self.num_tokens)
-        x0 = solve(self.conditions(codes, lengths), x, chosen, callback)
+        x0 = solve(self.conditions(codes, lengths, size), x, chosen, callback)
         return self.solved_vae.decode(x0)
 
     @property
@@ -292,10 +300,13 @@ class FlexTok(Tokenizer):
             self.config = replace(self.config, drawer=None, decode=decode, distilled=False)
             self.drawer = None
 
-    def conditions(self, codes: Tensor, keep: Tensor) -> Conditions:
-        """codes: (B, k, code_dim); keep: (B,) long on the CPU. Returns what decode() solves."""
+    def conditions(
+        self, codes: Tensor, keep: Tensor, size: tuple[int, int] | None = None
+    ) -> Conditions:
+        """codes: (B, k, code_dim); keep: (B,) long on the CPU; size: (H, W) of the images, the
+        square's if None. Returns what decode() solves."""
         if self.drawer is not None:
-            return self.drawer.conditions(self.draft(codes, keep))
+            return self.drawer.conditions(self.draft(codes, keep, size))
         return self.first_conditions(codes, keep)
 
     def first_conditions(self, codes: Tensor, keep: Tensor) -> Conditions:
@@ -309,13 +320,14 @@ class FlexTok(Tokenizer):
         )
 
     @torch.no_grad()
-    def draft(self, codes: Tensor, keep: Tensor) -> Tensor:
+    def draft(self, codes: Tensor, keep: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """What the drawer draws around: the first decoder's images (B, 3, H, W) in [-1, 1], from
         the same noise for every row, so that they depend on nothing but the codes."""
         if self.config.drawer is None:
             raise ValueError("this model has no drawer: decode() is what its one decoder returns")
         generator = torch.Generator("cpu").manual_seed(0)
-        noise = torch.randn((1, *self.draft_shape), generator=generator, device="cpu")
+        shape = (1, *latent_shape(self.vae, *(size or self.shapes[0])))
+        noise = torch.randn(shape, generator=generator, device="cpu")
         noise = to_device(noise, self.device).expand(len(codes), -1, -1, -1)
         options = self.config.drawer.draft
         x0 = solve(self.first_conditions(codes, keep), noise, options)
@@ -325,6 +337,7 @@ class FlexTok(Tokenizer):
         """As of every tokenizer. Raises ValueError, too, for an option that a distilled decoder
         fixes."""
         chosen = super().decode_options(asked, options)
+        self.checked_shape(chosen.height, chosen.width)
         if self.config.distilled:
             for key in ("num_steps", "guidance_scale", "solver", "time_shift", "noise_scale"):
                 value, fixed = getattr(chosen, key), getattr(self.config.decode, key)
@@ -334,3 +347,19 @@ class FlexTok(Tokenizer):
                         "its few Euler steps, guidance included"
                     )
         return chosen
+
+
+def latent_shape(vae: IdentityVAE | KLVAE, height: int, width: int) -> tuple[int, int, int]:
+    """(C, h, w) of the latents of an image of height x width."""
+    return vae.channels, height // vae.downsample, width // vae.downsample
+
+
+def check_shapes(config: FlexTokConfig, stride: int) -> None:
+    """Raises ConfigError unless all shapes are whole patches of `stride` pixels."""
+    if config.shapes and config.token_grid is not None:
+        raise ConfigError(f"shapes={config.shapes}: a model with a token_grid has squares only")
+    for shape in config.shapes:
+        if len(shape) != 2 or any(side % stride for side in shape):
+            raise ConfigError(
+                f"shapes={config.shapes} must be [height, width], multiples of {stride}"
+            )

@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from flextok.nn.attention import register_mask
 from flextok.nn.blocks import AdaLNBlock, Block, LayerNorm, SegmentModulation, modulate
 from flextok.nn.devices import to_device
-from flextok.nn.embeddings import TimeEmbedding, patchify, sincos_2d, unpatchify
+from flextok.nn.embeddings import (
+    TimeEmbedding,
+    patch_positions,
+    patchify,
+    sincos_2d,
+    unpatchify,
+)
 
 
 class Encoder(nn.Module):
@@ -57,11 +63,12 @@ class Encoder(nn.Module):
         """latents: (B, C, h, w); length: only so many registers, the first ones, which see none
         of the others. Returns z (B, length or K, out_dim), before quantization."""
         x = self.patch_embed(patchify(latents, self.patch_size))  # (B, N, D)
-        x = x + self.patch_pos.flatten(2).transpose(1, 2)
+        rows, columns = (side // self.patch_size for side in latents.shape[-2:])
+        x = x + patch_positions(self.patch_pos, rows, columns)
         if self.registers is None:
             for block in self.blocks:
                 x = block(x)
-            x = rearrange(x, "b (h w) d -> b d h w", w=self.patch_pos.shape[-1])
+            x = rearrange(x, "b (h w) d -> b d h w", h=rows)
             x = (
                 F.adaptive_avg_pool2d(x, tuple(self.token_grid or ())).flatten(2).transpose(1, 2)
             )  # (B, K, D)
@@ -122,7 +129,7 @@ class FlowDecoder(nn.Module):
         """codes: (B, k, code_dim) with k <= K; keep: (B,) long, tokens kept of each (default k);
         null: (B,) bool, True = no condition. Both decide shapes, so they are best on the CPU: from
         elsewhere they are read back. Returns registers (B, K', D) and an additive attention bias
-        (B, 1, 1, N+K') or None, on the device of codes; both serve every step of a solve.
+        (B, 1, 1, K') or None, on the device of codes; both serve every step of a solve.
 
         Mask mode: the sequence has K registers, a dropped one is the mask token without a position.
         Truncate mode: it has `keep`. The null token stands for all. Equal tokens stay equal
@@ -158,7 +165,7 @@ class FlowDecoder(nn.Module):
             return x, None
         if bool((count == 1).all()):
             return x, None
-        bias = F.pad(count.to(x.dtype).log(), (self.grid**2, 0))  # 0: a patch; -inf: not there
+        bias = count.to(x.dtype).log()  # -inf: not there
         return x, to_device(bias[:, None, None], device)
 
     def forward(
@@ -166,8 +173,10 @@ class FlowDecoder(nn.Module):
     ) -> DecoderOutput:
         """x_t: (B, C, h, w); t: (B,) or () in [0, 1]; registers, mask: from embed_codes."""
         x = self.patch_embed(patchify(x_t.to(self.patch_embed.weight.dtype), self.patch_size))
-        x = x + self.patch_pos.flatten(2).transpose(1, 2).to(x.dtype)
+        rows, columns = (side // self.patch_size for side in x_t.shape[-2:])
+        x = x + patch_positions(self.patch_pos, rows, columns).to(x.dtype)
         lengths = (x.shape[1], registers.shape[1])
+        mask = None if mask is None else F.pad(mask, (lengths[0], 0))  # 0: patches are there
         condition = self.time_embed(to_device(t, x.device).expand(len(x)))  # (B, D)
         x = torch.cat([x, registers.to(x.dtype)], dim=1)  # (B, N+K', D)
         features = x
@@ -178,7 +187,7 @@ class FlowDecoder(nn.Module):
                 features = x
         shift, scale = self.modulation(condition)
         x = self.head(modulate(self.norm(x), shift, scale, lengths[:1]))
-        prediction = unpatchify(x, self.patch_size, self.grid)
+        prediction = unpatchify(x, self.patch_size, rows)
         return DecoderOutput(prediction, features[:, : lengths[0]])
 
 

@@ -133,7 +133,7 @@ class Formulas:
             yield self.walking(objective, full, null)
         elif objective.alignment is not None:
             alignment, side = objective.alignment, decoder.grid
-            yield self.run(lambda: alignment.backbone.network(images, side), 1)
+            yield self.run(lambda: alignment.backbone.network(images, side, side), 1)
             shape = (decoder.head.in_features, side, side) if alignment.spatial else (patches, -1)
             features = images.new_empty(patches * decoder.head.in_features).view(1, *shape)
             yield self.run(lambda: alignment.projector(features), 3)
