@@ -54,7 +54,7 @@ def rate(step: Callable[[], object], samples: int, seconds: float, warm_up: int 
 
 def loader_rate(data: DataModule, workers: int, seconds: float) -> float:
     data.num_workers = workers
-    sampler = PositionSampler(data.batch_size)
+    sampler = PositionSampler(data.stream, data.batch_size)
     batches = iter(DataLoader(data.stream, batch_sampler=sampler, **data._loader_options()))
     # what the workers fetched ahead at the start must not count as speed
     warm_up = 3 + 2 * workers

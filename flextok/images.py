@@ -98,6 +98,14 @@ def open_picture(source: str | os.PathLike[str] | bytes | IO[bytes]) -> ImageFil
     return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, "r", installed)
 
 
+def header_size(source: str | os.PathLike[str]) -> tuple[int, int]:
+    """Width and height of a picture turned upright, from its header. Raises as open_picture."""
+    with open_picture(source) as image:
+        width, height = image.size
+        is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    return (height, width) if is_turned else (width, height)
+
+
 def decode(image: Image.Image) -> Image.Image:
     if isinstance(image, ImageFile.ImageFile):
         if image.format not in (*FORMATS, "MPO"):  # MPO: JPEGs in a row, the first one counts

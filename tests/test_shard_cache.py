@@ -60,9 +60,10 @@ def stream(shards, folder, **options) -> WebDatasetStream:
 
 
 def numbers(data, count, workers=0) -> list[int]:
+    stream = Stream(data, number_of, seed=2)
     loader = DataLoader(
-        Stream(data, number_of, seed=2),
-        batch_sampler=PositionSampler(3),
+        stream,
+        batch_sampler=PositionSampler(stream, 3),
         num_workers=workers,
         collate_fn=collate,
     )

@@ -34,9 +34,10 @@ def test_an_epoch_visits_every_sample_once(picture_folder):
 
 def test_workers_and_restarts_see_the_same_batches(picture_folder):
     def batches(count, start=0, workers=0):
+        samples = stream(picture_folder)
         loader = DataLoader(
-            stream(picture_folder),
-            batch_sampler=PositionSampler(4, start),
+            samples,
+            batch_sampler=PositionSampler(samples, 4, start),
             collate_fn=collate,
             num_workers=workers,
         )
@@ -47,13 +48,15 @@ def test_workers_and_restarts_see_the_same_batches(picture_folder):
         assert all(torch.equal(a, b) for a, b in zip(plain, other, strict=True))
 
 
-def test_ranks_share_a_global_batch_without_overlap():
+def test_ranks_share_a_global_batch_without_overlap(picture_folder):
+    samples = stream(picture_folder)
+
     def first(rank, count):
-        sampler = PositionSampler(3, rank=rank, world_size=2)
+        sampler = PositionSampler(samples, 3, rank=rank, world_size=2)
         return [batch for batch, _ in zip(sampler, range(count), strict=False)]
 
     joined = [a + b for a, b in zip(first(0, 4), first(1, 4), strict=True)]
-    whole = [batch for batch, _ in zip(PositionSampler(6), range(4), strict=False)]
+    whole = [batch for batch, _ in zip(PositionSampler(samples, 6), range(4), strict=False)]
     assert joined == whole
 
 

@@ -74,9 +74,10 @@ def epochs(folder, count=1, batch=1, ranks=1, workers=0, start=0, **options) -> 
     data = dataset(folder, **options)
     found = []
     for rank in range(ranks):
+        stream = Stream(data, number_of, seed=5)
         loader = DataLoader(
-            Stream(data, number_of, seed=5),
-            batch_sampler=PositionSampler(batch, start, rank, ranks),
+            stream,
+            batch_sampler=PositionSampler(stream, batch, start, rank, ranks),
             num_workers=workers,
             collate_fn=collate,
         )

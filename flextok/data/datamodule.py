@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from flextok.data.loading import make_loader
 from flextok.data.pictures import CorruptPicture
 from flextok.data.pixels import sample_of
-from flextok.data.stream import EvaluationSet, Item, PositionSampler, Stream, collate
+from flextok.data.stream import Buckets, EvaluationSet, Item, PositionSampler, Stream, collate
 
 
 class Shares(Dataset):
@@ -55,9 +55,10 @@ class DataModule(L.LightningDataModule):
         batch_size: int,
         num_workers: int = 0,
         seed: int = 0,
+        buckets: Buckets | None = None,
     ):
         super().__init__()
-        self.stream = Stream(train, prepare, seed)
+        self.stream = Stream(train, prepare, seed, buckets=buckets)
         self.evaluation = EvaluationSet(validation, prepare) if validation is not None else None
         if validation is not None and len(validation) == 0:
             raise ValueError("the validation set is empty: name another, or data.validation=null")
@@ -68,7 +69,8 @@ class DataModule(L.LightningDataModule):
         assert trainer is not None, "the data module is driven by a Trainer"
         # batches already consumed: with a resumed run Lightning restores global_step before this
         start = trainer.global_step * trainer.accumulate_grad_batches
-        sampler = PositionSampler(self.batch_size, start, trainer.global_rank, trainer.world_size)
+        ranks = (trainer.global_rank, trainer.world_size)
+        sampler = PositionSampler(self.stream, self.batch_size, start, *ranks)
         options = self._loader_options()
         return make_loader(self.stream, batch_sampler=sampler, collate_fn=collate, **options)
 

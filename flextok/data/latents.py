@@ -23,17 +23,29 @@ from flextok.draws import POSTERIOR, BatchDraws, derived_generator
 from flextok.nn.devices import check_finite
 from flextok.objectives.base import Objective
 from flextok.schema import ConfigError
+from flextok.tokenizers.base import Tokenizer
 
 CACHE = "latent cache"
 IMAGES = ("image", "draft")  # columns in [-1, 1], kept as uint8
 
 
 def check_cacheable(objective: Objective) -> None:
-    """Raises ConfigError where the objective has no frozen first part."""
+    """Raises ConfigError where the objective has no frozen first part, or images of several
+    shapes."""
+    check_one_shape(objective)
     if not objective.frozen_columns():
         raise ConfigError(
             f"data.latent_variants caches latents, and {type(objective).__name__} has no frozen "
             "encoder here: it takes a model whose vae is kl; else leave the key out"
+        )
+
+
+def check_one_shape(objective: Objective) -> None:
+    """Raises ConfigError where the objective's model takes images of several shapes."""
+    if isinstance(objective.model, Tokenizer) and len(objective.model.shapes) > 1:
+        raise ConfigError(
+            "a latent cache (data.latent_variants) holds latents of one shape: leave it out, or "
+            "model.shapes"
         )
 
 
@@ -120,6 +132,7 @@ class LatentDataset(Dataset[dict[str, Tensor]]):
     def check_made_for(self, objective: Objective) -> None:
         """Raises ValueError unless objective.frozen would make these latents. objective:
         prepared."""
+        check_one_shape(objective)
         found = frozen_part(objective)
         if wrong := [key for key, value in found.items() if self.manifest.get(key) != value]:
             raise ValueError(

@@ -10,7 +10,7 @@ import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing import RawArray, Value
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -75,6 +75,13 @@ class Sharded(Dataset[dict[str, Any]]):
         """Have these shards at hand soon, without waiting for them."""
 
 
+class Buckets(NamedTuple):
+    """The shape that each sample's image is brought to, see data/buckets.py."""
+
+    shapes: list[tuple[int, int]]  # (H, W)
+    numbers: np.ndarray  # (samples,) which of the shapes
+
+
 class Stream(Dataset):
     """Maps a position p >= 0 to an augmented sample.
 
@@ -82,6 +89,8 @@ class Stream(Dataset):
     in a new order and, in a row of their samples, blocks of `shuffle`, each in an order of its own.
     An unreadable sample is skipped with a counted warning: one of those that the epoch has 1, 3, 7,
     15... positions later stands in, so that no sample stands in for the whole of a lost shard.
+
+    With buckets, a sample is made to the shape of its bucket, and so is what stands in for it.
     """
 
     def __init__(
@@ -90,13 +99,15 @@ class Stream(Dataset):
         prepare: Callable[[Item, torch.Generator | None], Item],
         seed: int = 0,
         shuffle: bool = True,
+        buckets: Buckets | None = None,
     ):
         if len(dataset) == 0:
             raise ValueError("the dataset is empty: nothing to train on")
         self.dataset, self.prepare, self.seed, self.shuffle = dataset, prepare, seed, shuffle
         self.block_size = dataset.shuffle if isinstance(dataset, Sharded) else len(dataset)
-        self.skips = counter_of(dataset)
+        self.skips, self.buckets = counter_of(dataset), buckets
         self._block: tuple[tuple[int, int], np.ndarray] | None = None
+        self._batches: tuple[tuple[int, int], np.ndarray] | None = None
 
     def index_at(self, position: int) -> int:
         epoch, offset = divmod(position, len(self.dataset))
@@ -124,15 +135,35 @@ class Stream(Dataset):
         draws = derived_generator(self.seed, BLOCK, epoch, number)
         return indices[torch.randperm(len(rows), generator=draws).numpy()]
 
+    def batch(self, number: int, size: int) -> list[int]:
+        """The positions of a batch of `size` samples: those in sequence or, with buckets, some of
+        an epoch's that share a shape, in the epoch's order. The last batch of each bucket is filled
+        up with samples that the epoch has had."""
+        if self.buckets is None:
+            return list(range(number * size, (number + 1) * size))
+        length = len(self.dataset)
+        counts = np.bincount(self.buckets.numbers)
+        epoch, place = divmod(number, int((-(-counts // size)).sum()))
+        if self._batches is None or self._batches[0] != (epoch, size):
+            numbers = self.buckets.numbers[self._indices(epoch, 0)]
+            places = [np.flatnonzero(numbers == bucket) for bucket in range(len(counts))]
+            whole = [np.resize(some, (-(-len(some) // size), size)) for some in places]
+            batches = np.concatenate(whole)
+            self._batches = (epoch, size), batches[np.argsort(batches[:, 0])]
+        return (epoch * length + self._batches[1][place]).tolist()
+
     def __getitem__(self, position: int) -> Item:
-        size = len(self.dataset)
+        size, shape = len(self.dataset), None
+        if self.buckets is not None:
+            shape = self.buckets.shapes[self.buckets.numbers[self.index_at(position)]]
         begin = position - position % size
         jumps = (2**k - 1 for k in range(size.bit_length()))
         for later in itertools.chain(jumps, range(size)):
             index = self.index_at(begin + (position + later) % size)
             generator = derived_generator(self.seed, AUGMENT, position)
             try:
-                return self.prepare(self.dataset[index], generator)
+                item = self.dataset[index]
+                return self.prepare(item if shape is None else {**item, "size": shape}, generator)
             except CorruptPicture as error:
                 self.skips.skip(error)
         raise ValueError(f"none of the {size} samples can be read; see the warnings above")
@@ -162,16 +193,22 @@ class EvaluationSet(Dataset):
 
 
 class PositionSampler(Sampler[list[int]]):
-    """Endless batches of stream positions for one process, from `start` batches on."""
+    """Endless batches of a stream's positions for one process, from `start` batches on."""
 
-    def __init__(self, batch_size: int, start: int = 0, rank: int = 0, world_size: int = 1):
-        self.batch_size, self.start = batch_size, start
+    def __init__(
+        self,
+        stream: Stream,
+        batch_size: int,
+        start: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        self.stream, self.batch_size, self.start = stream, batch_size, start
         self.rank, self.world_size = rank, world_size
 
     def __iter__(self) -> Iterator[list[int]]:
         for batch in itertools.count(self.start):
-            first = (batch * self.world_size + self.rank) * self.batch_size
-            yield list(range(first, first + self.batch_size))
+            yield self.stream.batch(batch * self.world_size + self.rank, self.batch_size)
 
 
 def collate(items: Sequence[Item | None]) -> Any:

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from flextok.autoencoder import Autoencoder
 from flextok.config import ExperimentConfig
 from flextok.cpu import accelerate
+from flextok.data.buckets import sort_into
 from flextok.data.datamodule import DataModule
 from flextok.data.latents import LatentDataset
 from flextok.data.loading import failures_in_one_line
@@ -172,8 +173,9 @@ def check_sharding(objective: Objective, options: FitOptions) -> None:
 def make_data(
     model: Pretrained, train_set: Any, validation_set: Any | None, options: FitOptions
 ) -> DataModule:
-    """The run's batches. Images are brought to the model's size; a generator's items are taken as
-    they are."""
+    """The run's batches. Images are brought to the model's size, in training each to the one of its
+    shapes that is nearest; a generator's items are taken as they are."""
+    buckets = None
     prepare: Callable[[Item, torch.Generator | None], Item] = as_it_is
     if not isinstance(model, Generator):
         train_set = adapt(train_set)
@@ -181,6 +183,8 @@ def make_data(
         size = model.config.image_size
         prepare = ImageTransform(size, options).prepare
         model.metadata["class_names"] = list(train_set.class_names)
+        if isinstance(model, Tokenizer) and len(model.shapes) > 1:
+            buckets = sort_into(train_set, model.shapes, options.num_workers)
     return DataModule(
         train_set,
         validation_set,
@@ -188,6 +192,7 @@ def make_data(
         batch_size=options.batch_size,
         num_workers=options.num_workers,
         seed=options.seed,
+        buckets=buckets,
     )
 
 
