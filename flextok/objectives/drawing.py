@@ -93,7 +93,7 @@ class DrawingObjective(Objective):
         order, groups = self.nested_dropout.groups(draws)
         images = take_rows(images, order)
         codes = model.quantizer(model.encoder(model.vae.encode(images, sample=False)))[0]
-        size = tuple(images.shape[-2:])
+        size = (images.shape[2], images.shape[3])
         drafts = [model.draft(codes[g.rows, : g.length], g.keep, size) for g in groups]
         found = {
             "latents": self.drawer.vae.encode(images, sample=False),
