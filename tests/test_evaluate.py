@@ -46,6 +46,7 @@ class Projection:
 
     def __init__(self, name="projection"):
         self.name, self.preprocessing, self.weights = name, "none", "0123456789abcdef"
+        self.classifies = True
         generator = torch.Generator().manual_seed(0)
         self.matrix = torch.randn(3 * 16 * 16, 12, generator=generator, dtype=torch.float64)
 

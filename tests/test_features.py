@@ -5,11 +5,21 @@ import pickle
 
 import pytest
 import torch
+from helpers.models import tiny_gpt, tiny_tokenizer
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTokenizer,
+    Dinov2Config,
+    Dinov2Model,
+)
 
+from flextok.data.sets import take
 from flextok.data.transforms import ImageTransform
 from flextok.emoji.datasets import Emoji
-from flextok.evaluation import Setting, features
-from flextok.evaluation.evaluators import FeatureDistances, load_evaluators
+from flextok.evaluation import Cell, Options, Setting, evaluate, features
+from flextok.evaluation.distances import frechet_distance, statistics
+from flextok.evaluation.evaluators import FeatureDistances, Rows, load_evaluators
 from flextok.evaluation.metrics import lpips, mse, psnr, sharpness, ssim, to_8_bit
 from flextok.losses.perceptual import LPIPS
 from flextok.schema import ConfigError
@@ -171,3 +181,116 @@ def test_weights_of_another_network_are_refused(tmp_path):
     torch.save({"fc.weight": torch.zeros(3)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match="does not fit torch-fidelity's Inception"):
         load("inception", weights=tmp_path / "other.pth")
+
+
+# ---- DINOv2 and CLIP, as tiny random networks in a folder
+
+
+@pytest.fixture(scope="module")
+def dinov2(tmp_path_factory):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    network = Dinov2Model(Dinov2Config(**sizes, image_size=28, patch_size=14)).eval()
+    folder = tmp_path_factory.mktemp("dinov2")
+    network.save_pretrained(folder)
+    return folder, network
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    letters = [f"{letter}</w>" for letter in "abcdefgh"]
+    vocab = {word: i for i, word in enumerate([*letters, "<|startoftext|>", "<|endoftext|>"])}
+    text = {**sizes, "vocab_size": 10, "max_position_embeddings": 5, "projection_dim": 8}
+    text |= {"bos_token_id": 8, "eos_token_id": 9, "pad_token_id": 9}
+    vision = {**sizes, "image_size": 28, "patch_size": 14, "projection_dim": 8}
+    torch.manual_seed(0)
+    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
+    network = CLIPModel(config).eval()
+    folder = tmp_path_factory.mktemp("clip")
+    network.save_pretrained(folder)
+    CLIPTokenizer(vocab=vocab, merges=[]).save_pretrained(folder)
+    return folder, network
+
+
+def standardised(levels, mean, std):
+    return (levels / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+
+
+@torch.no_grad()
+def test_fd_dinov2_is_the_frechet_distance_of_class_tokens(dinov2, monkeypatch):
+    """Of images of the network's own size, which are not resized."""
+    folder, network = dinov2
+    made, real = torch.randint(0, 256, (2, 24, 3, 28, 28), generator=torch.manual_seed(1)).float()
+    imagenet = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    tokens = [network(standardised(x, *imagenet)).pooler_output for x in (made, real)]
+    expected = frechet_distance(*(statistics(x) for x in tokens))
+
+    def scores():
+        evaluator = load(f"dinov2:{folder}", torch.float32)
+        columns = [evaluator.measure(x / 127.5 - 1) for x in (made, real)]
+        rows = Rows(columns[0].__getitem__, columns[1].__getitem__, paired=False)
+        return evaluator.name, evaluator.scores(rows)
+
+    name, found = scores()
+    assert name.startswith("dinov2_")  # no ViT-L/14, so no FD-DINOv2
+    assert "fd_dinov2" not in found
+    assert found[f"fd_{name}"] == pytest.approx(expected, rel=1e-3)
+    assert not any(key.startswith("class_score") for key in found)
+    monkeypatch.setattr(features.Transformer, "published", (16, 1, 14))
+    assert scores()[1]["fd_dinov2"] == pytest.approx(expected, rel=1e-3)
+
+
+@torch.no_grad()
+def test_the_clip_score_is_the_cosine_of_image_and_caption(clip, monkeypatch):
+    folder, network = clip
+    images = torch.randint(0, 256, (3, 3, 28, 28), generator=torch.manual_seed(1)).float()
+    monkeypatch.setattr(features.Transformer, "published", (16, 1, 14))
+    evaluator = load(f"clip:{folder}", torch.float32)
+    pixels = standardised(images, features.CLIP.mean, features.CLIP.std)
+    ids = torch.tensor([[8, 0, 1, 9, 9], [8, 2, 9, 9, 9], [8, 0, 0, 0, 9]])
+    mask = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    found = network(pixel_values=pixels, input_ids=ids, attention_mask=mask)
+    cosine = torch.nn.functional.cosine_similarity(found.image_embeds, found.text_embeds)
+    assert cosine.abs().min() > 0.01
+    columns = evaluator.measure(images / 127.5 - 1, ["a b", "c", "a a a a a a"])  # the last is cut
+    torch.testing.assert_close(columns["clip_score"], cosine.clamp_min(0), atol=1e-4, rtol=0)
+    some = evaluator.measure(images / 127.5 - 1, ["a b", "", "a a a a a a"])
+    scores = evaluator.scores(Rows(some.__getitem__, None, paired=True))
+    expected = 100 * float(cosine[[0, 2]].clamp_min(0).mean())
+    assert scores == {"clip_score": pytest.approx(expected, abs=1e-2)}
+
+
+def test_a_report_holds_both(clip, dinov2):
+    data = take(Emoji("validation"), 8)
+    places = (f"clip:{clip[0]}", f"dinov2:{dinov2[0]}")
+    tokenizer = tiny_tokenizer(decode={"num_steps": 1})
+    options = Options(networks=places, batch_size=4)
+    report = evaluate(tokenizer, data, [Cell(2)], options)
+    scores = report["results"][0]["scores"]
+    assert {key.split("_")[0] for key in report["settings"]["networks"]} == {"clip", "dinov2"}
+    assert any(key.startswith("clip_score") for key in scores)
+    assert any(key.startswith("fd_dinov2") for key in scores)
+    gpt = tiny_gpt()
+    with pytest.raises(
+        ValueError, match="compares images with prompts, which this generator lacks"
+    ):
+        evaluate(gpt, data, [Cell(2)], options, tokenizer=tokenizer)
+    silent = [{"image": item["image"]} for item in (data[i] for i in range(8))]
+    with pytest.raises(ValueError, match="reads them, and the images have no captions"):
+        evaluate(tokenizer, silent, [Cell(2)], options)
+
+
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [("dinov2", "facebook/dinov2-large"), ("clip", "openai/clip-vit-large-patch14")],
+)
+def test_missing_transformers_are_named(name, model, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ValueError, match=rf"{name} needs the weights of {model}, which are not"):
+        load(name)
+    with pytest.raises(ValueError, match=f"name a folder that transformers saved.*{name}:FOLDER"):
+        load(f"{name}:{tmp_path}")
+    with pytest.raises(ValueError, match="takes no place"):
+        load(f"lpips:{tmp_path}")

@@ -197,8 +197,9 @@ Compared = Annotated[
 class Networks:
     networks: Annotated[
         list[str] | None,
-        "inception (FID), efficientnet_lite0 or efficientnet_lite0_native (offline, no FID; the "
-        "second for small images), lpips; default: inception and lpips, or those installed",
+        "inception (FID), dinov2 (FD-DINOv2), clip (of captions), each also as name:PLACE; "
+        "efficientnet_lite0 or efficientnet_lite0_native (offline, no FID; the second for small "
+        "images), lpips; default: inception and lpips, or those installed",
         {"nargs": "*"},
     ] = None
     inception_weights: Annotated[str | None, "default: torch's cache"] = None

@@ -27,7 +27,14 @@ from flextok.evaluation.distances import (
     precision_recall,
     statistics,
 )
-from flextok.evaluation.features import EfficientNetLite0, FeatureNetwork, Inception, load_lpips
+from flextok.evaluation.features import (
+    CLIP,
+    DINOv2,
+    EfficientNetLite0,
+    FeatureNetwork,
+    Inception,
+    load_lpips,
+)
 from flextok.evaluation.metrics import (
     cosine_distance,
     lpips,
@@ -51,6 +58,7 @@ class Setting(NamedTuple):
     dtype: torch.dtype
     vocab_size: int = 0  # of the tokenizer
     inception_weights: str | None = None  # a file; by default torch's hub cache
+    weights: str | None = None  # of a network that is named with a place, such as dinov2:FOLDER
 
 
 @dataclass(frozen=True)
@@ -64,7 +72,8 @@ class Rows:
 
 class Evaluator:
     name: str
-    # what measure() takes, (B, ...) each: "images", "originals" (of reconstructions), "indices".
+    # what measure() takes, (B, ...) each: "images", "originals" (of reconstructions), "indices",
+    # and "captions" (texts, of prompts or of reconstructed images).
     # Where the originals are not needed, the real images are measured too.
     needs: ClassVar[tuple[str, ...]] = ("images",)
     measure: Callable[..., dict[str, Tensor]]  # -> the rows' columns by name
@@ -154,14 +163,15 @@ class FeatureDistances(Evaluator):
 
     def measure(self, images: Tensor) -> dict[str, Tensor]:
         features = self.network(to_8_bit(images))
-        return {self.name: features.pooled, f"{self.name}/logits": features.logits}
+        logits = {} if features.logits is None else {f"{self.name}/logits": features.logits}
+        return {self.name: features.pooled, **logits}
 
     def compare(self, a: Tensor, b: Tensor) -> Tensor:
         """a, b: (B, 3, H, W) in [-1, 1]. Returns 1 - the cosine of their features, (B,)."""
         return cosine_distance(*(self.network(to_8_bit(x)).pooled for x in (a, b)))
 
     def scores(self, rows: Rows) -> dict[str, float]:
-        made, logits = rows.made(self.name), rows.made(f"{self.name}/logits")
+        made = rows.made(self.name)
         real = None if rows.real is None else rows.real(self.name)
         ours, other = statistics(made), self.reference
         found: dict[str, float] = {}
@@ -175,10 +185,15 @@ class FeatureDistances(Evaluator):
             beside = "" if real is None else "_to_reference"
             found |= {f"{key}{beside}": value for key, value in apart.items()}
         assert found, "neither images nor a reference"
-        shuffled = inception_score(logits, shuffle=True)
-        found["class_score_10_shuffled"], found["class_score_10_shuffled_std"] = shuffled
-        found["class_score_chunks_of_5000"], _ = inception_score(logits, shuffle=False)
+        if self.network.classifies:
+            logits = rows.made(f"{self.name}/logits")
+            shuffled = inception_score(logits, shuffle=True)
+            found["class_score_10_shuffled"], found["class_score_10_shuffled_std"] = shuffled
+            found["class_score_chunks_of_5000"], _ = inception_score(logits, shuffle=False)
         names: dict[str, str] = {}
+        if self.name.startswith("dinov2"):
+            ends = ("", "_to_reference")
+            names = {f"frechet{end}": f"fd_{self.name}{end}" for end in ends}
         if self.name == "inception":
             names = {"frechet": "rfid" if rows.paired else "gfid", **self.inception_names}
         return {names.get(k, f"{k}_{self.name}"): value for k, value in found.items()}
@@ -208,6 +223,29 @@ def set_distances(
         found["kernel"], found["kernel_std"] = kernel_distance(made, other)
         found["precision"], found["recall"] = precision_recall(made, other)
     return found
+
+
+class CLIPScore(Evaluator):
+    """100 times the mean cosine, at least 0 each, between an image and its caption in CLIP's
+    embedding (CLIPScore, arXiv 2104.08718, with 100 in place of 2.5, as it is usually reported): of
+    a generated image and its prompt, or of a reconstruction and the original's caption. Images
+    without a caption do not count."""
+
+    needs = ("images", "captions")
+
+    def __init__(self, network: CLIP):
+        self.network, self.name = network, network.name.replace("clip", "clip_score", 1)
+
+    def measure(self, images: Tensor, captions: Sequence[str]) -> dict[str, Tensor]:
+        cosine = self.network(to_8_bit(images), captions).clamp_min(0)
+        known = torch.tensor([bool(caption) for caption in captions], device=cosine.device)
+        return {self.name: cosine.masked_fill(~known, math.nan)}
+
+    def scores(self, rows: Rows) -> dict[str, float]:
+        return {self.name: 100 * float(rows.made(self.name).double().nanmean())}
+
+    def identity(self) -> dict[str, str]:
+        return {"weights": self.network.weights, "preprocessing": self.network.preprocessing}
 
 
 class CodeUse(Evaluator):
@@ -263,7 +301,11 @@ EVALUATORS: dict[str, Callable[[Setting], Evaluator | None]] = {
     "ssim": lambda setting: Comparison("ssim", ssim),
     "sharpness": lambda setting: Sharpness(),
     "codes": lambda s: CodeUse(s.vocab_size) if s.vocab_size else None,
-    "inception": lambda s: FeatureDistances(Inception(s.inception_weights, s.device, s.dtype)),
+    "inception": lambda s: FeatureDistances(
+        Inception(s.weights or s.inception_weights, s.device, s.dtype)
+    ),
+    "dinov2": lambda s: FeatureDistances(DINOv2(s.weights, s.device, s.dtype)),
+    "clip": lambda s: CLIPScore(CLIP(s.weights, s.device, s.dtype)),
     "efficientnet_lite0": lambda s: FeatureDistances(EfficientNetLite0(s.device, s.dtype)),
     "efficientnet_lite0_native": lambda s: FeatureDistances(
         EfficientNetLite0(s.device, s.dtype, native=True)
@@ -271,7 +313,8 @@ EVALUATORS: dict[str, Callable[[Setting], Evaluator | None]] = {
     "lpips": perceptual,
 }
 # these need weights, so they are asked for
-NETWORKS = ("inception", "efficientnet_lite0", "efficientnet_lite0_native", "lpips")
+PLACED = ("inception", "dinov2", "clip")  # these may be named with a place, dinov2:FOLDER
+NETWORKS = (*PLACED, "efficientnet_lite0", "efficientnet_lite0_native", "lpips")
 
 
 def load_evaluators(
@@ -281,10 +324,14 @@ def load_evaluators(
     (Inception, LPIPS) or what is on this machine. Also returns a sentence for each that is left
     out. Raises ValueError for an unknown name and for a named one whose weights are not here."""
     always = [name for name in EVALUATORS if name not in NETWORKS]
-    for name in networks or []:
+    found = []
+    for asked in dict.fromkeys([*always, *(networks or [])]):
+        name, _, place = asked.partition(":")
         if name not in EVALUATORS:
             raise unknown_key("network", name, list(NETWORKS))
-    found = [EVALUATORS[name](setting) for name in dict.fromkeys([*always, *(networks or [])])]
+        if place and name not in PLACED:
+            raise ValueError(f"network {asked!r} takes no place: only {', '.join(PLACED)} do")
+        found.append(EVALUATORS[name](setting._replace(weights=place or None)))
     left_out: list[str] = []
     wanted = [] if networks is not None else ["inception", "lpips"]
     for name in wanted:

@@ -1,38 +1,45 @@
-"""Frozen, pretrained networks that evaluators look through: Inception for FID and its kin,
-EfficientNet-Lite0 where there is no network to download from, VGG-16 for LPIPS.
+"""Frozen, pretrained networks that evaluators look through: Inception for FID and its kin, DINOv2
+for FD-DINOv2, CLIP for its score, EfficientNet-Lite0 where there is no network to download from,
+VGG-16 for LPIPS.
 
 Only Inception's own weights of 2015-12-05 make an FID. Every other network's distances carry its
 name, so that nobody can take one for the other. Missing weights are an error, never a stand-in.
 """
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor
 
+from flextok.generators.text import resolved_revision
 from flextok.losses.perceptual import LPIPS, load_network
 from flextok.nn.efficientnet import efficientnet_lite0, weights_path
+from flextok.places import hub_folder
 from flextok.storage import read_tensors
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = (
     f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
 )
+FILES = ("*.json", "*.txt", "*.safetensors")  # of a hub repository of the transformers library
 INCEPTION_SHA256 = "6726825d"  # its beginning, as in the file's name
 
 
 class Features(NamedTuple):
     pooled: Tensor  # (B, D)
-    logits: Tensor  # (B, classes)
+    logits: Tensor | None  # (B, classes), of a network that classifies
 
 
 class FeatureNetwork(Protocol):
     name: str  # in the scores' names
     preprocessing: str  # what happens to the uint8 images, for the report
     weights: str  # hash of the weights' file
+    classifies: bool  # whether there are logits
 
     def __call__(self, pixels: Tensor) -> Features:
         """pixels: (B, 3, H, W) uint8, or float whole numbers of 0..255."""
@@ -43,6 +50,7 @@ class Inception:
     """Inception-v3 as FID was defined on it: torch-fidelity's network, which resizes as TensorFlow
     1 did, with the classifier's logits without bias (as ADM's evaluator takes them)."""
 
+    classifies = True
     preprocessing = "bilinear as in TensorFlow 1, to 299 px; (x - 128) / 128"
 
     def __init__(self, path: str | Path | None, device: str | torch.device, dtype: torch.dtype):
@@ -90,6 +98,8 @@ class EfficientNetLite0:
     pictures comes to 7.5 in place of 0.29. The two kinds of numbers cannot be compared, so the
     name says which it is."""
 
+    classifies = True
+
     def __init__(self, device: str | torch.device, dtype: torch.dtype, native: bool = False):
         try:
             network, path = efficientnet_lite0(), weights_path()
@@ -113,6 +123,102 @@ class EfficientNetLite0:
         maps = self.network.forward_features((x - 127.5) / 127.5)
         pooled = self.network.forward_head(maps, pre_logits=True)
         return Features(pooled, self.network.get_classifier()(pooled))
+
+
+class Transformer:
+    """A vision transformer of the transformers library, at its own image size."""
+
+    hub_id: ClassVar[str]
+    option: ClassVar[str]  # its name among the networks
+    mean: ClassVar[tuple[float, ...]]
+    std: ClassVar[tuple[float, ...]]
+    published = (1024, 24, 14)  # width, depth and patch size of ViT-L/14; others have other names
+
+    def __init__(self, kind: Any, path: str | None, device: str | torch.device, dtype: torch.dtype):
+        """kind: its class in transformers; path: a folder as transformers saves it, or a hub id, by
+        default the published one. Raises ValueError without the weights."""
+        model, option = path or self.hub_id, self.option
+        try:
+            folder = Path(model) if Path(model).is_dir() else hub_folder(model, *FILES)
+            self.network, found = kind.from_pretrained(
+                folder, local_files_only=True, output_loading_info=True
+            )
+            if missing := sorted(found["missing_keys"]):
+                raise ValueError(f"{folder} lacks weights, {missing[0]!r} for one")
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise ValueError(
+                f"{option} needs the weights of {model}, which are not here "
+                f"({str(error).partition(chr(10))[0]}). Download them with `hf download {model}`, "
+                f"name a folder that transformers saved as --networks {option}:FOLDER, or leave "
+                f"{option} out of --networks"
+            ) from error
+        self.folder = folder
+        self.dtype = torch.float64 if is_double(dtype) else torch.float32
+        self.network = self.network.eval().requires_grad_(False).to(device, self.dtype)
+        self.weights = resolved_revision(folder)
+        vision = getattr(self.network.config, "vision_config", self.network.config)
+        sizes = (vision.hidden_size, vision.num_hidden_layers, vision.patch_size)
+        self.name = option if sizes == self.published else f"{option}_{self.weights[:8]}"
+        # DINOv2's config states the 518 px of its last steps of training; it is evaluated at 224
+        self.size = min(224, vision.image_size)
+        self.preprocessing = (
+            f"bicubic, antialiased, to {self.size} px, rounded; mean {self.mean}, std {self.std}"
+        )
+
+    def prepared(self, pixels: Tensor) -> Tensor:
+        """pixels: (B, 3, H, W), whole numbers of 0..255. Returns what the network takes."""
+        x = F.interpolate(
+            pixels.to(self.dtype), (self.size, self.size), mode="bicubic", antialias=True
+        )
+        mean, std = (x.new_tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
+        return (x.round().clamp(0, 255) / 255 - mean) / std
+
+
+class DINOv2(Transformer):
+    """The class token of DINOv2 ViT-L/14; its Frechet distance is FD-DINOv2 (arXiv 2306.04675)."""
+
+    hub_id, option, classifies = "facebook/dinov2-large", "dinov2", False
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+    def __init__(self, path: str | None, device: str | torch.device, dtype: torch.dtype):
+        from transformers import Dinov2Model
+
+        super().__init__(Dinov2Model, path, device, dtype)
+
+    @torch.no_grad()
+    def __call__(self, pixels: Tensor) -> Features:
+        return Features(self.network(self.prepared(pixels)).pooler_output, None)
+
+
+class CLIP(Transformer):
+    """CLIP ViT-L/14 (arXiv 2103.00020)."""
+
+    hub_id, option = "openai/clip-vit-large-patch14", "clip"
+    mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+    def __init__(self, path: str | None, device: str | torch.device, dtype: torch.dtype):
+        from transformers import AutoTokenizer, CLIPModel
+
+        super().__init__(CLIPModel, path, device, dtype)
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"clip: {self.folder} holds no tokenizer for captions: {error}"
+            ) from None
+
+    @torch.no_grad()
+    def __call__(self, pixels: Tensor, captions: Sequence[str]) -> Tensor:
+        """The cosine between each image and its caption, (B,). Too long a caption is cut."""
+        words = self.tokenizer(
+            list(captions),
+            padding=True,
+            truncation=True,
+            max_length=self.network.config.text_config.max_position_embeddings,
+            return_tensors="pt",
+        ).to(self.network.device)
+        found = self.network(pixel_values=self.prepared(pixels), **words)
+        return F.cosine_similarity(found.image_embeds, found.text_embeds)
 
 
 def load_lpips(device: str | torch.device, dtype: torch.dtype) -> LPIPS:

@@ -72,11 +72,17 @@ def evaluate(
             f"{enough} images are too few to compare as sets: give at least {NEIGHBOURS + 1}, or "
             "no --networks"
         )
-    few = images.few() if images and reads_prompts(job) else []
+    compared = [e.name for e in job.evaluators if "captions" in e.needs]
+    if compared and job.generator is not None and not reads_prompts(job):
+        raise ValueError(f"{compared[0]} compares images with prompts, which this generator lacks")
+    few = images.few() if images and (compared or reads_prompts(job)) else []
     if few and not any(item["caption"] for item in few):
+        reader = (
+            "this generator reads prompts" if reads_prompts(job) else f"{compared[0]} reads them"
+        )
         raise ValueError(
-            "this generator reads prompts, and the images have no captions: give DATA with "
-            "captions (.txt files beside images, a caption column or key)"
+            f"{reader}, and the images have no captions: give DATA with captions (.txt files "
+            "beside images, a caption column or key)"
         )
     with folder_of(output) as folder:
         started, real, reference = time.perf_counter(), None, None

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from flextok.data.loading import failures_in_one_line, make_loader
+from flextok.data.pictures import UNLABELLED
 from flextok.data.sets import adapt
 from flextok.data.stream import EvaluationSet, Item, as_it_is, collate
 from flextok.data.transforms import ImageTransform
@@ -25,7 +26,8 @@ from flextok.tokenizers.base import decode_rows, encode_rows
 
 Batch = Mapping[str, Any]
 # a batch -> (side, what there is of it by name): a side is "real", "codes" or a cell's number
-Show = Callable[[Job, Batch], Iterator[tuple[str, dict[str, Tensor]]]]
+Shown = dict[str, Any]  # tensors with a row for each image, and "captions", a list
+Show = Callable[[Job, Batch], Iterator[tuple[str, Shown]]]
 
 
 class Images(Dataset):
@@ -43,6 +45,8 @@ class Images(Dataset):
     def __getitem__(self, index: int) -> Item:
         item = self.dataset[index]
         caption = item.get("caption") or ""
+        if caption == UNLABELLED:  # the name of no class
+            caption = ""
         return {"index": index, "caption": caption, **self.prepare(item, None)}
 
     def few(self) -> list[Item]:
@@ -83,20 +87,21 @@ def skipping(images: Images) -> EvaluationSet:
     return EvaluationSet(images, as_it_is)
 
 
-def real(job: Job, batch: Batch) -> Iterator[tuple[str, dict[str, Tensor]]]:
+def real(job: Job, batch: Batch) -> Iterator[tuple[str, Shown]]:
     images = batch["image"].to(job.tokenizer.device)
     yield "real", {"images": images, "hash": image_hashes(images)}
 
 
-def reconstructed(job: Job, batch: Batch) -> Iterator[tuple[str, dict[str, Tensor]]]:
+def reconstructed(job: Job, batch: Batch) -> Iterator[tuple[str, Shown]]:
     """Real images, and what the tokenizer makes of them."""
     yield from real(job, batch)
     indices = encode_rows(job.tokenizer, batch["image"], job.options.seed, batch["index"])
     originals = batch["image"].to(job.tokenizer.device)
-    yield from codes_and_images(job, batch["index"], indices, {"originals": originals})
+    known = {"originals": originals, "captions": batch["caption"]}
+    yield from codes_and_images(job, batch["index"], indices, known)
 
 
-def generated(job: Job, batch: Batch) -> Iterator[tuple[str, dict[str, Tensor]]]:
+def generated(job: Job, batch: Batch) -> Iterator[tuple[str, Shown]]:
     assert job.generator is not None
     cond = batch["condition"]
     indices = job.generator.generate(
@@ -105,12 +110,13 @@ def generated(job: Job, batch: Batch) -> Iterator[tuple[str, dict[str, Tensor]]]
         options=job.sampling,
         generator=row_generators(job.options.seed, CODES, batch["index"]),
     )
-    yield from codes_and_images(job, batch["index"], indices, {})
+    known = {} if isinstance(cond, Tensor) else {"captions": cond}
+    yield from codes_and_images(job, batch["index"], indices, known)
 
 
 def codes_and_images(
-    job: Job, numbers: Tensor, indices: Tensor, known: dict[str, Tensor]
-) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    job: Job, numbers: Tensor, indices: Tensor, known: Shown
+) -> Iterator[tuple[str, Shown]]:
     """The indices, then the images that they decode to in each cell's way, and the time it took."""
     yield "codes", {"indices": indices}
     for number, (cell, options) in enumerate(zip(job.cells, job.decoding, strict=True)):
