@@ -38,6 +38,10 @@ OLD_WEIGHTS = "pytorch_model.bin"  # what hub repositories held before safetenso
 UNREADABLE = (ValueError, SyntaxError, TypeError, MemoryError, RecursionError)
 LONGEST_LITERAL = 100_000  # characters of one section of a published config
 SAFETENSORS = (WEIGHTS, DIFFUSERS_WEIGHTS)
+PIPELINE = "model_index.json"  # of diffusers: its models lie in folders
+PARTS = ("transformer", "autoencoder")  # of a pipeline of ours; the first that there is counts
+# models of flextok.integrations.diffusers by class: how their tensors' names begin
+WRAPPED = {"AutoencoderFlexTok": "tokenizer.", "FlexTokGenerator": "model."}
 RELEASES = Path(__file__).parent / "releases"  # models that come with the package, by name
 
 
@@ -103,11 +107,13 @@ def resolve(
 
         return from_hub(name, lambda: hf_hub_download(repo, file, **how), local_files_only)
     inside = f"{subfolder}/" if subfolder else ""
-    wanted = [inside + CONFIG]
+    wanted = [inside + CONFIG, inside + PIPELINE]
     for weights in SAFETENSORS:
         shards = f"{Path(weights).stem}-*-of-*.safetensors"
         wanted += [inside + file for file in (weights, weights + INDEX, shards)]
     folder = hub_folder(repo, *wanted, **how) / subfolder
+    if (folder / PIPELINE).is_file():
+        return hub_folder(repo, *(f"{inside}{part}/*" for part in PARTS), **how) / subfolder
     if any(folder.glob("*.safetensors")):
         return folder
     return hub_folder(repo, inside + CONFIG, inside + OLD_WEIGHTS, **how) / subfolder
@@ -167,10 +173,15 @@ def find_weights(folder: Path) -> Path:
 
 
 def read_model(path: str | Path, subfolder: str = "", **hub: "Unpack[HubOptions]") -> StoredModel:
-    """What lies at a path or hub id, in our layout or a published one, as a model of ours; places
-    as in `resolve`. The tensors are memory-mapped where the format allows it. Raises
-    CheckpointError."""
+    """What lies at a path or hub id, in our layout, a published one or diffusers', as a model of
+    ours; places as in `resolve`. Of a pipeline of diffusers it is the generator, or else the
+    tokenizer. The tensors are memory-mapped where the format allows it. Raises CheckpointError."""
     place = resolve(path, subfolder, **hub)
+    if (place / PIPELINE).is_file():
+        parts = [place / part for part in PARTS if (place / part).is_dir()]
+        if not parts:
+            raise CheckpointError(f"{place} is a pipeline without a model of this package")
+        place = parts[0]
     # beside a file of another name, config.json may be another model's
     folder = place if place.is_dir() else place.parent if place.name == WEIGHTS else None
     document: dict[str, Any] = {}
@@ -187,6 +198,8 @@ def read_model(path: str | Path, subfolder: str = "", **hub: "Unpack[HubOptions]
         model_type = document["model_type"]
         config = current_config(model_type, document["config"])
         return StoredModel(model_type, config, facts, state, str(weights))
+    if document.get("_class_name") in WRAPPED:
+        return unwrapped(document, state, weights)
     try:
         published = convert_published(state, [document, *parse_metadata(metadata)])
     except ValueError as error:
@@ -200,6 +213,23 @@ def read_model(path: str | Path, subfolder: str = "", **hub: "Unpack[HubOptions]
     if isinstance(ours := document.get(OURS), dict):  # our own, in another library's layout
         facts = check_metadata(ours.get("metadata", {}))
     return StoredModel(published.model_type, published.config, facts, published.state, str(weights))
+
+
+def unwrapped(document: Mapping[str, Any], state: dict[str, Tensor], weights: Path) -> StoredModel:
+    """The model that flextok.integrations.diffusers saved. Raises CheckpointError."""
+    prefix, model_type = WRAPPED[document["_class_name"]], document.get("model_type", "flextok")
+    settings, source = document.get("settings"), str(weights)
+    if not isinstance(settings, dict) or not isinstance(model_type, str):
+        raise CheckpointError(f"{weights.with_name(CONFIG)} holds no settings of a model")
+    try:
+        facts = check_metadata(document.get("metadata") or {})
+    except ConfigError as error:
+        raise CheckpointError(f"{weights.with_name(CONFIG)}: {error}") from None
+    beside = weights.parent.parent / PARTS[1]
+    if beside.is_dir() and weights.parent.name == PARTS[0]:
+        facts |= {"tokenizer": f"../{PARTS[1]}"}
+    tensors = {key.removeprefix(prefix): value for key, value in state.items()}
+    return StoredModel(model_type, current_config(model_type, settings), facts, tensors, source)
 
 
 @dataclass

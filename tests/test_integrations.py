@@ -1,6 +1,7 @@
 """Models of the package as diffusers has its own: saved and loaded by its rules, and pipelines."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from helpers.files import draw_pictures
 from helpers.models import DRAWER, TITOK, tiny_gpt, tiny_tokenizer
 
+import flextok
 from flextok.cli import main
 from flextok.images import to_image
 from flextok.integrations.diffusers import (
@@ -19,7 +21,8 @@ from flextok.integrations.diffusers import (
     FlexTokReconstructionPipeline,
 )
 from flextok.pipeline import remember_tokenizer
-from flextok.tokenizers import TiTok, TiTokConfig
+from flextok.storage import CheckpointError
+from flextok.tokenizers import FlexTok, TiTok, TiTokConfig
 
 KL = {"name": "kl", "channels": 4, "block_channels": [8], "layers_per_block": 1, "norm_groups": 4}
 
@@ -101,6 +104,38 @@ def test_convert_writes_a_generation_pipeline(pair):
     indices = gpt.generate(["dog", -1], num_tokens=4, generator=rng)
     expected = tokenizer.decode(indices, generator=rng)
     assert np.allclose(made.images, ((expected + 1) / 2).permute(0, 2, 3, 1), atol=1e-6)
+
+
+def test_flextok_loads_what_diffusers_saved(pair, tmp_path, images):
+    """A tokenizer, and of a pipeline the generator with its tokenizer, by any of the ways in."""
+    folder, tokenizer, gpt = pair
+    for name in ("tokenizer", "gpt"):
+        place = str(tmp_path / f"out_{name}")
+        assert main(["convert", str(folder / name), place, "--to", "diffusers"]) == 0
+    for loaded in (
+        flextok.load(tmp_path / "tokenizer"),
+        FlexTok.from_pretrained(tmp_path / "out_gpt/autoencoder"),
+    ):
+        assert loaded.config == tokenizer.config
+        assert torch.equal(loaded.encode(images), tokenizer.encode(images))
+    assert (
+        flextok.load(tmp_path / "out_gpt", subfolder="autoencoder").codes_id == tokenizer.codes_id
+    )
+    shutil.move(tmp_path / "out_gpt", tmp_path / "moved")
+    shutil.rmtree(folder / "tokenizer")
+    generator = flextok.load(tmp_path / "moved")
+    assert generator.class_names == gpt.metadata["class_names"]
+    how = {"num_tokens": 4, "temperature": 0}
+    drawn = generator.generate(["dog", "none"], **how)
+    assert torch.equal(drawn, gpt.generate(["dog", "none"], **how))
+    found = flextok.load_tokenizer_of(generator)
+    assert torch.equal(found.encode(images), tokenizer.encode(images))
+    assert main(["convert", str(tmp_path / "moved"), str(tmp_path / "ours")]) == 0
+    assert same_weights(flextok.load(tmp_path / "ours"), gpt)
+    config = tmp_path / "moved/transformer/config.json"
+    config.write_text(config.read_text().replace('"settings"', '"setings"'))
+    with pytest.raises(CheckpointError, match="holds no settings of a model"):
+        flextok.load(tmp_path / "moved")
 
 
 def test_what_diffusers_does_not_get_is_named(tmp_path, capsys):
