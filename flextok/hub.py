@@ -19,6 +19,7 @@ import flextok
 from flextok.card import MARK, evaluation_rows, model_card
 from flextok.convert.rules import count
 from flextok.files import atomic_write, write_text
+from flextok.nn.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapters
 from flextok.nn.devices import Device, one_device
 from flextok.places import (
     CONFIG,
@@ -58,6 +59,7 @@ class Pretrained(nn.Module):
     resizable: tuple[tuple[str, "Resize"], ...] = ()
     local_paths: tuple[str, ...] = ()  # config keys that may name a folder; dots descend
     home: Path | None = None  # the folder that metadata's relative paths start from
+    adapters: Adapters | None = None  # in training by LoRA: what is saved in place of the weights
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -195,17 +197,25 @@ class Pretrained(nn.Module):
         public: bool = False,
     ) -> Path:
         """Write model.safetensors, config.json and a model card README.md, each whole or not at
-        all; a README.md of your own stays. What the model refers to is named relative to the
-        folder; public: by no path at all, for other machines. state: the weights, where not the
-        model's own (those of a sharded model, gathered). Returns the folder."""
+        all; a README.md of your own stays. Of a model that is trained by LoRA, its adapters are
+        written in place of its weights. What the model refers to is named relative to the folder;
+        public: by no path at all, for other machines. state: the weights, where not the model's own
+        (those of a sharded model, gathered). Returns the folder."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {
             key: value.detach().contiguous().cpu()
             for key, value in (self.state_dict() if state is None else state).items()
         }
-        text = json.dumps(self.document(None if public else folder), indent=2)  # before all writing
-        atomic_write(folder / self.weights_file, lambda path: save_file(tensors, path))
+        place = None if public else folder
+        text = json.dumps(self.document(place), indent=2)  # before all writing
+        weights_file = self.weights_file
+        if self.adapters is not None:
+            tensors, weights_file = self.adapters.saved(tensors), ADAPTER_WEIGHTS
+            base = written_reference(str(self.adapters.base), Path.cwd(), place)
+            config = self.adapters.config | {"base_model_name_or_path": base}
+            write_text(folder / ADAPTER_CONFIG, json.dumps(config, indent=2) + "\n")
+        atomic_write(folder / weights_file, lambda path: save_file(tensors, path))
         card = folder / CARD
         if not card.is_file() or MARK in card.read_text(encoding="utf-8", errors="replace"):
             # a card is for others, wherever the folder lies now

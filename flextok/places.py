@@ -16,6 +16,7 @@ from torch import Tensor
 
 from flextok.convert import convert_published, current_config
 from flextok.convert.autoencoder import OURS
+from flextok.nn.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, merged
 from flextok.schema import ConfigError, from_mapping
 from flextok.storage import (
     INDEX,
@@ -107,7 +108,7 @@ def resolve(
 
         return from_hub(name, lambda: hf_hub_download(repo, file, **how), local_files_only)
     inside = f"{subfolder}/" if subfolder else ""
-    wanted = [inside + CONFIG, inside + PIPELINE]
+    wanted = [inside + file for file in (CONFIG, PIPELINE, ADAPTER_CONFIG, ADAPTER_WEIGHTS)]
     for weights in SAFETENSORS:
         shards = f"{Path(weights).stem}-*-of-*.safetensors"
         wanted += [inside + file for file in (weights, weights + INDEX, shards)]
@@ -190,6 +191,8 @@ def read_model(path: str | Path, subfolder: str = "", **hub: "Unpack[HubOptions]
     weights = find_weights(place) if place.is_dir() else place
     is_index = weights.name.endswith(INDEX)
     state, metadata = (read_shards if is_index else read_tensors)(weights)
+    if folder is not None and (folder / ADAPTER_CONFIG).is_file():
+        state = on_base(folder, state)
     if isinstance(document.get("model_type"), str) and isinstance(document.get("config"), dict):
         try:
             facts = check_metadata(document.get("metadata", {}))
@@ -213,6 +216,27 @@ def read_model(path: str | Path, subfolder: str = "", **hub: "Unpack[HubOptions]
     if isinstance(ours := document.get(OURS), dict):  # our own, in another library's layout
         facts = check_metadata(ours.get("metadata", {}))
     return StoredModel(published.model_type, published.config, facts, published.state, str(weights))
+
+
+def on_base(folder: Path, adapters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of the model that LoRA's adapters in a folder change, with them merged. Raises
+    CheckpointError."""
+    config = read_json(folder / ADAPTER_CONFIG)
+    reference = config.get("base_model_name_or_path")
+    base = find_reference(reference, folder) if isinstance(reference, str) else None
+    if base is None:
+        raise CheckpointError(
+            f"{folder} holds adapters of a model that is not at {reference!r}: put it there, or "
+            f"name its place as base_model_name_or_path in {ADAPTER_CONFIG}"
+        )
+    try:
+        return merged(read_model(base).state, adapters, config)
+    except RecursionError:
+        raise CheckpointError(f"{folder}: its adapters are those of themselves") from None
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"{folder}, adapters of {reference}: {error}") from None
 
 
 def unwrapped(document: Mapping[str, Any], state: dict[str, Tensor], weights: Path) -> StoredModel:

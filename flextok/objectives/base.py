@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from flextok.draws import BatchDraws
 from flextok.hub import Pretrained
+from flextok.nn.adapters import Adapters, LoraOptions, add_adapters
 from flextok.schema import ConfigError
 
 log = logging.getLogger(__name__)
@@ -162,6 +163,36 @@ def begin_with(model: Pretrained, trained: Pretrained, without: str | None = Non
             *codes,
         )
     take_over(model, state)
+
+
+def adapt(
+    model: Pretrained, trained: Pretrained | None, options: LoraOptions, whole: list[str] | None
+) -> None:
+    """Train adapters of a model that goes on from `trained`, and the parts in `whole`. Raises
+    ConfigError where there is nothing to go on from, and for other weights that are not its."""
+    if trained is None:
+        raise ConfigError("objective.lora changes a trained model: name one as start.weights")
+    if trained.home is None:
+        raise ConfigError(
+            "objective.lora: what is saved names the model that it changes: save that one first, "
+            "and load it"
+        )
+    train_only(model, whole)
+    ends = tuple(f"{part}." for part in whole or ())
+    theirs = trained.state_dict()
+    for name, value in model.state_dict().items():
+        same = name in theirs and theirs[name].shape == value.shape
+        same = same and (value.is_meta or torch.equal(value, theirs[name].to(value)))
+        if not same and not name.startswith(ends):
+            raise ConfigError(
+                f"objective.lora keeps {name} as start.weights has it, and this model's is of "
+                f"another size or order: name its part, {name.split('.')[0]}, in objective.train"
+            )
+    learn = [p for name, p in model.named_parameters() if ends and name.startswith(ends)]
+    config = add_adapters(model, options, whole)
+    for parameter in learn:
+        parameter.requires_grad_(True)
+    model.adapters = Adapters(config, trained.home, ends)
 
 
 def interpolated(old: Tensor, new: Tensor, how: str) -> Tensor:

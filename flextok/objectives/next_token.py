@@ -11,7 +11,8 @@ from torch import Tensor
 
 from flextok.generators import GPT
 from flextok.hub import Pretrained
-from flextok.objectives.base import Objective, begin_with, draws_of, need, train_only
+from flextok.nn.adapters import LoraOptions
+from flextok.objectives.base import Objective, adapt, begin_with, draws_of, need, train_only
 from flextok.schema import Bounds, Share
 from flextok.tokenizers.base import check_indices
 
@@ -23,6 +24,8 @@ class NextTokenConfig:
     # sampling errors will (the noisy context of reAR, arXiv 2510.04450, at a constant share)
     context_noise: Annotated[float, Bounds(0, 1, open_high=True)] = 0.0
     train: list[str] | None = None  # parts that learn, such as [conditioner, head]; None = all
+    # adapters learn, and the parts in `train` beside them; None = no part
+    lora: LoraOptions | None = None
 
 
 class NextTokenObjective(Objective):
@@ -40,7 +43,10 @@ class NextTokenObjective(Objective):
         (begin_with)."""
         if weights is not None:
             begin_with(self.model, need("weights", weights, GPT))
-        train_only(self.model, self.config.train)
+        if self.config.lora is not None:
+            adapt(self.model, weights, self.config.lora, self.config.train)
+        else:
+            train_only(self.model, self.config.train)
 
     def forward(
         self, batch: Mapping[str, Any], generator: torch.Generator | None = None

@@ -26,6 +26,7 @@ from flextok.data.transforms import ImageTransform
 from flextok.files import only_one, writing
 from flextok.generators import Generator
 from flextok.hub import Pretrained
+from flextok.nn.adapters import remove_adapters
 from flextok.nn.blocks import recompute_blocks
 from flextok.objectives.base import Objective
 from flextok.pipeline import load
@@ -109,7 +110,7 @@ def fit(
             validates,
             [
                 Record(folder, experiment),
-                LearningRateMonitor("step"),
+                *([LearningRateMonitor("step")] if options.loggers else []),
                 Progress(refresh_rate=10),
                 SkipNonFinite(folder, options.max_nonfinite),
                 *image_callbacks(model, data, options),
@@ -138,11 +139,15 @@ def fit(
         export(model, folder, trainer.global_step, trainer.is_global_zero)
         if leads:
             log.info("%s", end_message(model, folder, trainer.global_step, saving))
+        if model.adapters is not None and not is_sharded(model):
+            merge(model)
     return load(folder) if is_sharded(model) else model.eval()
 
 
 def take_over(model: Pretrained, folder: Path) -> Pretrained:
     """The model with the weights that a finished run has left."""
+    if model.adapters is not None:
+        merge(model)
     try:
         found = load(folder)
         model.load_state_dict(found.state_dict())
@@ -153,6 +158,12 @@ def take_over(model: Pretrained, folder: Path) -> Pretrained:
             f"resume=False to start over there ({error})"
         ) from None
     return model.eval()
+
+
+def merge(model: Pretrained) -> None:
+    """Make a model that was trained by LoRA one without adapters, which it saves whole."""
+    remove_adapters(model)
+    model.adapters = None
 
 
 def check_sharding(objective: Objective, options: FitOptions) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -264,6 +265,10 @@ def build(config: ExperimentConfig, device: torch.device = META) -> Objective:
 def starts(model: Any, spec: Mapping[str, Any]) -> dict[str, Any]:
     """Models without weights in place of those that training would start from."""
     name = spec.get("name", default_objective(model))
+    if spec.get("lora"):
+        trained = type(model)(model.config)
+        trained.home = Path()
+        return {"weights": trained}
     if name == "drawing":
         return {"weights": FlexTok(replace(model.config, drawer=None))}
     if name in ("distillation", "drawing_distillation"):
