@@ -10,14 +10,18 @@ page is <output>/<budget>/paper.md, with the tables and figures of all that is f
 
 import argparse
 import logging
+import os
 import re
 import shutil
+import signal
+import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from graphlib import TopologicalSorter
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Any, NamedTuple
 
 import torch
@@ -168,6 +172,20 @@ def run(study: Study, recipe: str, seed: int) -> None:
     train_and_measure(config, study.lengths(recipe), study.budget.networks, more)
 
 
+def end_with_parent() -> None:
+    """Let this process end when the one that started it is gone: a training saves first."""
+    parent = parent_process()
+
+    def wait_for_parent() -> None:
+        if parent is not None:
+            parent.join()
+        while True:  # a training only takes note of the first; what is idle ends
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(2)
+
+    Thread(target=wait_for_parent, daemon=True).start()
+
+
 def run_all(study: Study, recipes: list[str], jobs: int) -> Iterator[tuple[str, int]]:
     """Run recipes and what they need, as many at once as there are jobs, in the order in which they
     need each other and the first seed first; yields each one that is done."""
@@ -177,7 +195,8 @@ def run_all(study: Study, recipes: list[str], jobs: int) -> Iterator[tuple[str, 
     )
     graph.prepare()
     ready: list[tuple[int, str]] = []
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+    spawn = get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=end_with_parent) as pool:
         running: dict[Future[None], tuple[int, str]] = {}
         while graph.is_active():
             ready = sorted([*ready, *graph.get_ready()])

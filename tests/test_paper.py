@@ -2,7 +2,10 @@
 files of the same layout."""
 
 import json
+import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -106,6 +109,38 @@ def test_unknown_names_are_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         paper.main(["--budget", "short", "--only", "flextoc"])
     assert "no recipe 'flextoc'; known: adamw, " in capsys.readouterr().err
+
+
+def test_runs_end_with_the_process_that_started_them(tmp_path):
+    """Also where it is killed: a run that stays behind would take a core and write to its folder."""
+    script = tmp_path / "parent.py"
+    script.write_text(
+        "import os, sys, time\n"
+        "from multiprocessing import get_context\n"
+        "from concurrent.futures import ProcessPoolExecutor\n"
+        "from paper import end_with_parent\n"
+        "if __name__ == '__main__':\n"
+        "    spawn = get_context('spawn')\n"
+        "    pool = ProcessPoolExecutor(1, mp_context=spawn, initializer=end_with_parent)\n"
+        "    print(pool.submit(os.getpid).result(), flush=True)\n"
+        "    pool.submit(time.sleep, 600)\n"
+        "    time.sleep(600)\n"
+    )
+    folders = [str(Path(paper.__file__).parent), *sys.path]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
+    command = [sys.executable, str(script)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        os.kill(child, 0)  # it is there
+        parent.kill()
+    for _ in range(300):
+        try:
+            os.kill(child, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    pytest.fail(f"process {child} is still there")
 
 
 @pytest.mark.slow
