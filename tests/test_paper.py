@@ -112,7 +112,7 @@ def test_unknown_names_are_refused(tmp_path, capsys):
 
 
 def test_runs_end_with_the_process_that_started_them(tmp_path):
-    """Also where it is killed: a run that stays behind would take a core and write to its folder."""
+    """Also where it is killed: a run that stays would take a core, and write to its folder."""
     script = tmp_path / "parent.py"
     script.write_text(
         "import os, sys, time\n"
