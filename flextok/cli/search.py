@@ -54,6 +54,10 @@ def run_search(options: Search) -> dict[str, Any]:
     check_budget(options.budget, options.beams, options.lookahead, len(lengths))
     verifier = make_verifier(generator, tokenizer, options)
     with tqdm(total=options.budget * len(names), unit="decode", disable=None) as bar:
+
+        def show(done: int, images: Tensor) -> None:
+            bar.update(done - bar.n)
+
         found = search(
             generator,
             tokenizer,
@@ -66,7 +70,7 @@ def run_search(options: Search) -> dict[str, Any]:
             seed=options.seed,
             sampling=chosen(options, SAMPLING),
             decoding=decoding_options(options),
-            callback=lambda done, images: bar.update(done - bar.n),
+            callback=show,
         )
     folder = Path(options.output)
     for row, name in enumerate(names):
