@@ -1,16 +1,19 @@
 """From a folder of pictures to two trained models in one command."""
 
+import re
 from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from helpers.runs import Stop, interrupt_after
 
 from flextok.cli import main
-from flextok.config import load_experiment
+from flextok.config import ExperimentConfig, load_experiment
 from flextok.pipeline import load, load_tokenizer_of
-from flextok.schema import ConfigError
-from flextok.training.plan import plan
-from flextok.training.recipe import USABLE, write_recipe
+from flextok.schema import ConfigError, from_mapping
+from flextok.training.plan import Assumptions, build, plan
+from flextok.training.recipe import USABLE, choose, write_recipe
 
 SHORT = [f"trainer.{key}=1" for key in ("validate_every", "checkpoint_every")]
 SHORT += ["trainer.max_steps=2", "trainer.accelerator=cpu", "data.token_variants=1"]
@@ -57,6 +60,39 @@ def test_a_gpu_is_filled_and_not_more(picture_folder, tmp_path):
     assert trained[0] < trained[2] < trained[4]
     with pytest.raises(ConfigError, match="128 pixels need more"):
         write_recipe(picture_folder, tmp_path / "none", 128, 0.1)
+
+
+def test_the_configs_for_one_gpu_are_what_the_command_writes(tmp_path):
+    """Of the models, by their built configs: YAML leaves out what is the default."""
+    folders = {"train": "pictures/train", "validation": "pictures/val"}
+    data = {part: {"name": "folder", "root": root} for part, root in folders.items()}
+    data |= {"crop": "random", "flip": True, "num_workers": 4}
+    written = choose(data, 2, Path("outputs/one_gpu_128px"), 128, 24)
+    for part, name in (("tokenizer", "one_gpu_128px"), ("generator", "one_gpu_128px_generator")):
+        ours = load_experiment(f"configs/{name}.yaml")
+        theirs = from_mapping(ExperimentConfig, written[part])
+        found = [build(config) for config in (ours, theirs)]
+        assert found[0].model.config == found[1].model.config
+        assert found[0].config == found[1].config
+        nested = [config.objective.get("nested_dropout") for config in (ours, theirs)]
+        assert nested[0] == nested[1]  # which the plan replaces
+        assert replace(ours, model={}, objective={}) == replace(theirs, model={}, objective={})
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["one_gpu_128px", "one_gpu_128px_generator", "one_gpu_256px", "flextok_512px"],
+)
+def test_the_headers_state_what_the_plan_says(name):
+    path = Path(f"configs/{name}.yaml")
+    stated = re.search(
+        r"`flextok plan(?: --gpus (\d+))? --gpu (\w+)`: ([\d.]+) GB, ([\d.]+) hours",
+        path.read_text("utf-8"),
+    )
+    found = plan(load_experiment(path), int(stated[1] or 1), Assumptions(stated[2]))
+    assert found.fits
+    assert f"{sum(found.memory.values()) / 1e9:.1f}" == stated[3]
+    assert f"{found.hours:.1f}" == stated[4]
 
 
 def test_what_is_there_is_not_overwritten(picture_folder, tmp_path):

@@ -345,6 +345,8 @@ def test_every_shrunk_config_takes_two_steps_in_the_precision_of_a_gpu(
             save_encoder(tmp_path / "t5")
             overrides.append(f"model.conditioner.encoder.model={tmp_path / 't5'}")
             overrides.append("model.conditioner.encoder.dim=null")
+    if spec["model"].get("shapes"):
+        overrides.append("model.shapes=[[40, 24], [24, 40]]")
     if spec["model"].get("vae", {}).get("name") == "kl":
         vae = "{name: kl, channels: 16, block_channels: [8, 8, 8, 8], norm_groups: 4}"
         overrides.append(f"model.vae={vae}")
