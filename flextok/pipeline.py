@@ -174,8 +174,17 @@ def grow_images(
     """As generate_images, but yields (length, (B, 3, H, W) in [-1, 1]) as soon as that many indices
     are there, shortest first. A generator that does not generate them in order (MaskGIT) yields the
     longest only."""
-    options = generator.generate_options(sampling or {})
     tokenizer.decode_options(decoding or {})  # raises before the work, not after it
+    for indices in grow_indices(generator, cond, lengths, seed, sampling):
+        k = indices.shape[1]
+        yield k, decode_prefixes(tokenizer, indices, [k], seed, decoding)[k]
+
+
+def grow_indices(
+    generator: Generator, cond: Asked, lengths: list[int], seed: int = 0, sampling: Options = None
+) -> Iterator[Tensor]:
+    """The indices (B, length) of grow_images, not decoded."""
+    options = generator.generate_options(sampling or {})
     conditions = generator.prepare(cond)
     draws = row_generators(seed, CODES, range(len(conditions)))
     indices: Tensor | None = None
@@ -183,7 +192,7 @@ def grow_images(
         indices = generator.generate(
             conditions, num_tokens=k, options=options, generator=draws, prefix=indices
         )
-        yield k, decode_prefixes(tokenizer, indices, [k], seed, decoding)[k]
+        yield indices
 
 
 @torch.no_grad()

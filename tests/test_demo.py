@@ -1,7 +1,8 @@
-"""The page's parts without a browser: what is refused, and what the studio makes."""
+"""The page's parts without a browser or a server: what is refused, and what the studio makes."""
 
 import asyncio
 import io
+import re
 import sys
 
 import pytest
@@ -9,18 +10,29 @@ import torch
 from helpers.files import bomb, encoded, png
 from helpers.models import TITOK, tiny_gpt, tiny_tokenizer
 from PIL import Image
-from starlette.datastructures import Headers
+from torch import Tensor
 
 from flextok.cli import main
-from flextok.demo.guard import Guard
-from flextok.demo.markup import figure
-from flextok.demo.studio import Quality, Studio
+from flextok.demo.studio import SEEDS, Asked, Studio, data_url, unknown_words
 from flextok.demo.upload import Limits, read_picture
-from flextok.evaluation.metrics import psnr, sharpness, ssim
+from flextok.evaluation.metrics import psnr, sharpness
+from flextok.evaluation.sweep import spread
 from flextok.generators import MaskGIT, MaskGITConfig
-from flextok.images import to_tensor
-from flextok.pipeline import generate_images, load, remember_tokenizer
+from flextok.images import center_crop, to_image, to_tensor
+from flextok.pipeline import (
+    generate_images,
+    load,
+    reconstruct_prefixes,
+    remember_tokenizer,
+)
+from flextok.schema import from_mapping
 from flextok.tokenizers import TiTok, TiTokConfig
+
+pytest.importorskip("starlette", reason="needs pip install 'flextok[demo]'")
+from starlette.datastructures import Headers
+
+from flextok.demo import guard
+from flextok.demo.guard import Guard
 
 LIMITS = Limits(max_bytes=2**16, max_pixels=10_000)
 
@@ -77,29 +89,50 @@ def ask(path: str, hosts=(), app=None, **headers: str) -> tuple[int, dict]:
 
     named = {"host": "localhost:7860", **headers}.items()
     pairs = [(key.replace("_", "-").encode(), value.encode()) for key, value in named]
-    guard = Guard(app or found, max_request=200, hosts=hosts)
-    asyncio.run(guard({"type": "http", "path": path, "headers": pairs}, receive, send))
-    assert guard.in_flight == 0
+    guarded = Guard(app or found, max_request=200, hosts=hosts)
+    asyncio.run(guarded({"type": "http", "path": path, "headers": pairs}, receive, send))
+    assert guarded.in_flight == 0
     return sent[0]["status"], dict(sent[0]["headers"])
 
 
 def test_the_guard_lets_the_pages_own_requests_through():
-    status, headers = ask("/gradio_api/queue/join", content_length="200")
+    status, headers = ask("/draw", content_length="200")
     assert status == 200
-    assert b"default-src 'self'" in headers[b"content-security-policy"]
+    policy = headers[b"content-security-policy"]
+    assert b"default-src 'none'" in policy
+    assert b"unsafe" not in policy
 
 
 def test_a_large_request_is_refused_and_so_is_one_of_unknown_length():
-    for path in ("/gradio_api/queue/join", "/gradio_api/cancel"):
-        assert ask(path, content_length="201")[0] == 413
-        assert ask(path, transfer_encoding="chunked")[0] == 411
+    assert ask("/draw", content_length="201")[0] == 413
+    assert ask("/draw", transfer_encoding="chunked")[0] == 411
 
 
 def test_what_is_in_memory_together_is_bounded():
-    guard = Guard(None, max_request=200)
-    guard.in_flight = 1500
-    assert guard.refusal("/", Headers({"host": "localhost"}), 100) is None
-    assert guard.refusal("/", Headers({"host": "localhost"}), 101)[0] == 503
+    guarded = Guard(None, max_request=200)
+    guarded.in_flight = 1500
+    assert guarded.refusal(Headers({"host": "localhost"}), 100) is None
+    assert guarded.refusal(Headers({"host": "localhost"}), 101)[0] == 503
+
+
+def test_an_answer_that_is_not_read_ends(monkeypatch):
+    """Clients that read nothing would hold up the server's work for good."""
+    monkeypatch.setattr(guard, "PATIENCE", 0.05)
+    sent = []
+
+    async def answer(scope, receive, send):
+        while True:
+            sent.append(1)
+            await send({"type": "http.response.body", "body": b"x", "more_body": True})
+
+    async def never(message):
+        await asyncio.sleep(60)
+
+    headers = [(b"host", b"localhost"), (b"content-length", b"9")]
+    guarded = Guard(answer, max_request=200)
+    asyncio.run(guarded({"type": "http", "path": "/", "headers": headers}, never, never))
+    assert len(sent) == 1
+    assert guarded.in_flight == 0
 
 
 @pytest.mark.parametrize(
@@ -124,7 +157,7 @@ def test_what_is_in_memory_together_is_bounded():
 )
 def test_other_host_names_are_refused(host, hosts, good):
     """A stranger's page may point its own name at this address (DNS rebinding)."""
-    assert ask("/config", hosts=hosts, host=host)[0] == (200 if good else 403)
+    assert ask("/", hosts=hosts, host=host)[0] == (200 if good else 403)
 
 
 @pytest.mark.parametrize(
@@ -137,24 +170,7 @@ def test_other_host_names_are_refused(host, hosts, good):
     ],
 )
 def test_other_pages_may_not_send(origin, status):
-    assert ask("/gradio_api/queue/join", origin=origin)[0] == status
-
-
-@pytest.mark.parametrize(
-    "path",
-    [
-        "/gradio_api/upload",
-        "/gradio_api/file=/etc/passwd",
-        "/gradio_api/proxy=http://example.org",
-        "/gradio_api/run/show",
-        "/gradio_api/call/show",
-        "/gradio_api/vibe-edit/",
-        "/config/../gradio_api/upload",
-        "/monitoring",
-    ],
-)
-def test_routes_that_the_page_does_not_need_are_closed(path):
-    assert ask(path)[0] == 404
+    assert ask("/draw", origin=origin)[0] == status
 
 
 # --- the studio -----------------------------------------------------------------------------------
@@ -186,143 +202,187 @@ def studio(models):
     return Studio([str(models / name) for name in ("tokenizer", "by_class", "by_text")])
 
 
+PICTURE = encoded(png())
+
+
+def parts(studio: Studio, **asked) -> dict:
+    """An answer, put together as the page does: its frames by (tokens, seed), its maps by tokens,
+    the last of all else, and the lengths of the indices as they grew."""
+    whole: dict = {"frames": {}, "maps": {}, "grown": []}
+    for part in studio.draw(from_mapping(Asked, asked), LIMITS):
+        whole["frames"] |= {(one["k"], one["seed"]): one for one in part.pop("frames", [])}
+        if chart := part.pop("map", None):
+            whole["maps"][chart["k"]] = chart
+        whole["grown"].append(len(part.get("indices", [])))
+        whole |= part
+    return whole
+
+
+def pixels(url: str) -> Tensor:
+    """(1, 3, H, W) in [-1, 1] of a data URL."""
+    return to_tensor(read_picture(url, Limits()))[None]
+
+
+def closely(made: str, image: Tensor) -> None:
+    """A batch may round a pixel to the next level."""
+    expected = to_tensor(to_image(image))[None]
+    assert ((pixels(made) - expected).abs() <= 1.01 / 127.5).all()
+
+
 @pytest.fixture
-def crop(studio):
-    return studio.crop(read_picture(encoded(png()), LIMITS))
+def original(studio):
+    return to_tensor(center_crop(read_picture(PICTURE, LIMITS), 16, 16))[None]
 
 
-def test_the_filmstrip_shows_what_the_slider_shows(studio, crop):
-    asked = (3, 2, 1.5)  # seed, steps, scale
-    film = list(studio.filmstrip(crop, *asked))
-    assert [k for k, _, _ in film] == [1, 2, 4, 8]
-    for k, made, quality in film:
-        again, same = studio.reconstruct(crop, k, *asked)
-        assert made.tobytes() == again.tobytes()
-        assert quality == same
-    assert len({made.tobytes() for _, made, _ in film}) == 4
+def test_every_length_is_decoded_as_alone(studio, original):
+    asked = {"seed": 3, "decoding": {"num_steps": 2, "guidance_scale": 1.5}}
+    answer = parts(studio, source=0, value=PICTURE, **asked)
+    tokenizer = studio.sources[0].tokenizer
+    assert answer["indices"] == tokenizer.encode(original)[0].tolist()
+    assert (pixels(answer["original"]) == original).all()
+    alone = reconstruct_prefixes(
+        tokenizer, original, list(range(1, 9)), 3, {"num_steps": 2, "guidance_scale": 1.5}
+    )
+    for k, image in alone.items():
+        closely(answer["frames"][k, 3]["url"], image[0])
+    assert len({one["url"] for one in answer["frames"].values()}) == len(answer["frames"])
 
 
-def test_a_reconstruction_says_how_plausible_and_how_faithful_it_is(studio, crop):
-    made, quality = studio.reconstruct(crop, 8, 0, 1)
-    ours, theirs = (to_tensor(image)[None] for image in (made, crop))
-    assert quality == (sharpness(ours) / sharpness(theirs), psnr(ours, theirs), ssim(ours, theirs))
-    plausible, faithful = quality.caption(long=True).splitlines()
-    assert plausible == f"plausible: sharpness {quality.sharpness:.2f}"
-    assert faithful == f"faithful: {quality.psnr:.1f} dB, SSIM {quality.ssim:.2f}"
-    same = Quality.of(theirs, theirs)
-    assert same == (1, 100, pytest.approx(1))
-    plain = torch.zeros_like(theirs)
-    assert Quality.of(ours, plain).sharpness is None, "no edges, nothing to be as sharp as"
-    assert Quality.of(ours, plain).caption().startswith("sharp -\n")
+def test_frames_say_how_good_they_are(studio, original):
+    answer = parts(studio, source=0, value=PICTURE)
+    for k in (1, 8):
+        one = answer["frames"][k, 0]
+        made = pixels(one["url"])
+        assert one["psnr"] == pytest.approx(psnr(made, original).item())
+        ratio = sharpness(made) / sharpness(original)
+        assert one["sharp"] == pytest.approx(ratio.item())
+    plain = data_url(Image.new("RGB", (16, 16), "black"))
+    answer = parts(studio, source=0, value=plain)
+    assert answer["frames"][8, 0]["sharp"] is None, "no edges, nothing to be as sharp as"
 
 
-def test_seeds_differ_and_begin_with_the_one_set(studio, crop):
-    seed = 2**31 - 2
-    drawn = list(studio.seeds(crop, 2, seed, 2))
-    assert len({made.tobytes() for _, made in drawn}) == 4
-    assert drawn[0][1].tobytes() == studio.reconstruct(crop, 2, seed, 2)[0].tobytes()
+def test_seeds_differ_and_the_map_says_where(studio, original):
+    seed = 2**31 - 3  # the largest seeds go on from 0
+    answer = parts(studio, source=0, value=PICTURE, seed=seed)
+    assert answer["maps"].keys() == {1, 2, 4, 8}
+    draws = torch.stack([pixels(answer["frames"][2, seed + i]["url"])[0] for i in range(SEEDS)])
+    levels = spread(draws[None])[0]
+    assert levels.max() > 0
+    assert answer["maps"][2]["mean"] == pytest.approx(levels.mean().item(), abs=0.5)
+    brightness = pixels(answer["maps"][2]["url"]).mean(dim=1)[0]
+    assert brightness.flatten()[levels.argmax()] == brightness.max()
+    again = reconstruct_prefixes(studio.sources[0].tokenizer, original, [2], (seed + 4) % 2**31)
+    closely(answer["frames"][2, seed + 4]["url"], again[2][0])
 
 
-def test_the_token_need_is_the_shortest_that_meets_the_target(studio, crop):
-    asked = (1, 1)
-    quality = {k: q.psnr for k, _, q in studio.filmstrip(crop, *asked)}
-    target = quality[8] - 0.01
-    answer = studio.need(crop, target, *asked)
-    enough = [k for k in quality if quality[k] >= target]
-    assert int(answer.split()[0]) in enough
-    assert studio.need(crop, 0, *asked).startswith("1 of 8 tokens are enough for 0 dB")
-    assert studio.need(crop, 90, *asked).startswith("90 dB is out of reach")
-
-
-def test_a_grown_picture_ends_as_the_one_generated_at_once(studio, models):
-    pair = studio.pairs[0]
-    assert pair.classes[1:] == [("dogs", 1), ("<b>hens</b>", 2), ("any", -1)]
-    frames = list(pair.grow(1, 8, seed=7, scale=2.0, decoder_steps=1))
-    assert [k for k, _ in frames] == [1, 2, 4, 8]
-    every = pair.grow(1, 5, every_token=True, decoder_steps=1)
-    assert [k for k, _ in every] == [1, 2, 3, 4, 5]
+def test_a_grown_image_ends_as_the_one_generated_at_once(studio, models):
+    assert [source.kind for source in studio.sources] == ["picture", "class", "prompt"]
+    asked = {"decoding": {"num_steps": 1}, "sampling": {"guidance_scale": 2.0}}
+    answer = parts(studio, source=1, value="dogs", seed=7, **asked)
+    lengths = [k for i, k in enumerate(answer["grown"]) if k and k not in answer["grown"][:i]]
+    assert lengths == [1, 2, 3, 4, 5, 6, 7, 8]
     at_once = generate_images(
         load(models / "by_class"),
-        studio.tokenizer,
+        studio.sources[1].tokenizer,
         torch.tensor([1]),
         [1, 8],
         seed=7,
         sampling={"guidance_scale": 2.0},
         decoding={"num_steps": 1},
     )
-    from flextok.images import to_image
-
-    assert frames[0][1].tobytes() == to_image(at_once[1][0]).tobytes()
-    assert frames[-1][1].tobytes() == to_image(at_once[8][0]).tobytes()
+    for k, images in at_once.items():
+        closely(answer["frames"][k, 7]["url"], images[0])
 
 
-def test_prompts_change_the_picture(studio):
-    pair = studio.pairs[1]
-    assert pair.reads_text
-    texts = ("a key", "two hearts")
-    a, b = (list(pair.grow(text, 8, decoder_steps=1))[-1][1] for text in texts)
-    assert a.tobytes() != b.tobytes()
+def test_prompts_change_the_image(studio):
+    a, b = (parts(studio, source=2, value=text)["indices"] for text in ("a key", "two hearts"))
+    assert a != b
+
+
+def test_a_generators_indices_are_decoded_by_the_tokenizer_named_first(models, studio):
+    """A faster decoder of the same codes serves all."""
+    assert all(source.tokenizer is studio.sources[0].tokenizer for source in studio.sources)
+    alone = Studio([str(models / "by_class")])
+    assert [source.kind for source in alone.sources] == ["picture", "class"]
+    assert alone.sources[0].tokenizer is alone.sources[1].tokenizer
+
+
+def test_lengths_are_all_of_the_first_and_eight_a_doubling(studio):
+    source = studio.sources[0]
+    assert source.lengths() == [1, 2, 3, 4, 5, 6, 7, 8]
+    source = type(source)("long", tiny_tokenizer(num_registers=256))
+    lengths = source.lengths()
+    assert lengths[:18] == [*range(1, 17), 18, 20]
+    assert {1, 2, 4, 8, 16, 32, 64, 128, 256} <= set(lengths)
+    assert len(lengths) == 48
 
 
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"tokens": 9}, r"must be in \[1, 8\]"),
-        ({"tokens": 0}, r"must be in \[1, 8\]"),
-        ({"tokens": float("nan")}, "NaN"),
-        ({"seed": float("nan")}, "NaN"),
-        ({"steps": 10**9}, "num_steps=1000000000 must be"),
-        ({"scale": float("nan")}, "guidance_scale=nan must be"),
-        ({"scale": float("inf")}, "guidance_scale=inf must be"),
+        ({"source": 3}, "source=3 must be below 3"),
+        ({"source": -1}, "source=-1 must be at least 0"),
+        ({"source": 1, "value": "unicorns"}, "unknown class 'unicorns'; known: cats, dogs"),
+        ({"source": 2, "value": "x" * 501}, "at most 500 characters"),
+        ({"value": "/etc/passwd"}, "that is no picture"),
+        ({"value": None}, "value=None must be of type str"),
+        ({"value": {"path": "/etc/passwd"}}, "must be of type str"),
+        ({"seed": -1}, "seed=-1 must be at least 0"),
+        ({"seed": 2**31}, "seed=2147483648 must be"),
+        ({"seed": float("nan")}, "must be of type int"),
+        (
+            {"decoding": {"num_steps": 10**9}},
+            "steps=1000000000 must be a whole number from 1",
+        ),
+        ({"decoding": {"num_steps": 1.5}}, "steps=1.5 must be a whole number"),
+        ({"decoding": {"guidance_scale": float("nan")}}, "must be a finite number"),
+        ({"decoding": {"guidance_scale": 11}}, "guidance=11 must be a number from 0 to 10"),
+        ({"decoding": {"solver": 1}}, "unknown decoding option 'solver'"),
+        ({"source": 1, "value": "cats", "sampling": {"top_k": 1}}, "unknown sampling option"),
+        ({"path": "/etc/passwd"}, "unknown key 'path'"),
     ],
 )
-def test_numbers_out_of_range_are_mistakes_of_the_client(studio, crop, asked, message):
-    with pytest.raises(ValueError, match=message):
-        studio.reconstruct(crop, **{"tokens": 8, **asked})
+def test_mistakes_of_the_client_are_named(studio, asked, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parts(studio, **{"source": 0, "value": PICTURE, **asked})
 
 
-def test_a_generator_in_steps_shows_its_steps_and_its_last_image(models, tmp_path):
-    page = pytest.importorskip("flextok.demo.page", reason="needs pip install 'flextok[demo]'")
+def test_a_generator_in_steps_shows_its_lengths_at_the_end(models, tmp_path):
     torch.manual_seed(0)
     small = {"vocab_size": 200, "num_tokens": 8, "dim": 16, "depth": 1, "num_heads": 2}
     maskgit = MaskGIT(MaskGITConfig(**small, conditioner={"name": "class", "num_classes": 3}))
     tokenizer = load(models / "tokenizer")
     remember_tokenizer(maskgit, tmp_path, tokenizer, str(models / "tokenizer"))
     maskgit.save_pretrained(tmp_path)
-    studio = Studio([str(tmp_path), str(models / "by_text")])
-    frames = list(studio.pairs[0].grow(2, 8, num_steps=2, decoder_steps=1))
-    assert [k for k, _ in frames] == [8]
-    blocks = page.build_page(studio, LIMITS).blocks.values()
-    assert [b.label for b in blocks if b.get_config().get("label") == "Steps"] == ["Steps"]
-
-
-def test_prompts_are_bounded(studio):
-    for prompt in ("x" * 501, None, 3):
-        with pytest.raises(ValueError, match="at most 500 characters"):
-            list(studio.pairs[1].grow(prompt, 8))
+    studio = Studio([str(tmp_path)])
+    answer = parts(studio, source=1, value="2", sampling={"num_steps": 2})
+    assert answer["grown"][0] == 8
+    assert {k for k, seed in answer["frames"] if seed == 0} == set(range(1, 9))
+    named = [one["label"] for one in studio.sources[1].describe()["fields"]["sampling"]]
+    assert named == ["steps", "guidance"]
 
 
 def test_a_tokenizer_without_prefixes_and_noise(tmp_path):
     torch.manual_seed(0)
     TiTok(TiTokConfig(**TITOK)).save_pretrained(tmp_path)
     studio = Studio([str(tmp_path)])
-    crop = studio.crop(read_picture(encoded(png()), LIMITS))
-    assert [k for k, _, _ in studio.filmstrip(crop, 0, 4, 2)] == [6]
-    with pytest.raises(ValueError, match="always needs all"):
-        studio.need(crop, 10)
+    answer = parts(studio, source=0, value=PICTURE)
+    assert answer["frames"].keys() == {(6, 0)}
+    assert not answer["maps"]
+    described = studio.describe(LIMITS)["sources"][0]
+    assert (described["seeds"], described["lengths"]) == (1, [6])
+    assert described["fields"]["decoding"] == []
 
 
-def test_markup_escapes_names(studio):
-    text = figure(Image.new("RGB", (2, 2)), "<script>alert(1)</script>", 8, '"><b>.png')
-    assert "<script>" not in text
-    assert "<b>" not in text
+def test_words_that_the_models_captions_do_not_have():
+    assert unknown_words("a red heart left of two Pizzas on a blue background") == ["pizzas"]
+    assert unknown_words("strawberries, an apple") == ["strawberries"]
 
 
 # --- the command ----------------------------------------------------------------------------------
 
 
 def test_the_command_serves_this_machine_only_and_passes_limits_on(models, monkeypatch):
-    pytest.importorskip("gradio", reason="needs pip install 'flextok[demo]'")
     served: list = []
     made: list = []
     monkeypatch.setattr("flextok.demo.server.serve", lambda *arguments: served.append(arguments))
@@ -331,7 +391,7 @@ def test_the_command_serves_this_machine_only_and_passes_limits_on(models, monke
     assert main(["demo", *names, "--max-megabytes", "0.5", "--queue", "3"]) == 0
     ((studio, limits, queue, hosts),) = made
     assert hosts == ["127.0.0.1"]
-    assert [pair.name for pair in studio.pairs] == names[1:]
+    assert [source.name for source in studio.sources] == names
     assert (limits.max_bytes, limits.max_pixels) == (2**19, 40_000_000)
     assert queue == 3
     assert served == [(None, "127.0.0.1", None)]
@@ -351,18 +411,25 @@ def test_a_taken_port_is_a_mistake_told_in_one_line():
 
 
 def test_without_models_the_page_shows_those_of_the_package(releases, monkeypatch):
-    pytest.importorskip("gradio", reason="needs pip install 'flextok[demo]'")
     made: list = []
     monkeypatch.setattr("flextok.demo.server.serve", lambda *arguments: None)
     monkeypatch.setattr("flextok.demo.page.make_app", lambda *arguments: made.append(arguments))
     assert main(["demo"]) == 0
     ((studio, *_),) = made
-    assert studio.tokenizer.num_tokens == 256
-    assert [pair.name for pair in studio.pairs] == ["emoji-class", "emoji-text"]
+    names = ["emoji-few-step", "emoji-class", "emoji-text"]
+    assert [source.name for source in studio.sources] == names
+    described = studio.describe(Limits())
+    assert described["sources"][0]["lengths"][-1] == 256
+    for source in described["sources"][1:]:  # what is suggested is there
+        assert source["examples"]
+        assert not source["classes"] or set(source["examples"]) <= set(source["classes"])
+    assert not [
+        word for prompt in described["sources"][2]["examples"] for word in unknown_words(prompt)
+    ]
 
 
-def test_without_gradio_the_command_says_what_to_install(models, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "gradio", None)
+def test_without_a_web_server_the_command_says_what_to_install(models, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "starlette.applications", None)
     monkeypatch.delitem(sys.modules, "flextok.demo.page", raising=False)
     assert main(["demo", str(models / "tokenizer")]) == 1
     assert "pip install 'flextok[demo]'" in capsys.readouterr().err

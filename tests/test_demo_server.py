@@ -1,7 +1,10 @@
 """The served page over raw HTTP: what a hostile client may send, and what the server keeps."""
 
+import gc
 import http.client
 import json
+import socket
+import threading
 import time
 import urllib.parse
 
@@ -12,7 +15,8 @@ from helpers.processes import served
 
 from flextok.pipeline import remember_tokenizer
 
-pytest.importorskip("gradio", reason="needs pip install 'flextok[demo]'")
+pytest.importorskip("starlette", reason="needs pip install 'flextok[demo]'")
+MAX_QUEUE = 2
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +32,8 @@ def app(tmp_path_factory):
     gpt.metadata["class_names"] = ["cats", "dogs", "hens"]
     remember_tokenizer(gpt, folder / "gpt", tokenizer, str(folder / "tokenizer"))
     gpt.save_pretrained(folder / "gpt")
-    return make_app(Studio([str(folder / "tokenizer"), str(folder / "gpt")]), Limits())
+    studio = Studio([str(folder / "tokenizer"), str(folder / "gpt")])
+    return make_app(studio, Limits(), MAX_QUEUE)
 
 
 @pytest.fixture(scope="module")
@@ -40,158 +45,161 @@ def server(app):
 def ask(server, path, message=None, **headers):
     """A request's status and answer."""
     connection = http.client.HTTPConnection(server, timeout=60)
-    body = None if message is None else json.dumps(message)
-    kind = {} if message is None else {"content-type": "application/json"}
-    connection.request("GET" if message is None else "POST", path, body, {**kind, **headers})
+    method = "GET" if message is None else "POST"
+    body = message if isinstance(message, bytes | None) else json.dumps(message)
+    connection.request(method, path, body, headers)
     answer = connection.getresponse()
     text = answer.read().decode()
     connection.close()
     return answer.status, text
 
 
-def function_of(server, name):
-    """The number of a function of the page, and what it is sent by default."""
-    config = json.loads(ask(server, "/config")[1])
-    values = {c["id"]: c["props"].get("value") for c in config["components"]}
-    (found,) = (d for d in config["dependencies"] if d["api_name"] == name)
-    return found["id"], [values[i] for i in found["inputs"]]
+GOOD = {"source": 1, "value": "dogs"}
 
 
-def click(server, session, name, **values):
-    """Call a function of the page, its first value replaced: the request's answer."""
-    number, data = function_of(server, name)
-    data[: len(values)] = values.values()
-    message = {"fn_index": number, "data": data, "session_hash": session}
-    return ask(server, "/gradio_api/queue/join", message)
-
-
-def events(server, session):
-    """What the page would read after its clicks."""
-    text = ask(server, f"/gradio_api/queue/data?session_hash={session}")[1]
-    return [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: ")]
+def draw(server, **asked):
+    status, text = ask(server, "/draw", {**GOOD, **asked})
+    return status, [json.loads(line) for line in text.splitlines()] if status == 200 else text
 
 
 def test_a_class_grows_over_plain_requests(server):
-    assert click(server, "good", "grow", condition=1)[0] == 200
-    done = [e for e in events(server, "good") if e["msg"] == "process_completed"]
-    assert done[0]["success"]
-    assert click(server, "bad", "grow", condition="unicorns")[0] == 200
-    done = [e for e in events(server, "bad") if e["msg"] == "process_completed"]
-    assert "unicorns is not in the list" in done[0]["output"]["error"]
+    status, answer = draw(server)
+    assert status == 200
+    assert len(answer[-1]["frames"]) == 5
+    assert [len(part["indices"]) for part in answer if "indices" in part] == list(range(1, 9))
+    status, text = draw(server, value="unicorns")
+    assert (status, text.startswith("unknown class 'unicorns'")) == (400, True)
+
+
+def test_the_files_of_the_page_are_served_and_nothing_else(server):
+    for path in ("/", "/page.css", "/page.js", "/models.json"):
+        assert ask(server, path)[0] == 200
+    for path in (
+        "/page.py",
+        "/etc/passwd",
+        "/../page.py",
+        "/%2e%2e/page.py",
+        "//etc/passwd",
+        "/file=/etc/passwd",
+        "/upload",
+        "/docs",
+    ):
+        assert ask(server, path)[0] == 404
+    assert ask(server, "/draw")[0] == 405
+    assert ask(server, "/page.js", b"x")[0] == 405
 
 
 @pytest.mark.parametrize("path", ["/etc/passwd", "/dev/zero", "http://127.0.0.1:9/x"])
 @pytest.mark.parametrize("wrap", [lambda ref: ref, lambda ref: [ref], lambda ref: {"a": [ref]}])
-def test_no_value_names_a_file_or_an_address(server, monkeypatch, path, wrap):
-    """Sent as the class, a reference made Gradio copy that file, or fetch that address; /dev/zero
-    never ended."""
-    fetched = []
-    monkeypatch.setattr("gradio.processing_utils.ssrf_protected_download", fetched.append)
-    reference = {"path": path, "url": path, "meta": {"_type": "gradio.FileData"}}
-    for name in ("grow", "show", "take"):
-        status, text = click(server, "files", name, condition=wrap(reference))
-        assert status == 400
-        assert path not in text
-    assert ask(server, "/config")[0] == 200
-    assert not fetched
-
-
-def test_wrong_requests_are_the_clients_mistake(server):
-    good = {"fn_index": 0, "data": [], "session_hash": "s"}
-    wrong = [
-        {"fn_index": 10**6},
-        {"fn_index": None},
-        {"data": 5},
-        {"data": {"path": "/etc/passwd"}},
-    ]
-    wrong += [{"session_hash": session} for session in (3, None, "../x", "x" * 65)]
-    for change in wrong:
-        assert ask(server, "/gradio_api/queue/join", {**good, **change})[0] in (400, 422)
-    for message in ([], None, {}, "[" * 150):
-        assert ask(server, "/gradio_api/queue/join", message)[0] in (400, 405, 422)
-    assert ask(server, "/gradio_api/queue/data")[0] == 422
-    assert ask(server, "/gradio_api/cancel", {"session_hash": []})[0] == 422
-
-
-def test_what_a_message_states_beside_changes_nothing(server):
-    reference = {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}
-    beside = {"event_data": reference, "batched": True, "simple_format": True, "event_id": "mine"}
-    number, data = function_of(server, "grow")
-    asked = {"fn_index": number, "data": data, "trigger_id": 10**9, "oauth_token": "x", **beside}
-    assert ask(server, "/gradio_api/queue/join", {**asked, "session_hash": "beside"})[0] == 200
-    text = json.dumps(events(server, "beside"))
-    assert '"success": true' in text
-    assert "passwd" not in text
-    assert "root:" not in text
+def test_no_value_names_a_file_or_an_address(server, path, wrap):
+    """The page that this one replaced copied a file that was named as a class, or fetched an
+    address; /dev/zero never ended."""
+    for key in ("source", "value", "seed", "decoding", "sampling", "path"):
+        for source in (0, 1):
+            status, text = draw(
+                server, **{"source": source, key: wrap({"path": path, "url": path})}
+            )
+            assert status == 400
+            assert "root:" not in text
+            assert draw(server, **{"source": source, key: path})[0] == 400
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "message"),
+    "message",
     [
-        (1, 9, "greater than maximum value 8"),  # tokens
-        (3, -1, "less than minimum value 0"),  # the seed
-        (6, 10**9, "greater than maximum value 100"),  # the decoder's steps
-        (4, 11, "greater than maximum value 10"),  # guidance
+        *(b"", b"null", b"[]", b"3", b'"x"', b"{", b"[" * 100_000, b"\xff\xfe", b"NaN"),
+        *({}, {"source": 1}, {"value": "dogs"}, {**GOOD, "source": 10**30}),
+        *({**GOOD, "seed": seed} for seed in (None, "x", 1.5, -1, 2**31, [], True)),
+        *({**GOOD, "decoding": options} for options in (None, [], {"num_steps": 10**9}, {"": 1})),
     ],
 )
-def test_numbers_out_of_range_get_a_message(server, field, value, message):
-    number, data = function_of(server, "grow")
-    data[field] = value
-    session = f"range{field}"
-    asked = {"fn_index": number, "data": data, "session_hash": session}
-    assert ask(server, "/gradio_api/queue/join", asked)[0] == 200
-    (done,) = (e for e in events(server, session) if e["msg"] == "process_completed")
-    assert not done["success"]
-    assert message in done["output"]["error"]
+def test_wrong_requests_are_the_clients_mistake(server, message):
+    status, text = ask(server, "/draw", message)
+    assert status == 400
+    assert 0 < len(text) <= 500
 
 
 def test_only_this_machines_names_are_served(server):
-    number, data = function_of(server, "grow")
-    message = {"fn_index": number, "data": data, "session_hash": "rebound"}
     for headers in ({"Host": "evil.example"}, {"Origin": "http://evil.example"}):
-        assert ask(server, "/config", **headers)[0] == 403
-        assert ask(server, "/gradio_api/queue/join", message, **headers)[0] == 403
+        assert ask(server, "/", **headers)[0] == 403
+        assert ask(server, "/draw", GOOD, **headers)[0] == 403
+    assert ask(server, "/draw", GOOD, Origin=f"http://{server}")[0] == 200
 
 
-def test_an_upload_is_not_kept(app, server):
-    """The session kept what was sent, up to 10 MB of text, for as long as it lived."""
-    upload = encoded(png(60, 40))
-    assert click(server, "upload", "take", data=upload)[0] == 200
-    done = [e for e in events(server, "upload") if e["msg"] == "process_completed"]
-    assert done[0]["success"]
-    session = holder(app).session_data["upload"]
-    kept = [repr(component) for component in session.components]
-    assert any("ft-drop" in text for text in kept)
-    assert not [text for text in kept if upload[40:400] in text]
+def test_too_large_a_request_is_refused_before_it_is_read(server):
+    length = f"Content-Length: {100 * 2**20}"
+    with socket.create_connection(server.split(":"), timeout=60) as connection:
+        connection.sendall(f"POST /draw HTTP/1.1\r\nHost: {server}\r\n{length}\r\n\r\n".encode())
+        assert b" 413 " in connection.recv(100)
 
 
-def test_answers_that_nobody_reads_are_bounded(app, server, monkeypatch):
-    """Each click of a client that never reads was kept whole, in any number of sessions."""
-    from flextok.demo import messages as kept
+@pytest.fixture
+def slow(app, monkeypatch):
+    """Requests whose work waits for the event: what they were, and how many parts were made."""
+    from flextok.demo.page import Draw
 
-    queue = holder(app).blocks._queue
-    monkeypatch.setattr(kept, "MAX_UNREAD", limit := 100_000)
-    for number in range(12):
-        click(server, f"greedy{number}", "grow", condition=0)
+    (endpoint,) = (route.app for route in app.app.routes if isinstance(route.app, Draw))
+    go, made = threading.Event(), []
+
+    def work(asked, limits):
+        for _ in range(50):
+            go.wait(60)
+            made.append(asked.value)
+            yield {"note": "x"}
+
+    monkeypatch.setattr(endpoint.studio, "draw", work)
+    yield go, made
+    go.set()
+    wait_for(lambda: endpoint.requests == 0)
+
+
+def wait_for(condition):
     deadline = time.monotonic() + 60
-    while any(queue.active_jobs) or len(queue):
+    while not condition():
         assert time.monotonic() < deadline
-        time.sleep(0.05)
-    unread = sum(
-        kept.size(message)
-        for waiting in queue.pending_messages_per_session.values()
-        for message in waiting._queue
-    )
-    assert limit / 3 < unread <= limit
-    sessions = [n for n in queue.pending_messages_per_session if n.startswith("greedy")]
-    assert 0 < len(sessions) < 12  # the largest went first, whose work ended
-    assert click(server, "reader", "grow", condition=0)[0] == 200
-    (done,) = (e for e in events(server, "reader") if e["msg"] == "process_completed")
-    assert done["success"]
-    assert holder(app).capacity == kept.MAX_SESSIONS
+        time.sleep(0.01)
 
 
-def holder(app):
-    """Gradio's store of sessions, of the application behind the guard."""
-    (gradio,) = (r.app for r in app.app.routes if hasattr(getattr(r, "app", None), "state_holder"))
-    return gradio.state_holder
+def start(server, value):
+    """Send a request and do not wait for its answer."""
+    connection = http.client.HTTPConnection(server, timeout=60)
+    connection.request("POST", "/draw", json.dumps({**GOOD, "value": value}))
+    return connection
+
+
+def test_requests_take_turns_and_more_than_may_wait_are_turned_away(server, slow):
+    """A long request of one client held up all others, and each of many was kept."""
+    go, made = slow
+    waiting = [start(server, name) for name in "abc"]  # one works, MAX_QUEUE wait
+    wait_for(lambda: draw(server, value="d")[0] == 503)
+    go.set()
+    for connection in waiting:
+        answer = connection.getresponse()
+        assert (answer.status, len(answer.read().splitlines())) == (200, 50)
+    assert sorted(made) == ["a"] * 50 + ["b"] * 50 + ["c"] * 50
+    assert len(set(made[:30])) == 3
+
+
+def test_work_ends_when_its_client_leaves(server, slow):
+    go, made = slow
+    connection = start(server, "left")
+    time.sleep(0.2)
+    connection.close()
+    time.sleep(0.2)
+    go.set()
+    assert draw(server, value="next")[0] == 200
+    assert made.count("left") < 50
+    assert made.count("next") == 50
+
+
+def test_no_request_is_kept(server):
+    """The session of an earlier page kept what was sent, up to 10 MB of text."""
+    from flextok.demo.studio import Asked
+
+    assert draw(server, source=0, value=encoded(png(60, 40)))[0] == 200
+
+    def none_is_kept():
+        gc.collect()
+        return not [one for one in gc.get_objects() if type(one) is Asked]
+
+    wait_for(none_is_kept)

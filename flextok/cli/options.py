@@ -21,6 +21,7 @@ from flextok.schema import Bounds, NotFinite, from_mapping
 
 # the models that come with the package: a tokenizer, and generators by class and by prompt
 TOKENIZER, BY_CLASS, BY_PROMPT = "emoji", "emoji-class", "emoji-text"
+FEW_STEP = "emoji-few-step"  # a faster decoder of the same tokens
 # field of the options of decode() -> field of Decoding; the same of generate() and Sampling
 DECODING = {
     "num_steps": "steps",

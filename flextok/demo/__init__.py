@@ -1,5 +1,6 @@
-"""The web page of `flextok demo`. Images come and go as data inside messages: no client's path is
-ever opened, nothing lands on disk and nothing is asked of another machine.
+"""The web page of `flextok demo`. It is three static files and one request, whose answer streams. A
+picture comes as data inside that request: no client's path is opened, nothing is written to disk,
+nothing is kept between requests and nothing is asked of another machine.
 
-upload.py, guard.py and messages.py keep out and bound what Gradio lets in, studio.py does the work,
-markup.py writes HTML, page.py is the page in Gradio."""
+upload.py and guard.py bound what comes in, studio.py does the models' work, page.py serves it, and
+page.html, page.css and page.js are what the browser runs."""

@@ -1,12 +1,7 @@
-"""What reaches the server at all: a few routes, small requests, this host's own pages.
+"""Which requests are served at all: small ones, addressed to this machine, from its own page."""
 
-Gradio refuses malformed messages, unknown choices and numbers out of range by itself. It does not
-look at host names, origins and the sizes of requests, and it serves much that this page never uses
-(uploads to disk, files by path, a proxy): a list of what is needed closes the rest.
-"""
-
+import asyncio
 import ipaddress
-import re
 from collections.abc import Collection
 from urllib.parse import urlsplit
 
@@ -14,28 +9,31 @@ from starlette.datastructures import Headers
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-ROUTES = re.compile(
-    r"/|/config|/theme\.css|/manifest\.json|/favicon\.ico|/robots\.txt|/(assets|static|svelte)/.+"
-    r"|/gradio_api/(queue/(join|data)|heartbeat/\w+|info|app_id|startup-events|theme\.css|cancel"
-    r"|reset)/?"
-)
-# the browser too refuses to ask anybody else
+# the browser itself refuses what is not listed: other hosts, and scripts written into the page
 POLICY = (
-    "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; frame-ancestors 'self'; "
-    "base-uri 'self'; form-action 'self'"
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'self'"
 )
+SECURITY = [
+    (b"content-security-policy", POLICY.encode()),
+    (b"x-content-type-options", b"nosniff"),
+    (b"cache-control", b"no-cache"),
+]
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 IN_FLIGHT = 8  # requests of the largest size that may be in memory together
+PATIENCE = (
+    60.0  # seconds that a client may take to send its request, or to read a part of an answer
+)
 
 
 class Guard:
-    """ASGI middleware around a Gradio application.
+    """ASGI middleware.
 
     It refuses hosts other than this machine's (403: another name may be a stranger's page that
-    points at this address), requests of other pages (403), routes that the page does not need
-    (404) and requests of more than `max_request` bytes (413), and puts a content security policy
-    on every answer. hosts: names to answer to beside the loopback ones; None = any address in
-    digits too, which no foreign name can stand for."""
+    points at this address), requests of other pages (403) and requests of more than `max_request`
+    bytes (413), ends those of clients that neither send nor read, and puts a content security
+    policy on every answer. hosts: names to answer to beside the loopback ones; None = any address
+    in digits too, which no foreign name can stand for."""
 
     def __init__(self, app: ASGIApp, max_request: int, hosts: Collection[str] | None = ()):
         self.app, self.max_request, self.hosts = app, max_request, hosts
@@ -49,33 +47,32 @@ class Guard:
             await send({"type": "websocket.close"})
             return
 
-        async def with_policy(message: Message) -> None:
+        async def guarded(message: Message) -> None:
             if message["type"] == "http.response.start":
-                policy = (b"content-security-policy", POLICY.encode())
-                message = {**message, "headers": [*message["headers"], policy]}
-            await send(message)
+                message = {**message, "headers": [*message["headers"], *SECURITY]}
+            await asyncio.wait_for(send(message), PATIENCE)
 
         headers = Headers(scope=scope)
         length = int(headers.get("content-length", 0))  # the server holds bodies to it
-        if refusal := self.refusal(scope["path"], headers, length):
+        if refusal := self.refusal(headers, length):
             status, reason = refusal
             answer = PlainTextResponse(reason, status, {"connection": "close"})
-            await answer(scope, receive, send)
+            await answer(scope, receive, guarded)
             return
         self.in_flight += length
         try:
-            await self.app(scope, receive, with_policy)
+            await self.app(scope, receive, guarded)
+        except TimeoutError:
+            pass  # the client reads no more
         finally:
             self.in_flight -= length
 
-    def refusal(self, path: str, headers: Headers, length: int) -> tuple[int, str] | None:
+    def refusal(self, headers: Headers, length: int) -> tuple[int, str] | None:
         host, origin = headers.get("host", ""), headers.get("origin")
         if not self.answers_to(host):
             return 403, "this page is served to this machine's own names only"
         if origin is not None and urlsplit(origin).netloc != host:
             return 403, "this request comes from another page"
-        if not ROUTES.fullmatch(path):
-            return 404, "there is nothing here"
         if "transfer-encoding" in headers:
             return 411, "this request does not state its length"
         if length > self.max_request:

@@ -1,5 +1,4 @@
-"""The page on a port of this machine. Not by Gradio's own launch(): that gives up where a busy
-machine is slow to answer itself."""
+"""The page on a port of this machine."""
 
 import contextlib
 import socket

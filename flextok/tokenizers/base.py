@@ -346,12 +346,18 @@ def encode_rows(
     return tokenizer.encode(images, generator=row_generators(seed, POSTERIOR, rows))
 
 
-def decode_rows(tokenizer: Tokenizer, encoded: Tensor, options: Any, generator: Rng) -> Tensor:
+def decode_rows(
+    tokenizer: Tokenizer,
+    encoded: Tensor,
+    options: Any,
+    generator: Rng,
+    keep: Tensor | None = None,
+) -> Tensor:
     """Images (B, 3, H, W) in [-1, 1] from the first of encode_rows()'s indices or codes. options:
-    of `decode_options`; generator: one for each row."""
+    of `decode_options`; generator: one for each row; keep: as in decode."""
     if encoded.is_floating_point():
-        return as_images(tokenizer.decode_codes(encoded))
-    return tokenizer.decode(encoded, options=options, generator=generator)
+        return as_images(tokenizer.decode_codes(encoded, keep))
+    return tokenizer.decode(encoded, keep=keep, options=options, generator=generator)
 
 
 def as_images(pixels: Tensor) -> Tensor:
