@@ -40,7 +40,10 @@ __all__ = [
 def __getattr__(name: str):
     # the models import torch, which takes seconds: only when asked for
     if name not in _PLACES:
-        raise AttributeError(f"module 'flextok' has no attribute {name!r}")
+        raise AttributeError(
+            f"module 'flextok' has no attribute {name!r}. Any model loads by flextok.load(NAME), "
+            "from flextok.list_models(), a folder or a hub id"
+        )
     return getattr(import_module(_PLACES[name]), name)
 
 

@@ -54,6 +54,11 @@ def draw(
             raise ValueError(f"{len(generator)} generators for {shape[0]} rows: give one for each")
         rows = [sampler(shape[1:], generator=one, device=one.device) for one in generator]
         return to_device(torch.stack(rows), device)
+    if isinstance(generator, int):
+        raise ValueError(
+            f"generator={generator} must be a torch.Generator, such as "
+            f"torch.Generator().manual_seed({generator})"
+        )
     source = device if generator is None else generator.device
     return to_device(sampler(shape, generator=generator, device=source), device)
 

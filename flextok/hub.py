@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 CARD = "README.md"
 Dtype = torch.dtype | str | None
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # of weights
 # "grid" (1, D, h, w) and "flat" (1 + h w, D), positions behind one of no place, are interpolated;
 # of "rows" (N, ...) the first are kept; "classes" (N, D) are rows by class name, which may be
 # followed by one for none
@@ -71,6 +72,11 @@ class Pretrained(nn.Module):
         """Where the weights are. encode, decode and generate move what they are given there."""
         return next(self.parameters()).device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights. encode, decode and generate take fp32 images and conditions in any."""
+        return next(self.parameters()).dtype
+
     def sizes(self) -> tuple[int | None, int, int]:
         """image_size (None of a generator), num_tokens and vocab_size (0 = continuous)."""
         raise NotImplementedError
@@ -93,12 +99,12 @@ class Pretrained(nn.Module):
         safetensors files with an index.
 
         device: "auto" = a GPU where there is one, else MPS, else the CPU. dtype: of floating-point
-        weights; "auto" or None = as stored. overrides: config fields to change, dots descend, such
-        as {"max_timestep": 1.0}. subfolder: of the folder or hub id, where the model lies there.
-        torch_dtype, device_map: other libraries' names for dtype and device. hub: revision, token,
-        cache_dir and local_files_only, as huggingface_hub takes them. Raises CheckpointError when
-        the model is missing, damaged or another's, or when any tensor is missing, left over or of
-        another shape."""
+        weights, such as torch.float16 or "float16"; "auto" or None = as stored. overrides: config
+        fields to change, dots descend, such as {"max_timestep": 1.0}. subfolder: of the folder or
+        hub id, where the model lies there. torch_dtype, device_map: other libraries' names for
+        dtype and device. hub: revision, token, cache_dir and local_files_only, as huggingface_hub
+        takes them. Raises CheckpointError when the model is missing, damaged or another's, or when
+        any tensor is missing, left over or of another shape."""
         stored = read_model(path, subfolder, **hub)
         return cls.from_stored(stored, device_map or device, torch_dtype or dtype, overrides)
 
@@ -112,9 +118,10 @@ class Pretrained(nn.Module):
     ) -> M:
         """The model that `read_model` found; arguments and errors as in from_pretrained."""
         place = one_device(device)
-        kind = None if dtype == "auto" else dtype
-        if not isinstance(kind, torch.dtype | None):
-            raise ValueError(f'dtype={dtype!r} must be a torch.dtype (torch.float16) or "auto"')
+        named = {str(kind).removeprefix("torch."): kind for kind in DTYPES} | {"auto": None}
+        kind = named.get(dtype, dtype) if isinstance(dtype, str) else dtype
+        if kind not in (*DTYPES, None):
+            raise ValueError(f"dtype={dtype!r} must be a torch.dtype or one of {', '.join(named)}")
         if stored.model_type != cls.model_type:
             raise CheckpointError(
                 f"{stored.source} holds a {stored.model_type!r} model, not {cls.model_type!r}"

@@ -65,9 +65,18 @@ class HubOptions(TypedDict, total=False):
     local_files_only: bool  # take what the cache holds, and ask nobody
 
 
-def list_models() -> list[str]:
-    """The names of the models that come with the package, as `load` takes them."""
-    return sorted(path.parent.name for path in RELEASES.glob(f"*/{CONFIG}"))
+NEEDLESS = {  # other libraries' arguments
+    "trust_remote_code": "no code of a model is ever run",
+    "use_safetensors": "safetensors are read where there are some",
+    "low_cpu_mem_usage": "weights are never in memory twice",
+    "pretrained": "weights are always loaded",
+}
+
+
+def list_models(filter: str = "*") -> list[str]:
+    """The names of the models that come with the package, as `load` takes them; filter: those that
+    a pattern such as "emoji-*" matches."""
+    return sorted(path.parent.name for path in RELEASES.glob(f"{filter}/{CONFIG}"))
 
 
 def resolve(
@@ -177,6 +186,11 @@ def read_model(path: str | Path, subfolder: str = "", **hub: "Unpack[HubOptions]
     """What lies at a path or hub id, in our layout, a published one or diffusers', as a model of
     ours; places as in `resolve`. Of a pipeline of diffusers it is the generator, or else the
     tokenizer. The tensors are memory-mapped where the format allows it. Raises CheckpointError."""
+    for name in hub:
+        if name not in HubOptions.__annotations__:
+            known = ", ".join(HubOptions.__annotations__)
+            remedy = f"leave it out, {NEEDLESS[name]}" if name in NEEDLESS else f"known: {known}"
+            raise TypeError(f"loading a model takes no argument {name!r}: {remedy}")
     place = resolve(path, subfolder, **hub)
     if (place / PIPELINE).is_file():
         parts = [place / part for part in PARTS if (place / part).is_dir()]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.files import draw_pictures
-from helpers.models import TITOK, VQGAN, randomize, tiny_gpt, tiny_tokenizer
+from helpers.models import DRAWER, TITOK, VQGAN, randomize, tiny_gpt, tiny_tokenizer
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
@@ -34,39 +34,76 @@ def cat(tmp_path) -> str:
 
 
 @shipped
-def test_the_first_lines_of_a_timm_user(picture_folder):
-    assert "emoji" in flextok.list_models()
-    tokenizer = flextok.load("emoji")
+def test_the_first_lines_of_a_timm_user(picture_folder, cat):
+    assert flextok.list_models("emoji-*") == [n for n in flextok.list_models() if n != "emoji"]
+    tokenizer = flextok.load("emoji").eval()
+    x = tokenizer.transform(Image.open(cat).convert("RGB")).unsqueeze(0)
+    assert torch.equal(tokenizer.encode(x), tokenizer.encode(cat))
     dataset = ImageFolder(str(picture_folder), transform=tokenizer.transform)
     images, _ = next(iter(DataLoader(dataset, batch_size=2)))
-    indices = tokenizer.encode(images)
-    assert indices.shape == (2, tokenizer.num_tokens)
-    assert tokenizer.decode(indices[:, :4], num_steps=1).shape == images.shape
+    with torch.inference_mode():
+        indices = tokenizer.encode(images)
+        assert indices.shape == (2, tokenizer.num_tokens)
+        assert tokenizer.decode(indices[:, :4], num_steps=1).shape == images.shape
+    for name in ("create_model", "AutoModel", "from_pretrained"):
+        with pytest.raises(AttributeError, match=rf"{name}'\. Any model loads by flextok\.load"):
+            getattr(flextok, name)
+    with pytest.raises(NotImplementedError, match="it has encode, decode and reconstruct"):
+        tokenizer(x)
 
 
 @shipped
-def test_the_first_lines_of_a_transformers_user():
-    generator = flextok.load("emoji-class")
-    tokenizer = flextok.load_tokenizer_of(generator)
+def test_the_first_lines_of_a_transformers_user(cat, tmp_path):
+    generator = flextok.load("emoji-class", device_map="auto", dtype="float32").eval()
+    tokenizer = flextok.load_tokenizer_of(generator).to(generator.device)
+    assert (generator.dtype, generator.config.num_tokens) == (torch.float32, 64)
     drawn = generator.generate(["heart", "food-fruit"], num_tokens=4, temperature=0)
     pictures = tokenizer.decode(drawn, num_steps=1)
     assert pictures.shape == (2, 3, 64, 64)
     labels = torch.tensor([generator.class_names.index(n) for n in ("heart", "food-fruit")])
     assert torch.equal(generator.generate(labels, num_tokens=4, temperature=0), drawn)
+    assert generator.generate("heart", num_tokens=2, top_k=5, top_p=0.9).shape == (1, 2)
+    with pytest.raises(ValueError, match="no option 'max_new_tokens': state num_tokens"):
+        generator.generate("heart", max_new_tokens=4)
+    generator.save_pretrained(tmp_path)
+    half = flextok.GPT.from_pretrained(tmp_path, torch_dtype="bfloat16", local_files_only=True)
+    assert half.dtype == torch.bfloat16
+    assert half.generate("heart", num_tokens=4).shape == (1, 4)
+    with pytest.raises(TypeError, match="no argument 'trust_remote_code': leave it out, no code"):
+        flextok.load("emoji", trust_remote_code=True)
 
 
 @shipped
 def test_the_first_lines_of_a_diffusers_user(cat, tmp_path):
-    tokenizer = flextok.FlexTok.from_pretrained("emoji").to("cpu")
+    tokenizer = flextok.FlexTok.from_pretrained("emoji", torch_dtype=torch.float16).to("cpu")
     picture = tokenizer.reconstruct(cat, num_tokens=16, num_steps=2)
     assert isinstance(picture, Image.Image)
     assert picture.size == (64, 64)
+    with pytest.raises(ValueError, match="Did you mean 'num_steps'"):
+        tokenizer.decode([1, 2], num_inference_steps=2)
+    with pytest.raises(ValueError, match=r"torch\.Generator\(\)\.manual_seed\(7\)"):
+        tokenizer.decode([1, 2], num_steps=2, generator=7)
     assert main(["convert", "emoji-text", str(tmp_path / "pipe"), "--to", "diffusers"]) == 0
-    pipe = FlexTokPipeline.from_pretrained(tmp_path / "pipe")
-    image = pipe("a red heart", num_tokens=2, num_inference_steps=1, guidance_scale=2.0).images[0]
-    assert isinstance(image, Image.Image)
+    pipe = FlexTokPipeline.from_pretrained(tmp_path / "pipe", torch_dtype=torch.float16).to("cpu")
+    pipe.set_progress_bar_config(disable=True)
+    rngs = [torch.Generator("cpu").manual_seed(i) for i in range(2)]
+    how = {"num_tokens": 2, "num_inference_steps": 1, "guidance_scale": 2.0, "generator": rngs}
+    images = pipe("a red heart", num_images_per_prompt=2, **how).images
+    assert [image.size for image in images] == [(64, 64)] * 2
+    arrays = pipe(prompt=["a red heart", "a dog"], output_type="np", **how).images
+    assert arrays.shape == (2, 64, 64, 3)
     z = pipe.autoencoder.encode(picture).latents
     assert z.shape == (1, tokenizer.num_tokens, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_drawer_decodes_in_half_precision(dtype):
+    """It once added fp32 drafts to weights of half precision."""
+    tokenizer = tiny_tokenizer(drawer=DRAWER, decode={"num_steps": 2})
+    noise = torch.randn(1, *tokenizer.noise_shape, generator=torch.Generator().manual_seed(0))
+    expected = tokenizer.decode([1, 2, 3], noise=noise)
+    made = tokenizer.to(dtype).decode([1, 2, 3], noise=noise)
+    torch.testing.assert_close(made.float(), expected, atol=0.05, rtol=0)
 
 
 # ---- what encode takes

@@ -104,6 +104,10 @@ def test_convert_writes_a_generation_pipeline(pair):
     indices = gpt.generate(["dog", -1], num_tokens=4, generator=rng)
     expected = tokenizer.decode(indices, generator=rng)
     assert np.allclose(made.images, ((expected + 1) / 2).permute(0, 2, 3, 1), atol=1e-6)
+    how = {"num_tokens": 4, "output_type": "np"}
+    many = pipe(["dog", "none"], num_images_per_prompt=2, generator=rng.manual_seed(0), **how)
+    same = pipe(["dog", "dog", "none", "none"], generator=rng.manual_seed(0), **how)
+    assert np.array_equal(many.images, same.images)
 
 
 def test_flextok_loads_what_diffusers_saved(pair, tmp_path, images):

@@ -9,10 +9,18 @@ from torch import Tensor
 from flextok.draws import Rng
 from flextok.generators.conditioning import Cond, Conditioner, class_label
 from flextok.hub import Pretrained
-from flextok.schema import with_options
+from flextok.schema import ConfigError, with_options
 from flextok.tokenizers.base import Callback
 
 Asked = Cond | str | int | Sequence[int]  # one condition, or one for each image
+
+
+ELSEWHERE = {  # what other libraries' generate() takes -> what says it here
+    "max_new_tokens": "state num_tokens",
+    "max_length": "state num_tokens",
+    "do_sample": "temperature=0 takes the likeliest index each time, any other samples",
+    "num_return_sequences": "repeat the condition in the list",
+}
 
 
 class Generator(Pretrained):
@@ -40,6 +48,8 @@ class Generator(Pretrained):
     def generate_options(self, asked: Mapping[str, Any], options: Any = None) -> Any:
         """`options`, the defaults if None, with the single ones that are asked and not None. Raises
         ConfigError for an option that the generator does not have, or not with this value."""
+        if theirs := next((key for key in asked if key in ELSEWHERE), None):
+            raise ConfigError(f"{self.model_type} has no option {theirs!r}: {ELSEWHERE[theirs]}")
         what = f"{self.model_type} sampling option"
         return with_options(options or self.generate_defaults, asked, what)
 

@@ -173,16 +173,23 @@ class FlexTokPipeline(DiffusionPipeline):
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         decoder_guidance_scale: float | None = None,
+        num_images_per_prompt: int = 1,
         generator: Rng = None,
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple[Any]:
         """prompt: prompts, class names or labels, as the generator takes them; num_tokens: all by
         default; height, width: of the images; guidance_scale: of the generator;
-        num_inference_steps, decoder_guidance_scale: of the decoder; generator: draws the indices,
-        then the decoder's noise. Returns `.images`, as FlexTokReconstructionPipeline does."""
+        num_inference_steps, decoder_guidance_scale: of the decoder; num_images_per_prompt: which
+        follow each other; generator: one, or one for each image, draws the indices, then the
+        decoder's noise. Returns `.images`, as FlexTokReconstructionPipeline does."""
+        check_number("num_images_per_prompt", num_images_per_prompt, 1, 10_000, whole=True)
+        prompts: Any = [prompt] if isinstance(prompt, str | int) else prompt
+        if num_images_per_prompt > 1:
+            rows = range(num_images_per_prompt * len(prompts))
+            prompts = [prompts[row // num_images_per_prompt] for row in rows]
         how = {"num_tokens": num_tokens, "guidance_scale": guidance_scale}
-        indices = self.transformer.model.generate(prompt, generator=generator, **how)
+        indices = self.transformer.model.generate(prompts, generator=generator, **how)
         made = self.autoencoder.decode(
             indices,
             generator=generator,

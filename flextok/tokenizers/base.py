@@ -113,6 +113,12 @@ class Tokenizer(Pretrained):
         """images: (B, 3, H, W) float in [-1, 1]. Returns what gets quantized, (B, K, C)."""
         raise NotImplementedError
 
+    def forward(self, *inputs: Any, **options: Any) -> Any:
+        raise NotImplementedError(
+            f"a {self.model_type} is not called: it has encode, decode and reconstruct, and "
+            "training calls its objective (flextok.make_objective)"
+        )
+
     @property
     def transform(self) -> Callable[..., Tensor]:
         """Turns a picture (a path, a PIL picture, an array, ...) into what encode takes, (3, H, W)

@@ -116,6 +116,7 @@ class Drawer(nn.Module):
         self, x_t: Tensor, t: Tensor, draft: Tensor, null: Tensor | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """As forward. Yields each block's output (B, N, D), and the time's embedding (B, D)."""
+        x_t, draft = (x.to(self.patch_embed.weight.dtype) for x in (x_t, draft))
         condition = self.draft_embed(patchify(draft, self.draft_patch_size))  # (B, N, D)
         if null is not None:
             condition = torch.where(
