@@ -1,4 +1,4 @@
-"""Image grids, coarse-to-fine strips, maps and curves, as PNG files."""
+"""Image grids, coarse-to-fine strips, trees, maps and curves, as PNG files."""
 
 import contextlib
 import functools
@@ -171,6 +171,55 @@ def variance_map(
     labels = [f"{k} token{'s' if k > 1 else ''}" for k in by_tokens] + ["original"]
     scale = max(1, 96 // originals.shape[-1])
     return grid(rows, labels, ["", f"0 to {most:.0f}"] * len(originals), scale)
+
+
+def tree(
+    levels: list[Tensor],
+    parents: list[list[int]],
+    scores: list[list[float]],
+    path: list[int],
+    row_labels: list[str],
+) -> Image.Image:
+    """A search as a tree: one row a level, a line from each candidate to the one that it continues,
+    its score below it. Those on the path to the result are framed.
+
+    levels: (n, 3, H, W) in [-1, 1] of each level; parents: for each candidate, the number of the
+    one above that it continues, -1 in the first level; path: the numbers of those that are framed,
+    from the first level on."""
+    side = levels[0].shape[-1] * max(1, 64 // levels[0].shape[-1])
+    left = 2 * MARGIN + max(int(lettering(text)[1].getlength(text)) for text in row_labels)
+    step, drop = side + 3 * GAP, side + 3 * HEADER
+    most = max(len(images) for images in levels)
+    size = (left + most * step + MARGIN, 2 * MARGIN + len(levels) * drop - HEADER)
+    canvas = Image.new("RGB", size, (250, 250, 250))
+    pen = ImageDraw.Draw(canvas)
+    above: dict[int, int] = {}  # candidate of the level above -> the middle of its image
+    for level, images in enumerate(levels):
+        y = MARGIN + level * drop
+        pen.text((MARGIN, y + side // 2), row_labels[level], fill="black", anchor="lm")
+        numbers = range(len(images))
+        order = sorted(numbers, key=lambda i: (above.get(parents[level][i], 0), -scores[level][i]))
+        middles = {number: left + step * i + side // 2 for i, number in enumerate(order)}
+        for number, x in middles.items():
+            on_path = level < len(path) and path[level] == number
+            color, width = ((200, 40, 40), 3) if on_path else ((150, 150, 150), 1)
+            if level:
+                start = (above[parents[level][number]], y - drop + side + HEADER)
+                pen.line((*start, x, y - 2), fill=color, width=width)
+            box = (
+                x - side // 2 - width,
+                y - width,
+                x + side // 2 + width - 1,
+                y + side + width - 1,
+            )
+            pen.rectangle(box, outline=color, width=width)
+            image = Image.fromarray(to_uint8(images[number]))
+            image = image.resize((side, side), Image.Resampling.NEAREST)
+            canvas.paste(image, (x - side // 2, y))
+            text = f"{scores[level][number]:.3g}"
+            pen.text((x, y + side + HEADER // 2 + 1), text, fill="black", anchor="mm")
+        above = middles
+    return canvas
 
 
 Points = list[tuple[float, float]]

@@ -180,7 +180,8 @@ def test_info_and_reconstruct_need_no_model_either(releases, picture_folder, tmp
     picture = str(picture_folder / "cats" / "0.png")
     assert main(["reconstruct", picture, "--output", str(tmp_path / "out.png")]) == 0
     assert main(["info", "not_there"]) == 1
-    assert "emoji, emoji-class, emoji-few-step, emoji-text" in capsys.readouterr().err
+    names = "emoji, emoji-class, emoji-few-step, emoji-one-step, emoji-text"
+    assert names in capsys.readouterr().err
 
 
 def test_align_prints_both_scores_and_writes_json(models, capsys):

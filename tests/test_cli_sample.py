@@ -191,7 +191,7 @@ def test_the_version_and_the_models_are_listed(releases, capsys):
     assert main(["models"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == [
-        *("emoji", "emoji-class", "emoji-few-step", "emoji-text")
+        *("emoji", "emoji-class", "emoji-few-step", "emoji-one-step", "emoji-text")
     ]
     assert "tokenizer" in lines[0]
     assert "by class" in lines[1]

@@ -24,6 +24,29 @@ def test_coarse_to_fine_puts_the_original_last():
     assert tuple(middle[-viz.MARGIN - 60]) == (255, 255, 255)
 
 
+def test_a_tree_frames_the_path_and_joins_it():
+    levels = [torch.full((3, 3, 16, 16), -1.0), torch.full((4, 3, 16, 16), -1.0)]
+    scores = [[0.1, 0.3, 0.2], [0.0, 0.5, 0.1, 0.2]]
+    parents = [[-1] * 3, [1, 1, 2, 2]]
+
+    def marked(path):
+        pixels = np.asarray(viz.tree(levels, parents, scores, path, ["1 token", "16 tokens"]))
+        return (pixels == (200, 40, 40)).all(axis=-1), pixels
+
+    frames, pixels = marked([1, 1])
+    assert (pixels == 0).all(axis=-1).sum() >= 7 * 64 * 64
+    assert not marked([])[0].any()
+    upper, lower = frames[: frames.shape[0] // 2], frames[frames.shape[0] // 2 :]
+    # the best candidate stands on the left in both rows: the other frames begin further right
+    assert upper.any()
+    assert lower.any()
+    first = [np.flatnonzero(rows.any(axis=0))[0] for rows in (upper, lower)]
+    others = marked([2, 3])[0]
+    assert np.flatnonzero(others.any(axis=0))[0] > max(first) + 64
+    line = frames.any(axis=1)
+    assert line[np.flatnonzero(line)[0] : np.flatnonzero(line)[-1]].mean() > 0.75  # joined
+
+
 @pytest.mark.parametrize("name", ["a/b/c.png"])
 def test_saving_makes_the_folders(tmp_path, name):
     assert viz.save(viz.grid([torch.zeros(1, 3, 4, 4)]), tmp_path / name).exists()

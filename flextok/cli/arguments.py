@@ -30,6 +30,8 @@ from flextok.schema import Bounds
 
 MOST_CLASSES = 16  # in a grid whose classes nobody named
 RECONSTRUCTED = "outputs/reconstructed"
+# scenes of the emoji that `emoji-text` generates best
+WELL_KNOWN = "{name: emoji_scenes, max_objects: 2, vocabulary: basic}"
 
 
 @dataclass
@@ -165,6 +167,43 @@ class Sample(Decoding, Shape, Sampling, Seed, Device, Json):
     ] = 1
     tokenizer: ItsTokenizer = None
     output: Annotated[str, "the PNG to write"] = "outputs/sample.png"
+
+
+@dataclass
+class Search(Decoding, Sampling, Seed, Device, Json):
+    """search for the tokens whose image fits a class or a prompt best
+
+    Decodes and scores candidates at each of --num-tokens and continues the best of them, beam
+    search; one number of tokens makes it best-of-N. With a tokenizer for MODEL, every token is
+    drawn with equal probability. Writes for each class or prompt the image found and the tree of
+    all candidates. The scenes' verifier is a small classifier of facts, trained on real scenes.
+
+    flextok search --prompt "a red heart left of a bomb" --tokenizer emoji-one-step
+    flextok search emoji-class --classes heart --verifier likelihood --num-tokens 64 --budget 8
+    flextok search emoji-one-step --prompt "a red heart" --num-tokens 1 2 4 8 --budget 128
+    """
+
+    model: Annotated[str, "folder, name or hub id of a generator or a tokenizer"] = BY_PROMPT
+    _: KW_ONLY
+    prompt: Annotated[list[str] | None, "texts"] = None
+    classes: Annotated[list[str] | None, "names or numbers of classes"] = None
+    verifier: Annotated[
+        str,
+        "scenes, likelihood, or the folder or hub id of an image-text model of transformers",
+    ] = "scenes"
+    num_tokens: Annotated[
+        list[int] | None, "at which candidates are scored; default: 1 4 16 ... and all"
+    ] = None
+    budget: Annotated[Count, "decodes for each class or prompt"] = 16
+    beams: Annotated[Count, "candidates that are continued"] = 2
+    lookahead: Annotated[
+        int, Bounds(0, 64), "score a candidate by its continuation so many lengths further on"
+    ] = 0
+    tokenizer: ItsTokenizer = None
+    data: Annotated[str, "the scenes that the scenes' verifier knows"] = WELL_KNOWN
+    probe: Annotated[str | None, "a file to keep the classifier in, or take it from"] = None
+    probe_steps: Annotated[int, Bounds(1, 1_000_000), "its training, if needed"] = 1500
+    output: Annotated[str, "the folder to write"] = "outputs/search"
 
 
 @dataclass
@@ -433,6 +472,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "plan": (Plan, "training.run_plan"),
     "index": (Index, "training.run_index"),
     "sample": (Sample, "sample.run_sample"),
+    "search": (Search, "search.run_search"),
     "reconstruct": (Reconstruct, "reconstruct.run_reconstruct"),
     "evaluate": (Evaluate, "measure.run_evaluate"),
     "sweep": (Sweep, "measure.run_sweep"),

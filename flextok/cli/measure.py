@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from flextok.cli.arguments import Adaptive, Align, Evaluate, Measuring, Probe, Sweep
+from flextok.cli.arguments import Adaptive, Align, Evaluate, Measuring, Probe, Search, Sweep
 from flextok.cli.common import data_of, data_spec, open_data, pick_device, token_lengths
 from flextok.cli.options import decoding_options
 from flextok.data.sets import take
 from flextok.emoji import probe as scene_probe
-from flextok.emoji.alignment import alignment, format_report
+from flextok.emoji.alignment import alignment, check_probe, format_report
 from flextok.emoji.scenes import EmojiScenes
 from flextok.evaluation import Cell, Options, evaluate, processes
 from flextok.evaluation.adaptive import Target, relate
@@ -28,6 +28,7 @@ from flextok.generators import Generator
 from flextok.pipeline import load_token_model, load_tokenizer_of
 from flextok.places import list_models
 from flextok.registry import make_dataset
+from flextok.tokenizers import Tokenizer
 
 
 def prepare_output(options: Measuring) -> Path:
@@ -151,16 +152,7 @@ def run_align(options: Align) -> dict[str, Any]:
     lengths = token_lengths(options.num_tokens, tokenizer, generator.num_tokens)
     decoding = decoding_options(options)
     tokenizer.decode_options(decoding)  # before the classifier is trained
-    if options.probe and Path(options.probe).is_file():
-        probe = scene_probe.Probe.load(options.probe).to(generator.device)
-    else:
-        known = {"split": "train", "prompts": "train" if scenes.prompts == "held_out" else "all"}
-        real = make_dataset({**spec, **known})
-        probe = scene_probe.train_probe(
-            real, tokenizer.image_size, options.probe_steps, device=generator.device
-        )
-        if options.probe:
-            probe.save(options.probe)
+    probe = probe_for(scenes, spec, tokenizer, options)
     report = alignment(
         generator,
         tokenizer,
@@ -173,6 +165,26 @@ def run_align(options: Align) -> dict[str, Any]:
     )
     print(format_report(report))
     return {"model": options.model, "data": spec, **asdict(report)}
+
+
+def probe_for(
+    scenes: EmojiScenes, spec: dict[str, Any], tokenizer: Tokenizer, options: Align | Search
+) -> scene_probe.Probe:
+    """The classifier that options.probe holds, else a trained one, which is kept there."""
+    if options.probe and Path(options.probe).is_file():
+        probe = scene_probe.Probe.load(options.probe).to(tokenizer.device)
+        check_probe(probe, scenes, tokenizer.image_size)
+        return probe
+    known = {"split": "train", "prompts": "train" if scenes.prompts == "held_out" else "all"}
+    probe = scene_probe.train_probe(
+        make_dataset({**spec, **known}),
+        tokenizer.image_size,
+        options.probe_steps,
+        device=tokenizer.device,
+    )
+    if options.probe:
+        probe.save(options.probe)
+    return probe
 
 
 def print_report(report: dict[str, Any]) -> None:

@@ -58,10 +58,7 @@ def alignment(
 ) -> AlignmentReport:
     """Generate from the first `number` captions (or classes) of `scenes`, decode each length with
     the same noise, score. Raises ValueError when generator, probe and scenes do not fit."""
-    if probe.sizes != fact_sizes(scenes) or probe.image_size != tokenizer.image_size:
-        raise ValueError(
-            "the probe was trained for other scenes or another image size: delete its file"
-        )
+    check_probe(probe, scenes, tokenizer.image_size)
     images, facts, captions = read_scenes(scenes, tokenizer.image_size, number)
     count = facts[:, 0] + 1
     cond: Tensor | list[str] = captions
@@ -101,6 +98,14 @@ def alignment(
     return AlignmentReport(number, real, results)
 
 
+def check_probe(probe: Probe, scenes: EmojiScenes, image_size: int) -> None:
+    """Raises ValueError for a probe of other scenes, or of images of another size."""
+    if probe.sizes != fact_sizes(scenes) or probe.image_size != image_size:
+        raise ValueError(
+            "the probe was trained for other scenes or another image size: delete its file"
+        )
+
+
 def agreement(found: Tensor, facts: Tensor) -> Tensor:
     """found, facts: (B, F) long. Returns (B, F) of 1 or 0, NaN where there is nothing to know."""
     return torch.where(facts == UNKNOWN, torch.nan, (found == facts).float())
@@ -108,7 +113,8 @@ def agreement(found: Tensor, facts: Tensor) -> Tensor:
 
 def scene_verifier(probe: Probe, scenes: EmojiScenes) -> Verifier:
     """Scores images by the mean log-probability that the probe gives to the facts of their
-    captions."""
+    captions. Raises ValueError for a probe of other scenes."""
+    check_probe(probe, scenes, probe.image_size)
 
     @torch.no_grad()
     def score(images: Tensor, cond: list[str], indices: Tensor) -> Tensor:

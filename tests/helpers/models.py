@@ -99,8 +99,8 @@ def tiny_gpt(**changes) -> GPT:
 def tiny_releases(folder: Path) -> Path:
     """Tiny models by the names of those that come with the package, all else alike."""
     tokenizer = tiny_tokenizer(num_registers=256, decode={"num_steps": 1, "guidance_scale": 1.0})
-    tokenizer.save_pretrained(folder / "emoji")
-    tokenizer.save_pretrained(folder / "emoji-few-step")
+    for name in ("emoji", "emoji-few-step", "emoji-one-step"):
+        tokenizer.save_pretrained(folder / name)
     names = Emoji(label="subgroup").class_names
     encoder = {"name": "bytes", "dim": 16, "depth": 1, "num_heads": 2, "max_length": 64}
     for name, conditioner in [
