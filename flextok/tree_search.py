@@ -27,7 +27,7 @@ from flextok.schema import check_number
 from flextok.tokenizers import Tokenizer
 from flextok.tokenizers.base import Callback, decode_rows
 
-GROWTH = 4  # of the number of tokens from one level to the next, where no lengths are given
+GROWTH = 4  # of the number of tokens from one level to the next, without a generator
 
 
 class Verifier(Protocol):
@@ -82,10 +82,11 @@ def search(
     generator: None draws every index with equal probability, a search without a generator. cond: as
     of generate(), or without a generator whatever the verifier reads, a list or a tensor of B.
     lengths: the numbers of tokens at which candidates are scored, rising; the last one is that of
-    the result. Default: 1, 4, 16, ... and all tokens. One length makes it best-of-N with N =
-    budget. budget: decodes for each condition, spread evenly over the lengths. beams: how many
-    candidates of a level are continued. lookahead: a candidate is scored by the image of its
-    continuation to the length so many levels further on.
+    the result. One length makes it best-of-N with N = budget. Default: all tokens, best-of-N, which
+    scored best with the package's generators; without a generator 1, 4, 16, ... and all. budget:
+    decodes for each condition, spread evenly over the lengths. beams: how many candidates of a
+    level are continued. lookahead: a candidate is scored by the image of its continuation to the
+    length so many levels further on.
 
     Candidates of a condition are decoded from the same noise. They depend on seed and on the
     condition's number, not on batch_size, which is how many candidates are generated at once,
@@ -162,7 +163,7 @@ def check_lengths(
         in_parts = in_parts and generator.streams
     if lengths is None:
         powers = [GROWTH**i for i in range(most.bit_length()) if GROWTH**i < most]
-        return [*(powers if in_parts else ()), most]
+        return [*(powers if in_parts and generator is None else ()), most]
     for length in lengths:
         check_number("lengths", length, 1, most, whole=True)
     if not lengths or any(b <= a for a, b in itertools.pairwise(lengths)):

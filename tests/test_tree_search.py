@@ -147,6 +147,14 @@ def test_beam_search_finds_what_best_of_n_cannot(tokenizer):
     assert beam.indices.max() < 200
 
 
+def test_by_default_a_generator_has_best_of_n_and_a_uniform_prior_a_tree(gpt, tokenizer):
+    def levels(prior):
+        return [level.num_tokens for level in look(prior, tokenizer, budget=6).tree]
+
+    assert levels(gpt) == [8]
+    assert levels(None) == [1, 4, 8]
+
+
 def test_a_uniform_prior_draws_every_index_as_often(tokenizer):
     def none(images, cond, indices):
         return torch.zeros(len(images))

@@ -192,7 +192,8 @@ class Search(Decoding, Sampling, Seed, Device, Json):
         "scenes, likelihood, or the folder or hub id of an image-text model of transformers",
     ] = "scenes"
     num_tokens: Annotated[
-        list[int] | None, "at which candidates are scored; default: 1 4 16 ... and all"
+        list[int] | None,
+        "at which candidates are scored; default: all, or without a generator 1 4 16 ... and all",
     ] = None
     budget: Annotated[Count, "decodes for each class or prompt"] = 16
     beams: Annotated[Count, "candidates that are continued"] = 2
