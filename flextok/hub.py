@@ -266,7 +266,7 @@ class Pretrained(nn.Module):
         repo_id: str,
         private: bool | None = None,
         token: str | None = None,
-        message: str = "Add model",
+        commit_message: str = "Add model",
     ) -> str:
         """Save to the hub's repository owner/name, made if it is not there yet. Returns the
         commit's address. token: by default, that of `hf auth login`. No path of this machine is
@@ -277,7 +277,9 @@ class Pretrained(nn.Module):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, public=True)
-            commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message)
+            commit = api.upload_folder(
+                repo_id=repo_id, folder_path=folder, commit_message=commit_message
+            )
         return str(commit)
 
 

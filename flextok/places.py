@@ -340,6 +340,9 @@ def written_reference(reference: str, home: Path, folder: Path | None) -> str | 
     if not isinstance(place, Path):
         return place
     place = place.parent.resolve() / place.name
+    repo = place.parent.parent.name  # of a snapshot in the hub's cache
+    if place.parent.name == "snapshots" and repo.startswith("models--"):
+        return repo.removeprefix("models--").replace("--", "/")
     releases = RELEASES.resolve()
     if place.parent == releases and (folder is None or folder.resolve().parent != releases):
         return place.name

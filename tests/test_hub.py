@@ -16,6 +16,7 @@ from flextok.generators import GENERATORS, GPT
 from flextok.hub import CheckpointError, fingerprint
 from flextok.nn.devices import one_device
 from flextok.pipeline import load, load_tokenizer_of, remember_tokenizer
+from flextok.places import written_reference
 from flextok.tokenizers import (
     TOKENIZERS,
     FlexTok,
@@ -439,16 +440,22 @@ def test_push_to_hub(monkeypatch):
         def upload_folder(self, repo_id, folder_path, commit_message):
             loaded = FlexTok.from_pretrained(folder_path)
             files = sorted(path.name for path in Path(folder_path).iterdir())
-            calls.append((repo_id, files, fingerprint(loaded)))
+            calls.append((repo_id, files, fingerprint(loaded), commit_message))
             return "https://example.org/commit"
 
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
     model = tiny_tokenizer()
-    assert model.push_to_hub("model", private=True) == "https://example.org/commit"
+    url = model.push_to_hub("model", private=True, commit_message="First")
+    assert url == "https://example.org/commit"
     assert calls == [
         ("token", None),
         ("repo", "model", True, True),
-        ("me/model", ["README.md", "config.json", "model.safetensors"], fingerprint(model)),
+        (
+            "me/model",
+            ["README.md", "config.json", "model.safetensors"],
+            fingerprint(model),
+            "First",
+        ),
     ]
 
 
@@ -484,6 +491,14 @@ def cache_model(cache, repo, write):
     (place / "refs").mkdir(parents=True)
     (place / "refs" / "main").write_text(commit)
     write(place / "snapshots" / commit)
+
+
+def test_what_lies_in_the_hubs_cache_is_named_by_its_id(tmp_path):
+    """As the base of adapters is: the cache is this machine's alone."""
+    cache_model(tmp_path, "someone/a-model", tiny_tokenizer().save_pretrained)
+    (place,) = tmp_path.glob("*/snapshots/*")
+    for folder in (tmp_path / "run", None):
+        assert written_reference(str(place), Path.cwd(), folder) == "someone/a-model"
 
 
 def test_hub_ids_load_from_the_cache_offline(tmp_path, monkeypatch):

@@ -1,11 +1,13 @@
 """Training that starts from trained weights of other sizes, and parts that stay as they are."""
 
 import copy
+import json
 
 import pytest
 import torch
 from helpers.models import TITOK, VQGAN, overfit, randomize, tiny_gpt, tiny_tokenizer
 
+import flextok
 from flextok.generators import MaskGIT, MaskGITConfig
 from flextok.objectives import make_objective
 from flextok.schema import ConfigError
@@ -148,6 +150,23 @@ def test_parts_of_a_generator_stay_frozen(name):
     assert moved == {"conditioner", "head"}
     with pytest.raises(ConfigError, match="names no part of the model"):
         make_objective(tiny_gpt(), {"train": ["haed"]})
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not flextok.list_models(), reason="no weights in flextok/releases")
+def test_the_package_s_models_start_below_fresh_ones(tmp_path):
+    """The benchmark behind the table in docs/train.md, at its smallest."""
+    pytest.importorskip("skimage")
+    import warm_start
+
+    place = tmp_path / "found.json"
+    warm_start.main(["--steps", "1", "--images", "24", "--seeds", "0", "--output", str(place)])
+    found = json.loads(place.read_text())["validation_loss"]
+    assert found.keys() == warm_start.CASES.keys()
+    for case in ("tokenizer", "generator"):
+        (warm,), (fresh,) = found[case]["trained weights"], found[case]["fresh weights"]
+        assert [step for step, _ in warm] == [0, 1]
+        assert warm[0][1] < fresh[0][1]
 
 
 def test_a_generator_continued_on_new_classes_learns_them_sooner():
