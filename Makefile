@@ -15,7 +15,7 @@ NUM_SCENES ?= 16000
 steps = $(if $(1),trainer.max_steps=$(1))
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: setup test quickstart quickstart-sweep quickstart-generator quickstart-text quickstart-titok paper compare gpu lint types notebooks docs package pictures figures
+.PHONY: setup test quickstart quickstart-sweep quickstart-generator quickstart-text quickstart-titok paper compare gpu lint types notebooks docs package pictures gallery figures
 
 setup: $(VENV)/.installed
 
@@ -60,6 +60,10 @@ pictures: setup
 CLASSES = heart food-fruit tool transport-ground face-smiling
 PROMPTS = "a red heart" "a fish" "a strawberry on a cream background" \
     "a banana above an evergreen tree on a light blue background"
+
+# the images of docs/gallery.md
+gallery: setup
+	$(BIN)/python scripts/gallery.py
 
 # the figures of the models that come with the package, on what they were not trained on
 figures: setup

@@ -376,6 +376,7 @@ def test_a_tokenizer_without_prefixes_and_noise(tmp_path):
 
 def test_words_that_the_models_captions_do_not_have():
     assert unknown_words("a red heart left of two Pizzas on a blue background") == ["pizzas"]
+    assert not unknown_words("a cloud on a gradient from peach to dark green")
     assert unknown_words("strawberries, an apple") == ["strawberries"]
 
 

@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
+
+import flextok
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(
@@ -38,3 +41,12 @@ def test_the_architecture_page_shows_every_part(monkeypatch):
     assert names(committed) == names(architecture.draw()), "run python scripts/architecture.py"
     shown = {name.rstrip("/").removesuffix(".py") for name in names(committed)}
     assert shown == set(architecture.parts())
+
+
+def test_the_gallery_shows_every_model():
+    page = (ROOT / "docs/gallery.md").read_text("utf-8")
+    shown = re.findall(r"\(pictures/gallery/([\w-]+)\.webp\)", page)
+    assert sorted(shown) == flextok.list_models(), "run make gallery, and show what it wrote"
+    for name in shown:
+        with Image.open(ROOT / f"docs/pictures/gallery/{name}.webp") as image:
+            assert image.width > 500

@@ -280,7 +280,7 @@ def unknown_words(prompt: str) -> list[str]:
     """Words of a prompt that emoji-text never saw: in no name of an emoji that it was trained on
     and in no caption of a scene."""
     texts = [noun_phrase(record.name) for record in select_records("train")]
-    known = words([*texts, *COLORS, "a an on left of above background"])
+    known = words([*texts, *COLORS, "a an on left of above background gradient from to"])
     return [word for word in words([prompt]) if not {word, word.removesuffix("s")} & known.keys()]
 
 
