@@ -98,12 +98,11 @@ class Stream(Dataset):
         dataset: Any,
         prepare: Callable[[Item, torch.Generator | None], Item],
         seed: int = 0,
-        shuffle: bool = True,
         buckets: Buckets | None = None,
     ):
         if len(dataset) == 0:
             raise ValueError("the dataset is empty: nothing to train on")
-        self.dataset, self.prepare, self.seed, self.shuffle = dataset, prepare, seed, shuffle
+        self.dataset, self.prepare, self.seed = dataset, prepare, seed
         self.block_size = dataset.shuffle if isinstance(dataset, Sharded) else len(dataset)
         self.skips, self.buckets = counter_of(dataset), buckets
         self._block: tuple[tuple[int, int], np.ndarray] | None = None
@@ -111,8 +110,6 @@ class Stream(Dataset):
 
     def index_at(self, position: int) -> int:
         epoch, offset = divmod(position, len(self.dataset))
-        if not self.shuffle:
-            return offset
         number, place = divmod(offset, self.block_size)
         if self._block is None or self._block[0] != (epoch, number):
             self._block = ((epoch, number), self._indices(epoch, number))
