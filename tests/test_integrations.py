@@ -1,6 +1,7 @@
 """Models of the package as diffusers has its own: saved and loaded by its rules, and pipelines."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -150,19 +151,27 @@ def test_what_diffusers_does_not_get_is_named(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_fresh_process_loads_what_was_converted(tmp_path):
-    """Through diffusers' from_pretrained alone."""
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
-    out = tmp_path / "out"
-    assert main(["convert", str(tmp_path / "model"), str(out), "--to", "diffusers"]) == 0
+def test_a_fresh_process_loads_what_was_converted(pair):
+    """Through diffusers' from_pretrained alone, from the folder alone."""
+    folder, _, gpt = pair
+    assert main(["convert", str(folder / "gpt"), str(folder / "out"), "--to", "diffusers"]) == 0
+    for name in ("gpt", "tokenizer"):
+        shutil.rmtree(folder / name)
     lines = [
         "import torch",
-        "from flextok.integrations.diffusers import AutoencoderFlexTok",
-        f"vae = AutoencoderFlexTok.from_pretrained({str(out)!r})",
+        "from flextok.integrations.diffusers import AutoencoderFlexTok, FlexTokPipeline",
+        "vae = AutoencoderFlexTok.from_pretrained('out', subfolder='autoencoder')",
         "z = vae.encode(torch.zeros(1, 3, 16, 16)).latents",
         "print(tuple(vae.decode(z[:, :2], num_inference_steps=1).sample.shape))",
+        "pipe = FlexTokPipeline.from_pretrained('out')",
+        "model = pipe.transformer.model",
+        "print(model.generate('dog', num_tokens=4, temperature=0).tolist())",
+        "print(pipe('dog', num_tokens=2).images[0].size)",
     ]
-    root = Path(__file__).parent.parent
     command = [sys.executable, "-c", "\n".join(lines)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False)
-    assert done.stdout.strip() == "(1, 3, 16, 16)", done.stderr
+    root = str(Path(__file__).parent.parent)
+    how = {"cwd": folder, "env": {**os.environ, "PYTHONPATH": root}, "check": False}
+    done = subprocess.run(command, capture_output=True, text=True, **how)
+    drawn = gpt.generate("dog", num_tokens=4, temperature=0).tolist()
+    expected = ["(1, 3, 16, 16)", str(drawn), "(16, 16)"]
+    assert done.stdout.splitlines() == expected, done.stderr

@@ -6,12 +6,15 @@ import sys
 
 import pytest
 import torch
+import yaml
+from helpers.files import CATS_AND_DOGS, draw_pictures
 from helpers.models import randomize, tiny_gpt, tiny_tokenizer
+from helpers.runs import generator_yaml
 from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset
 
 import flextok
-from flextok.config import OptimConfig
+from flextok.config import OptimConfig, load_experiment
 from flextok.generators import MaskGIT, MaskGITConfig
 from flextok.nn.adapters import merged
 from flextok.objectives import make_objective
@@ -20,6 +23,7 @@ from flextok.schema import ConfigError
 from flextok.storage import CheckpointError
 from flextok.training.fit import fit
 from flextok.training.options import FitOptions
+from flextok.training.run import train as train_experiment
 
 NAMES = ["ant", "bee", "cat", "dog", "emu"]
 NEW = ["dog", "yak"]
@@ -150,6 +154,30 @@ def test_a_lora_run_continues_and_its_end_is_taken_over(base, tmp_path):
     loaded = flextok.load(tmp_path / "second").state_dict()
     for key, value in second.state_dict().items():
         torch.testing.assert_close(loaded[key], value, atol=1e-6, rtol=0)
+
+
+def test_lora_from_a_config(tmp_path):
+    """With validation, whose images the model draws with its adapters in place."""
+    pytest.importorskip("peft")
+    draw_pictures(tmp_path / "pictures", CATS_AND_DOGS)
+    tiny_tokenizer(decode={"num_steps": 1}).save_pretrained(tmp_path / "tokenizer")
+    train_experiment(load_experiment(generator_yaml(tmp_path, tmp_path / "pictures", "base")))
+    experiment = yaml.safe_load((tmp_path / "base.yaml").read_text())
+    experiment |= {
+        "output_dir": str(tmp_path / "run"),
+        "start": {"weights": str(tmp_path / "base")},
+        "objective": {"lora": {"rank": 2}},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(experiment))
+    train_experiment(load_experiment(tmp_path / "run.yaml"))
+    assert (tmp_path / "run" / "pictures" / "step-0000006.png").is_file()
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    before, after = (flextok.load(tmp_path / name) for name in ("base", "run"))
+    ours, theirs = after.state_dict(), before.state_dict()
+    changed = {key.split(".")[0] for key in ours if not torch.equal(ours[key], theirs[key])}
+    assert changed == {"blocks"}
+    assert flextok.load_tokenizer_of(after).codes_id == before.metadata["codes_id"]
+    train_experiment(load_experiment(tmp_path / "run.yaml"))  # nothing is left to do
 
 
 def test_maskgit_has_adapters_too(tmp_path):
