@@ -228,6 +228,24 @@ def test_mistakes_are_named_beside_what_caused_them(open_page, tmp_path):
     assert page.locator("#error").inner_text() == ""
 
 
+def test_work_can_be_stopped_and_begun_anew(open_page):
+    page = open_page("#source=2&prompt=a+key&k=8")
+    first = source(page)
+    page.route("**/draw", lambda route: None)  # an answer that never comes
+    again = page.get_by_role("button", name="Again with another seed")
+    again.click()
+    page.locator("#view[aria-busy=true]").wait_for()
+    page.get_by_role("button", name="Stop").click()
+    page.locator("#status", has_text="Stopped.").wait_for()
+    page.locator("#view[aria-busy=false]").wait_for()
+    assert source(page) == first
+    again.click()
+    page.unroute("**/draw")
+    draw(page, again.click)  # the one before is given up
+    assert page.get_by_label("Seed", exact=True).input_value() == "3"
+    assert source(page) != first
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [400, 1280])
 def test_the_page_has_no_fault_that_axe_finds(open_page, width, scheme):

@@ -37,6 +37,7 @@ function fail(text = '', field = null) {
 
 async function draw() {
   running.abort();
+  busy(false);
   const mine = running = new AbortController();
   const wrong = [...$('settings').querySelectorAll('input')].find(one => !one.checkValidity());
   const input = {picture, class: value.class.value, prompt: value.prompt.value.trim(), none: ''};
