@@ -300,12 +300,12 @@ def probe_table(study: Study) -> str:
 
 
 def codes_table(study: Study) -> str:
-    lines = ["| recipe | codes in use of 512 | bits in the first token |", "|---|---|---|"]
+    lines = ["| recipe | codes | in use | bits in the first token |", "|---|---|---|---|"]
     for label, runs in labelled_rows(study, "joining", "reconstruction", "token_ablations").items():
         codes = [one["report"]["codes"] for one in runs]
         used = spread([c["usage"] * c["vocab_size"] for c in codes], 0)
         bits = spread([c["entropy_bits_per_position"][0] for c in codes], 2)
-        lines.append(f"| {label} | {used} | {bits} |")
+        lines.append(f"| {label} | {codes[0]['vocab_size']} | {used} | {bits} |")
     return "\n".join(lines) if len(lines) > 2 else "*Not yet run.*"
 
 
@@ -378,11 +378,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--budget", default="full", help="one of study.yaml's")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, a core each")
     parser.add_argument("--only", nargs="+", metavar="RECIPE", help="and what they need")
+    parser.add_argument("--seeds", nargs="+", type=int, help="by default those of the budget")
     parser.add_argument("--root", default="data", help="of the data set, see FashionMNIST")
     parser.add_argument("--output", type=Path, default=Path("outputs/paper"))
     parser.add_argument("--publish", action="store_true", help="write docs/paper.md as well")
     options = parser.parse_args(arguments)
     study = Study.load(options.budget, options.output, options.root)
+    study.budget.seeds[:] = options.seeds or study.budget.seeds
     for name in options.only or []:
         if name not in RECIPES:
             parser.error(f"no recipe {name!r}; known: {', '.join(RECIPES)}")

@@ -28,7 +28,7 @@ def parameters(study: paper.Study, recipe: str) -> int:
     config = study.config(recipe, 0)
     derived = {}
     if config.task == "generator":
-        derived = {"vocab_size": 512, "num_tokens": max(study.lengths(recipe))}
+        derived = {"vocab_size": 4096, "num_tokens": max(study.lengths(recipe))}
         if config.model["conditioner"]["name"] == "class":
             derived["conditioner"] = {"name": "class", "num_classes": 10}
     with torch.device("meta"):
@@ -84,7 +84,7 @@ def test_what_is_compared_has_equal_parameters_and_samples(full):
         chain = [recipe, *full_chain(recipe)]
         configs = [full.config(name, 0) for name in chain]
         images[recipe] = sum(c.trainer.max_steps * c.data.batch_size for c in configs)
-    assert set(images.values()) == {2500 * 32}
+    assert set(images.values()) == {3500 * 32}
 
 
 def full_chain(recipe: str) -> list[str]:
