@@ -43,6 +43,7 @@ SEARCHES: dict[str, dict[str, Any]] = {
     "lookahead-16": {"lengths": [1, 4, 16, 64], "budget": 16, "beams": 1, "lookahead": 3},
     "uniform-none": {"lengths": [16], **ONE},
     "uniform-best-of-128": {"lengths": [16], "budget": 128},
+    "uniform-best-of-512": {"lengths": [16], "budget": 512},
     "uniform-beam-32": {"lengths": [1, 2, 3, 4, 6, 8, 12, 16], "budget": 32, "beams": 1},
     "uniform-beam-128": {"lengths": [1, 2, 3, 4, 6, 8, 12, 16], "budget": 128, "beams": 2},
 }
