@@ -15,7 +15,7 @@ NUM_SCENES ?= 16000
 steps = $(if $(1),trainer.max_steps=$(1))
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: setup test quickstart quickstart-sweep quickstart-generator quickstart-text quickstart-titok paper compare gpu lint types notebooks docs package pictures gallery figures
+.PHONY: setup test quickstart quickstart-drawer quickstart-generator quickstart-text quickstart-titok paper compare gpu lint types notebooks docs package pictures gallery figures
 
 setup: $(VENV)/.installed
 
@@ -77,28 +77,28 @@ figures: setup
 
 QUICKSTART_CLASSES = face-smiling face-affection heart flag food-fruit time
 
-# models this small take 1.7 times as long a step with a second thread; with two cores, the sweep
-# runs beside the generator's training
+# models this small take 1.7 times as long a step with a second thread; a second core trains the
+# generator, which needs the tokenizer's indices only, beside the drawer
 quickstart: export OMP_NUM_THREADS = 1
 quickstart: setup
 	$(BIN)/python train.py configs/quickstart_tokenizer.yaml output_dir=$(OUT)/tokenizer \
 	    $(call steps,$(TOKENIZER_STEPS))
+	$(MAKE) --jobs 2 quickstart-drawer quickstart-generator
+	$(BIN)/python sample.py $(OUT)/generator --tokenizer $(OUT)/drawer \
+	    --classes $(QUICKSTART_CLASSES) --num-samples 6 --output $(OUT)/generated.png
+	@echo "pictures: $(OUT)/coarse_to_fine.png and $(OUT)/generated.png"
+
+quickstart-drawer:
 	$(BIN)/python train.py configs/quickstart_drawer.yaml output_dir=$(OUT)/drawer \
 	    start.weights=$(OUT)/tokenizer $(call steps,$(DRAWER_STEPS))
 	$(BIN)/python sample.py $(OUT)/drawer --data emoji:validation --limit 8 \
 	    --output $(OUT)/coarse_to_fine.png
-	$(MAKE) --jobs 2 quickstart-sweep quickstart-generator
-	@echo "pictures: $(OUT)/coarse_to_fine.png and $(OUT)/generated.png"
-
-quickstart-sweep:
 	$(BIN)/python -m flextok.cli sweep $(OUT)/drawer --data emoji:validation \
 	    --reference emoji:train --dtype float32 --output $(OUT)/sweep
 
 quickstart-generator:
 	$(BIN)/python train.py configs/quickstart_generator.yaml output_dir=$(OUT)/generator \
-	    tokenizer=$(OUT)/drawer $(call steps,$(GENERATOR_STEPS))
-	$(BIN)/python sample.py $(OUT)/generator --classes $(QUICKSTART_CLASSES) --num-samples 6 \
-	    --output $(OUT)/generated.png
+	    tokenizer=$(OUT)/tokenizer $(call steps,$(GENERATOR_STEPS))
 
 # the scenes of configs/quickstart_text.yaml; captions say left and right, so nothing is mirrored
 SCENES = name: emoji_scenes, max_objects: 2, vocabulary: basic
