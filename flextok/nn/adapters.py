@@ -71,12 +71,8 @@ def add_adapters(
                 f"of the model: {', '.join(known)}"
             )
     chosen = [name for name in linear if f".{name}".endswith(tuple(f".{end}" for end in ends))]
-    settings = LoraConfig(
-        r=options.rank,
-        lora_alpha=options.alpha,
-        lora_dropout=options.dropout,
-        target_modules=chosen,
-    )
+    asked: dict[str, Any] = {"r": options.rank, "lora_alpha": options.alpha}  # a float too
+    settings = LoraConfig(**asked, lora_dropout=options.dropout, target_modules=chosen)
     inject_adapter_in_model(settings, model)
     plain = {k: sorted(v) if isinstance(v, set) else v for k, v in settings.to_dict().items()}
     return plain | {"modules_to_save": whole}  # peft would wrap them, which training does not need
