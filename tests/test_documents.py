@@ -2,8 +2,10 @@
 
 import argparse
 import ast
+import importlib.metadata
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -216,6 +218,21 @@ def test_python_examples_run(desk, monkeypatch, page):
             exec(compile(code, page.name, "exec"), session)
 
 
+def test_the_page_on_pypi_has_no_relative_address():
+    """PyPI showed broken images, and links to its own pages."""
+    page_of = runpy.run_path(str(ROOT / "setup.py"))["page_of"]
+    readme = (ROOT / "README.md").read_text("utf-8")
+    page = page_of(readme, "https://example.org/me/flextok/")
+    paths = re.findall(r"https://example\.org/me/flextok/(?:raw|blob)/HEAD/([^)\s]+)", page)
+    assert len(paths) > 20
+    assert all((ROOT / path).exists() for path in paths)
+    assert "](https://example.org/me/flextok/raw/HEAD/docs/pictures/seeds.png)" in page
+    for text in (page, page_of(readme, None)):
+        assert not re.search(r"\]\((?!https?:)", text)
+    assert "each decoded four times from its first token |" in page_of(readme, None)
+    assert "(https://arxiv.org/abs/2502.13967)" in page_of(readme, None)
+
+
 def test_notebooks_are_paired():
     """Each notebook holds the cells of the .py beside it."""
     jupytext = pytest.importorskip("jupytext")
@@ -277,7 +294,7 @@ def test_the_wheel_works_away_from_the_repository(tmp_path, desk):
     pytest.importorskip("build")
     source = tmp_path / "source"
     source.mkdir()
-    tracked = ("flextok", "pyproject.toml", "README.md", "LICENSE")
+    tracked = ("flextok", "pyproject.toml", "setup.py", "README.md", "LICENSE")
     for name in tracked:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, source / name)
@@ -302,3 +319,7 @@ def test_the_wheel_works_away_from_the_repository(tmp_path, desk):
     assert (env / "flextok/py.typed").is_file()
     for shard in ("emoji-64.tar", "emoji-styles-64.tar"):
         assert (env / "flextok/emoji/assets" / shard).is_file()
+    page = importlib.metadata.PathDistribution(next(env.glob("*.dist-info"))).metadata
+    assert page["Description-Content-Type"] == "text/markdown"
+    assert "# FlexTok" in page.get_payload()
+    assert not re.search(r"\]\((?!https?:)", page.get_payload())
