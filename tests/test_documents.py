@@ -22,6 +22,8 @@ from flextok.cli.common import data_spec
 from flextok.config import load_experiment
 from flextok.evaluation import evaluators
 from flextok.pipeline import remember_tokenizer
+from flextok.training import plan
+from flextok.training.optim import make_optimizer
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -138,6 +140,20 @@ def test_the_check_finds_mistakes():
     assert len(DOCUMENTED) > 50
 
 
+def test_documented_trainings_can_start():
+    """One named parts of which Muon trains none, and its optimizer was refused."""
+    built = 0
+    for _, command in DOCUMENTED:
+        arguments = arguments_of(command) or [""]
+        configs = [a for a in arguments[1:] if a.startswith("configs/quickstart_generator")]
+        if arguments[0] == "train" and configs:
+            changes = [a for a in arguments[2:] if "=" in a]
+            config = load_experiment(ROOT / configs[0], changes)
+            make_optimizer(plan.build(config), config.optim)
+            built += bool(config.start)
+    assert built >= 2
+
+
 @pytest.mark.parametrize("name", subparsers())
 def test_help_teaches(name):
     parser = subparsers()[name]
@@ -161,6 +177,7 @@ def desk(tmp_path_factory):
     for name, conditioner in [
         ("quickstart", {"name": "class", "num_classes": 9}),
         ("quickstart_text", {"name": "text", "encoder": encoder}),
+        ("train", {"name": "none"}),  # of flextok train --data
     ]:
         place = folder / "outputs" / name
         for part in ("tokenizer", "drawer"):
@@ -231,6 +248,20 @@ def test_the_page_on_pypi_has_no_relative_address():
         assert not re.search(r"\]\((?!https?:)", text)
     assert "each decoded four times from its first token |" in page_of(readme, None)
     assert "(https://arxiv.org/abs/2502.13967)" in page_of(readme, None)
+
+
+def test_no_fact_stands_twice():
+    """No eight words in a row stand in two pages of docs, but for code and what is said of images;
+    the front page may repeat README."""
+    page_of: dict[str, Path] = {}
+    for page in sorted((ROOT / "docs").glob("*.md")):
+        text = re.sub(r"```.*?```|!\[.*?\]\(.*?\)", " ~ ", page.read_text("utf-8"), flags=re.S)
+        words = re.findall(r"[\w%]+|[~|]", re.sub(r"\]\(.*?\)", "]", text).lower())
+        for i in range(len(words) - 7 if page.name != "index.md" else 0):
+            run = " ".join(words[i : i + 8])
+            if not re.search("[~|]", run):
+                assert page_of.setdefault(run, page) == page, (run, page_of[run].name, page.name)
+    assert len(page_of) > 5000
 
 
 def test_notebooks_are_paired():

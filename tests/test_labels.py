@@ -286,6 +286,7 @@ def test_classes_that_do_not_fit_are_refused_where_they_matter(tmp_path, prepare
     flat = {"name": "folder", "root": str(tmp_path / "flat")}
     for data, conditioner, message in (
         ((train, other), {}, "the 1 classes dog, which are none of the model's 2 classes ant, cat"),
+        ((train, other), {}, r"^data\.validation: .*, or set data\.validation=null$"),
         ((train, flat), {}, "the 1 classes unlabelled, which are none"),
         (([train, flat], train), {}, r"some pictures of data.train have no class \(unlabelled\)"),
         ((train, train), {"num_classes": 1}, "num_classes=1, but the data has the 2 classes ant"),

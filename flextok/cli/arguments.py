@@ -323,7 +323,7 @@ class Adaptive(Decoding, Measuring):
     model: Annotated[str, "folder or hub id of a tokenizer that decodes prefixes"]
     _: KW_ONLY
     folder = "adaptive"
-    target: Annotated[str, "psnr=20, ssim=, lpips=0.3, ..."]
+    target: Annotated[str, "psnr=20, ssim=0.8, lpips=0.3 or efficientnet_lite0=0.1"]
     data: OwnData = None
 
 

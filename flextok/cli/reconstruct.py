@@ -52,7 +52,7 @@ def run_reconstruct(options: Reconstruct) -> list[dict[str, Any]]:
             quality = psnr(made.cpu(), images).item()
             results.append({"picture": source, "output": place, "num_tokens": k, "psnr": quality})
             if output != "-":
-                print(f"wrote {printable(place)}  ({k} tokens, {quality:.2f} dB)")
+                print(f"wrote {printable(place)}  ({k} token{'s' * (k > 1)}, {quality:.2f} dB)")
     if unreadable:
         raise ValueError(f"{unreadable} of {len(sources)} pictures could not be read, see above")
     return results

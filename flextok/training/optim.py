@@ -93,7 +93,10 @@ class MuonAdamW(torch.optim.Optimizer):
                 if own:
                     chosen.append({**group, "params": own, "kind": kind})
         if not (split["matrices"] or split["kernels"]):
-            raise ConfigError("optim.name=muon: the model has no blocks or kernels; take adamw")
+            raise ConfigError(
+                "optim.name=muon: of the parts that are trained none has blocks or kernels; set "
+                "optim.name=adamw, or name more parts in objective.train"
+            )
         make: dict[str, Callable[[list[dict[str, Any]]], torch.optim.Optimizer]] = {
             "matrices": lambda own: torch.optim.Muon(
                 own, momentum=momentum, adjust_lr_fn="match_rms_adamw"

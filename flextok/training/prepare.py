@@ -119,7 +119,13 @@ def prepare_generator(config: ExperimentConfig) -> Run:
         spec["conditioner"] = {"num_classes": len(class_names), **spec["conditioner"]}
         check_classes(class_names, spec["conditioner"]["num_classes"])
         if validation_set is not None:
-            validation_set.count_classes_in(class_names)
+            try:
+                validation_set.count_classes_in(class_names)
+            except ValueError as error:
+                raise ConfigError(
+                    f"data.validation: {error}; or name images of the training classes, or set "
+                    "data.validation=null"
+                ) from None
     known = {"class_names": class_names, "codes_id": tokenizer.codes_id}
     objective = build_objective(config, spec, known)
     model = objective.model
