@@ -37,7 +37,7 @@ class Classifier(nn.Module):
 class ClassifierNetwork:
     """The trained classifier as a network for the package's evaluators."""
 
-    name = "classifier"
+    name, classifies = "classifier", True
     preprocessing = "mean of the channels; (x - 127.5) / 127.5; own size"
 
     def __init__(self, path: Path, device: str | torch.device, dtype: torch.dtype):
