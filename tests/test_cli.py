@@ -242,6 +242,7 @@ def test_bad_pictures_are_skipped_and_counted(models, picture_folder, caplog, ca
     [
         ("tokenizer", ["--images", "x.png", "--data", "emoji"], "name one of"),
         ("tokenizer", ["--data", "nowhere"], "neither a folder nor"),
+        ("tokenizer", ["--data", __file__], "is a file: name the folder that it is in"),
         ("tokenizer", ["--data", "emoji:test"], "split='test'"),
         (
             "tokenizer",

@@ -20,7 +20,9 @@ SHORT += ["trainer.max_steps=2", "trainer.accelerator=cpu", "data.token_variants
 
 
 @pytest.mark.slow
-def test_one_command_from_pictures_to_pictures(picture_folder, tmp_path, capsys, monkeypatch):
+def test_one_command_from_pictures_to_pictures(
+    picture_folder, tmp_path, capsys, monkeypatch, recwarn
+):
     """On a CPU; the same command again continues."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     out = tmp_path.parent / f"{tmp_path.name}-out"
@@ -31,6 +33,7 @@ def test_one_command_from_pictures_to_pictures(picture_folder, tmp_path, capsys,
                 interrupt_after(patch, 1)
             assert main([*command, *SHORT]) == 0
     printed = capsys.readouterr().out
+    assert not [w for w in recwarn if "treespec" in str(w.message)]  # Lightning's own business
     assert f"# {out / 'tokenizer.yaml'}\ntask: tokenizer" in printed
     generator = load(out / "generator")
     assert generator.class_names == ["cats", "dogs"]

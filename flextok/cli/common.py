@@ -78,6 +78,8 @@ def data_spec(name: str) -> dict[str, Any]:
         return {"name": "folder", "root": name}
     if ".tar" in name:
         return {"name": "webdataset", "urls": name}
+    if os.path.isfile(name):
+        raise ValueError(f"--data {name!r} is a file: name the folder that it is in")
     dataset, _, split = name.partition(":")
     if dataset not in ("emoji", "emoji_scenes"):
         raise ValueError(

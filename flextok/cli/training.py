@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,9 @@ from flextok.training.saving import Interrupted, requeue
 def run_train(options: Train) -> None:
     for chatty in ("lightning.pytorch", "lightning.fabric"):  # importing them set their level
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    # Lightning's own use of torch, and frozen parts that are in eval mode on purpose
+    for harmless in (r"`isinstance\(treespec, LeafSpec\)`", r"Found \d+ module\(s\) in eval mode"):
+        warnings.filterwarnings("ignore", message=harmless)
     # a file may have an = in its name
     configs = [a for a in options.arguments if "=" not in a or os.path.isfile(a)]
     overrides = [a for a in options.arguments if a not in configs]
