@@ -113,5 +113,7 @@ def test_held_out_pictures_and_a_single_class(tmp_path, picture_folder):
     (picture_folder / "dogs").rename(tmp_path / "set" / "val")
     tokenizer, generator = write_recipe(tmp_path / "set", tmp_path / "out", 32)
     data = load_experiment(tokenizer).data
+    quick = load_experiment("configs/quickstart_tokenizer.yaml")
+    assert load_experiment(tokenizer).trainer.precision == quick.trainer.precision
     assert [spec["root"][-5:] for spec in (data.train, data.validation)] == ["train", "t/val"]
     assert load_experiment(generator).model["conditioner"] == {"name": "none"}
