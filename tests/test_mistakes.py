@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.models import TINY, TITOK, VQGAN
+from helpers.models import TINY, TITOK, VQGAN, tiny_tokenizer
 from omegaconf import OmegaConf
 
 from flextok.cli import main
@@ -16,7 +16,9 @@ from flextok.generators import GENERATORS
 from flextok.objectives import make_objective
 from flextok.printing import one_line, printable
 from flextok.registry import build_model, make_dataset
+from flextok.storage import CheckpointError
 from flextok.tokenizers import TOKENIZERS
+from flextok.training.prepare import prepare
 
 WRONG = ["[{x: 1}]", "{x: [1]}", "true", "1.5", "some text", "[1, 2]", "null", "-1", "0"]
 GPT = {"vocab_size": 200, "num_tokens": 8, "depth": 1, "dim": 16, "num_heads": 2}
@@ -232,6 +234,21 @@ def test_an_accelerator_that_is_not_there(experiment, capsys, monkeypatch):
     assert main(["train", path, "trainer.accelerator=tpu", "data.validation=null"]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("flextok: trainer")
+
+
+@pytest.mark.parametrize("key", ["tokenizer", "start.weights"])
+def test_a_model_that_is_not_trained_yet_is_named_with_its_key(tmp_path, key):
+    """The error named a folder, and not which line of the config names that folder."""
+    tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    tokenized = {"name": "emoji", "label": "group"}
+    changes = {"tokenizer": str(tmp_path / "tokenizer"), "output_dir": str(tmp_path / "out")}
+    changes |= {"data.train": json.dumps(tokenized), key: str(tmp_path / "gone")}
+    changes |= {"data.token_variants": "1", "data.validation": "null"}
+    config = load_experiment(
+        "configs/quickstart_generator.yaml", [f"{k}={v}" for k, v in changes.items()]
+    )
+    with pytest.raises(CheckpointError, match=f"^{key}: no model at"):
+        prepare(config)
 
 
 def test_untrusted_text_cannot_steer_the_terminal():

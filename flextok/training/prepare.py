@@ -43,6 +43,7 @@ from flextok.objectives import Objective, make_objective
 from flextok.pipeline import expected_codes, load, remember_tokenizer
 from flextok.registry import TASKS, build_model, like_start, make_dataset, model_config
 from flextok.schema import ConfigError, build, named_spec
+from flextok.storage import CheckpointError
 from flextok.tokenizers import TOKENIZERS, FlexTokConfig, TiTokConfig
 from flextok.tokenizers.base import Tokenizer, same_codes
 from flextok.training.validation import Evaluation, Images, draw_generations
@@ -155,7 +156,7 @@ def build_objective(
 ) -> Objective:
     """The experiment's objective, of the model that `spec` names and the trained models that
     config.start names, which the model's metadata then hold. known: other metadata."""
-    start = {name: load(path) for name, path in config.start.items()}
+    start = {name: load_for(f"start.{name}", path) for name, path in config.start.items()}
     torch.manual_seed(config.seed)  # the first weights depend on nothing else
     model = build_model(TASKS[config.task], like_start(spec, start))
     model.metadata.update(known or {})
@@ -171,9 +172,17 @@ def build_objective(
     return make_objective(model, config.objective, start)
 
 
+def load_for(key: str, path: str) -> Any:
+    """The model that a config's `key` names. Raises CheckpointError naming the key."""
+    try:
+        return load(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{key}: {error}") from error
+
+
 def load_tokenizer(config: ExperimentConfig) -> Tokenizer:
     assert config.tokenizer is not None, "the config is checked"
-    tokenizer = load(config.tokenizer)
+    tokenizer = load_for("tokenizer", config.tokenizer)
     if not isinstance(tokenizer, Tokenizer):
         raise ConfigError(f"tokenizer={config.tokenizer!r} holds a {tokenizer.model_type} model")
     if not tokenizer.vocab_size:
