@@ -185,6 +185,7 @@ class Signals(int):
     def __class_getitem__(cls, name):
         return known[name]
 import torch.distributed.checkpoint, lightning.pytorch, timm, diffusers, transformers, psutil
+import huggingface_hub.hf_file_system
 signal.Signals = Signals
 for name in ("resource", "pwd", "grp", "termios"):
     sys.modules[name] = None
