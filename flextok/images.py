@@ -31,9 +31,8 @@ MAX_FILE_BYTES = 2**30
 MAX_SIDE = 2**20  # pixels
 MAX_DECODED_BYTES = 384 * 2**20  # pixels x channels (at least RGB) x bytes of a channel
 MAX_PROFILE_BYTES = 4 * 2**20
-LONGEST_WHOLE = (
-    4  # up to so many times longer than its crop a resized picture is cropped afterwards
-)
+# a resized picture up to so many times longer than its crop is cropped afterwards
+LONGEST_WHOLE = 4
 
 BICUBIC = Image.Resampling.BICUBIC  # PIL's resize is antialiased
 SIXTEEN_TO_EIGHT = [(value + 128) // 257 for value in range(2**16)]

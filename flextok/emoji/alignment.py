@@ -6,6 +6,7 @@ images against the prompts of other images: what agreement by chance looks like.
 verifier for flextok.tree_search, too.
 """
 
+import functools
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -115,11 +116,11 @@ def scene_verifier(probe: Probe, scenes: EmojiScenes) -> Verifier:
     """Scores images by the mean log-probability that the probe gives to the facts of their
     captions. Raises ValueError for a probe of other scenes."""
     check_probe(probe, scenes, probe.image_size)
+    facts_of = functools.cache(lambda caption: caption_facts(caption, scenes))
 
     @torch.no_grad()
     def score(images: Tensor, cond: list[str], indices: Tensor) -> Tensor:
-        known = {caption: caption_facts(caption, scenes) for caption in set(cond)}
-        facts = torch.stack([known[caption] for caption in cond])
+        facts = torch.stack([facts_of(caption) for caption in cond])
         found = torch.stack(
             [
                 logits.cpu().log_softmax(dim=1).gather(1, facts[:, i, None].clamp_min(0))[:, 0]

@@ -165,11 +165,18 @@ def begin_with(model: Pretrained, trained: Pretrained, without: str | None = Non
     take_over(model, state)
 
 
-def adapt(
-    model: Pretrained, trained: Pretrained | None, options: LoraOptions, whole: list[str] | None
+def choose_trained(
+    model: Pretrained,
+    trained: Pretrained | None,
+    options: LoraOptions | None,
+    whole: list[str] | None,
 ) -> None:
-    """Train adapters of a model that goes on from `trained`, and the parts in `whole`. Raises
-    ConfigError where there is nothing to go on from, and for other weights that are not its."""
+    """Train the parts in `whole`, as train_only, or with options the adapters of a model that goes
+    on from `trained`, and these parts beside them. Raises ConfigError where there is nothing to go
+    on from, and for other weights that are not its."""
+    if options is None:
+        train_only(model, whole)
+        return
     if trained is None:
         raise ConfigError("objective.lora changes a trained model: name one as start.weights")
     if trained.home is None:

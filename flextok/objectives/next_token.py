@@ -12,7 +12,7 @@ from torch import Tensor
 from flextok.generators import GPT
 from flextok.hub import Pretrained
 from flextok.nn.adapters import LoraOptions
-from flextok.objectives.base import Objective, adapt, begin_with, draws_of, need, train_only
+from flextok.objectives.base import Objective, begin_with, choose_trained, draws_of, need
 from flextok.schema import Bounds, Share
 from flextok.tokenizers.base import check_indices
 
@@ -43,10 +43,7 @@ class NextTokenObjective(Objective):
         (begin_with)."""
         if weights is not None:
             begin_with(self.model, need("weights", weights, GPT))
-        if self.config.lora is not None:
-            adapt(self.model, weights, self.config.lora, self.config.train)
-        else:
-            train_only(self.model, self.config.train)
+        choose_trained(self.model, weights, self.config.lora, self.config.train)
 
     def forward(
         self, batch: Mapping[str, Any], generator: torch.Generator | None = None
