@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt install chromium"),
 ]
 SECONDS = 1000.0
-PATIENCE = 300 * SECONDS  # the machine may be busy
+PATIENCE = 120 * SECONDS  # the machine may be busy
 
 
 @pytest.fixture(scope="module")
@@ -89,10 +89,10 @@ def finished(page):
 
 
 def draw(page, act):
-    """Do what asks for images, and wait for them."""
-    with page.expect_response("**/draw") as answer:
+    """Do what asks for images, and wait until the page has read the answer to its end.
+    (Playwright's own `Response.finished` may never return where a route was taken away.)"""
+    with page.expect_response("**/draw"):
         act()
-    answer.value.finished()
     finished(page)
 
 
