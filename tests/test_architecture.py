@@ -24,7 +24,7 @@ FLOORS = [
     },
     {"tokenizers", "generators", "objectives"},
     {"cpu"},
-    {"pipeline", "tree_search", "data", "evaluation", "viz", "emoji"},
+    {"pipeline", "tree_search", "editing", "data", "evaluation", "viz", "emoji"},
     {"config", "registry"},
     {"training"},
     {"demo", "bench", "integrations"},

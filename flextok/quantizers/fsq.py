@@ -80,3 +80,10 @@ class FSQ(nn.Module):
         """indices: (...) long in [0, codebook_size). Returns codes (..., C) float32."""
         level, basis = self._constants(indices)
         return (indices[..., None] // basis % level - level // 2) / (level // 2).float()
+
+    def codes_to_indices(self, codes: Tensor) -> Tensor:
+        """codes: (..., C) float, any values, such as the mean of two codes. Returns the indices
+        (...) long of the nearest codes, dimension by dimension."""
+        level, basis = self._constants(codes)
+        digits = (codes.float() * (level // 2)).round().long() + level // 2
+        return (torch.minimum(digits.clamp_min(0), level - 1) * basis).sum(dim=-1)

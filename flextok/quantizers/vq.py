@@ -53,6 +53,11 @@ class VQ(nn.Module):
         """indices: (...) long in [0, codebook_size). Returns codes (..., C) float32."""
         return self._project(F.embedding(indices, self.codebook.float()))
 
+    def codes_to_indices(self, codes: Tensor) -> Tensor:
+        """codes: (..., C) float, any values, such as the mean of two codes. Returns the indices
+        (...) long of the nearest codes."""
+        return nearest(self._project(codes.float()), self._project(self.codebook.float()))
+
     def _project(self, x: Tensor) -> Tensor:
         return F.normalize(x, dim=-1) if self.l2_norm else x
 
