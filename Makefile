@@ -37,7 +37,7 @@ types: setup
 	$(BIN)/mypy
 
 notebooks: setup
-	$(BIN)/python -m pytest --nbmake notebooks
+	$(BIN)/python -m pytest --nbmake --nbmake-timeout 1200 notebooks
 
 docs: setup
 	$(BIN)/mkdocs build --strict --site-dir $(SITE)
