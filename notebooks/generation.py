@@ -14,56 +14,60 @@
 # ---
 
 # %% [markdown]
-# # Growing pictures, token by token
+# # An image grows, token by token
 #
-# A GPT writes the tokens one after the other, coarse to fine, from a class or a prompt. It may stop at any
-# length: what is there already is a picture.
+# A generator is a GPT that predicts the tokens one after the other, coarse to fine, from a class or a prompt.
+# It may stop at any length, because a tokenizer of ordered tokens decodes any number of them. The models used here
+# come with the package and were trained on emoji.
 
 # %%
 import torch
 from IPython.display import display
 
-from flextok import GPT, viz
-from flextok.pipeline import decodable_lengths, generate_images, grow_images, load_tokenizer_of
+import flextok
+from flextok import viz
+from flextok.pipeline import generate_images, grow_images
 
-generator = GPT.from_pretrained("emoji-class")  # comes with the package
-tokenizer = load_tokenizer_of(generator, "emoji-class")
-names = generator.metadata["class_names"]
-print("classes:", ", ".join(names))
-
-# %% [markdown]
-# One picture, as it grows. `grow_images` hands out a picture as soon as its tokens are there:
-
-# %%
-label = torch.tensor([names.index("heart")])
-frames = dict(
-    grow_images(generator, tokenizer, label, [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64], seed=1)
-)
-display(viz.grid([torch.cat(list(frames.values()))], [f"{k}" for k in frames]))
+generator = flextok.load("emoji-class")
+tokenizer = flextok.load_tokenizer_of(generator)
+print(f"{len(generator.class_names)} classes, among them", ", ".join(generator.class_names[::12]))
+lengths = [1, 2, 4, 8, 16, 32, generator.num_tokens]
+growing = grow_images(generator, tokenizer, "heart", lengths)  # yields while it generates
+frames = dict(growing)
+display(viz.coarse_to_fine(None, frames, ["heart"]))
 
 # %% [markdown]
-# Several classes and seeds; guidance pushes towards the class:
+# ## Several classes, several seeds
+#
+# Each row is a class, and each image in it has its own random draws. `guidance_scale` strengthens the influence of
+# the class: a higher one makes images that fit their class better and differ less.
 
 # %%
-chosen = ["heart", "food-fruit", "animal-mammal", "face-smiling"]
-labels = torch.tensor([names.index(name) for name in chosen]).repeat_interleave(6)
-pictures = generate_images(generator, tokenizer, labels, [64], sampling={"guidance_scale": 2.0})[64]
-display(viz.grid(list(pictures.split(6)), row_labels=chosen))
+classes = ["heart", "face-smiling", "food-fruit", "flag"]
+labels = [name for name in classes for _ in range(6)]
+by_length = generate_images(generator, tokenizer, labels, [64], sampling={"guidance_scale": 2.0})
+display(viz.samples(by_length[64], labels, per_row=6))
 
 # %% [markdown]
-# **From a prompt.** The text model was trained on the names of emoji, and on scenes of one or two well-known ones:
+# ## From a prompt
+#
+# `emoji-text` was trained on the names of emoji and on descriptions of scenes of one or two of them. The names
+# give recognisable emoji. Of the scenes it shows the colours, mostly at the right places, and rough shapes.
 
 # %%
-generator = GPT.from_pretrained("emoji-text")
-tokenizer = load_tokenizer_of(generator, "emoji-text")
-prompts = ["a red heart left of a bomb on a blue background", "a key on a yellow background"]
-lengths = decodable_lengths(tokenizer, generator.num_tokens)
-by_length = generate_images(generator, tokenizer, prompts, lengths, seed=3)
+generator = flextok.load("emoji-text")
+tokenizer = flextok.load_tokenizer_of(generator)
+prompts = ["a red heart", "a fish", "a strawberry on a cream background"]
+prompts += ["a red heart left of a bomb on a blue background"]
+by_length = generate_images(generator, tokenizer, prompts, lengths)
 display(viz.coarse_to_fine(None, by_length, prompts))
 
 # %% [markdown]
-# The same tokens again, from the same seed: a result is reproducible.
+# ## Repeatable
+#
+# The same seed gives the same tokens and the same images, whether they are generated in one go or as they grow.
 
 # %%
-again = dict(grow_images(generator, tokenizer, prompts, [4, 16], seed=3))
+again = dict(grow_images(generator, tokenizer, prompts, [16]))
+display(viz.grid([by_length[16], again[16]], row_labels=["in one go", "growing"], scale=2))
 assert torch.allclose(again[16], by_length[16], atol=1e-4)

@@ -14,56 +14,67 @@
 # ---
 
 # %% [markdown]
-# # Published weights, and passing yours on
+# # Published weights, and publishing yours
 #
-# Weights that others released load by their hub id, a folder or a file, without their code: nothing in a file
-# is run, and a missing or surplus tensor is an error. Here without a network: then the loader says what to do.
+# Models that others released load by their hub id, a folder or a file. Nothing in such a file is run as code, and a
+# missing or surplus tensor is an error. This notebook stays offline: the first cell therefore prints what to do
+# where a model is not on this machine yet.
 
 # %%
 import os
 import tempfile
 from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # leave it out to download
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # leave this line out to download
 
 from IPython.display import display
 
-from flextok import FlexTok, viz
+import flextok
+from flextok import viz
 from flextok.card import model_facts, summary
-from flextok.data.transforms import ImageTransform
 from flextok.emoji.datasets import Emoji
-from flextok.pipeline import load, reconstruct_prefixes
+from flextok.pipeline import reconstruct_prefixes
 from flextok.storage import CheckpointError
 
 HUB_ID = "EPFL-VILAB/flextok_d12_d12_in1k"
 try:
-    published = load(HUB_ID)
+    tokenizer = flextok.load(HUB_ID)
 except CheckpointError as error:
-    published = None
     print(error)
+    print("\nThe cells below use the package's own emoji model.")
+    tokenizer = flextok.load("emoji")
 
 # %% [markdown]
-# With or without it, the same lines. `model_facts` is what `flextok info` prints, with all that a published
-# file left open under *assumed*:
+# ## The same lines for every model
+#
+# Whoever published a tokenizer, it encodes and decodes in the same way.
 
 # %%
-tokenizer = published or FlexTok.from_pretrained("emoji")
-for label, value in summary(model_facts(tokenizer)).items():
-    print(f"{label:<18}{value}")
-
-# %%
-images = ImageTransform(tokenizer.image_size)(Emoji("validation")[7]["image"])[None]
-display(viz.coarse_to_fine(images, reconstruct_prefixes(tokenizer, images, [1, 16, 256])))
+images = tokenizer.transform(Emoji("validation")[33]["image"])[None]
+display(viz.coarse_to_fine(images, reconstruct_prefixes(tokenizer, images, [1, 4, 16, 64, 256])))
 
 # %% [markdown]
-# Fields of the config can be changed while loading, dots descend. Saved, it is our layout: safetensors, a
-# `config.json` and a model card; `push_to_hub("you/model")` publishes the same.
+# ## What a model is
+#
+# These are the facts that `flextok info` prints. What a published file left open, and the loader had to assume, is
+# listed as *assumed*.
+
+# %%
+facts = summary(model_facts(tokenizer))
+for label, value in facts.items():
+    print(f"{label:<{max(map(len, facts))}}  {value}")
+
+# %% [markdown]
+# ## Save and publish
+#
+# `overrides` changes fields of the config while loading, here the number of decoding steps. `save_pretrained` writes
+# the weights as safetensors, `config.json` and a model card. `tokenizer.push_to_hub("you/model")` publishes the same three.
 
 # %%
 folder = tempfile.mkdtemp()
-changed = FlexTok.from_pretrained("emoji", overrides={"decode.num_steps": 4})
+changed = flextok.load("emoji", overrides={"decode.num_steps": 4})
 changed.metadata["note"] = "decodes in four steps"
 changed.save_pretrained(folder)
-again = load(folder)
+again = flextok.load(folder)
 assert again.config.decode.num_steps == 4
-print(Path(folder, "README.md").read_text()[:600])
+print(Path(folder, "README.md").read_text("utf-8")[:600])

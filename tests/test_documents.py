@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.files import write_idx
 from helpers.models import tiny_gpt, tiny_releases, tiny_tokenizer
 from PIL import Image
 
@@ -20,6 +21,7 @@ from flextok import evaluation
 from flextok.cli import main, make_parser
 from flextok.cli.common import data_spec
 from flextok.config import load_experiment
+from flextok.data import fashion_mnist
 from flextok.evaluation import evaluators
 from flextok.pipeline import remember_tokenizer
 from flextok.training import plan
@@ -268,13 +270,24 @@ def test_notebooks_are_paired():
     """Each notebook holds the cells of the .py beside it."""
     jupytext = pytest.importorskip("jupytext")
     notebooks = sorted((ROOT / "notebooks").glob("*.ipynb"))
-    assert len(notebooks) == 5
+    assert len(notebooks) == 6
     for path in notebooks:
         cells, script = (
             [(cell.cell_type, cell.source) for cell in jupytext.read(p).cells]
             for p in (path, path.with_suffix(".py"))
         )
         assert cells == script, f"{path.name}: run jupytext --sync notebooks/*.ipynb"
+
+
+def code_cells(notebook: str, changes: dict[str, str]) -> list[str]:
+    """The code cells of a notebook, with other values in place of some; `display` is not imported,
+    so that a test may give its own."""
+    script = (ROOT / f"notebooks/{notebook}.py").read_text("utf-8")
+    for old, new in changes.items():
+        assert script.count(old) == 1, old
+        script = script.replace(old, new)
+    cells = script.replace("from IPython.display import display\n", "").split("# %%")[1:]
+    return [cell for cell in cells if "[markdown]" not in cell.partition("\n")[0]]
 
 
 def test_the_training_notebook_writes_nothing_into_a_users_folder(tmp_path, monkeypatch):
@@ -287,16 +300,39 @@ def test_the_training_notebook_writes_nothing_into_a_users_folder(tmp_path, monk
     asked = []
     monkeypatch.setattr("flextok.training.run.train", lambda experiment: asked.append(experiment))
     monkeypatch.chdir(ROOT / "notebooks")
-    script = (ROOT / "notebooks/train_your_own.py").read_text("utf-8")
-    cells = script.replace("ROOT = None", f"ROOT = {str(own)!r}").split("# %%")
-    cells = [cell for cell in cells if "[markdown]" not in cell.partition("\n")[0]]
-    assert str(own) in cells[1]
-    session: dict[str, object] = {}
-    for cell in cells[1:3]:  # up to the training
-        exec(cell.replace("from IPython.display import display\n", ""), session)
+    cells = code_cells("train_your_own", {"ROOT = None": f"ROOT = {str(own)!r}"})
+    session: dict[str, object] = {"display": lambda image: None}
+    for cell in cells[:2]:  # up to the training
+        exec(cell, session)
     assert [path.name for path in own.iterdir()] == ["mine.png"]
     assert asked[0].data.train == {"name": "folder", "root": str(own)}
     assert str(own) not in asked[0].output_dir
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("here", [True, False])
+def test_the_papers_figures_are_drawn_with_and_without_the_data_set(
+    tmp_path, monkeypatch, capsys, here
+):
+    """From two trainings of one step on a twin of the data set; without one, the stored results
+    alone are drawn, and a sentence names what is missing."""
+    monkeypatch.setattr(fashion_mnist, "DEBIAN", tmp_path / "debian")
+    if here:
+        write_idx(tmp_path / "data", {"train": 40, "test": 20})
+    changes = {
+        'ROOT = "../data"': f'ROOT = "{tmp_path / "data"}"',
+        'Path("../outputs/paper/full")': "Path('nowhere')",
+        "STEPS = 600": "STEPS = 1",
+    }
+    monkeypatch.chdir(ROOT / "notebooks")
+    drawn: list[Image.Image] = []
+    session: dict[str, object] = {"display": drawn.append}
+    for cell in code_cells("paper_figures", changes):
+        exec(cell, session)
+    assert len(drawn) == (6 if here else 1)
+    assert all(len(set(image.convert("L").tobytes())) > 10 for image in drawn)  # none is blank
+    printed = " ".join(capsys.readouterr().out.split())
+    assert ("dataset-fashion-mnist" in printed) != here
 
 
 @pytest.mark.slow

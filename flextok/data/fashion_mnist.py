@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from flextok.data.shards import state_of
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package puts the files
+BELOW = "FashionMNIST/raw"  # where torchvision puts them in its root
 PREFIX = {"train": "train", "test": "t10k"}  # of the file names of each split
 SIDE = 28
 
@@ -79,12 +80,19 @@ def split_files(folder: Path, split: str) -> list[Path]:
     return found
 
 
-def find_folder(root: Path, split: str) -> Path:
-    """The folder with the files of a split; they are downloaded where no folder has them."""
-    below = root / "FashionMNIST/raw"
-    for folder in (root, below, DEBIAN):
+def stored_folder(root: str | Path, split: str = "train") -> Path | None:
+    """The folder on this machine with the files of a split, None where none has them."""
+    root = Path(root).expanduser()
+    for folder in (root, root / BELOW, DEBIAN):
         if len(split_files(folder, split)) == 2:
             return folder
+    return None
+
+
+def find_folder(root: Path, split: str) -> Path:
+    """As stored_folder, but the files are downloaded where no folder has them."""
+    if folder := stored_folder(root, split):
+        return folder
     try:
         torchvision.datasets.FashionMNIST(root, download=True)
     except (RuntimeError, URLError, OSError) as error:
@@ -93,7 +101,7 @@ def find_folder(root: Path, split: str) -> Path:
             f"downloaded ({' '.join(str(error).split())}): connect to the network, or install "
             "Debian's package dataset-fashion-mnist, or name the folder of the four files as root"
         ) from error
-    return below
+    return root / BELOW
 
 
 def read_idx(path: Path, item_shape: tuple[int, ...]) -> np.ndarray:
