@@ -315,15 +315,19 @@ class Adaptive(Decoding, Measuring):
     """find how many tokens each image needs to meet a target
 
     Finds the shortest prefix that meets the target, image by image. Where labels count objects, a
-    rank correlation tests whether images of more objects need more tokens.
+    rank correlation tests whether images of more objects need more tokens. With --train, every
+    prefix of the training images is measured, and a length head learns to predict the length
+    without decoding; the output folder's tokenizer/ has it. The command then compares both.
 
     flextok adaptive emoji --target psnr=18 --limit 64
+    flextok adaptive emoji --target psnr=18 --train emoji:train --data emoji:validation
     """
 
     model: Annotated[str, "folder or hub id of a tokenizer that decodes prefixes"]
     _: KW_ONLY
     folder = "adaptive"
     target: Annotated[str, "psnr=20, ssim=0.8, lpips=0.3 or efficientnet_lite0=0.1"]
+    train: Annotated[str | None, "fit a length head to these images, at most 4096"] = None
     data: OwnData = None
 
 

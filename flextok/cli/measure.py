@@ -16,7 +16,7 @@ from flextok.emoji import probe as scene_probe
 from flextok.emoji.alignment import alignment, check_probe, format_report
 from flextok.emoji.scenes import EmojiScenes
 from flextok.evaluation import Cell, Options, evaluate, processes
-from flextok.evaluation.adaptive import Target, relate
+from flextok.evaluation.adaptive import Target, fit_length_head, relate
 from flextok.evaluation.evaluators import FAITHFUL, PLAUSIBLE
 from flextok.evaluation.job import model_settings
 from flextok.evaluation.probe import format_table as probe_table
@@ -28,7 +28,9 @@ from flextok.generators import Generator
 from flextok.pipeline import load_token_model, load_tokenizer_of
 from flextok.places import list_models
 from flextok.registry import make_dataset
-from flextok.tokenizers import Tokenizer
+from flextok.tokenizers import FlexTok, Tokenizer
+
+FITTED = 4096  # images, at most, to which a length head is fitted
 
 
 def prepare_output(options: Measuring) -> Path:
@@ -110,8 +112,17 @@ def run_adaptive(options: Adaptive) -> dict[str, Any]:
     if options.data is None and options.model in list_models():
         options.data = "emoji_scenes:validation"
     data = take(data_of(options.data, options.model), options.limit or 256)
-    model = load_for_measuring(options)
-    report = relate(model, data, target, measuring_options(options, decoding_options(options)))
+    model, how = load_for_measuring(options), measuring_options(options, decoding_options(options))
+    if options.train is not None:
+        if not isinstance(model, FlexTok):
+            raise ValueError(f"--train: {options.model} is a {model.model_type}, not a FlexTok")
+        train = take(open_data(options.train), FITTED)
+        fit_length_head(model, train, target.metric, how)
+        dtype = model.dtype
+        model.to(torch.float32).save_pretrained(output / "tokenizer")
+        model.to(dtype)
+        print(f"wrote {output / 'tokenizer'}, which has a length head for {target.metric}")
+    report = relate(model, data, target, how)
     if (found := report["complexity"]) is not None:
         print("label  images  mean tokens  target met")
         for label, row in found["by_label"].items():
@@ -126,6 +137,14 @@ def run_adaptive(options: Adaptive) -> dict[str, Any]:
         f"{report['count']} images, {report['met']} meet {report['target']}; "
         f"{report['mean_tokens']:.1f} tokens each, at most {report['decodes_per_picture']} decodes"
     )
+    if (predicted := report["predicted"]) is not None:
+        took = predicted["seconds_per_picture"]
+        print(
+            f"predicted lengths: Spearman with these {predicted['spearman']:+.3f}; "
+            f"{predicted['met']} meet it, {predicted['mean_tokens']:.1f} tokens each; "
+            f"{1000 * took['prediction']:.2g} ms an image, where the search takes "
+            f"{1000 * took['search']:.2g}"
+        )
     return write_measured(report, model, options, output)
 
 

@@ -4,80 +4,42 @@ The candidates are 1, 2, 4, ... and all K tokens. Bisection finds the shortest o
 target in at most ceil(log2(candidates + 1)) decodes (4 for K = 256), which supposes that quality
 rises with the prefix. Whatever comes back was decoded and meets the target (or no candidate that
 was tried did); the next shorter candidate was decoded too and does not.
+
+The same measurements, of every candidate, fit a FlexTok's length head, which then predicts the
+length without decoding (tokenizers/length.py).
 """
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from flextok.data.sets import labels_count
-from flextok.draws import NOISE, row_generators
+from flextok.draws import NOISE, POSTERIOR, row_generators
 from flextok.evaluation import sources
 from flextok.evaluation.evaluators import EVALUATORS, Comparison, FeatureDistances, Setting
 from flextok.evaluation.job import Options
-from flextok.pipeline import prefix_lengths
-from flextok.schema import unknown_key
-from flextok.tokenizers.base import Tokenizer, encode_rows
+from flextok.nn.devices import check_finite
+from flextok.pipeline import decode_prefixes, prefix_lengths
+from flextok.tokenizers import FlexTok, LengthHeadConfig, Tokenizer
+from flextok.tokenizers.base import encode_rows
+from flextok.tokenizers.length import HIGHER_IS_BETTER, Adaptive, LengthHead, Target
 
 Compare = Callable[[Tensor, Tensor], Tensor]  # decoded, images (B, 3, H, W) -> (B,)
-UNITS = {"psnr": "dB", "ssim": "", "lpips": "", "efficientnet_lite0": "", "inception": ""}
-HIGHER_IS_BETTER = ("psnr", "ssim")
 SHUFFLES = 1000  # of the labels, for the control
+STEPS, BATCH, LEARNING_RATE, WEIGHT_DECAY = 600, 256, 2e-3, 1.0  # AdamW's, of a length head
 
 
-@dataclass(frozen=True)
-class Target:
-    """What an image has to meet: psnr or ssim of at least `value`, or at most this distance: lpips
-    or 1 - the cosine of efficientnet_lite0's or inception's features."""
-
-    metric: str
-    value: float
-
-    def __post_init__(self) -> None:
-        if self.metric not in UNITS:
-            raise unknown_key("target", self.metric, list(UNITS))
-        if not math.isfinite(self.value):
-            raise ValueError(f"target {self.metric}={self.value} must be finite")
-
-    @classmethod
-    def parse(cls, text: str) -> "Target":
-        """ "psnr=20" -> Target("psnr", 20.0)."""
-        metric, equals, value = text.partition("=")
-        try:
-            return cls(metric, float(value))
-        except ValueError:
-            if equals and metric not in UNITS:
-                raise
-            raise ValueError(f"target {text!r} must look like psnr=20 or lpips=0.3") from None
-
-    def met(self, values: Tensor) -> Tensor:
-        higher = self.metric in HIGHER_IS_BETTER
-        return values >= self.value if higher else values <= self.value
-
-    def describe(self, value: float, tokens: int) -> str:
-        return f"{self.metric} {value:.4g} {UNITS[self.metric]}".rstrip() + f" at {tokens}"
-
-    def compare(self, device: torch.device, dtype: torch.dtype) -> Compare:
-        """The function that compares images, with its network loaded. Raises ValueError where the
-        weights are missing."""
-        evaluator = EVALUATORS[self.metric](Setting(device, dtype))
-        assert isinstance(evaluator, Comparison | FeatureDistances), f"{self.metric} has no pairs"
-        return evaluator.compare
-
-
-class Adaptive(NamedTuple):
-    """Indices with the number that each image needs: decode(indices, keep=keep)."""
-
-    indices: Tensor  # (B, K) long
-    keep: Tensor  # (B,) long
-    met: Tensor  # (B,) bool; False: not even all K tokens do, and keep is K
-    value: Tensor  # (B,) float64, the target's metric at keep tokens
-    reason: list[str]  # for people: what was measured, and at which lengths
-    decodes: int  # of each image
+def comparison(metric: str, device: torch.device, dtype: torch.dtype) -> Compare:
+    """The function that compares images, with its network loaded. Raises ValueError where the
+    weights are missing."""
+    evaluator = EVALUATORS[metric](Setting(device, dtype))
+    assert isinstance(evaluator, Comparison | FeatureDistances), f"{metric} has no pairs"
+    return evaluator.compare
 
 
 def encode(
@@ -92,14 +54,14 @@ def encode(
     """images: (B, 3, H, W) in [-1, 1]. Finds the shortest prefix of each image that meets the
     target, such as "psnr=20".
 
-    compare: target.compare(...), to load its network once for many calls. rows: the images'
+    compare: comparison(...), to load its network once for many calls. rows: the images'
     numbers, 0 .. B-1 by default; an image's noise depends on its number and `seed` and is the same
     for each of its prefixes. decoding: options of decode(). Raises ValueError for a target that
     cannot be read and for a tokenizer that decodes no prefixes."""
     target = Target.parse(target) if isinstance(target, str) else target
     parameter = next(tokenizer.parameters())
     images = images.to(parameter.device)
-    compare = compare or target.compare(parameter.device, parameter.dtype)
+    compare = compare or comparison(target.metric, parameter.device, parameter.dtype)
     numbers = torch.arange(len(images)) if rows is None else torch.as_tensor(rows)
     options = tokenizer.decode_options(decoding or {})
     indices = encode_rows(tokenizer, images, seed, numbers)
@@ -121,75 +83,149 @@ def encode(
         high[unsettled] = torch.where(good, middle, high[unsettled])
         low[unsettled] = torch.where(good, low[unsettled], middle + 1)
         decodes += 1
-    chosen = high.clamp_max(len(lengths) - 1)
-    reasons = [
-        explain(target, lengths.tolist(), row, found)
-        for row, found in zip(tried.tolist(), high.tolist(), strict=True)
-    ]
-    return Adaptive(
-        indices,
-        lengths[chosen],
-        met=high < len(lengths),
-        value=tried[torch.arange(len(images)), chosen],
-        reason=reasons,
-        decodes=decodes,
-    )
+    return Adaptive.of(target, lengths.tolist(), indices, tried, high, decodes)
 
 
-def explain(target: Target, lengths: list[int], tried: list[float], found: int) -> str:
-    """Why the candidate number `found` (their count for none), from what was measured at each."""
-    last = min(found, len(lengths) - 1)
-    text = target.describe(tried[last], lengths[last])
-    if found == len(lengths):
-        return f"not met: {text}, which are all tokens"
-    if found == 0:
-        return f"{text}, the shortest there is"
-    return f"{text}, but {target.describe(tried[found - 1], lengths[found - 1])}"
+@torch.no_grad()
+def fit_length_head(tokenizer: FlexTok, dataset: Any, metric: str, options: Options) -> None:
+    """Gives a FlexTok a length head, or another one, fitted to how good the images decoded from
+    each prefix of the images of a data set are. Save the tokenizer to keep it.
+
+    metric: psnr, ssim, lpips, efficientnet_lite0 or inception. options: decoding, seed, batch_size
+    and num_workers are read. Each image is decoded once for each of 1, 2, 4, ... and all tokens.
+    Raises ValueError for a tokenizer that decodes no prefixes."""
+    head_config = LengthHeadConfig(metric, prefix_lengths(tokenizer.num_tokens))
+    width = tokenizer.encoder.head.in_features
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(options.seed)
+        head = LengthHead(head_config, width, tokenizer.num_tokens)
+    weight = tokenizer.encoder.patch_embed.weight
+    compare = comparison(metric, weight.device, weight.dtype)
+    read, scores = [], []
+    source = sources.Images(dataset, tokenizer.image_size)
+    for batch in sources.batches(source, options, "measuring every prefix"):
+        images, numbers = batch["image"].to(weight.device), batch["index"].tolist()
+        draws = row_generators(options.seed, POSTERIOR, numbers)
+        latents = tokenizer.vae.encode(images, generator=draws).to(weight.dtype)
+        outputs = tokenizer.encoder.outputs(latents)
+        indices = tokenizer.quantizer(tokenizer.encoder.head(outputs))[1]
+        how = (head_config.lengths, options.seed, options.decoding, numbers)
+        decoded = decode_prefixes(tokenizer, indices, *how)
+        read.append(head.summary(outputs).cpu().float())
+        scores.append(torch.stack([compare(x, images) for x in decoded.values()], 1).cpu().float())
+    fit(head, torch.cat(read), torch.cat(scores), options.seed)
+    tokenizer.config = replace(tokenizer.config, length_head=head_config)
+    tokenizer.length_head = head.to(weight).eval()
+    facts = {"images": len(torch.cat(read)), "decoding": dict(options.decoding)}
+    tokenizer.metadata["length_head"] = facts
+
+
+@torch.enable_grad()
+def fit(head: LengthHead, summaries: Tensor, scores: Tensor, seed: int) -> None:
+    """summaries: (n, 2 D), what the head reads; scores: (n, lengths). Least squares by AdamW with a
+    cosine schedule, on standardised summaries; the first layer then takes them as they are."""
+    check_finite(scores, "the scores of prefixes")
+    mean, std = summaries.mean(dim=0), summaries.std(dim=0, correction=0).clamp_min(1e-4)
+    spread = scores.std(correction=0).clamp_min(1e-6)
+    head.scale.copy_(spread if head.metric in HIGHER_IS_BETTER else -spread)
+    summaries, scores = (summaries - mean) / std, scores / head.scale
+    curve = scores.mean(dim=0)
+    rise = curve.diff().clamp_min(1e-2).expm1().log()  # softplus gives the mean curve's
+    with torch.no_grad():
+        head.last.weight.mul_(0.1)
+        head.last.bias.copy_(torch.cat([curve[:1], rise]))
+    optimizer = torch.optim.AdamW(head.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+    rng = torch.Generator().manual_seed(seed)
+    for _ in range(STEPS):
+        rows = torch.randint(len(scores), (min(BATCH, len(scores)),), generator=rng)
+        loss = (head(summaries[rows]) / head.scale - scores[rows]).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        head.first.bias.sub_(head.first.weight @ (mean / std))
+        head.first.weight.div_(std)
 
 
 def relate(tokenizer: Tokenizer, dataset: Any, target: Target, options: Options) -> dict[str, Any]:
-    """The experiment: how many tokens each image of a data set needs and, where its labels count
-    something (emoji_scenes: the objects), whether the length follows them: "complexity", else None.
+    """The experiment: how many tokens each image of a data set needs; "complexity": where its
+    labels count something (emoji_scenes: the objects), whether the length follows them;
+    "predicted": where the tokenizer has a length head for the metric, how that agrees. Else None.
     """
     source = sources.Images(dataset, tokenizer.image_size)
     parameter = next(tokenizer.parameters())
-    compare = target.compare(parameter.device, parameter.dtype)
-    images: list[dict[str, Any]] = []
-    met: list[bool] = []
-    decodes = 0
+    compare = comparison(target.metric, parameter.device, parameter.dtype)
+    head = tokenizer.length_head if isinstance(tokenizer, FlexTok) else None
+    predicts = head is not None and head.metric == target.metric
+    decoding = tokenizer.decode_options(options.decoding)
+    labels: list[int] = []
+    searched: list[Adaptive] = []
+    predicted: list[Adaptive] = []
+    reached: list[Tensor] = []  # whether an image of the predicted length meets the target
+    seconds = [0.0, 0.0]
     for batch in sources.batches(source, options, "searching prefixes"):
-        found = encode(
-            *(tokenizer, batch["image"], target, compare, batch["index"], options.seed),
-            options.decoding,
-        )
-        columns = (batch["label"].tolist(), found.keep.tolist(), found.reason)
-        images += [{"label": a, "keep": b, "reason": c} for a, b, c in zip(*columns, strict=True)]
-        met += found.met.tolist()
-        decodes = max(decodes, found.decodes)
-    keeps = torch.tensor([image["keep"] for image in images])
-    follows = None
+        images, numbers = batch["image"].to(parameter.device), batch["index"]
+        started = time.perf_counter()
+        how = (target, compare, numbers, options.seed, options.decoding)
+        searched.append(encode(tokenizer, images, *how))
+        labels += batch["label"].tolist()
+        seconds[0] += time.perf_counter() - started
+        if predicts:
+            assert isinstance(tokenizer, FlexTok)
+            started = time.perf_counter()
+            draws = row_generators(options.seed, POSTERIOR, numbers)
+            found = tokenizer.encode(images, generator=draws, target=target)
+            seconds[1] += time.perf_counter() - started
+            predicted.append(found)
+            draws = row_generators(options.seed, NOISE, numbers)
+            decoded = tokenizer.decode(
+                found.indices, keep=found.keep, options=decoding, generator=draws
+            )
+            reached.append(target.met(compare(decoded, images)).cpu())
+    keeps = torch.cat([found.keep for found in searched])
+    met = torch.cat([found.met for found in searched])
+    needed = needed_lengths(searched, tokenizer.num_tokens)
+    follows, agrees = None, None
     if labels_count(dataset):
-        labels = torch.tensor([image["label"] for image in images])
-        how = (tokenizer.num_tokens, options.seed)
-        follows = complexity(keeps, torch.tensor(met), labels, *how)
+        follows = complexity(keeps, met, needed, torch.tensor(labels), options.seed)
+    if predicts:
+        guessed = torch.cat([found.keep for found in predicted])
+        agrees = {
+            "spearman": spearman(needed_lengths(predicted, tokenizer.num_tokens), needed),
+            "mean_tokens": float(guessed.double().mean()),
+            "met": int(torch.cat(reached).sum()),
+            "seconds_per_picture": {
+                name: value / len(keeps)
+                for name, value in zip(("search", "prediction"), seconds, strict=True)
+            },
+        }
+    reasons = [reason for found in searched for reason in found.reason]
+    rows = zip(labels, keeps.tolist(), reasons, strict=True)
     return {
         "target": f"{target.metric}={target.value:g}",
-        "count": len(images),
-        "met": sum(met),
-        "decodes_per_picture": decodes,
+        "count": len(keeps),
+        "met": int(met.sum()),
+        "decodes_per_picture": max(found.decodes for found in searched),
         "mean_tokens": float(keeps.double().mean()),
         "complexity": follows,
-        "pictures": images,
+        "predicted": agrees,
+        "pictures": [{"label": a, "keep": b, "reason": c} for a, b, c in rows],
     }
 
 
+def needed_lengths(found: Sequence[Adaptive], num_tokens: int) -> Tensor:
+    """Of all images, (n,) long: one that not even all tokens satisfy needs more than any that they
+    do."""
+    return torch.cat([torch.where(some.met, some.keep, 2 * num_tokens) for some in found])
+
+
 def complexity(
-    keeps: Tensor, met: Tensor, labels: Tensor, num_tokens: int, seed: int
+    keeps: Tensor, met: Tensor, length: Tensor, labels: Tensor, seed: int
 ) -> dict[str, Any]:
-    """Spearman's rank correlation of lengths and labels, all (n,), against the same with labels
-    shuffled SHUFFLES times; and the mean length for each label."""
-    # an image that not even all tokens satisfy needs more than any that they do
-    length = torch.where(met, keeps, 2 * num_tokens)
+    """Spearman's rank correlation of `length`, as needed_lengths returns it, and labels, all (n,),
+    against the same with labels shuffled SHUFFLES times; and the mean of `keeps` for each label."""
     rng = torch.Generator().manual_seed(seed)
     orders = [torch.randperm(len(labels), generator=rng) for _ in range(SHUFFLES)]
     value = spearman(length, labels)

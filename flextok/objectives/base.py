@@ -124,14 +124,13 @@ def take_over(module: nn.Module, state: Mapping[str, Tensor]) -> None:
         raise ConfigError(f"model must have the sizes of what it starts from: {error}") from None
 
 
-def begin_with(model: Pretrained, trained: Pretrained, without: str | None = None) -> None:
-    """Take over a trained model's weights, but those whose names begin with `without`. What
+def begin_with(model: Pretrained, trained: Pretrained, without: tuple[str, ...] = ()) -> None:
+    """Take over a trained model's weights, but those whose names begin with one of `without`. What
     `model.resizable` names may have another size: positions are interpolated; of registers, tokens
     and classes those that both have are taken over, and the model's others stay as they are. A line
     in the log says so. Raises ConfigError for other sizes."""
-    ours, state = model.state_dict(), trained.state_dict()
-    if without is not None:
-        state = {name: value for name, value in state.items() if not name.startswith(without)}
+    ours = model.state_dict()
+    state = {k: v for k, v in trained.state_dict().items() if not k.startswith(without)}
     labels = [m.metadata.get("class_names") or [] for m in (trained, model)]
     for name, how in model.resizable:
         if name not in state or name not in ours:

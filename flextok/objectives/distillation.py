@@ -44,6 +44,7 @@ def begin_student(model: FlexTok, teacher: FlexTok, num_steps: int) -> None:
         raise ConfigError(
             f"model.num_registers={model.num_tokens} must be the teacher's {teacher.num_tokens}"
         )
+    model.drop_length_head()
     begin_as(model, teacher)
     if model.codes_settings()["quantizer"] != teacher.codes_settings()["quantizer"]:
         raise ConfigError(

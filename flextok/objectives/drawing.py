@@ -46,8 +46,10 @@ class DrawingObjective(Objective):
         if model.drawer is None:
             raise ConfigError("drawing trains model.drawer, which this model does not have")
         trained = need("weights", weights, FlexTok)
+        model.drop_length_head()
         for name, part in trained.named_children():
-            take_over(model.get_submodule(name), part.state_dict())
+            if name != "length_head":
+                take_over(model.get_submodule(name), part.state_dict())
         if drawer is not None:
             other = need("drawer", drawer, FlexTok).drawer
             if other is None:
@@ -76,6 +78,7 @@ class DrawingObjective(Objective):
         parts = ("vae.", "encoder.", "quantizer.", "decoder.")
         drawer_vae = ("drawer.vae.vae.encoder.", "drawer.vae.vae.quant_conv.")
         config = to_mapping(replace(model.config, drawer=None))
+        del config["length_head"]  # no draft depends on it
         return {
             "weights": fingerprint(model, (*parts, *drawer_vae)),
             "tokenizer": {**config, "vae": model.codes_settings()["vae"], "decode": None},

@@ -69,6 +69,7 @@ class FlowObjective(Objective):
         (begin_with). A drawer is left out, since its drafts change: train it again."""
         model, config = self.model, self.config
         model.drop_drawer()
+        model.drop_length_head()
         self.nested_dropout = nested_dropout(model, config)
         self.sample_times = build(TIME_SAMPLERS, config.time_sampler, "time sampler")
         self.alignment: RepresentationAlignment | None = None
@@ -199,4 +200,5 @@ def begin_as(model: FlexTok, trained: FlexTok) -> None:
             f"model.vae={model.config.vae} is not that of the model it starts from: take "
             f"{{name: identity, shift: {shift}, scale: {scale}}}, or auto for both"
         )
-    begin_with(model, trained, "drawer." if model.drawer is None else None)
+    dropped = ("length_head.", *(["drawer."] if model.drawer is None else []))
+    begin_with(model, trained, dropped)

@@ -4,6 +4,7 @@ from flextok.tokenizers.base import NoOptions, Tokenizer
 from flextok.tokenizers.decoding import DecodeOptions
 from flextok.tokenizers.drawer import DrawerConfig
 from flextok.tokenizers.flextok import FlexTok, FlexTokConfig
+from flextok.tokenizers.length import LengthHeadConfig
 from flextok.tokenizers.titok import TiTok, TiTokConfig
 from flextok.tokenizers.vqgan import MaskGITVQGAN, VQGANConfig
 
@@ -19,6 +20,7 @@ __all__ = [
     "DrawerConfig",
     "FlexTok",
     "FlexTokConfig",
+    "LengthHeadConfig",
     "MaskGITVQGAN",
     "NoOptions",
     "TiTok",

@@ -7,7 +7,7 @@ decoder that rebuilds a plausible image from any prefix. Time: t=1 is noise (flo
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, overload
 
 import torch
 from safetensors.torch import save_file
@@ -34,6 +34,7 @@ from flextok.tokenizers.base import (
 )
 from flextok.tokenizers.decoding import Conditions, DecodeOptions, solve
 from flextok.tokenizers.drawer import Drawer, DrawerConfig
+from flextok.tokenizers.length import HOW_TO_FIT, Adaptive, LengthHead, LengthHeadConfig, Target
 from flextok.tokenizers.networks import Encoder, FlowDecoder, add_places
 from flextok.vae import KLVAE, VAES, IdentityVAE, with_sizes
 
@@ -73,6 +74,8 @@ class FlexTokConfig:
     )
     drawer: DrawerConfig | None = None  # a second decoder, which draws around the first one's image
     decode: DecodeOptions = field(default_factory=DecodeOptions)  # the drawer's, where there is one
+    # predicts how good decode()'s images are by the number of tokens, for encode(target=...)
+    length_head: LengthHeadConfig | None = None
     distilled: bool = False  # a few-step decoder: steps, solver and guidance are those of `decode`
 
 
@@ -140,6 +143,9 @@ class FlexTok(Tokenizer):
         if config.drawer is not None:
             self.drawer = Drawer(config.drawer, config.image_size)
             check_shapes(config, self.drawer.draft_patch_size)
+        self.length_head: LengthHead | None = None
+        if config.length_head is not None:
+            self.length_head = LengthHead(config.length_head, encoder_dim, config.num_registers)
         self.init_weights()
 
     @property
@@ -195,6 +201,30 @@ class FlexTok(Tokenizer):
         predicts_velocity = self.config.prediction == "velocity"
         return prediction if predicts_velocity else velocity_of(prediction, x_t, t)
 
+    @overload
+    def encode(
+        self,
+        images: Pictures,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        sample_posterior: bool | None = None,
+        generator: Rng = None,
+        target: None = None,
+    ) -> Tensor: ...
+
+    @overload
+    def encode(
+        self,
+        images: Pictures,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        sample_posterior: bool | None = None,
+        generator: Rng = None,
+        target: Target | str,
+    ) -> Adaptive: ...
+
     @torch.no_grad()
     def encode(
         self,
@@ -204,18 +234,39 @@ class FlexTok(Tokenizer):
         width: int | None = None,
         sample_posterior: bool | None = None,
         generator: Rng = None,
-    ) -> Tensor:
+        target: Target | str | None = None,
+    ) -> Tensor | Adaptive:
         """images, height, width: as of every tokenizer. Returns indices (B, K) long, coarse to
         fine.
 
         sample_posterior: draw the VAE's latents with `generator`, one or one for each row, in
-        place of its posterior mode.
-        Raises ValueError on a wrong shape, dtype or range."""
+        place of its posterior mode. target: such as "psnr=18"; the length head predicts, without
+        decoding, how many tokens each image needs for it, and what is returned has these numbers
+        beside the indices: decode(found.indices, keep=found.keep).
+        Raises ValueError on a wrong shape, dtype or range, and for a target that the model has no
+        length head for."""
+        target = Target.parse(target) if isinstance(target, str) else target
+        if target is not None:
+            self.length_head_for(target)  # raises before the work, not after it
         images = images_to_encode(self, images, height, width)
         latents = self.vae.encode(images, sample_posterior, generator)
-        weight = self.encoder.patch_embed.weight
-        z = check_finite(self.encoder(latents.to(weight.dtype)), "the encoder's outputs")
-        return self.quantizer(z)[1]
+        latents = latents.to(self.encoder.patch_embed.weight.dtype)
+        if target is None:
+            return self.quantizer(check_finite(self.encoder(latents), "the encoder's outputs"))[1]
+        outputs = self.encoder.outputs(latents)
+        z = check_finite(self.encoder.head(outputs), "the encoder's outputs")
+        return self.length_head_for(target).choose(target, self.quantizer(z)[1], outputs)
+
+    def length_head_for(self, target: Target) -> LengthHead:
+        """The head that predicts the target's metric. Raises ValueError where there is none."""
+        if self.length_head is None:
+            raise ValueError(
+                f"target {target.metric}={target.value:g} needs a length head, which this model "
+                f"does not have: fit one ({HOW_TO_FIT}), or search by decoding "
+                "(flextok.evaluation.adaptive.encode)"
+            )
+        self.length_head.check(target)
+        return self.length_head
 
     @torch.no_grad()
     def decode(
@@ -284,9 +335,11 @@ class FlexTok(Tokenizer):
 
     def save_published(self, folder: str | Path) -> Path:
         """Write model.safetensors as the published FlexTok code reads it, its config in the file's
-        metadata, for others' programs. Raises ValueError for what that layout does not have: VAEs
-        other than AutoencoderKL, iFSQ's bound, drop_mode "truncate", a drawer."""
-        tensors, metadata = to_published(self.written_config(None), self.state_dict())
+        metadata, for others' programs, but no length head. Raises ValueError for what that layout
+        does not have: VAEs other than AutoencoderKL, iFSQ's bound, drop_mode "truncate", a drawer.
+        """
+        state = {k: v for k, v in self.state_dict().items() if not k.startswith("length_head.")}
+        tensors, metadata = to_published(self.written_config(None), state)
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {key: value.detach().contiguous().cpu() for key, value in tensors.items()}
@@ -299,6 +352,10 @@ class FlexTok(Tokenizer):
             decode = self.config.drawer.draft
             self.config = replace(self.config, drawer=None, decode=decode, distilled=False)
             self.drawer = None
+
+    def drop_length_head(self) -> None:
+        """For training, after which decode() returns other images than those that it predicts."""
+        self.config, self.length_head = replace(self.config, length_head=None), None
 
     def conditions(
         self, codes: Tensor, keep: Tensor, size: tuple[int, int] | None = None

@@ -62,6 +62,10 @@ class Encoder(nn.Module):
     def forward(self, latents: Tensor, length: int | None = None) -> Tensor:
         """latents: (B, C, h, w); length: only so many registers, the first ones, which see none
         of the others. Returns z (B, length or K, out_dim), before quantization."""
+        return self.head(self.outputs(latents, length))
+
+    def outputs(self, latents: Tensor, length: int | None = None) -> Tensor:
+        """As forward, but returns what the head reads, (B, length or K, D)."""
         x = self.patch_embed(patchify(latents, self.patch_size))  # (B, N, D)
         rows, columns = (side // self.patch_size for side in latents.shape[-2:])
         x = x + patch_positions(self.patch_pos, rows, columns)
@@ -72,7 +76,7 @@ class Encoder(nn.Module):
             x = (
                 F.adaptive_avg_pool2d(x, tuple(self.token_grid or ())).flatten(2).transpose(1, 2)
             )  # (B, K, D)
-            return self.head(self.norm(x))
+            return self.norm(x)
         registers = self.registers[:length]
         num_patches = x.shape[1]
         x = torch.cat([x, registers.expand(len(x), -1, -1).to(x.dtype)], dim=1)  # (B, N+K, D)
@@ -81,7 +85,7 @@ class Encoder(nn.Module):
         for block in blocks:
             x = block(x, mask, prefix=num_patches)
         x = last(x, mask, first=num_patches)  # nobody reads the patches after it
-        return self.head(self.norm(x))
+        return self.norm(x)
 
 
 class DecoderOutput(NamedTuple):
