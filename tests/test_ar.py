@@ -1,8 +1,11 @@
+import itertools
+
 import pytest
 import torch
 from helpers.models import overfit, tiny_gpt
 
 from flextok.draws import row_generators
+from flextok.generators import GPT
 from flextok.objectives import NextTokenConfig, NextTokenObjective
 from flextok.schema import from_mapping
 
@@ -12,6 +15,7 @@ def seeded(seed=0):
 
 
 LABELS = torch.tensor([0, 3, 4, 1])
+SCHEDULES = [[1, 1, 2, 4], [1, 1, 1, 5], [1, 7], [4, 4]]  # of 8 indices
 
 
 @torch.no_grad()
@@ -55,8 +59,9 @@ def test_generation_equals_a_plain_loop(scale):
     assert torch.equal(fast, indices)
 
 
-def test_a_shorter_generation_is_a_prefix_of_a_longer_one():
-    model = tiny_gpt()
+@pytest.mark.parametrize("groups", [None, *SCHEDULES])
+def test_a_shorter_generation_is_a_prefix_of_a_longer_one(groups):
+    model = tiny_gpt(groups=groups)
     long = model.generate(LABELS, generator=seeded())
     for k in (1, 5):
         assert torch.equal(model.generate(LABELS, num_tokens=k, generator=seeded()), long[:, :k])
@@ -91,13 +96,103 @@ def test_a_model_whose_weights_are_not_finite_is_refused(value, temperature):
         model.generate(LABELS, temperature=temperature, generator=seeded())
 
 
-def test_continuing_a_prefix():
-    model = tiny_gpt()
+@pytest.mark.parametrize("groups", [None, *SCHEDULES])
+def test_continuing_a_prefix(groups):
+    model = tiny_gpt(groups=groups)
     whole = model.generate(LABELS, temperature=0)
     for p in (1, 6, 8):
         assert torch.equal(model.generate(LABELS, temperature=0, prefix=whole[:, :p]), whole)
     forced = torch.tensor([[7, 9]] * 4)
     assert torch.equal(model.generate(LABELS, prefix=forced, generator=seeded())[:, :2], forced)
+
+
+@torch.no_grad()
+def test_groups_of_one_index_are_the_model_without_groups():
+    plain, ones = tiny_gpt(), tiny_gpt(groups=[1] * 8)
+    indices = torch.randint(0, 200, (4, 7), generator=seeded())
+    assert plain.state_dict().keys() == ones.state_dict().keys()
+    assert torch.equal(plain(indices, LABELS), ones(indices, LABELS))
+    sampled = plain.generate(LABELS, generator=seeded())
+    assert torch.equal(ones.generate(LABELS, generator=seeded()), sampled)
+    ones.grouped = True  # what larger groups compute, with their mask
+    torch.testing.assert_close(ones(indices, LABELS), plain(indices, LABELS))
+    assert torch.equal(ones.generate(LABELS, generator=seeded()), sampled)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("groups", SCHEDULES)
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+def test_generation_by_groups_equals_a_plain_loop(groups, scale):
+    """Greedy, with guidance, without a cache; and it takes a step for each group."""
+    model = tiny_gpt(groups=groups)
+    indices, null = torch.zeros(4, 8, dtype=torch.long), torch.full_like(LABELS, -1)
+    ends = list(itertools.accumulate(groups))
+    for first, end in zip([0, *ends], ends, strict=False):
+        c, u = (model(indices[:, :-1], cond)[:, first:end] for cond in (LABELS, null))
+        indices[:, first:end] = (u + scale * (c - u)).argmax(dim=-1)
+    passes = []
+    model.norm.register_forward_hook(lambda *_: passes.append(1))
+    steps = list(model.stream(LABELS, temperature=0, guidance_scale=scale))
+    assert torch.equal(steps[-1], indices)
+    assert [some.shape[1] for some in steps] == ends
+    assert len(passes) == len(groups)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("groups", [None, *SCHEDULES])
+def test_the_logits_of_a_part_are_those_of_the_whole(groups):
+    model = tiny_gpt(groups=groups)
+    indices = torch.randint(0, 200, (4, 7), generator=seeded())
+    whole = model(indices, LABELS)
+    for k in range(7):
+        torch.testing.assert_close(model(indices[:, :k], LABELS), whole[:, : k + 1])
+
+
+@pytest.mark.parametrize("groups", [[1] * 8, *SCHEDULES])
+def test_an_index_is_predicted_from_those_of_earlier_groups_and_from_all_of_them(groups):
+    model = tiny_gpt(groups=groups)
+    embedded = []
+    model.embedding.register_forward_hook(lambda *call: embedded.append(call[2]))
+    logits = model(torch.arange(7).expand(4, 7), LABELS)
+    first = [end - size for size, end in zip(groups, itertools.accumulate(groups), strict=True)]
+    starts = [start for start, size in zip(first, groups, strict=True) for _ in range(size)]
+    for j, start in enumerate(starts):
+        loss = torch.nn.functional.cross_entropy(logits[:, j], torch.arange(4))
+        (slope,) = torch.autograd.grad(loss, embedded, retain_graph=True, allow_unused=True)
+        read = [] if slope is None else slope.abs().sum(dim=(0, 2)).nonzero().flatten().tolist()
+        assert read == list(range(start))
+
+
+def test_a_model_continues_with_other_groups(tmp_path):
+    """Groups have no weights of their own."""
+    plain, grouped = tiny_gpt(), tiny_gpt(groups=[1, 1, 2, 4])
+    grouped.init_weights()
+    NextTokenObjective(grouped, weights=plain)
+    for name, value in plain.state_dict().items():
+        assert torch.equal(grouped.state_dict()[name], value)
+    grouped.save_pretrained(tmp_path)
+    loaded = GPT.from_pretrained(tmp_path)
+    assert loaded.config.groups == [1, 1, 2, 4]
+    sampled = grouped.generate(LABELS, generator=seeded())
+    assert torch.equal(loaded.generate(LABELS, generator=seeded()), sampled)
+    again = GPT.from_pretrained(tmp_path, overrides={"groups": None})
+    assert torch.equal(again.generate(LABELS, temperature=0), plain.generate(LABELS, temperature=0))
+
+
+@pytest.mark.parametrize(
+    ("groups", "said"),
+    [
+        (
+            [1, 1, 2],
+            r"groups=\[1, 1, 2\] hold 4 indices in all, but num_tokens=8: change",
+        ),
+        ([], r"groups=\[\] hold 0 indices"),
+        ([1, 4, 3], r"a group of 3 cannot read all indices of one of 4 before it: order the sizes"),
+    ],
+)
+def test_groups_that_do_not_fit_are_refused(groups, said):
+    with pytest.raises(ValueError, match=said):
+        tiny_gpt(groups=groups)
 
 
 def test_batched_generation_is_each_alone():
@@ -149,9 +244,10 @@ def test_unconditional_model():
 
 
 @pytest.mark.slow
-def test_one_batch_overfits():
+@pytest.mark.parametrize("groups", [None, [1, 1, 2, 4]])
+def test_one_batch_overfits(groups):
     torch.manual_seed(0)
-    model = tiny_gpt(dim=64)
+    model = tiny_gpt(dim=64, groups=groups)
     model.init_weights()
     model.train()
     indices = torch.randint(0, 200, (4, 8), generator=seeded())

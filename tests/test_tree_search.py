@@ -95,9 +95,10 @@ def test_the_images_are_those_of_the_indices(gpt, tokenizer):
 
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 @pytest.mark.parametrize("lookahead", [0, 1])
-def test_shared_caches_change_no_index(tokenizer, monkeypatch, scale, lookahead):
+@pytest.mark.parametrize("groups", [None, [1, 1, 2, 4]])
+def test_shared_caches_change_no_index(tokenizer, monkeypatch, scale, lookahead, groups):
     """Each level generated from its prefixes alone, which computes all keys and values again."""
-    gpt = tiny_gpt(conditioner=TEXT).double()
+    gpt = tiny_gpt(conditioner=TEXT, groups=groups).double()
     options = {
         "lengths": [1, 2, 5, 8],
         "budget": 12,

@@ -3,8 +3,14 @@
 A start token carries the class; a text is read by cross-attention in every block. Learned absolute
 positions; pre-norm blocks with SwiGLU. Position j reads the start token and indices < j and
 predicts index j.
+
+With `groups`, one step predicts all indices of a group, independently of one another given those of
+the groups before it (DetailFlow, arXiv 2505.21473; ResTok, 2601.03955, whose groups grow). In a
+group of n, each position reads the index n places before its own, and attends to all positions of
+its group and of those before it. Groups of one index are the model without groups.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +25,7 @@ from flextok.generators.sampling import MAX_SCALE, check_temperature, pick
 from flextok.nn.attention import KVCache
 from flextok.nn.blocks import Block, LayerNorm
 from flextok.nn.devices import check_finite, to_device
-from flextok.schema import Depth, Many, Share, Size, check_number
+from flextok.schema import ConfigError, Depth, Many, Share, Size, check_number
 from flextok.tokenizers.base import Callback
 
 MAX_TOP_K = 2**31 - 1
@@ -54,6 +60,9 @@ class GPTConfig:
         default_factory=lambda: {"name": "class", "num_classes": 1000}
     )
     dropout: Share = 0.0  # on the input embeddings
+    # how many indices each step predicts, such as [1, 1, 2, 4, 8, 16] for num_tokens=32: in all
+    # num_tokens, and no step fewer than the step before it; None = one index a step
+    groups: list[Size] | None = None
     generate: GenerateOptions = field(default_factory=GenerateOptions)
 
 
@@ -76,6 +85,13 @@ class GPT(Generator):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
+        sizes = [1] * config.num_tokens if config.groups is None else config.groups
+        check_groups(sizes, config.num_tokens)
+        self.grouped = sizes[-1] > 1
+        # of each index: the size of its group, and the number of indices up to the group's end
+        self.group_sizes = [size for size in sizes for _ in range(size)]
+        ends = zip(sizes, itertools.accumulate(sizes), strict=True)
+        self.group_ends = [end for size, end in ends for _ in range(size)]
         dim = config.dim or 64 * config.depth
         self.conditioner = make_conditioner(config.conditioner, dim)
         self.embedding = nn.Embedding(config.vocab_size, dim)
@@ -116,10 +132,10 @@ class GPT(Generator):
         0..k."""
         condition = self.condition(cond, drop)
         x = self.join_start(indices, condition)
-        mask = context_mask(condition)
+        groups, mask = self.group_mask(0, x.shape[1]), context_mask(condition)
         for block, context in zip(self.blocks, self.contexts(condition), strict=True):
-            x = block(x, is_causal=True, context=context, context_mask=mask)
-        return self.head(self.norm(x))
+            x = block(x, groups, is_causal=True, context=context, context_mask=mask)
+        return self.head(self.norm(x[:, : indices.shape[1] + 1]))
 
     def condition(self, cond: Cond, drop: Tensor | None = None) -> Condition:
         return self.conditioner(self.conditioner.prepare(cond, self.start.device), drop)
@@ -131,12 +147,29 @@ class GPT(Generator):
         blocks: Any = self.blocks
         return [block.cross_attn.keys_values(condition.context.values) for block in blocks]
 
-    def join_start(self, indices: Tensor, condition: Condition) -> Tensor:
-        """Returns the input embeddings (B, k+1, D): the start token with its condition, then one
-        for each index, all with positions."""
-        start = (self.start + condition.start)[:, None]
-        x = torch.cat([start, self.embedding(indices)], dim=1)
-        return self.dropout(x + self.positions[: x.shape[1]])
+    def join_start(self, indices: Tensor, condition: Condition, first: int = 0) -> Tensor:
+        """indices: (B, k) long. Returns the input embeddings (B, n, D) of the positions from
+        `first` to the end of index k's group, the n = k + 1 - first next ones without groups: each
+        is that of the index which the position reads, or where there is none of the start token
+        with its condition, and its position."""
+        end = self.group_ends[indices.shape[1]]
+        reads = [max(-1, j - self.group_sizes[j]) for j in range(first, end)]  # -1: the start token
+        low = min(reads)
+        x = self.embedding(indices[:, max(0, low) :])
+        if low < 0:
+            x = torch.cat([(self.start + condition.start)[:, None], x], dim=1)
+        if self.grouped:
+            x = x[:, [j - low for j in reads]]
+        return self.dropout(x + self.positions[first:end])
+
+    def group_mask(self, first: int, end: int) -> Tensor | None:
+        """Which positions those from `first` to `end` attend to, (end - first, end) bool: all of
+        their own group and of those before it. None without groups: it is causal."""
+        if not self.grouped:
+            return None
+        device = self.positions.device
+        ends = torch.tensor(self.group_ends[first:end], device=device)
+        return torch.arange(end, device=device) < ends[:, None]
 
     @torch.no_grad()
     def generate(
@@ -155,8 +188,9 @@ class GPT(Generator):
         scale (c - u) on logits, both branches in one batch. Each index of a row takes one uniform
         number from its generator, and all are drawn before the first index. caches: of `new_caches`
         or `take_caches`; what they hold of the prefix is not computed again, and afterwards they
-        hold all positions but the last index's. Raises ValueError for options out of range, and
-        NotFinite where the logits are not."""
+        hold as many positions as there are indices. The prefix and num_tokens may end inside a
+        group, whose other indices do not depend on where. Raises ValueError for options out of
+        range, and NotFinite where the logits are not."""
         chosen = self.generate_options(asked, options)
         steps = self.stream(
             cond,
@@ -184,7 +218,8 @@ class GPT(Generator):
         **asked: Any,
     ) -> Iterator[Tensor]:
         """As generate, but yields the first indices (B, k) as soon as they are there: k = p + 1,
-        ..., num_tokens, or only the prefix itself where it has all."""
+        ..., num_tokens, or only the prefix itself where it has all. With groups, k grows by a group
+        in each step."""
         chosen = self.generate_options(asked, options)
         scale = chosen.guidance_scale
         total = self.check_num_tokens(num_tokens)
@@ -215,34 +250,40 @@ class GPT(Generator):
         blocks: Any = self.blocks
         head: Any = self.head
         if self.lay_out is not None:
-            blocks, head = (self.lay_out(x, repeat * batch, total - done) for x in (blocks, head))
-        draws = uniform_steps(total - done, batch, generator, device)
-        first = done
+            most = repeat * batch * max(self.group_sizes[done:total])
+            steps = len(set(self.group_ends[done:total]))
+            blocks, head = (self.lay_out(x, most, steps) for x in (blocks, head))
+        draws = uniform_steps(total - done, batch, generator, device).T  # (B, total - p)
+        drawn = done
         largest: list[Tensor] = []  # logit of each step; checked at the end, once
-        x = self.join_start(indices[:, :done].repeat(repeat, 1), condition)[:, caches[0].length :]
         while True:
+            first, end = caches[0].length, self.group_ends[done]
+            stop = min(end, total)
+            x = self.join_start(indices[:, :done].repeat(repeat, 1), condition, first)
+            groups = self.group_mask(first, end)
             for block, cache, context in zip(blocks, caches, contexts, strict=True):
-                x = block(x, is_causal=True, cache=cache, context=context, context_mask=mask)
-            logits = head(self.norm(x[:, -1]))
+                x = block(x, groups, True, cache=cache, context=context, context_mask=mask)
+                cache.length = stop  # the rest of a group that is cut comes again with its indices
+            logits = head(self.norm(x[:, done - first : stop - first]).flatten(0, 1))
             if guided:
                 c, u = logits.chunk(2)
                 logits = u + scale * (c - u)
-            new = pick(logits, draws[done - first], chosen.temperature, chosen.top_k, chosen.top_p)
+            some = draws[:, done - drawn : stop - drawn].flatten()
+            new = pick(logits, some, chosen.temperature, chosen.top_k, chosen.top_p)
             largest.append(logits.abs().amax())
-            indices[:, done] = new
-            done += 1
+            indices[:, done:stop] = new.view(batch, -1)
+            done = stop
             yield indices[:, :done]
             if done == total:
                 check_finite(torch.stack(largest), "the generator's logits")
                 return
-            x = self.embedding(new.repeat(repeat))[:, None] + self.positions[done]
 
     def new_caches(self, batch: int, length: int, guided: bool = False) -> list[KVCache]:
         """Empty caches, one for each block, for so many rows and indices; guided: with as many rows
         of the null condition behind them."""
         dim = self.positions.shape[1]
         heads = self.config.num_heads or self.config.depth
-        rows = 2 * batch if guided else batch
+        rows, length = 2 * batch if guided else batch, self.group_ends[length - 1]
         return [KVCache(rows, heads, length, dim // heads, like=self.start) for _ in self.blocks]
 
     def take_caches(
@@ -251,7 +292,22 @@ class GPT(Generator):
         """Caches of generate() for a batch, as they are for another one whose row j has the first
         `prefix` indices of row rows[j], (n,) long, and grows to `length` indices."""
         rows = torch.cat([rows + first for first in range(0, len(caches[0].k), batch)])
-        return [cache.take(rows, prefix, length) for cache in caches]
+        return [cache.take(rows, prefix, self.group_ends[length - 1]) for cache in caches]
+
+
+def check_groups(sizes: list[int], num_tokens: int) -> None:
+    """Raises ConfigError unless the sizes never fall and are num_tokens in all."""
+    if sum(sizes) != num_tokens:
+        raise ConfigError(
+            f"groups={sizes} hold {sum(sizes)} indices in all, but num_tokens={num_tokens}: change "
+            "the sizes so that their sum is num_tokens"
+        )
+    if falls := [(a, b) for a, b in itertools.pairwise(sizes) if b < a]:
+        a, b = falls[0]
+        raise ConfigError(
+            f"groups={sizes}: a group of {b} cannot read all indices of one of {a} before it: "
+            "order the sizes so that none is smaller than the one before it"
+        )
 
 
 def context_mask(condition: Condition) -> Tensor | None:

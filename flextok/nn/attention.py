@@ -79,18 +79,20 @@ class Attention(nn.Module):
         prefix: int = 0,
     ) -> Tensor:
         """x: (B, N, D); mask: broadcastable to (B, heads, N, M), bool (True = attend) or an
-        additive bias; cache: self-attention continues after the cached positions; keys_values:
-        ready ones of another sequence (cross-attention); prefix: the first so many positions see
-        just one another, and mask has the rows of the rest. Returns (B, N, D)."""
+        additive bias; is_causal: without a mask, positions see none behind them; cache:
+        self-attention continues after the cached positions; keys_values: ready ones of another
+        sequence (cross-attention); prefix: the first so many positions see just one another, and
+        mask has the rows of the rest. Returns (B, N, D)."""
         q = self.split_heads(self.wq(x), self.qk_norm)
         k, v = keys_values if keys_values is not None else self.keys_values(x)
+        causal = is_causal and mask is None and q.shape[2] > 1
         if cache is not None:
             start = cache.length
             k, v = cache.append(k, v)
-            if is_causal and start and q.shape[2] > 1:  # SDPA's own causal flag aligns top-left
+            if causal and start:  # SDPA's own causal flag aligns top-left
+                causal = False
                 mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=x.device)
                 mask = mask.tril(start)
-        causal = is_causal and mask is None and q.shape[2] > 1
         attend = partial(F.scaled_dot_product_attention, scale=self.scale)
         y = attend(q[:, :, prefix:], k, v, attn_mask=mask, is_causal=causal)
         if prefix:

@@ -29,8 +29,9 @@ class NextTokenConfig:
 
 
 class NextTokenObjective(Objective):
-    """The cross-entropy of each index given those before it, in nats. Conditions are dropped and
-    inputs replaced in training mode only."""
+    """The cross-entropy of each index given those before it, in nats; of a model with groups, given
+    those of the groups before its own. Conditions are dropped and inputs replaced in training mode
+    only."""
 
     config_class = NextTokenConfig
     models = ("gpt",)
