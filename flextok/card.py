@@ -88,7 +88,7 @@ def model_card(model: "Pretrained", config: Mapping[str, Any], metadata: Mapping
     facts = model_facts(model) | {"config": config, "metadata": metadata}
     # the class as one imports it: of a sharded model FSDP2 makes another
     kind = next(cls for cls in type(model).__mro__ if "model_type" in vars(cls))
-    headline = (kind.__doc__ or "").strip().partition("\n")[0]
+    headline = " ".join((kind.__doc__ or "").partition("\n\n")[0].split())
     name = kind.__name__
     front = yaml.safe_dump(front_matter(facts), sort_keys=False, allow_unicode=True)
     rows = [f"| {cell(label)} | {cell(value)} |" for label, value in summary(facts).items()]

@@ -160,6 +160,8 @@ def test_documented_trainings_can_start():
 def test_help_teaches(name):
     parser = subparsers()[name]
     assert len(parser.description) > 60
+    for action in parser._actions:
+        assert action.help or action.metavar, f"flextok {name} {action.dest} has no help"
     examples = parser.epilog.removeprefix("examples:\n")
     parsed = [command for command in commands(examples) if arguments_of(command)]
     assert parsed, f"flextok {name} --help shows no example"

@@ -57,7 +57,9 @@ class Train:
     _: KW_ONLY
     data: Annotated[str | None, "a folder of pictures, in place of a config"] = None
     size: Annotated[int, "of the images of --data, in pixels"] = 64
-    gpu_memory: Annotated[float | None, "GB to fill, of a GPU; default: what is here"] = None
+    gpu_memory: Annotated[float | None, "GB of the GPU to fill; default: that of the GPU here"] = (
+        None
+    )
     output: Annotated[str | None, "for --data; default: outputs/ and the folder's name"] = None
     only_caches: Annotated[
         bool,
@@ -77,7 +79,7 @@ class Tokenize(Augmentation, Loading, Seed, Device, Json):
     torchrun --nproc-per-node=8 -m flextok.cli tokenize MODEL 'shards-{000..999}.tar' tokens
     """
 
-    model: Annotated[str, "folder or hub id of a tokenizer"]
+    model: Annotated[str, "folder, name or hub id of a tokenizer"]
     data: Annotated[str, SETS]
     output: Annotated[str, "the folder to write"]
     _: KW_ONLY
@@ -105,7 +107,9 @@ class Plan(Json):
     gpus: Annotated[int, "how many, over all nodes"]
     gpu: Annotated[str, "a100, h100, h200, rtx3090, ..."] = "h100"
     utilisation: Annotated[float, "of peak arithmetic"] = 0.35
-    price: Annotated[float | None, "dollars a GPU hour, 2.5 for rented ones"] = None
+    price: Annotated[
+        float | None, "dollars per GPU hour; default 2.5, for cards that can be rented"
+    ] = None
     picture_kb: Annotated[float, "an image file's size"] = 110.0
 
 
@@ -148,7 +152,7 @@ class Sample(Decoding, Shape, Sampling, Seed, Device, Json):
         f"default {TOKENIZER}, {BY_CLASS} or {BY_PROMPT}",
     ] = ""
     _: KW_ONLY
-    images: Annotated[list[str] | None, "picture files or folders"] = None
+    images: Annotated[list[str] | None, "files or folders of pictures"] = None
     classes: Annotated[
         list[str] | None,
         "names or numbers of classes, or 'none' (or '') for no class; --classes alone: all of "
@@ -193,7 +197,7 @@ class Search(Decoding, Sampling, Seed, Device, Json):
     ] = "scenes"
     num_tokens: Annotated[
         list[int] | None,
-        "at which candidates are scored; default: all, or without a generator 1 4 16 ... and all",
+        "where candidates are scored; default: all, or without a generator 1 4 16 ... and all",
     ] = None
     budget: Annotated[Count, "decodes for each class or prompt"] = 16
     beams: Annotated[Count, "candidates that are continued"] = 2
@@ -201,9 +205,11 @@ class Search(Decoding, Sampling, Seed, Device, Json):
         int, Bounds(0, 64), "score a candidate by its continuation so many lengths further on"
     ] = 0
     tokenizer: ItsTokenizer = None
-    data: Annotated[str, "the scenes that the scenes' verifier knows"] = WELL_KNOWN
+    data: Annotated[str, "the scenes that the scenes' verifier is trained on"] = WELL_KNOWN
     probe: Annotated[str | None, "a file to keep the classifier in, or take it from"] = None
-    probe_steps: Annotated[int, Bounds(1, 1_000_000), "its training, if needed"] = 1500
+    probe_steps: Annotated[
+        int, Bounds(1, 1_000_000), "of the classifier's training, where there is none yet"
+    ] = 1500
     output: Annotated[str, "the folder to write"] = "outputs/search"
 
 
@@ -225,7 +231,9 @@ class Reconstruct(Decoding, Shape, Seed, Device, Json):
     _: KW_ONLY
     model: Annotated[str, "a tokenizer's folder, name or hub id"] = TOKENIZER
     num_tokens: Annotated[list[int] | None, "default: all"] = None
-    output: Annotated[str | None, f"folder, file.png or - (stdout); {RECONSTRUCTED}"] = None
+    output: Annotated[
+        str | None, f"folder, file.png or - (standard output); default {RECONSTRUCTED}"
+    ] = None
 
 
 Compared = Annotated[
@@ -270,7 +278,7 @@ class Evaluate(Networks, Decoding, Measuring):
     flextok evaluate emoji-class emoji:train --num-samples 960
     """
 
-    model: Annotated[str, "folder or hub id of a tokenizer or a generator"]
+    model: Annotated[str, "folder, name or hub id of a tokenizer or a generator"]
     data: Annotated[str, f"{SETS}; for a generator also an ADM reference .npz"]
     _: KW_ONLY
     folder = "evaluation"
@@ -294,7 +302,7 @@ class Sweep(Networks, Solving, Measuring):
     flextok sweep emoji --data emoji:validation --reference emoji:train --steps 1 4
     """
 
-    model: Annotated[str, "folder or hub id of a tokenizer"]
+    model: Annotated[str, "folder, name or hub id of a tokenizer"]
     _: KW_ONLY
     folder = "sweep"
     data: OwnData = None
@@ -323,7 +331,7 @@ class Adaptive(Decoding, Measuring):
     flextok adaptive emoji --target psnr=18 --train emoji:train --data emoji:validation
     """
 
-    model: Annotated[str, "folder or hub id of a tokenizer that decodes prefixes"]
+    model: Annotated[str, "folder, name or hub id of a tokenizer that decodes prefixes"]
     _: KW_ONLY
     folder = "adaptive"
     target: Annotated[str, "psnr=20, ssim=0.8, lpips=0.3 or efficientnet_lite0=0.1"]
@@ -340,7 +348,7 @@ class Probe(Measuring):
     flextok probe emoji --train emoji:train --data emoji:validation
     """
 
-    model: Annotated[str, "folder or hub id of a tokenizer"]
+    model: Annotated[str, "folder, name or hub id of a tokenizer"]
     _: KW_ONLY
     folder = "probe"
     train: Annotated[str | None, "labelled images; default: those it was trained on"] = None
@@ -359,14 +367,16 @@ class Align(Decoding, Seed, Device, Json):
         --data "{name: emoji_scenes, max_objects: 2, vocabulary: basic, prompts: held_out}"
     """
 
-    model: Annotated[str, "folder or hub id of a generator"]
+    model: Annotated[str, "folder, name or hub id of a generator"]
     _: KW_ONLY
     tokenizer: ItsTokenizer = None
     data: Data = None
     limit: Limit = None
     num_tokens: Lengths = None
     probe: Annotated[str | None, "a file to keep the classifier in, or take it from"] = None
-    probe_steps: Annotated[int, Bounds(1, 1_000_000), "its training, if needed"] = 1500
+    probe_steps: Annotated[
+        int, Bounds(1, 1_000_000), "of the classifier's training, where there is none yet"
+    ] = 1500
 
 
 @dataclass
@@ -388,7 +398,7 @@ class Bench(Device, Json):
     repeats: Annotated[Count, "measure so often and keep the best"] = 3
     compare_mkl: Annotated[bool, "also without oneDNN, on a CPU"] = False
     threads: Annotated[Count | None, "of the CPU"] = None
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Annotated[Literal["float32", "bfloat16"], "of weights and products"] = "float32"
 
 
 @dataclass

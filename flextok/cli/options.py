@@ -37,8 +37,10 @@ Count = Annotated[int, Bounds(1, 2**40)]
 SETS = "emoji:validation, emoji_scenes:train, a picture folder, shards (*.tar), {name: ...}"
 Data = Annotated[str | None, SETS]
 OwnData = Annotated[str | None, f"{SETS}; default: the model's validation set"]
-Limit = Annotated[Count | None, "use only this many images, evenly spread over the set"]
-Lengths = Annotated[list[int] | None, "default 1 2 4 ... all, or all"]
+Limit = Annotated[Count | None, "use only this many images, spread evenly over the set"]
+Lengths = Annotated[
+    list[int] | None, "default: 1 2 4 ... and all, or all where prefixes mean nothing"
+]
 ItsTokenizer = Annotated[
     str | None, "for a generator: decode with this tokenizer in place of its own"
 ]
@@ -152,35 +154,35 @@ class Device:
 
 @dataclass(kw_only=True)
 class Seed:
-    seed: Annotated[int, Bounds(0, 2**63 - 1)] = 0
+    seed: Annotated[int, Bounds(0, 2**63 - 1), "of all random draws; default 0"] = 0
 
 
 @dataclass(kw_only=True)
 class Loading:
-    batch_size: Annotated[int, Bounds(1, 1_000_000)] = 64
-    num_workers: Annotated[int, Bounds(0, 1000)] = 0
+    batch_size: Annotated[int, Bounds(1, 1_000_000), "images at a time; default 64"] = 64
+    num_workers: Annotated[int, Bounds(0, 1000), "processes that read images; default 0"] = 0
 
 
 @dataclass(kw_only=True)
 class Solving:
     """Of a decoder that solves an equation."""
 
-    solver: Annotated[str | None, "euler, heun or ab2"] = None
+    solver: Annotated[str | None, "of the decoder: euler, heun or ab2"] = None
     guidance_interval: Annotated[
         tuple[float, float] | None, "guide only between these times", {"metavar": ("LOW", "HIGH")}
     ] = None
     time_shift: Annotated[float | None, "above 1: more steps near the noise"] = None
     noise_scale: Annotated[
         tuple[float, float] | None,
-        "scale of the noise for one token and for all",
+        "factor of the initial noise for one token, and for all",
         {"metavar": ("ONE", "ALL")},
     ] = None
 
 
 @dataclass(kw_only=True)
 class Decoding(Solving):
-    steps: Annotated[int | None, "decoder steps"] = None
-    guidance_scale: Annotated[float | None, "decoder's guidance; 1 is none"] = None
+    steps: Annotated[int | None, "of the decoder; default: the model's own"] = None
+    guidance_scale: Annotated[float | None, "of the decoder; 1 is no guidance"] = None
 
 
 @dataclass(kw_only=True)
@@ -195,12 +197,16 @@ class Shape:
 class Sampling:
     """Of a generator."""
 
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
+    temperature: Annotated[
+        float | None, "of the generator's draws; 0 takes the likeliest index"
+    ] = None
+    top_k: Annotated[int | None, "draw from this many likeliest indices only; 0: from all"] = None
+    top_p: Annotated[float | None, "draw from the likeliest indices of this total probability"] = (
+        None
+    )
     class_guidance: Annotated[
         float | None,
-        "generator's guidance; none is 1, and 0 for a MaskGIT with linear or constant decay",
+        "of the generator; 1 is no guidance, and 0 for a MaskGIT with linear or constant decay",
         {"also": ["--text-guidance"]},
     ] = None
     generator_steps: Annotated[int | None, "MaskGIT's sampling steps"] = None
