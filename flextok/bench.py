@@ -305,7 +305,7 @@ def measure(run: Callable[[], object], device: torch.device, repeats: int) -> tu
 
 
 def busy_seconds(wall: float, cpu: float, device: torch.device) -> float:
-    """What rates are per: seconds of a GPU, or of a CPU's threads whoever else is on it."""
+    """The seconds that rates refer to: wall time on a GPU, a thread's CPU time on a CPU."""
     return cpu / torch.get_num_threads() if device.type == "cpu" else wall
 
 
@@ -315,9 +315,9 @@ def synchronize(device: torch.device) -> None:
 
 
 def measure_machine(device: torch.device, dtype: torch.dtype) -> Machine:
-    """Its best rates: of square and of transformer-shaped matrix products, by the better of the
-    libraries that `linear` takes, and of reading memory (a dot product and a matrix-vector product
-    far larger than its caches)."""
+    """The machine's best rates: of square and of transformer-shaped matrix products, by the better
+    of the libraries that `linear` takes, and of reading memory (a dot product and a matrix-vector
+    product far larger than its caches)."""
     on_gpu = device.type == "cuda"
 
     def seconds(run: Callable[[], object]) -> float:

@@ -107,7 +107,7 @@ def model_card(model: "Pretrained", config: Mapping[str, Any], metadata: Mapping
 
 
 def front_matter(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What the hub reads of a card, as it names it."""
+    """The fields of a card that the hub reads, under the hub's names."""
     metadata, kind = facts["metadata"], facts["model_type"]
     conditioner = facts["config"].get("conditioner")
     task = "image-to-image"

@@ -126,7 +126,9 @@ class ExperimentConfig:
                 "task generator needs tokenizer=<folder or hub id of a trained tokenizer>"
             )
         if self.task == "generator" and self.data.latent_variants:
-            raise ConfigError("data.latent_variants is a tokenizer's: a generator reads tokens")
+            raise ConfigError(
+                "data.latent_variants is for tokenizers; a generator reads tokens: leave it out"
+            )
         if len(self.optim.betas) != 2:
             raise ConfigError(
                 f"optim.betas={self.optim.betas} must be two numbers, e.g. [0.9, 0.95]"
@@ -140,10 +142,13 @@ class ExperimentConfig:
         if self.evaluation is not None and self.data.validation is None:
             raise ConfigError("evaluation needs data.validation: the pictures to evaluate on")
         if self.evaluation is not None and self.task == "autoencoder":
-            raise ConfigError("evaluation decodes tokens, of which an autoencoder has none: null")
+            raise ConfigError(
+                "evaluation decodes tokens, and an autoencoder has none: set evaluation=null"
+            )
         if self.trainer.strategy == "fsdp2" and self.evaluation is not None:
             raise ConfigError(
-                "trainer.strategy=fsdp2 shards the model, evaluation needs it whole: ddp?"
+                "trainer.strategy=fsdp2 shards the model, and evaluation needs it whole: take "
+                "trainer.strategy=ddp, or evaluation=null"
             )
 
 
@@ -263,7 +268,7 @@ def leaves(hint: Any) -> set[Any]:
 
 def type_of(key: str, config: Any) -> Any:
     """The type of the field that a dotted key names: of the experiment's, or of a component's whose
-    name `config`, plain data, holds. Any where neither says it."""
+    name `config`, plain data, holds. Any where neither states it."""
     hint: Any = ExperimentConfig
     above, node = "", config
     for part in key_parts(key):

@@ -128,7 +128,7 @@ def processor_vendor() -> str:
 
 
 def cpuinfo(key: str) -> str:
-    """What Linux says of the first processor, "" where it says nothing."""
+    """What Linux's /proc/cpuinfo states of the first processor, "" where there is none."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     values = [line.partition(":")[2].strip() for line in lines if line.startswith(key)]

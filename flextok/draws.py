@@ -117,11 +117,11 @@ class BatchDraws:
         return draw(sampler, (len(self.rows), *shape), self.generators, device)
 
     def of_step(self) -> random.Random:
-        """Python's random numbers of what the whole step draws alike."""
+        """Python's random number generator for what is drawn once for the whole step."""
         return random.Random(self.seed)
 
     def take(self, order: Sequence[int]) -> "BatchDraws":
-        """Those of the rows at these places."""
+        """The draws of the rows at these places alone."""
         taken = copy.copy(self)
         taken.rows = [self.rows[i] for i in order]
         taken.generators = [self.generators[i] for i in order]

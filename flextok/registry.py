@@ -61,7 +61,7 @@ def model_config(registry: Mapping[str, type[Any]], spec: Mapping[str, Any]) -> 
 
 def make_dataset(spec: dict[str, Any] | list[dict[str, Any]]) -> Any:
     """Build the dataset that a spec names; a list of specs is concatenated, each as often as its
-    `repeat` says, once by default."""
+    `repeat` states, once by default."""
     if isinstance(spec, dict):
         return build(DATASETS, spec, "dataset")
     parts = []

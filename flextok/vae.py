@@ -1,4 +1,4 @@
-"""Pixels <-> latents. The only place that knows a VAE's scaling.
+"""Pixels <-> latents. A VAE's scaling is applied here and nowhere else.
 
 `IdentityVAE` works on pixels directly; `KLVAE` wraps a frozen diffusers AutoencoderKL.
 """

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Build wheel and sdist, install the wheel into an empty environment away from the repository, and
-# use it there, with the models that it brings: scripts/check_package.sh PYTHON   (it has `build`)
+# Build wheel and sdist, check their page for PyPI, install the wheel into an empty environment away
+# from the repository, and use it there, with the models that it brings:
+# scripts/check_package.sh PYTHON   (it has `build` and `twine`)
 set -euo pipefail
 python=$(realpath --no-symlinks "$1")
 cd "$(dirname "$0")/.."
@@ -10,6 +11,7 @@ trap '[ -z "$server" ] || kill "$server"; rm -rf "$work"' EXIT
 
 "$python" -m build --outdir "$work/dist" . > "$work/build.log" 2>&1 || { cat "$work/build.log"; exit 1; }
 ls -l "$work/dist"
+"$python" -m twine check --strict "$work"/dist/*
 cd "$work"
 "$python" -m venv env
 env/bin/pip install --quiet "$(echo dist/*.whl)[demo]"

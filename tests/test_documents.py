@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from helpers.files import write_idx
 from helpers.models import tiny_gpt, tiny_releases, tiny_tokenizer
 from PIL import Image
@@ -23,12 +24,18 @@ from flextok.cli.common import data_spec
 from flextok.config import load_experiment
 from flextok.data import fashion_mnist
 from flextok.evaluation import evaluators
+from flextok.generators.conditioning import TEXT_ENCODERS
 from flextok.pipeline import remember_tokenizer
+from flextok.registry import MODELS, model_config
+from flextok.schema import options_of
 from flextok.training import plan
 from flextok.training.optim import make_optimizer
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "experiments/README.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 EXTRAS = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.M)
 LAUNCHERS = ("flextok", "python -m flextok.cli", "torchrun --nproc-per-node=[N0-9]+ -m flextok.cli")
 # commands of others, and what only a shell needs
@@ -71,6 +78,27 @@ INLINE = [  # `flextok ...` in running text
     for command in re.findall(r"`((?:flextok|python|make) [^`\n]*)`", page.read_text("utf-8"))
     if not re.search(r"\.\.\.|\||<|[A-Z]{4}", command)
 ]
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "yaml")], ids=lambda p: p.name)
+def test_documented_settings_are_right(page, tmp_path):
+    """A YAML block is what changes a generator's config of which it names the model."""
+    for number, block in enumerate(blocks(page, "yaml")):
+        path = tmp_path / f"{number}.yaml"
+        path.write_text(f"base: {ROOT / 'configs/quickstart_generator.yaml'}\n{block}")
+        config = load_experiment(path)
+        stated = yaml.safe_load(block)["model"]
+        assert config.model == {**config.model, **stated}
+        model_config(MODELS, {**config.model, "vocab_size": 16, "num_tokens": 4})
+        encoder = stated["conditioner"]["encoder"]
+        assert {*encoder} <= {"name", *options_of(TEXT_ENCODERS[encoder["name"]])}
+
+
+def test_every_block_is_checked():
+    """Shell, Python and YAML are; what has no language is text."""
+    for page in PAGES:
+        languages = re.findall(r"^```(\w*)\n.*?^```$", page.read_text("utf-8"), re.M | re.S)
+        assert set(languages) <= {"bash", "python", "yaml", ""}, page.name
 
 
 def subparsers() -> dict[str, argparse.ArgumentParser]:

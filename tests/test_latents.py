@@ -186,7 +186,7 @@ def test_what_has_nothing_frozen_is_refused_by_name(picture_folder, tmp_path):
     path = tokenizer_yaml(tmp_path, picture_folder)
     with pytest.raises(ConfigError, match=r"data\.latent_variants .*FlowObjective has no frozen"):
         train(load_experiment(path, overrides))
-    with pytest.raises(ConfigError, match=r"data\.latent_variants is a tokenizer's"):
+    with pytest.raises(ConfigError, match=r"data\.latent_variants is for tokenizers"):
         load_experiment(path, [*overrides, "task=generator", "tokenizer=emoji"])
 
 

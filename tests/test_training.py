@@ -260,7 +260,7 @@ def test_config_mistakes_are_told_before_training(uninterrupted, tmp_path, overr
 )
 def test_what_a_sharded_model_cannot_do_is_refused(uninterrupted, tmp_path, asked, named):
     overrides = ["trainer.strategy=fsdp2", asked, f"output_dir={tmp_path / 'run'}"]
-    with pytest.raises(ConfigError, match=f"fsdp2 shards the model, {named} needs it whole"):
+    with pytest.raises(ConfigError, match=f"fsdp2 shards the model, and {named} needs it whole"):
         train(load_experiment(uninterrupted / "tokenizer.yaml", overrides))
 
 

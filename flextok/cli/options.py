@@ -165,7 +165,7 @@ class Loading:
 
 @dataclass(kw_only=True)
 class Solving:
-    """Of a decoder that solves an equation."""
+    """Options of a decoder that solves an equation in steps."""
 
     solver: Annotated[str | None, "of the decoder: euler, heun or ab2"] = None
     guidance_interval: Annotated[
@@ -187,7 +187,7 @@ class Decoding(Solving):
 
 @dataclass(kw_only=True)
 class Shape:
-    """Of images that are no squares, for models that take them."""
+    """The size of images that are not square, for models that take them."""
 
     height: Annotated[int | None, "of the images, in pixels; default: the model's square"] = None
     width: Annotated[int | None, "as height"] = None
@@ -195,7 +195,7 @@ class Shape:
 
 @dataclass(kw_only=True)
 class Sampling:
-    """Of a generator."""
+    """Options of a generator."""
 
     temperature: Annotated[
         float | None, "of the generator's draws; 0 takes the likeliest index"

@@ -66,7 +66,7 @@ def configs_for(options: Train, pictures: str) -> list[Path]:
         print(f"# {path}\n{path.read_text(encoding='utf-8')}")
         if memory is not None:
             needed = memory_of(load_experiment(path))
-            print(f"# takes about {needed:.1f} of {memory:.0f} GB; `flextok plan` says more\n")
+            print(f"# takes about {needed:.1f} of {memory:.0f} GB; `flextok plan` prints more\n")
     return files
 
 

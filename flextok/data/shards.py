@@ -41,7 +41,7 @@ SHARD_ERRORS = (
 
 
 def state_of(path: str | Path) -> str:
-    """A file's size and time of change, without reading it; an address that is no file's says
+    """A file's size and time of change, without reading it; an address that is no file gives
     nothing."""
     try:
         facts = os.stat(path)
@@ -64,7 +64,7 @@ def stated_counts(
         return shards, [samples] * len(shards)
     if remote := [shard for shard in shards if is_remote(shard)]:
         raise ValueError(
-            f"nobody says how many samples {remote[0]} holds: write an index with `flextok index "
+            f"how many samples {remote[0]} holds is not stated: write an index with `flextok index "
             "<urls> <index.json>` and give that as urls, or set samples, if all hold as many"
         )
     return shards, [count_samples(shard, fetch) for shard in shards]
@@ -87,7 +87,7 @@ def read_listed(index: str, fetch: list[str] | None) -> tuple[list[str], list[in
     for url, count in found:
         shards.append(check_listed(index, url, fetch))
         if type(count) is not int or not 0 <= count < MAX_SAMPLES:
-            raise ValueError(f"{index} says that {url} holds {count!r} samples: index it again")
+            raise ValueError(f"{index} states {count!r} samples for {url}: index it again")
         counts.append(count)
     if not shards:
         raise ValueError(f"{index} lists no shard: write it with `flextok index`")

@@ -96,7 +96,7 @@ class EfficientNetLite0:
     It was trained on 224 px, to which images are enlarged. native: it takes them at their own size.
     Of small images that keeps what distinguishes them: from 64 px, the kernel distance of blurred
     pictures comes to 7.5 in place of 0.29. The two kinds of numbers cannot be compared, so the
-    name says which it is."""
+    name states which it is."""
 
     classifies = True
 

@@ -94,7 +94,7 @@ class Reference:
 
     @cached_property
     def features(self) -> Tensor | None:
-        """Of the stored images, (n, D); None where there are none."""
+        """Features of the stored images, (n, D); None where there are none."""
         if self.images is None:
             return None
         number, *shape = self.images
@@ -127,7 +127,7 @@ class MeasuredReference:
 
     @property
     def hash(self) -> str:
-        """Of the very images."""
+        """A hash of the images themselves."""
         return hash_of_images(self.rows)
 
     @property

@@ -42,7 +42,7 @@ class Measured(NamedTuple):
 
 
 def labels_of(store: PartStore) -> Tensor:
-    """Of all its images, (n,) long. Raises ValueError where none could be read."""
+    """The labels of all its images, (n,) long. Raises ValueError where none could be read."""
     if not len(store.column("position")):
         raise ValueError("no image of the data set could be read; see the warnings above")
     return store.column("label")[:]

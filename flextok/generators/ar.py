@@ -184,13 +184,13 @@ class GPT(Generator):
         caches: list[KVCache] | None = None,
         **asked: Any,
     ) -> Tensor:
-        """As of every generator; callback(k, indices) is given the first k, (B, k). Guidance is u +
-        scale (c - u) on logits, both branches in one batch. Each index of a row takes one uniform
-        number from its generator, and all are drawn before the first index. caches: of `new_caches`
-        or `take_caches`; what they hold of the prefix is not computed again, and afterwards they
-        hold as many positions as there are indices. The prefix and num_tokens may end inside a
-        group, whose other indices do not depend on where. Raises ValueError for options out of
-        range, and NotFinite where the logits are not."""
+        """As for every generator; callback(k, indices) is given the first k, (B, k). Guidance is
+        u + scale (c - u) on logits, both branches in one batch. Each index of a row takes one
+        uniform number from its generator, and all are drawn before the first. caches: of
+        `new_caches` or `take_caches`; what they hold of the prefix is not computed again, and
+        afterwards they hold as many positions as there are indices. The prefix and num_tokens may
+        end inside a group, whose other indices do not depend on where. Raises ValueError for
+        options out of range, and NotFinite where the logits are not."""
         chosen = self.generate_options(asked, options)
         steps = self.stream(
             cond,

@@ -15,7 +15,7 @@ from flextok.tokenizers.base import Callback
 Asked = Cond | str | int | Sequence[int]  # one condition, or one for each image
 
 
-ELSEWHERE = {  # what other libraries' generate() takes -> what says it here
+ELSEWHERE = {  # what other libraries' generate() takes -> what it is called here
     "max_new_tokens": "state num_tokens",
     "max_length": "state num_tokens",
     "do_sample": "temperature=0 takes the likeliest index each time, any other samples",

@@ -167,7 +167,7 @@ class MaskGIT(Generator):
         callback: Callback | None = None,
         **asked: Any,
     ) -> Tensor:
-        """As of every generator; callback(steps, indices) is given (B, N) with `mask_index` where
+        """As for every generator; callback(steps, indices) is given (B, N) with `mask_index` where
         there is none yet. A step takes two uniform numbers for each position from the row's
         generator, and all are drawn before the first step. uniform: a source of draws in [0, 1) by
         shape in its place, as the published sampler takes them: a step draws (B, N, V) for the

@@ -298,7 +298,7 @@ def encoder_folder(model: str, revision: str | None = None, config_only: bool = 
         if revision is not None and (found := resolved_revision(place)) != revision:
             raise CheckpointError(
                 f"the text encoder in {model} (files {found}) is not the one of revision "
-                f"{revision}: the generator would not understand its embeddings"
+                f"{revision}: the generator was trained on the embeddings of another one"
             )
         return place
     if is_path(model):

@@ -9,7 +9,7 @@ from torch import Tensor
 from flextok.generators.text import Text, TrainedEncoder, check_prompts
 from flextok.schema import Depth, Many, Share, Size
 
-PIECES = 16  # of a word at most; longer ones are known by their beginning and as a whole
+PIECES = 16  # of a word at most; of longer ones only the beginning, and the word as a whole
 WORD = re.compile(r"\w+|[^\w\s]")
 
 

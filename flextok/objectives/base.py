@@ -19,7 +19,7 @@ M = TypeVar("M", bound=Pretrained)
 
 
 class Part(NamedTuple):
-    """Of an objective: its gradients are clipped apart from those of the other parts."""
+    """A part of an objective, whose gradients are clipped apart from those of the other parts."""
 
     module: nn.Module
     lr: float | None = None  # None = the optimizer's
@@ -128,7 +128,7 @@ def begin_with(model: Pretrained, trained: Pretrained, without: tuple[str, ...] 
     """Take over a trained model's weights, but those whose names begin with one of `without`. What
     `model.resizable` names may have another size: positions are interpolated; of registers, tokens
     and classes those that both have are taken over, and the model's others stay as they are. A line
-    in the log says so. Raises ConfigError for other sizes."""
+    in the log states this. Raises ConfigError for other sizes."""
     ours = model.state_dict()
     state = {k: v for k, v in trained.state_dict().items() if not k.startswith(without)}
     labels = [m.metadata.get("class_names") or [] for m in (trained, model)]

@@ -3,8 +3,9 @@
 As in distillation.py, the student walks from noise by its own steps, and at the start of one of
 them learns the mean velocity of the teacher's guided solution over it. Where few steps are too few
 for the solution, the error's best answer is a mean, and blurred. So the latents that the last step
-ends at also face a discriminator: they and the true ones get noise, and it judges what the teacher,
-which knows the draft, finds in them (latent adversarial diffusion distillation, arXiv 2403.12015).
+ends at also face a discriminator: they and the true ones get noise, and it judges the features that
+the teacher, given the draft, computes of them (latent adversarial diffusion distillation, arXiv
+2403.12015).
 """
 
 from collections.abc import Mapping
@@ -71,7 +72,7 @@ class DrawingDistillationObjective(Adversarial, DrawingObjective):
     def forward(
         self, batch: Mapping[str, Any], generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
-        """batch: as of DrawingObjective."""
+        """batch: as for DrawingObjective."""
         draws, found = self.found(batch, generator)
         latents, draft, keep = found["latents"], found["draft"], found["keep"]
         device, decode = latents.device, self.model.config.decode

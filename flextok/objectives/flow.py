@@ -177,7 +177,7 @@ class FlowObjective(Objective):
         return flow, {"flow": flow}
 
     def error(self, noised: Noised, prediction: Tensor, target: Tensor | None = None) -> Tensor:
-        """Of a prediction against a target, by default the truth."""
+        """The error of a prediction against a target, by default the true one."""
         predicts = self.model.config.prediction
         if target is None:
             target = velocity_target(noised.x0, noised.noise)

@@ -97,7 +97,7 @@ class NestedDropout:
         return cls(name, model.num_tokens, config.batch_lengths if stratified else None)
 
     def lengths(self, draws: BatchDraws) -> list[int]:
-        """One for each row."""
+        """A length for each row."""
         offset, places = draws.of_step().random(), self.places
         strata = (places[j % len(places)] if places else radical_inverse(j) for j in draws.rows)
         return [self.sample((offset + u) % 1.0, num_registers=self.num_tokens) for u in strata]

@@ -25,8 +25,8 @@ class ProxyCodesObjective(PrefixObjective):
     model: TiTok
 
     def begin(self, weights: Pretrained | None = None, proxy: Pretrained | None = None) -> None:
-        """weights: as of the reconstruction's objective; proxy: the VQGAN, unless the model has one
-        attached."""
+        """weights: as for the reconstruction's objective; proxy: the VQGAN, unless the model has
+        one attached."""
         super().begin()
         if weights is not None:
             continue_from(self.model, need("weights", weights, TiTok))

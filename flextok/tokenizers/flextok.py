@@ -236,7 +236,7 @@ class FlexTok(Tokenizer):
         generator: Rng = None,
         target: Target | str | None = None,
     ) -> Tensor | Adaptive:
-        """images, height, width: as of every tokenizer. Returns indices (B, K) long, coarse to
+        """images, height, width: as for every tokenizer. Returns indices (B, K) long, coarse to
         fine.
 
         sample_posterior: draw the VAE's latents with `generator`, one or one for each row, in
@@ -391,7 +391,7 @@ class FlexTok(Tokenizer):
         return as_images(self.vae.decode(x0))
 
     def decode_options(self, asked: Mapping[str, Any], options: Any = None) -> DecodeOptions:
-        """As of every tokenizer. Raises ValueError, too, for an option that a distilled decoder
+        """As for every tokenizer. Raises ValueError, too, for an option that a distilled decoder
         fixes."""
         chosen = super().decode_options(asked, options)
         self.checked_shape(chosen.height, chosen.width)

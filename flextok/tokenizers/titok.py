@@ -229,8 +229,8 @@ class TiTok(Tokenizer, NeedsWeights):
         callback: Callback | None = None,
         **asked: Any,
     ) -> Tensor:
-        """indices, keep: as of every tokenizer; text: (B, L, text_dim) for TA-TiTok. Returns images
-        (B, 3, H, W) in [-1, 1]. Draws nothing.
+        """indices, keep: as for every tokenizer; text: (B, L, text_dim) for TA-TiTok. Returns
+        images (B, 3, H, W) in [-1, 1]. Draws nothing.
 
         Models trained with nested dropout decode any k in [1, K]; others need all K. Raises
         ValueError on indices, keep or text that do not fit."""

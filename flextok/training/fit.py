@@ -178,7 +178,9 @@ def check_sharding(objective: Objective, options: FitOptions) -> None:
         "trainer.revive_every": options.revive_every,
     }
     for name in (name for name, value in asked.items() if value):
-        raise ConfigError(f"trainer.strategy=fsdp2 shards the model, {name} needs it whole: ddp?")
+        raise ConfigError(
+            f"trainer.strategy=fsdp2 shards the model, and {name} needs it whole: take ddp"
+        )
 
 
 def make_data(
@@ -208,7 +210,7 @@ def make_data(
 
 
 def image_callbacks(model: Any, data: DataModule, options: FitOptions) -> list[L.Callback]:
-    """How much of a codebook is used, and how validation images are decoded."""
+    """A run's callbacks that log the use of its codebook and draw validation images."""
     found: list[L.Callback] = []
     if isinstance(model, Tokenizer) and model.vocab_size:
         every = options.revive_every or options.log_every

@@ -174,7 +174,7 @@ def plan(config: ExperimentConfig, gpus: int, assumptions: Assumptions | None = 
 
 
 def named_devices(config: ExperimentConfig, gpus: int) -> int:
-    """How many GPUs the config's devices and num_nodes are; those asked for where it says auto."""
+    """How many GPUs the config's devices and num_nodes are; those asked for where it has auto."""
     devices = config.trainer.devices
     if isinstance(devices, str) and not devices.isdecimal():
         return gpus

@@ -66,7 +66,7 @@ def prepare(config: ExperimentConfig) -> Run:
 
 
 def prepare_images(config: ExperimentConfig) -> Run:
-    """Of what trains on images: an autoencoder or a tokenizer."""
+    """As prepare, for what trains on images: an autoencoder or a tokenizer."""
     objective = build_objective(config, config.model)
     validation_set = make_dataset(config.data.validation) if config.data.validation else None
     callbacks = evaluation(config, objective.model, None)

@@ -20,7 +20,7 @@ USABLE = 0.92  # of a GPU's memory: the rest is for CUDA and what fragmentation 
 
 
 class Sizes(NamedTuple):
-    """Of a tokenizer and its generator."""
+    """The sizes of a tokenizer and its generator."""
 
     encoder: tuple[int, int]  # depth, width
     decoder: tuple[int, int]

@@ -207,8 +207,8 @@ def requeue(signum: int) -> None:
 
 
 class Once:
-    """Of loggers: what is the same as the call before counts once. Checkpoints has a step's row
-    logged before it saves, and Lightning logs it again."""
+    """For loggers: numbers that equal those of the call before are logged once. Checkpoints has a
+    step's row logged before it saves, and Lightning logs it again."""
 
     last: tuple[str, int | None] = "", None
 
