@@ -8,7 +8,7 @@ lookahead search scores a candidate by the image of its continuation.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -90,9 +90,46 @@ def search(
 
     Candidates of a condition are decoded from the same noise. They depend on seed and on the
     condition's number, not on batch_size, which is how many candidates are generated at once,
-    though those of one condition always are. sampling and decoding: options of generate() and
-    decode() by name. callback(n, images) is called after each batch of decodes, of which n were
-    done. Raises ValueError, before the work, for arguments that do not fit."""
+    though those of one condition that others may continue always are. sampling and decoding:
+    options of generate() and decode() by name. callback(n, images) is called after each batch of
+    decodes, of which n were done. Raises ValueError, before the work, for arguments that do not
+    fit."""
+    trees: dict[int, list[Level]] = {}
+    done = 0
+    for first, tree, images in grow_trees(
+        *(generator, tokenizer, cond, verifier, lengths, budget, beams, lookahead, seed),
+        *(sampling, decoding, batch_size),
+    ):
+        trees[first] = tree
+        done += len(images)
+        if callback is not None:
+            callback(done, images)
+    levels = [joined(parts, dim=0) for parts in zip(*trees.values(), strict=True)]
+    paths = [best_path(levels, row) for row in range(len(levels[0].scores))]
+    ends = [(levels[len(path) - 1], row, path[-1]) for row, path in enumerate(paths)]
+    images = torch.stack([level.images[row, number] for level, row, number in ends])
+    indices = torch.stack([level.indices[row, number] for level, row, number in ends])
+    scores = torch.stack([level.scores[row, number] for level, row, number in ends])
+    return Found(images, indices, scores, paths, budget, levels)
+
+
+def grow_trees(
+    generator: Generator | None,
+    tokenizer: Tokenizer,
+    cond: Asked,
+    verifier: Verifier,
+    lengths: Sequence[int] | None = None,
+    budget: int = 16,
+    beams: int = 2,
+    lookahead: int = 0,
+    seed: int = 0,
+    sampling: Options = None,
+    decoding: Options = None,
+    batch_size: int = 64,
+) -> Iterator[tuple[int, list[Level], Tensor]]:
+    """The work of search(), with its arguments and errors. Yields after each batch of decodes the
+    number of its first condition, the tree of its conditions so far, whose last level may still
+    lack candidates, and the images (n, 3, H, W) of the batch."""
     rows: Any = [cond] if isinstance(cond, str | int) else cond
     lengths = check_lengths(lengths, generator, tokenizer)
     counts = check_budget(budget, beams, lookahead, len(lengths))
@@ -111,39 +148,32 @@ def search(
     elif sampling:
         raise ValueError(f"sampling={sampling!r} needs a generator: leave it out, or give one")
 
-    done, trees = 0, []
     for some in batches_of(len(rows), max(1, batch_size // max(counts))):
-        tree: list[Level] = []
+        above: list[Level] = []
         caches: list[KVCache] | None = None
         for number, (length, count) in enumerate(zip(lengths, counts, strict=True)):
-            asked = repeated(rows[some.start : some.stop], count)
             total = lengths[min(number + lookahead, len(lengths) - 1)]
-            prefix, parents = continued(tree, len(some), count, beams)
-            prefix = to_device(prefix, tokenizer.device)
-            draws = [
-                derived_generator(seed, SEARCH, r, number, j) for r in some for j in range(count)
-            ]
-            if isinstance(generator, GPT):
-                caches = grown(generator, caches, tree, parents, total, generate_options)
-            indices = candidates(
-                *(generator, tokenizer, asked, prefix, total, generate_options, draws, caches)
-            )
-            noise = row_generators(seed, NOISE, [r for r in some for _ in range(count)])
-            images = decode_rows(tokenizer, indices, decode_options, noise)
-            scores = check_scores(verifier(images, asked, indices), len(images))
-            columns = (x.cpu().unflatten(0, parents.shape) for x in (indices, images, scores))
-            tree.append(Level(length, parents, *columns))
-            done += len(images)
-            if callback is not None:
-                callback(done, images)
-        trees.append(tree)
-    levels = [joined_level(parts) for parts in zip(*trees, strict=True)]
-    paths = [best_path(levels, row) for row in range(len(rows))]
-    ends = [(levels[len(path) - 1], row, path[-1]) for row, path in enumerate(paths)]
-    images = torch.stack([level.images[row, number] for level, row, number in ends])
-    indices = torch.stack([level.indices[row, number] for level, row, number in ends])
-    scores = torch.stack([level.scores[row, number] for level, row, number in ends])
-    return Found(images, indices, scores, paths, sum(counts), levels)
+            parents = ranked(above, len(some), count, beams)
+            is_last = number == len(lengths) - 1  # no other level reads its caches
+            made: list[Level] = []
+            for part in batches_of(count, max(1, batch_size // len(some)) if is_last else count):
+                mine = parents[:, part.start : part.stop]
+                asked = repeated(rows[some.start : some.stop], len(part))
+                draws = [derived_generator(seed, SEARCH, r, number, j) for r in some for j in part]
+                new = None
+                if isinstance(generator, GPT):
+                    new = grown(generator, caches, above, mine, total, generate_options)
+                prefix = to_device(prefixes(above, mine), tokenizer.device)
+                indices = candidates(
+                    *(generator, tokenizer, asked, prefix, total, generate_options, draws, new)
+                )
+                noise = row_generators(seed, NOISE, [r for r in some for _ in part])
+                images = decode_rows(tokenizer, indices, decode_options, noise)
+                scores = check_scores(verifier(images, asked, indices), len(images))
+                columns = (x.cpu().unflatten(0, mine.shape) for x in (indices, images, scores))
+                made = [joined([*made, Level(length, mine, *columns)], dim=1)]
+                yield some.start, [*above, *made], images
+            above, caches = [*above, *made], new
 
 
 def check_lengths(
@@ -206,15 +236,21 @@ def repeated(cond: Any, count: int) -> Any:
     return [one for one in cond for _ in range(count)]
 
 
-def continued(tree: list[Level], batch: int, count: int, beams: int) -> tuple[Tensor, Tensor]:
-    """What the next level's candidates continue: their prefixes (batch * count, p) long, and the
-    numbers of their parents (batch, count). The best `beams` of the last level take turns."""
+def ranked(tree: list[Level], batch: int, count: int, beams: int) -> Tensor:
+    """The numbers (batch, count) of the candidates that the next level continues: the best `beams`
+    of the last level take turns."""
     if not tree:
-        return torch.empty(batch * count, 0, dtype=torch.long), torch.full((batch, count), -1)
+        return torch.full((batch, count), -1)
+    best = tree[-1].scores.argsort(dim=1, descending=True, stable=True)[:, :beams]
+    return best[:, torch.arange(count) % beams]
+
+
+def prefixes(tree: list[Level], parents: Tensor) -> Tensor:
+    """The indices of these candidates of the last level, one after the other, (n, p) long."""
+    if not tree:
+        return torch.empty(parents.numel(), 0, dtype=torch.long)
     last = tree[-1]
-    ranked = last.scores.argsort(dim=1, descending=True, stable=True)[:, :beams]
-    parents = ranked[:, torch.arange(count) % beams]
-    return last.indices.flatten(0, 1)[rows_of(parents, last), : last.num_tokens], parents
+    return last.indices.flatten(0, 1)[rows_of(parents, last), : last.num_tokens]
 
 
 def rows_of(parents: Tensor, level: Level) -> Tensor:
@@ -263,10 +299,10 @@ def candidates(
     return generator.generate(cond, **how)
 
 
-def joined_level(parts: Sequence[Level]) -> Level:
-    """A level of the trees of several batches of conditions."""
+def joined(parts: Sequence[Level], dim: int) -> Level:
+    """One level from those of several batches of conditions (dim 0) or of candidates (dim 1)."""
     columns = zip(*(part[1:] for part in parts), strict=True)
-    return Level(parts[0].num_tokens, *(torch.cat(column) for column in columns))
+    return Level(parts[0].num_tokens, *(torch.cat(column, dim) for column in columns))
 
 
 def best_path(tree: list[Level], row: int) -> list[int]:

@@ -131,6 +131,22 @@ def test_a_result_does_not_depend_on_the_batch_size(gpt, tokenizer):
     assert not torch.equal(other.indices, whole.indices)
 
 
+def test_candidates_that_none_continues_are_generated_in_batches(gpt, tokenizer):
+    """All of a condition's were once, which a large best-of-N had no memory for."""
+    whole = look(gpt, tokenizer, lengths=[2, 8], budget=16)
+    sizes = []
+
+    def show(done, images):
+        sizes.append(len(images))
+
+    parts = look(gpt, tokenizer, lengths=[2, 8], budget=16, batch_size=3, callback=show)
+    assert sizes == [8, 3, 3, 2] * 3
+    for a, b in zip(whole.tree, parts.tree, strict=True):
+        assert torch.equal(a.indices, b.indices)
+        assert torch.equal(a.parents, b.parents)
+    assert parts.paths == whole.paths
+
+
 def test_beam_search_finds_what_best_of_n_cannot(tokenizer):
     """Without a generator: the first indices are matched one by one, which as many draws of all of
     them at once match by chance only."""
