@@ -7,6 +7,9 @@ from helpers.models import tiny_gpt, tiny_tokenizer
 from PIL import Image
 
 from flextok.cli import main
+from flextok.emoji.alignment import agreement
+from flextok.emoji.probe import packaged_probe, read_scenes
+from flextok.emoji.scenes import EmojiScenes
 from flextok.pipeline import remember_tokenizer
 
 FEW = ("--steps", "1", "--guidance-scale", "1", "--num-tokens", "2", "8", "--budget", "6")
@@ -50,6 +53,24 @@ def test_prompts_are_searched_for_with_the_scenes_classifier(folder, model):
         assert one["score"] < 0  # a log-probability
         assert Image.open(folder / f"out/{number}.png").size == (16, 16)
         assert Image.open(folder / f"out/{number}-tree.png").width > 3 * 64
+
+
+def test_the_packages_classifier_reads_scenes_of_its_size(folder, monkeypatch):
+    """A search once trained one for minutes before its first decode."""
+    scenes = EmojiScenes(prompts="held_out", max_objects=2, vocabulary="basic")
+    images, facts, _ = read_scenes(scenes, 64, 200)
+    agreed = agreement(packaged_probe().read(images), facts)
+    assert agreed.nanmean() > 0.97
+    tokenizer = tiny_tokenizer(image_size=64, patch_size=16)
+    tokenizer.save_pretrained(folder / "large")
+
+    def train(*options, **more):
+        raise AssertionError("a classifier was trained")
+
+    monkeypatch.setattr("flextok.emoji.probe.train_probe", train)
+    assert run(folder, "large", *PROMPT, *FEW) == 0
+    with pytest.raises(AssertionError, match="was trained"):
+        run(folder, "tokenizer", *PROMPT, *FEW)  # of 16 x 16 pixels
 
 
 def test_classes_are_searched_for_by_likelihood(folder, capsys):

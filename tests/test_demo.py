@@ -13,13 +13,20 @@ from PIL import Image
 from torch import Tensor
 
 from flextok.cli import main
-from flextok.demo.studio import SEEDS, Asked, Studio, data_url, unknown_words
+from flextok.demo.decoder import SEEDS, data_url
+from flextok.demo.source import Asked, unknown_words
+from flextok.demo.studio import Studio
 from flextok.demo.upload import Limits, read_picture
+from flextok.editing import interpolate, mix, vary
+from flextok.emoji.alignment import scene_verifier
+from flextok.emoji.probe import packaged_probe
+from flextok.emoji.scenes import EmojiScenes
 from flextok.evaluation.metrics import psnr, sharpness
 from flextok.evaluation.sweep import spread
 from flextok.generators import MaskGIT, MaskGITConfig
 from flextok.images import center_crop, to_image, to_tensor
 from flextok.pipeline import (
+    decode_prefixes,
     generate_images,
     load,
     reconstruct_prefixes,
@@ -27,6 +34,7 @@ from flextok.pipeline import (
 )
 from flextok.schema import from_mapping
 from flextok.tokenizers import TiTok, TiTokConfig
+from flextok.tree_search import likelihood, search
 
 pytest.importorskip("starlette", reason="needs pip install 'flextok[demo]'")
 from starlette.datastructures import Headers
@@ -294,6 +302,102 @@ def test_a_grown_image_ends_as_the_one_generated_at_once(studio, models):
         closely(answer["frames"][k, 7]["url"], images[0])
 
 
+OTHER = encoded(png(10, 20))
+
+
+def tokens_of(studio: Studio, picture: str) -> Tensor:
+    image = center_crop(read_picture(picture, LIMITS), 16, 16)
+    return studio.sources[0].tokenizer.encode(to_tensor(image)[None])
+
+
+def test_an_edit_takes_the_first_tokens_of_one_picture_and_the_others_of_another(studio):
+    few = {"num_steps": 1, "guidance_scale": 1.0}
+    asked = {"task": "edit", "kept": PICTURE, "value": OTHER, "seed": 3, "decoding": few}
+    answer = parts(studio, source=0, **asked)
+    first, second = tokens_of(studio, PICTURE), tokens_of(studio, OTHER)
+    assert not torch.equal(first, second)
+    assert answer["indices"] == first[0].tolist()
+    for part, shown in (("original", PICTURE), ("other", OTHER)):
+        crop = center_crop(read_picture(shown, LIMITS), 16, 16)
+        assert (pixels(answer[part]) == to_tensor(crop)).all()
+    tokenizer = studio.sources[0].tokenizer
+    for k in range(1, 9):
+        alone = decode_prefixes(tokenizer, mix(first, second, k), [8], 3, few)[8]
+        closely(answer["frames"][k, 3]["url"], alone[0])
+    assert answer["row"] == ["0%", "20%", "40%", "60%", "80%", "100%"]
+    for k in (1, 2, 4, 8):
+        between = interpolate(tokenizer, first[:, :k], second[:, :k], [0, 0.4, 1])
+        alone = decode_prefixes(tokenizer, between, [k], 3, few, rows=[0] * 3)[k]
+        for share, image in zip(("0%", "40%", "100%"), alone, strict=True):
+            closely(answer["frames"][k, share]["url"], image)
+    assert not answer["maps"]
+
+
+@pytest.mark.parametrize(("source", "value"), [(1, "dogs"), (1, "none"), (2, "a key"), (2, "")])
+def test_variations_keep_the_first_tokens_of_a_picture(studio, source, value):
+    asked = {"task": "edit", "kept": PICTURE, "value": value, "seed": 2}
+    answer = parts(studio, source=source, **asked, decoding={"num_steps": 1})
+    assert answer["lengths"] == [1, 2, 4]
+    assert answer["row"] == [2, 3, 4, 5, 6, 7]
+    assert answer["maps"].keys() == {1, 2, 4}
+    model = studio.sources[source]
+    rows = vary(model.generator, [value], tokens_of(studio, PICTURE)[:, :2], SEEDS, seed=2)
+    alone = decode_prefixes(model.tokenizer, rows, [8], 2, {"num_steps": 1}, rows=[0] * SEEDS)[8]
+    for i in range(SEEDS):
+        closely(answer["frames"][2, 2 + i]["url"], alone[i])
+    assert answer["maps"][2]["mean"] == pytest.approx(spread(alone[None]).mean().item(), abs=0.5)
+
+
+@pytest.mark.parametrize(("method", "counts"), [("best", [12]), ("beam", [4, 4, 4])])
+def test_a_search_shows_its_candidates_as_they_come_and_ends_with_the_best(studio, method, counts):
+    few = {"num_steps": 1, "guidance_scale": 1.0}
+    asked = {"task": "search", "method": method, "budget": 12, "seed": 5, "decoding": few}
+    answer = list(studio.draw(from_mapping(Asked, {"source": 1, "value": "dogs", **asked}), LIMITS))
+    source = studio.sources[1]
+    lengths = [8] if method == "best" else [1, 2, 8]
+    found = search(
+        source.generator,
+        source.tokenizer,
+        ["dogs"],
+        likelihood(source.generator),
+        lengths=lengths,
+        budget=12,
+        seed=5,
+        decoding=few,
+    )
+    steps = [part for part in answer if "level" in part]
+    assert [part["done"] for part in steps] == ([8, 12] if method == "best" else [4, 8, 12])
+    shown = [[] for _ in lengths]
+    for part in steps:
+        assert part["level"]["k"] == lengths[part["level"]["number"]]
+        shown[part["level"]["number"]] += part["level"]["found"]
+    assert [len(level) for level in shown] == counts
+    for level, candidates in zip(found.tree, shown, strict=True):
+        assert [one["parent"] for one in candidates] == level.parents[0].tolist()
+        scores = [one["score"] for one in candidates]
+        assert scores == pytest.approx(level.scores[0].tolist(), abs=1e-4)
+    (end,) = (part for part in answer if "path" in part)
+    assert (end["path"], end["indices"]) == (found.paths[0], found.indices[0].tolist())
+    assert {"verifier": "likelihood"} in answer
+    frames = {(one["k"], one["seed"]): one for part in answer for one in part.get("frames", [])}
+    closely(frames[8, 5]["url"], found.images[0])
+    assert {k for k, seed in frames if seed == 5} == set(range(1, 9))
+
+
+def test_prompts_of_known_scenes_are_scored_by_the_packages_classifier():
+    studio = Studio(["emoji-one-step", "emoji-text"])
+    asked = {"source": 1, "value": "a red heart left of a bomb", "task": "search", "budget": 2}
+    answer = studio.draw(from_mapping(Asked, asked), LIMITS)
+    assert next(answer) == {"verifier": "scenes"}
+    candidates = next(answer)["level"]["found"]
+    images = torch.cat([pixels(one["url"]) for one in candidates])
+    scenes = EmojiScenes(max_objects=2, vocabulary="basic")
+    score = scene_verifier(packaged_probe(), scenes)(images, [asked["value"]] * 2, images)
+    assert [one["score"] for one in candidates] == pytest.approx(score.tolist(), abs=0.05)
+    answer = studio.draw(from_mapping(Asked, {**asked, "value": "a fish"}), LIMITS)
+    assert next(answer) == {"verifier": "likelihood"}
+
+
 def test_prompts_change_the_image(studio):
     a, b = (parts(studio, source=2, value=text)["indices"] for text in ("a key", "two hearts"))
     assert a != b
@@ -340,6 +444,15 @@ def test_lengths_are_all_of_the_first_and_eight_a_doubling(studio):
         ({"decoding": {"solver": 1}}, "unknown decoding option 'solver'"),
         ({"source": 1, "value": "cats", "sampling": {"top_k": 1}}, "unknown sampling option"),
         ({"path": "/etc/passwd"}, "unknown key 'path'"),
+        ({"task": "train"}, "task"),
+        ({"task": "search"}, "task='search' is not for"),
+        ({"task": "edit", "kept": "/etc/passwd"}, "that is no picture"),
+        ({"task": "edit", "kept": PICTURE, "value": "/etc/passwd"}, "that is no picture"),
+        ({"task": "edit", "kept": PICTURE, "source": 1, "value": "unicorns"}, "unknown class"),
+        ({"task": "edit", "kept": PICTURE, "source": 2, "value": "x" * 501}, "at most 500"),
+        ({"task": "search", "source": 1, "value": "unicorns"}, "unknown class 'unicorns'"),
+        ({"task": "search", "source": 1, "value": "cats", "budget": 65}, "budget=65 must be"),
+        ({"task": "search", "source": 1, "value": "cats", "method": "all"}, "method"),
     ],
 )
 def test_mistakes_of_the_client_are_named(studio, asked, message):
@@ -371,6 +484,7 @@ def test_a_tokenizer_without_prefixes_and_noise(tmp_path):
     assert not answer["maps"]
     described = studio.describe(LIMITS)["sources"][0]
     assert (described["seeds"], described["lengths"]) == (1, [6])
+    assert described["tasks"] == ["look"]
     assert described["fields"]["decoding"] == []
 
 

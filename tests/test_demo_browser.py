@@ -149,7 +149,7 @@ def test_a_picture_of_ones_own(open_page, tmp_path):
     page = open_page()
     path = tmp_path / "good.png"
     path.write_bytes(png(60, 40))
-    draw(page, lambda: page.set_input_files("#file", path))
+    draw(page, lambda: page.set_input_files("#picture-file", path))
     showing(page, "Your picture, decoded from 8 tokens")
     # the link holds the file: to let Chromium save it once took for ever, on a busy machine
     link = page.get_by_text("Download this image")
@@ -198,6 +198,84 @@ def test_the_address_holds_the_state(open_page, server):
     showing(other, "magnet, decoded from 2 tokens")
 
 
+def test_two_pictures_are_mixed_by_keyboard_alone(open_page):
+    page = open_page()
+    page.locator("input[name=task]").first.focus()
+    page.keyboard.press("ArrowRight")
+    showing(page, "tangerine and desert island: 2 tokens kept, the other 6 of the second")
+    finished(page)
+    assert page.locator("#seeds img[src]").count() == 6  # from one picture to the other
+    page.get_by_label("Tokens that are kept").focus()
+    page.keyboard.press("Home")
+    seen = []
+    for k in range(1, 9):
+        showing(page, "all 8 tokens kept" if k == 8 else f"{k} token{'s' if k > 1 else ''} kept")
+        assert page.locator("#chips li.on").count() == k
+        seen.append(source(page))
+        page.keyboard.press("ArrowRight")
+    assert len(set(seen)) > 4  # random models may make two alike
+    page.locator("#kept").get_by_role("button", name="magnet").focus()
+    draw(page, lambda: page.keyboard.press("Enter"))
+    showing(page, "magnet and desert island")
+    again = open_page(page.evaluate("location.hash"))
+    showing(again, "magnet and desert island: all 8 tokens kept")
+    assert source(again) == source(page)
+
+
+def test_variations_of_a_picture_of_ones_own(open_page, tmp_path):
+    page = open_page("#task=edit&source=1&class=none")
+    showing(page, "tangerine, varied: 2 tokens kept, the other 6 generated")
+    path = tmp_path / "good.png"
+    path.write_bytes(png(60, 40))
+    draw(page, lambda: page.set_input_files("#kept-file", path))
+    showing(page, "Your picture, varied: 2 tokens kept")
+    assert page.locator("#seeds img[src]").count() == 7  # six variations and the map
+    assert page.locator("#film li").count() == 3  # 1, 2 and 4 tokens: with 8 there is no other
+    shown = source(page)
+    path.write_bytes(b"I am a text.")
+    draw(page, lambda: page.set_input_files("#kept-file", path))
+    page.locator("#error", has_text="is no picture that this page reads").wait_for()
+    assert page.locator("#kept-file").get_attribute("aria-invalid") == "true"
+    assert source(page) == shown
+    draw(page, lambda: page.locator("select[name=class]").select_option("1"))
+    assert page.locator("#error").inner_text() == ""
+    showing(page, "Your picture, varied: 2 tokens kept")
+    assert "class=1" in page.evaluate("location.hash")
+
+
+def test_a_search_shows_its_candidates_best_first(open_page):
+    page = open_page("#task=search&source=2&prompt=a+key&method=beam&budget=12")
+    showing(page, "“a key”, decoded from 8 tokens")
+    assert page.get_by_label("A picture").is_hidden()  # nothing to search for
+    page.get_by_role("heading", name="12 of 12 candidates").wait_for()
+    assert page.locator("#verifier").inner_text().startswith("Here it is the generator itself.")
+    levels = page.locator("#levels ol")
+    for number in range(3):
+        lines = levels.nth(number).locator("li").all_inner_texts()
+        scores = [float(line.split(": ")[1].split(",")[0]) for line in lines]
+        assert len(scores) == 4
+        assert scores == sorted(scores, reverse=True)
+        assert all(("continues no. " in line) == (number > 0) for line in lines)
+        assert levels.nth(number).locator(".chosen").count() == 1
+    chosen = levels.last.locator(".chosen img")
+    assert chosen.get_attribute("alt") == "Candidate 1, chosen"
+    again = open_page(page.evaluate("location.hash"))
+    assert again.get_by_role("spinbutton", name="Candidates").input_value() == "12"
+    assert source(again) == source(page)
+    page.get_by_role("spinbutton", name="Candidates").fill("1000")
+    page.get_by_role("button", name="Search").click()
+    page.locator("#error", has_text="Candidates: ").wait_for()
+    assert page.get_by_role("spinbutton", name="Candidates").get_attribute("aria-invalid") == "true"
+    page.get_by_role("spinbutton", name="Candidates").fill("20")
+    page.locator("select[name=method]").select_option("best of all candidates")
+    draw(page, lambda: page.get_by_role("button", name="Search").click())
+    page.get_by_role("heading", name="20 of 20 candidates").wait_for()
+    assert levels.locator("li").count() == 20
+    page.get_by_label("Look").check()
+    finished(page)
+    assert page.locator("#tree").is_hidden()
+
+
 def test_mistakes_are_named_beside_what_caused_them(open_page, tmp_path):
     page = open_page()
     page.evaluate("window.hacked = false")
@@ -213,12 +291,12 @@ def test_mistakes_are_named_beside_what_caused_them(open_page, tmp_path):
         path = tmp_path / name
         path.write_bytes(data)
         if name == "large.png":  # which is not even sent
-            page.set_input_files("#file", path)
+            page.set_input_files("#picture-file", path)
         else:
-            draw(page, lambda path=path: page.set_input_files("#file", path))
+            draw(page, lambda path=path: page.set_input_files("#picture-file", path))
         page.locator("#error", has_text=message).wait_for()
         path.unlink()
-        assert page.locator("#file").get_attribute("aria-invalid") == "true"
+        assert page.locator("#picture-file").get_attribute("aria-invalid") == "true"
         assert source(page) == shown
     assert not page.evaluate("window.hacked")
     page.get_by_text("Settings").click()
@@ -255,7 +333,9 @@ def test_the_page_has_no_fault_that_axe_finds(open_page, width, scheme):
     package = "axe_playwright_python"
     pytest.importorskip(package, reason="needs pip install axe-playwright-python")
     axe = resources.files(package).joinpath("axe.min.js").read_text("utf-8")
-    for part in ("#source=0", "#source=1", "#source=2&prompt=a+key"):
+    search = "#task=search&source=1&method=beam"
+    edits = ("#task=edit", "#task=edit&source=2&prompt=a+key")
+    for part in ("#source=0", "#source=1", "#source=2&prompt=a+key", search, *edits):
         page = open_page(
             part,
             viewport={"width": width, "height": 900},

@@ -94,7 +94,7 @@ def test_the_files_of_the_page_are_served_and_nothing_else(server):
 def test_no_value_names_a_file_or_an_address(server, path, wrap):
     """The page that this one replaced copied a file that was named as a class, or fetched an
     address; /dev/zero never ended."""
-    for key in ("source", "value", "seed", "decoding", "sampling", "path"):
+    for key in ("source", "value", "seed", "decoding", "sampling", "task", "budget", "path"):
         for source in (0, 1):
             status, text = draw(
                 server, **{"source": source, key: wrap({"path": path, "url": path})}
@@ -102,6 +102,9 @@ def test_no_value_names_a_file_or_an_address(server, path, wrap):
             assert status == 400
             assert "root:" not in text
             assert draw(server, **{"source": source, key: path})[0] == 400
+            edit = {"source": source, "task": "edit"}
+            for kept in (path, wrap(path), wrap({"path": path})):
+                assert draw(server, **edit, kept=kept)[0] == 400
 
 
 @pytest.mark.parametrize(
@@ -194,7 +197,7 @@ def test_work_ends_when_its_client_leaves(server, slow):
 
 def test_no_request_is_kept(server):
     """The session of an earlier page kept what was sent, up to 10 MB of text."""
-    from flextok.demo.studio import Asked
+    from flextok.demo.source import Asked
 
     assert draw(server, source=0, value=encoded(png(60, 40)))[0] == 200
 

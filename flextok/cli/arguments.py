@@ -206,7 +206,10 @@ class Search(Decoding, Sampling, Seed, Device, Json):
     ] = 0
     tokenizer: ItsTokenizer = None
     data: Annotated[str, "the scenes that the scenes' verifier is trained on"] = WELL_KNOWN
-    probe: Annotated[str | None, "a file to keep the classifier in, or take it from"] = None
+    probe: Annotated[
+        str | None,
+        "a file to keep the classifier in, or take it from; default: the package's, where it fits",
+    ] = None
     probe_steps: Annotated[
         int, Bounds(1, 1_000_000), "of the classifier's training, where there is none yet"
     ] = 1500

@@ -14,6 +14,7 @@ from flextok.cli.common import data_spec, pick_device
 from flextok.cli.measure import probe_for
 from flextok.cli.options import SAMPLING, chosen, decoding_options
 from flextok.emoji.alignment import caption_facts, scene_verifier
+from flextok.emoji.probe import fact_sizes, packaged_probe
 from flextok.emoji.scenes import EmojiScenes
 from flextok.generators import GPT, Generator
 from flextok.generators.conditioning import class_label
@@ -109,7 +110,10 @@ def make_verifier(generator: Generator | None, tokenizer: Tokenizer, options: Se
         raise ValueError("--data must be emoji_scenes: the scenes' verifier reads those")
     for prompt in options.prompt:
         caption_facts(prompt, scenes)  # raises before the classifier is trained
-    return scene_verifier(probe_for(scenes, spec, tokenizer, options), scenes)
+    probe = packaged_probe()
+    if options.probe or (probe.sizes, 64) != (fact_sizes(scenes), tokenizer.image_size):
+        probe = probe_for(scenes, spec, tokenizer, options)
+    return scene_verifier(probe, scenes)
 
 
 def draw_tree(found: Found, row: int) -> Image.Image:

@@ -14,7 +14,8 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from flextok.demo import guard
-from flextok.demo.studio import Asked, Studio
+from flextok.demo.source import Asked
+from flextok.demo.studio import Studio
 from flextok.demo.upload import Limits
 from flextok.schema import from_mapping
 

@@ -2,7 +2,9 @@
 are arranged, what each is, and the background's colours. Trained on real scenes, it measures how
 much of its prompt a generated one shows (alignment.py)."""
 
+import functools
 import json
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +104,15 @@ class Probe(nn.Module):
         except Exception as error:  # of the file's format, of JSON, of shapes
             raise ValueError(f"{path} holds no probe ({error}): delete it") from None
         return probe.eval()
+
+
+@functools.cache
+def packaged_probe() -> Probe:
+    """The probe that comes with the package, for images of 64 x 64 and scenes of one or two emoji
+    of the basic vocabulary: the verifier that benchmarks/tree_search.py trained."""
+    file = resources.files("flextok.emoji").joinpath("assets", "probe-64.safetensors")
+    with resources.as_file(file) as path:
+        return Probe.load(path)
 
 
 def read_scenes(
