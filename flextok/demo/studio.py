@@ -141,10 +141,17 @@ def search(
     yield {"verifier": name}
     done = 0
     for _, tree, images in grow_trees(
-        *(generator, source.tokenizer, condition, verifier),
-        *(levels, asked.budget, min(BEAMS, max(1, asked.budget // len(levels))), 0, asked.seed),
-        *(checked("sampling", asked.sampling), checked("decoding", asked.decoding)),
-        min(AT_ONCE, decoder.most),
+        generator,
+        source.tokenizer,
+        condition,
+        verifier,
+        lengths=levels,
+        budget=asked.budget,
+        beams=min(BEAMS, max(1, asked.budget // len(levels))),
+        seed=asked.seed,
+        sampling=checked("sampling", asked.sampling),
+        decoding=checked("decoding", asked.decoding),
+        batch_size=min(AT_ONCE, decoder.most),
     ):
         level = tree[-1]
         done += len(images)

@@ -110,7 +110,7 @@ class Probe(nn.Module):
 def packaged_probe() -> Probe:
     """The probe that comes with the package, for images of 64 x 64 and scenes of one or two emoji
     of the basic vocabulary: the verifier that benchmarks/tree_search.py trained."""
-    file = resources.files("flextok.emoji").joinpath("assets", "probe-64.safetensors")
+    file = resources.files("flextok.emoji") / "assets" / "probe-64.safetensors"
     with resources.as_file(file) as path:
         return Probe.load(path)
 
