@@ -300,7 +300,7 @@ def test_notebooks_are_paired():
     """Each notebook holds the cells of the .py beside it."""
     jupytext = pytest.importorskip("jupytext")
     notebooks = sorted((ROOT / "notebooks").glob("*.ipynb"))
-    assert len(notebooks) == 6
+    assert len(notebooks) == 7
     for path in notebooks:
         cells, script = (
             [(cell.cell_type, cell.source) for cell in jupytext.read(p).cells]
