@@ -339,30 +339,34 @@ def test_the_training_notebook_writes_nothing_into_a_users_folder(tmp_path, monk
     assert str(own) not in asked[0].output_dir
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("here", [True, False])
-def test_the_papers_figures_are_drawn_with_and_without_the_data_set(
+def test_the_papers_figures_are_drawn_with_and_without_the_models(
     tmp_path, monkeypatch, capsys, here
 ):
-    """From two trainings of one step on a twin of the data set; without one, the stored results
-    alone are drawn, and a sentence names what is missing."""
+    """From tiny models and a twin of the data set; without them, the stored figures are shown, and
+    a sentence names what is missing."""
     monkeypatch.setattr(fashion_mnist, "DEBIAN", tmp_path / "debian")
     if here:
-        write_idx(tmp_path / "data", {"train": 40, "test": 20})
+        write_idx(tmp_path / "data", {"train": 10, "test": 20})
+        tokenizer = tiny_tokenizer(image_size=28, num_registers=32, decode={"num_steps": 1})
+        tokenizer.save_pretrained(tmp_path / "runs/flextok/seed-0")
+        gpt = tiny_gpt(num_tokens=32, conditioner={"name": "class", "num_classes": 10})
+        gpt.metadata["class_names"] = list(fashion_mnist.FashionMNIST.class_names)
+        gpt.save_pretrained(tmp_path / "runs/gpt_class/seed-0")
     changes = {
         'ROOT = "../data"': f'ROOT = "{tmp_path / "data"}"',
-        'Path("../outputs/paper/full")': "Path('nowhere')",
-        "STEPS = 600": "STEPS = 1",
+        'Path("../outputs/paper/full")': f'Path("{tmp_path / "runs"}")',
     }
     monkeypatch.chdir(ROOT / "notebooks")
     drawn: list[Image.Image] = []
     session: dict[str, object] = {"display": drawn.append}
     for cell in code_cells("paper_figures", changes):
         exec(cell, session)
-    assert len(drawn) == (6 if here else 1)
+    assert len(drawn) == (5 if here else 4)
     assert all(len(set(image.convert("L").tobytes())) > 10 for image in drawn)  # none is blank
     printed = " ".join(capsys.readouterr().out.split())
     assert ("dataset-fashion-mnist" in printed) != here
+    assert ("no generator" in printed) != here
 
 
 @pytest.mark.slow
