@@ -41,6 +41,9 @@ class DataConfig(LoadingConfig):
     validation: dict[str, Any] | list[dict[str, Any]] | None = None
     token_variants: Count = 1  # generator: augmented encodings of each image
     token_cache: str | None = None  # generator: folder, by default <output_dir>/tokens
+    # generator: how often training sees a class of few images: 0 = as often as there are images of
+    # it, 1 = as often as the largest class
+    class_balance: Share = 0.0
     # tokenizer: latents of each image that a frozen VAE encodes once, in so many augmented
     # variants, for training to read; 0 = encode images in every step
     latent_variants: CountOrZero = 0
@@ -124,6 +127,10 @@ class ExperimentConfig:
         if self.task == "generator" and not self.tokenizer:
             raise ConfigError(
                 "task generator needs tokenizer=<folder or hub id of a trained tokenizer>"
+            )
+        if self.task != "generator" and self.data.class_balance:
+            raise ConfigError(
+                f"data.class_balance={self.data.class_balance} is for generators: leave it out"
             )
         if self.task == "generator" and self.data.latent_variants:
             raise ConfigError(

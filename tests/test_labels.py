@@ -5,6 +5,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from helpers.files import draw_pictures, write_shard
 from helpers.models import tiny_gpt, tiny_tokenizer
 from helpers.runs import SIX_STEPS
@@ -13,13 +14,13 @@ from PIL import Image
 from flextok.cli import main
 from flextok.config import ExperimentConfig
 from flextok.data.datasets import HuggingFaceImages, ImageFolder
-from flextok.data.labels import index_labels
+from flextok.data.labels import balanced, index_labels
 from flextok.data.pictures import CorruptPicture
 from flextok.data.sets import by_name
 from flextok.data.web import WebDatasetImages, WebDatasetStream
 from flextok.evaluation import Cell, Options, evaluate
 from flextok.registry import make_dataset
-from flextok.schema import from_mapping
+from flextok.schema import ConfigError, from_mapping
 from flextok.training.prepare import prepare as prepare_run
 
 
@@ -233,13 +234,13 @@ def prepare(tmp_path):
     """A generator's run, prepared: its model, training set and validation set."""
     tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
 
-    def run(train, validation, conditioner=None):
+    def run(train, validation, conditioner=None, **data):
         spec = {
             "task": "generator",
             "output_dir": str(tmp_path / "run"),
             "tokenizer": str(tmp_path / "tokenizer"),
             "model": {"name": "gpt", "depth": 1, "dim": 32, "conditioner": conditioner},
-            "data": {"train": train, "validation": validation},
+            "data": {"train": train, "validation": validation, **data},
             "trainer": SIX_STEPS,
         }
         spec["model"]["conditioner"] = conditioner or {"name": "class"}
@@ -255,6 +256,38 @@ def tokenized(spec, output, tmp_path) -> dict[str, str]:
     arguments = ["tokenize", str(tmp_path / "tokenizer"), json.dumps(spec), str(output)]
     assert main([*arguments, "--device", "cpu"]) == 0
     return {"name": "tokens", "path": str(output)}
+
+
+@pytest.mark.parametrize(
+    ("balance", "expected"), [(0.0, [1, 3, 12]), (0.5, [3, 6, 12]), (1.0, [12, 12, 12])]
+)
+def test_balance_repeats_the_samples_of_small_classes(balance, expected):
+    """sqrt(1 * 12) is 3.5, which rounds to 3, and sqrt(3 * 12) is 6; class 1 has no sample."""
+    labels = torch.tensor([3, 2, 3, 0, 2, 3, 2, *[3] * 9])
+    indices = torch.tensor(balanced(labels, balance))
+    assert labels[indices].bincount().tolist() == [expected[0], 0, *expected[1:]]
+    times = indices.bincount(minlength=len(labels))
+    assert times.min() >= 1  # every sample is there
+    for label in (0, 2, 3):  # and those of a class about as often
+        assert times[labels == label].max() - times[labels == label].min() <= 1
+
+
+def test_a_generator_sees_small_classes_as_often(tmp_path, prepare):
+    names = [*(f"common/{i}.png" for i in range(6)), "rare/0.png", "rare/1.png"]
+    draw_pictures(tmp_path / "data", names)
+    spec = {"name": "folder", "root": str(tmp_path / "data")}
+    for balance, expected in {0.0: [6, 2], 1.0: [6, 6]}.items():
+        _, training, validating = prepare(spec, spec, class_balance=balance)
+        seen = torch.tensor([training[i]["label"] for i in range(len(training))])
+        assert seen.bincount().tolist() == expected
+        assert len(validating) == 8
+
+
+def test_a_tokenizer_has_no_balance():
+    spec = {"task": "tokenizer", "output_dir": "run", "model": {"name": "flextok"}}
+    spec |= {"data": {"train": {"name": "emoji"}, "class_balance": 0.5}, "trainer": SIX_STEPS}
+    with pytest.raises(ConfigError, match=r"data\.class_balance=0\.5 is for generators"):
+        from_mapping(ExperimentConfig, spec)
 
 
 def test_validation_labels_count_in_the_classes_of_training(tmp_path, prepare):

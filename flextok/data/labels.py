@@ -6,6 +6,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
 from flextok.data.pictures import clean_text
 from flextok.schema import find_class
 
@@ -42,6 +44,19 @@ def check_names(class_names: Sequence[str] | int) -> list[str]:
         twice = next(name for i, name in enumerate(names) if name in names[:i])
         raise ValueError(f"class_names holds {twice!r} twice: each class has one name")
     return list(names)
+
+
+def balanced(labels: Tensor, balance: float) -> list[int]:
+    """Indices of samples, whose labels are given, (N,), with those of the smaller classes repeated:
+    a class of n samples then has n * (largest / n)^balance. So 0 leaves the classes as they are and
+    1 makes them equal; LVIS (arXiv 1908.03195) has such a rule, with 0.5."""
+    indices: list[int] = []
+    counts = labels.bincount()
+    for label in counts.nonzero()[:, 0].tolist():
+        some, count = (labels == label).nonzero()[:, 0], int(counts[label])
+        wanted = round(count * (int(counts.max()) / count) ** balance)
+        indices += some.repeat(-(-wanted // count))[:wanted].tolist()
+    return indices
 
 
 def label_table(names: Sequence[str]) -> dict[str, int]:

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import lightning as L
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from flextok.config import ExperimentConfig, load_experiment
-from flextok.data.labels import list_names
+from flextok.data.labels import balanced, list_names
 from flextok.data.latents import (
     LatentDataset,
     build_latent_cache,
@@ -148,7 +148,10 @@ def prepare_generator(config: ExperimentConfig) -> Run:
     callbacks = evaluation(config, tokenizer, model)
     if validation_set is not None and number:
         callbacks.append(Images(folder / "pictures", draw_generations(tokenizer, cond, names)))
-    return Run(objective, train_set, validation_set, callbacks)
+    seen: Any = train_set
+    if config.data.class_balance:
+        seen = Subset(train_set, balanced(train_set.labels, config.data.class_balance))
+    return Run(objective, seen, validation_set, callbacks)
 
 
 def build_objective(

@@ -36,11 +36,14 @@ PACKAGES = ("flextok", "torch", "lightning", "numpy", "pillow", "timm", "diffuse
 log = logging.getLogger(__name__)
 
 # The weights, their class names and the optimizer's state belong to these: they may not change.
-_PARTS = tuple(f"objective.{key}" for key in ("train", "repa", "dim", "num_stages"))
+_PARTS = tuple(
+    f"objective.{key}" for key in ("train", "repa", "prefix_alignment", "dim", "num_stages")
+)
 FIXED = {
     "another model": ("task", "model", "tokenizer", "start", "objective.name", *_PARTS),
     "other data": (
         *("data.train", "data.validation", "data.token_variants", "data.latent_variants"),
+        "data.class_balance",
         *(f"data.{field.name}" for field in fields(Augmentation)),
     ),
     "another optimizer": ("optim.name",),
