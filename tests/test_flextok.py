@@ -10,7 +10,7 @@ from flextok.data.transforms import ImageTransform
 from flextok.draws import BatchDraws
 from flextok.emoji.datasets import Emoji
 from flextok.flow.path import interpolate
-from flextok.losses import RepresentationAlignment
+from flextok.losses import PrefixAlignment, RepresentationAlignment
 from flextok.nn.blocks import recompute_blocks
 from flextok.nn.embeddings import patchify, unpatchify
 from flextok.objectives import CrossLengthObjective, FlowObjective
@@ -364,6 +364,43 @@ def test_representation_alignment_with_a_random_backbone(images):
     assert model.decoder.blocks[1].mlp.fc1.weight.grad is not None
     assert not any("backbone" in key for key in objective.state_dict())
     assert not any("projector" in key for key in model.state_dict())
+
+
+def test_prefix_alignment_trains_every_prefix_without_the_decoder(images):
+    spec = {"model": "vit_tiny_patch16_224", "pretrained": False, "hidden_dim": 32, "weight": 0.5}
+    model = tiny_tokenizer()
+    objective = flow(model, prefix_alignment={**spec, "size": 32})
+    with pytest.raises(ValueError, match=r"prefix_alignment is set: call prepare\(\)"):
+        objective({"image": images})
+    objective.prepare()
+    losses = objective({"image": images}, seeded())
+    term = losses["prefix_alignment"]
+    torch.testing.assert_close(losses["loss"], losses["flow"] + 0.5 * term)
+    term.backward()
+    assert model.encoder.blocks[0].mlp.fc1.weight.grad.abs().sum() > 0
+    assert all(p.grad is None for p in model.decoder.blocks.parameters())
+    assert not any("backbone" in key for key in objective.state_dict())
+    assert not any("prefix_alignment" in key for key in model.state_dict())
+
+
+@pytest.mark.parametrize("model", ["efficientnet_lite0", "vit_tiny_patch16_224"])
+def test_prefixes_of_powers_of_two_are_aligned_the_first_the_most(images, model):
+    codes = torch.randn(len(images), 6, 4, generator=seeded())
+    errors = {}
+    for fade in (0.0, 1.0):
+        torch.manual_seed(0)
+        alignment = PrefixAlignment(8, 4, model, pretrained=False, fade=fade, size=32)
+        targets = alignment.targets(images)
+        assert targets.shape == (len(images), alignment.head[-1].out_features)
+        errors[fade] = [alignment(codes[:, :k], targets) for k in range(1, 7)]
+    for fade, (one, two, three, four, five, six) in errors.items():
+        assert torch.equal(two, three), fade  # 3, 5 and 6 are no lengths of their own
+        assert torch.equal(four, five), fade
+        assert torch.equal(four, six), fade
+        assert (one > 0).all()
+    for i, length in ((1, 2), (3, 4)):
+        terms = [errors[fade][i] - errors[fade][i // 2] for fade in (0.0, 1.0)]
+        torch.testing.assert_close(terms[0], terms[1] * length)
 
 
 @pytest.mark.parametrize("spatial", [False, True])

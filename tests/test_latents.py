@@ -65,8 +65,12 @@ def files(folder):
 
 @pytest.mark.parametrize(
     "spec",
-    [{}, {"repa": REPA}, {"name": "cross_length"}, {"nested_dropout": "none"}],
-    ids=["flow", "repa", "cross_length", "all tokens"],
+    [
+        *({}, {"repa": REPA}, {"prefix_alignment": {**REPA, "size": 32}}),
+        *({"name": "cross_length"}, {"name": "cross_length", "prefix_alignment": REPA}),
+        {"nested_dropout": "none"},
+    ],
+    ids=["flow", "repa", "prefixes", "cross_length", "cross_length and prefixes", "all tokens"],
 )
 def test_the_losses_of_latents_are_those_of_their_images(spec):
     objective = objective_on_latents(**spec).train()
@@ -194,9 +198,10 @@ def test_latents_that_do_not_fit_are_refused():
     objective = objective_on_latents()
     with pytest.raises(ValueError, match=r"shape \(2, 4, 4, 4\), expected \(B, 4, 8, 8\)"):
         objective({"latents": torch.zeros(2, 4, 4, 4)})
-    aligned = objective_on_latents(repa=REPA)
-    with pytest.raises(ValueError, match=r'objective\.repa reads images: give "image"'):
-        aligned({"latents": torch.zeros(2, 4, 8, 8)})
+    for name in ("repa", "prefix_alignment"):
+        aligned = objective_on_latents(**{name: REPA})
+        with pytest.raises(ValueError, match=rf'objective\.{name} reads images: give "image"'):
+            aligned({"latents": torch.zeros(2, 4, 8, 8)})
 
 
 def test_latents_too_large_for_fp16_make_no_cache(picture_folder, tmp_path):

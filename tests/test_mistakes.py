@@ -204,12 +204,13 @@ def test_values_that_no_run_can_use(experiment, override):
     assert override.partition("=")[0] in (mistake(load_experiment, experiment(), [override]) or "")
 
 
-@pytest.mark.parametrize("repa", [{"model": "nothing"}, {"modl": "a"}, {"weight": "big"}])
-def test_mistakes_in_the_alignment(repa):
+@pytest.mark.parametrize("name", ["repa", "prefix_alignment"])
+@pytest.mark.parametrize("spec", [{"model": "nothing"}, {"modl": "a"}, {"weight": "big"}])
+def test_mistakes_in_the_alignment(name, spec):
     model = build_model(TOKENIZERS, {"name": "flextok", **TINY})
-    message = mistake(make_objective(model, {"repa": repa}).prepare) or ""
-    assert next(iter(repa)) in message
-    assert str(next(iter(repa.values()))) in message or "unknown key" in message
+    message = mistake(make_objective(model, {name: spec}).prepare) or ""
+    assert next(iter(spec)) in message
+    assert str(next(iter(spec.values()))) in message or "unknown key" in message
 
 
 def test_a_long_override_is_no_file(experiment, capsys):

@@ -31,6 +31,14 @@ def test_uniform_pow2_halves_with_each_power():
         assert share[k].item() == pytest.approx(expected, abs=0.01)
 
 
+def test_sqrt_pow2_doubles_with_each_second_power():
+    share = frequencies("sqrt_pow2", 256)
+    assert share[1].item() == pytest.approx(share[4].item() / 2, abs=0.01)
+    assert share[64].item() == pytest.approx(share[256].item() / 2, abs=0.01)
+    assert share[powers_of_two(256)].sum().item() == pytest.approx(1)
+    assert share[256].item() == pytest.approx(16 / sum(2 ** (i / 2) for i in range(9)), abs=0.01)
+
+
 def test_none_keeps_everything():
     assert frequencies("none", 7)[7] == 1
 

@@ -1,5 +1,5 @@
 """Losses beside the flow itself."""
 
-from flextok.losses.alignment import RepresentationAlignment
+from flextok.losses.alignment import PrefixAlignment, RepresentationAlignment
 
-__all__ = ["RepresentationAlignment"]
+__all__ = ["PrefixAlignment", "RepresentationAlignment"]

@@ -1,4 +1,4 @@
-"""Representation alignment with a frozen vision network."""
+"""Alignment with a frozen vision network: of the decoder's features, and of the prefixes."""
 
 from typing import Any
 
@@ -23,11 +23,14 @@ class ViTFeatures(nn.Module):
         import timm  # slow to import, and only this loss needs it
 
         if ":" not in model and not timm.is_model(model):  # hf-hub:owner/name is a place
-            raise ValueError(f"repa.model={model!r} is no model of timm: see timm.list_models()")
+            raise ValueError(
+                f"alignment: model={model!r} is no model of timm: see timm.list_models()"
+            )
         network: Any = timm.create_model(
             model, pretrained=pretrained, num_classes=0, dynamic_img_size=True
         )
         self.network, self.dim = network, network.num_features
+        self.pooled_dim = self.dim
         mean, std = (torch.tensor(network.default_cfg[k]) for k in ("mean", "std"))
         self.register_buffer("mean", mean.view(1, 3, 1, 1))
         self.register_buffer("std", std.view(1, 3, 1, 1))
@@ -39,13 +42,18 @@ class ViTFeatures(nn.Module):
         tokens = self.network.forward_features((pixels - self.mean) / self.std)
         return tokens[:, self.network.num_prefix_tokens :]
 
+    def pooled(self, images: Tensor, size: int) -> Tensor:
+        """Features of the whole image, seen at about size x size pixels: (B, pooled_dim)."""
+        grid = max(1, round(size / self.network.patch_embed.patch_size[0]))
+        return self(images, grid, grid).mean(1)
+
 
 class EfficientNetFeatures(nn.Module):
     """EfficientNet-Lite0's 112 channels at stride 16, whose weights need no download, on images
     resized so that a cell of the map is a patch of ours. The last stage (stride 32) would be more
     semantic; what alignment wants is the layout (iREPA, arXiv 2512.10794)."""
 
-    dim, stride, stage = 112, 16, 3
+    dim, stride, stage, pooled_dim = 112, 16, 3, 1280
 
     def __init__(self, pretrained: bool):
         super().__init__()
@@ -61,14 +69,79 @@ class EfficientNetFeatures(nn.Module):
         )
         return features.flatten(2).transpose(1, 2)
 
+    def pooled(self, images: Tensor, size: int) -> Tensor:
+        """Features of the whole image, seen at size x size pixels: (B, pooled_dim)."""
+        return self.network.forward_features(resize(images, size, size)).mean((2, 3))
+
+
+def backbone_of(model: str, pretrained: bool) -> ViTFeatures | EfficientNetFeatures:
+    """model: a timm ViT by name, or "efficientnet_lite0", which needs no network connection."""
+    return (
+        EfficientNetFeatures(pretrained)
+        if model == "efficientnet_lite0"
+        else ViTFeatures(model, pretrained)
+    )
+
+
+class PrefixAlignment(nn.Module):
+    """Semantics first: from the first 1, 2, 4, ... tokens of an image, an MLP predicts a frozen
+    network's features of the whole image; the mean squared error. A prefix of k tokens counts
+    k^-fade as much as the first token, so that the first tokens tell what the image shows and the
+    later ones are free for its details (the aim of ReTok, arXiv 2601.01535, and CaTok, 2603.06449;
+    the loss is ours). No decoder is needed for it, so every training step has all prefixes.
+
+    model: see backbone_of; it sees the images at `size` pixels, and it is no part of the state
+    dict: it is frozen, and only training needs it.
+    """
+
+    def __init__(
+        self,
+        num_tokens: int,
+        code_dim: int,
+        model: str = "efficientnet_lite0",
+        pretrained: bool = True,
+        weight: float = 0.1,
+        fade: float = 1.0,
+        size: int = 224,
+        hidden_dim: int = 512,
+    ):
+        super().__init__()
+        self.backbone = Frozen(backbone_of(model, pretrained))
+        self.weight, self.fade, self.size = weight, fade, size
+        self.embed = nn.Linear(code_dim, hidden_dim)
+        self.positions = nn.Parameter(0.5 * torch.randn(num_tokens, hidden_dim))
+        self.head = nn.Sequential(
+            nn.Linear(hidden_dim, hidden_dim),
+            nn.SiLU(),
+            nn.Linear(hidden_dim, self.backbone.network.pooled_dim),
+        )
+
+    @torch.no_grad()
+    def targets(self, images: Tensor) -> Tensor:
+        """images: (B, 3, H, W) in [-1, 1]. Returns the network's features, (B, F) float32."""
+        return self.backbone.to(images.device).pooled(images.float(), self.size).float()
+
+    def forward(self, codes: Tensor, targets: Tensor) -> Tensor:
+        """codes: (B, k, D), the first k tokens' codes; targets: (B, F). Returns the error of each
+        image, (B,), over the prefixes within these k tokens."""
+        counts = torch.arange(1, codes.shape[1] + 1, device=codes.device)
+        kept = (counts & (counts - 1)) == 0  # powers of two
+        embedded = F.silu(
+            self.embed(codes.to(self.positions.dtype)) + self.positions[: len(counts)]
+        )
+        sums = embedded.cumsum(1) / counts[:, None] ** 0.5
+        predicted = self.head(sums[:, kept]).float()
+        errors = (predicted - targets[:, None]).square().mean(-1)
+        return errors @ (counts[kept] ** -self.fade).to(errors)
+
 
 class RepresentationAlignment(nn.Module):
     """REPA (arXiv 2410.06940): pulls a block's patch features, through an MLP, towards those of a
     frozen network; 1 - cosine similarity. FlexTok uses DINOv2-L on the output of block 1.
 
-    model: a timm ViT by name, or "efficientnet_lite0", which needs no network connection. spatial:
-    as in iREPA (arXiv 2512.10794), a 3x3 convolution in place of the MLP, and the target's channels
-    standardised over each image's positions, so that what all patches share does not count.
+    model: see backbone_of. spatial: as in iREPA (arXiv 2512.10794), a 3x3 convolution in place of
+    the MLP, and the target's channels standardised over each image's positions, so that what all
+    patches share does not count.
 
     The network is no part of the state dict: it is frozen, and only training needs it.
     """
@@ -83,11 +156,7 @@ class RepresentationAlignment(nn.Module):
         spatial: bool = False,
     ):
         super().__init__()
-        backbone: Any
-        if model == "efficientnet_lite0":
-            backbone = EfficientNetFeatures(pretrained)
-        else:
-            backbone = ViTFeatures(model, pretrained)
+        backbone = backbone_of(model, pretrained)
         self.backbone = Frozen(backbone)
         self.weight, self.spatial = weight, spatial
         self.projector: nn.Module

@@ -16,7 +16,7 @@ from flextok.flow.path import (
     velocity_target,
 )
 from flextok.hub import Pretrained, fingerprint
-from flextok.losses import RepresentationAlignment
+from flextok.losses import PrefixAlignment, RepresentationAlignment
 from flextok.nn.devices import to_device
 from flextok.nn.frozen import NeedsWeights
 from flextok.objectives.base import Objective, begin_with, draws_of, need, train_only
@@ -39,6 +39,7 @@ class FlowConfig(PrefixConfig):
     time_sampler: dict[str, Any] = field(default_factory=lambda: {"name": "mode", "scale": 0.25})
     loss_space: Quantity = "velocity"  # x0 weighs the velocity's error by t^2
     repa: dict[str, Any] | None = None  # see losses.RepresentationAlignment
+    prefix_alignment: dict[str, Any] | None = None  # see losses.PrefixAlignment
     train: list[str] | None = None  # parts of the model that learn, such as [decoder]; None = all
 
 
@@ -55,8 +56,8 @@ class Noised(NamedTuple):
 
 
 class FlowObjective(Objective):
-    """The flow's error where the decoder sees a random prefix, plus the quantizer's loss and, with
-    config.repa, the alignment of its features."""
+    """The flow's error where the decoder sees a random prefix, plus the quantizer's loss and, where
+    they are asked for, the alignments of its features (repa) and of the prefixes."""
 
     config_class = FlowConfig
     models = ("flextok",)
@@ -73,6 +74,7 @@ class FlowObjective(Objective):
         self.nested_dropout = nested_dropout(model, config)
         self.sample_times = build(TIME_SAMPLERS, config.time_sampler, "time sampler")
         self.alignment: RepresentationAlignment | None = None
+        self.prefix_alignment: PrefixAlignment | None = None
         if weights is not None:
             begin_as(model, need("weights", weights, FlexTok))
         train_only(model, config.train)
@@ -80,11 +82,15 @@ class FlowObjective(Objective):
     def prepare(self, pretrained: bool = True) -> None:
         if pretrained and not self.model.vae.has_weights:
             self.model.vae.load_weights()
+        weights = {} if pretrained else {"pretrained": False}
         if self.config.repa and self.alignment is None:
             spec = {**self.config.repa, "name": "repa", "dim": self.model.decoder.head.in_features}
-            if not pretrained:
-                spec["pretrained"] = False
-            self.alignment = build({"repa": RepresentationAlignment}, spec, "alignment")
+            self.alignment = build({"repa": RepresentationAlignment}, spec | weights, "alignment")
+        if self.config.prefix_alignment is not None and self.prefix_alignment is None:
+            known = {"num_tokens": self.model.num_tokens, "code_dim": self.model.quantizer.dim}
+            spec = {**self.config.prefix_alignment, "name": "prefix_alignment", **known}
+            kinds = {"prefix_alignment": PrefixAlignment}
+            self.prefix_alignment = build(kinds, spec | weights, "alignment")
 
     def forward(
         self, batch: Mapping[str, Any], generator: torch.Generator | None = None
@@ -104,20 +110,35 @@ class FlowObjective(Objective):
         prediction = torch.cat([output.prediction for output in outputs])
         total, losses = self.flow_losses(noised, codes, prediction)
         total = total + aux
-        if self.config.repa:
-            if self.alignment is None:
-                raise ValueError("config.repa is set: call prepare() before training")
+        for name in self.aligned():
             if noised.images is None:
-                raise ValueError('objective.repa reads images: give "image" beside "latents"')
+                raise ValueError(f'objective.{name} reads images: give "image" beside "latents"')
+            if (self.alignment if name == "repa" else self.prefix_alignment) is None:
+                raise ValueError(f"config.{name} is set: call prepare() before training")
+        if self.alignment is not None and noised.images is not None:
             features = torch.cat([output.features for output in outputs])
             losses["repa"] = self.alignment(features, noised.images)
             total = total + self.alignment.weight * losses["repa"]
+        if self.prefix_alignment is not None and noised.images is not None:
+            targets = self.prefix_alignment.targets(noised.images)
+            errors = [
+                self.prefix_alignment(some, targets[g.rows])
+                for g, some in zip(noised.groups, codes, strict=True)
+            ]
+            losses["prefix_alignment"] = torch.cat(errors).mean()
+            total = total + self.prefix_alignment.weight * losses["prefix_alignment"]
         return {"loss": total, **losses}
+
+    def aligned(self) -> list[str]:
+        """The terms that are asked for and read images."""
+        asked = {"repa": bool(self.config.repa)}
+        asked["prefix_alignment"] = self.config.prefix_alignment is not None
+        return [name for name, on in asked.items() if on]
 
     def frozen_columns(self) -> tuple[str, ...]:
         if not isinstance(self.model.vae, NeedsWeights):  # its latents are the pixels
             return ()
-        return ("latents", "image") if self.config.repa else ("latents",)
+        return ("latents", "image") if self.aligned() else ("latents",)
 
     def frozen_identity(self) -> dict[str, Any]:
         """Of the VAE's encoder: its decoder may go on being trained."""
@@ -129,9 +150,9 @@ class FlowObjective(Objective):
         }
 
     def frozen(self, batch: Mapping[str, Any], draws: BatchDraws) -> dict[str, Tensor]:
-        """The VAE's latents; with config.repa the images too, whose features it reads."""
+        """The VAE's latents, and the images where an alignment reads them."""
         latents = self.model.vae.encode(batch["image"], generator=draws.generators)
-        return {"latents": latents} | ({"image": batch["image"]} if self.config.repa else {})
+        return {"latents": latents} | ({"image": batch["image"]} if self.aligned() else {})
 
     def noised(self, batch: Mapping[str, Any], draws: BatchDraws) -> Noised:
         """batch: "image" (B, 3, H, W) in [-1, 1], or what `frozen` makes of it."""

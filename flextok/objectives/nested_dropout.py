@@ -4,9 +4,10 @@ Each sampler maps a number u in [0, 1), uniform in training, to a length in [1, 
 lengths are Python numbers: they are shapes, so they are known without waiting for a device.
 """
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -36,6 +37,14 @@ def uniform_pow2(u: float, num_registers: int) -> int:
     return sizes[bisect_left(sizes, uniform(u, num_registers))]
 
 
+def sqrt_pow2(u: float, num_registers: int) -> int:
+    """Powers of two again, 2^i with a probability proportional to its square root: between pow2,
+    which seldom trains the last tokens, and uniform_pow2, which seldom trains the first alone."""
+    sizes = powers_of_two(num_registers)
+    shares = list(accumulate(size**0.5 for size in sizes))
+    return sizes[min(bisect_right(shares, u * shares[-1]), len(sizes) - 1)]
+
+
 def none(u: float, num_registers: int) -> int:
     """Always all registers: no nested dropout."""
     return num_registers
@@ -46,7 +55,13 @@ def powers_of_two(limit: int) -> list[int]:
     return [*(2**i for i in range((limit - 1).bit_length())), limit]
 
 
-NESTED_DROPOUT = {"uniform": uniform, "pow2": pow2, "uniform_pow2": uniform_pow2, "none": none}
+NESTED_DROPOUT = {
+    "uniform": uniform,
+    "pow2": pow2,
+    "uniform_pow2": uniform_pow2,
+    "sqrt_pow2": sqrt_pow2,
+    "none": none,
+}
 
 
 @dataclass
