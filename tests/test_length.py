@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers.files import CATS_AND_DOGS, draw_pictures
 from helpers.models import DRAWER, TITOK, tiny_tokenizer
+from safetensors.torch import load_file
 
 from flextok.cli import main
 from flextok.data.sets import take
@@ -145,6 +146,17 @@ def test_the_command_fits_saves_and_compares(tmp_path, capsys):
     arguments[1] = str(tmp_path / "titok")
     assert main([*arguments, "--train", photos]) == 1
     assert "is a titok, not a FlexTok" in capsys.readouterr().err
+
+
+def test_a_published_file_has_no_head(tmp_path):
+    vae = {"name": "kl", "channels": 4, "block_channels": [32]}
+    sizes = {"vae": {**vae, "layers_per_block": 1}, "quantizer": {"name": "fsq", "levels": [8, 5]}}
+    torch.manual_seed(0)
+    with_head(**sizes).save_published(tmp_path)
+    written = load_file(tmp_path / "model.safetensors")
+    assert written
+    assert not [name for name in written if "length" in name]
+    assert FlexTok.from_pretrained(tmp_path / "model.safetensors").length_head is None
 
 
 def test_training_leaves_the_head_out():
