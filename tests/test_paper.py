@@ -84,7 +84,7 @@ def test_what_is_compared_has_equal_parameters_and_samples(full):
         chain = [recipe, *full_chain(recipe)]
         configs = [full.config(name, 0) for name in chain]
         images[recipe] = sum(c.trainer.max_steps * c.data.batch_size for c in configs)
-    assert set(images.values()) == {3500 * 32}
+    assert set(images.values()) == {7000 * 16}
 
 
 def full_chain(recipe: str) -> list[str]:

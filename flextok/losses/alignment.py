@@ -86,9 +86,9 @@ def backbone_of(model: str, pretrained: bool) -> ViTFeatures | EfficientNetFeatu
 class PrefixAlignment(nn.Module):
     """Semantics first: from the first 1, 2, 4, ... tokens of an image, an MLP predicts a frozen
     network's features of the whole image; the mean squared error. A prefix of k tokens counts
-    k^-fade as much as the first token, so that the first tokens tell what the image shows and the
-    later ones are free for its details (the aim of ReTok, arXiv 2601.01535, and CaTok, 2603.06449;
-    the loss is ours). No decoder is needed for it, so every training step has all prefixes.
+    k^-fade as much as the first token, so that the first tokens determine what the image shows and
+    the later ones are free for its details (the aim of ReTok, arXiv 2601.01535, and of CaTok,
+    2603.06449; the loss is ours). It needs no decoder, so every step trains all prefixes.
 
     model: see backbone_of; it sees the images at `size` pixels, and it is no part of the state
     dict: it is frozen, and only training needs it.
