@@ -198,11 +198,13 @@ def main() -> None:
         for key, value in vars(options).items()
         if isinstance(value, int | float) or key == "guidance"
     }
+    settings |= {"codes_id": tokenizer.codes_id, "classifier": str(options.classifier)}
     found: dict[str, Any] = {"settings": settings, "runs": {}}
     if results.exists():
         found = json.loads(results.read_text("utf-8"))
         if found["settings"] != settings:
             parser.error(f"{results} has other settings: {found['settings']}")
+    write_json(found, results)
     data = encoded(tokenizer, options.root, "train", options.limit, options.output)
     held_out = encoded(tokenizer, options.root, "test", 1000, options.output)
     test, _ = tensors(FashionMNIST(options.root, "test"))

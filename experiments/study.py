@@ -17,7 +17,7 @@ from flextok.evaluation.probe import linear_probe
 from flextok.files import read_mapping, write_text
 from flextok.pipeline import load
 from flextok.registry import make_dataset
-from flextok.schema import ConfigError, to_mapping
+from flextok.schema import ConfigError, from_mapping, to_mapping
 from flextok.tokenizers import Tokenizer
 from flextok.training.prepare import cache_device, fill_auto, load_tokenizer
 from flextok.training.run import train
@@ -73,7 +73,9 @@ def train_and_measure(
     asked |= {"measure": found} if (found := to_mapping(more)) != to_mapping(Measure()) else {}
     if (folder / "result.json").exists():
         found = read_result(folder / "result.json")
-        if {key: found.get(key) for key in asked} == asked:
+        # of an older run, whose config lacks newer keys
+        whole = to_mapping(from_mapping(ExperimentConfig, found.get("config", {})))
+        if {key: found.get(key) for key in asked} | {"config": whole} == asked:
             return found
     cost = train_timed(config, folder)
     default = config.data.validation if config.task == "tokenizer" else config.data.train

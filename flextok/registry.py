@@ -81,6 +81,7 @@ def like_start(spec: Mapping[str, Any], start: Mapping[str, Pretrained]) -> dict
     for trained in start.values():
         if trained.model_type == spec.get("name"):
             found = to_mapping(trained.config)
+            found.pop("length_head", None)  # of that model's own images and prefixes
             if found.pop("distilled", False):  # what a few-step decoder fixes is its own
                 del found["decode"]
             return merged("model", {"name": trained.model_type, **found}, dict(spec))

@@ -89,11 +89,11 @@ def search(
     length so many levels further on.
 
     Candidates of a condition are decoded from the same noise. They depend on seed and on the
-    condition's number, not on batch_size, which is how many candidates are generated at once,
-    though those of one condition that others may continue always are. sampling and decoding:
-    options of generate() and decode() by name. callback(n, images) is called after each batch of
-    decodes, of which n were done. Raises ValueError, before the work, for arguments that do not
-    fit."""
+    condition's number, not on batch_size, which is how many candidates are generated and decoded
+    at once; those of one condition that others may continue are generated together. sampling,
+    decoding: options of generate() and decode() by name. callback(n, images) is called after each
+    batch of decodes, of which n were done. Raises ValueError, before the work, for arguments that
+    do not fit."""
     trees: dict[int, list[Level]] = {}
     done = 0
     for first, tree, images in grow_trees(
@@ -168,8 +168,13 @@ def grow_trees(
                     *(generator, tokenizer, asked, prefix, total, generate_options, draws, new)
                 )
                 noise = row_generators(seed, NOISE, [r for r in some for _ in part])
-                images = decode_rows(tokenizer, indices, decode_options, noise)
-                scores = check_scores(verifier(images, asked, indices), len(images))
+                decoded, scored = [], []
+                for few in batches_of(len(indices), batch_size):
+                    now = slice(few.start, few.stop)
+                    x = decode_rows(tokenizer, indices[now], decode_options, noise[now])
+                    decoded.append(x)
+                    scored.append(check_scores(verifier(x, asked[now], indices[now]), len(x)))
+                images, scores = torch.cat(decoded), torch.cat(scored)
                 columns = (x.cpu().unflatten(0, mine.shape) for x in (indices, images, scores))
                 made = [joined([*made, Level(length, mine, *columns)], dim=1)]
                 yield some.start, [*above, *made], images

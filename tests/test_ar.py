@@ -5,7 +5,7 @@ import torch
 from helpers.models import overfit, tiny_gpt
 
 from flextok.draws import row_generators
-from flextok.generators import GPT
+from flextok.generators import GPT, GPTConfig
 from flextok.objectives import NextTokenConfig, NextTokenObjective
 from flextok.schema import from_mapping
 
@@ -191,8 +191,9 @@ def test_a_model_continues_with_other_groups(tmp_path):
     ],
 )
 def test_groups_that_do_not_fit_are_refused(groups, said):
+    """By the config, which is checked before a data set is tokenized."""
     with pytest.raises(ValueError, match=said):
-        tiny_gpt(groups=groups)
+        GPTConfig(num_tokens=8, groups=groups)
 
 
 def test_batched_generation_is_each_alone():

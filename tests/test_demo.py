@@ -1,7 +1,9 @@
 """The page's parts without a browser or a server: what is refused, and what the studio makes."""
 
 import asyncio
+import base64
 import io
+import json
 import re
 import sys
 
@@ -453,11 +455,35 @@ def test_lengths_are_all_of_the_first_and_eight_a_doubling(studio):
         ({"task": "search", "source": 1, "value": "unicorns"}, "unknown class 'unicorns'"),
         ({"task": "search", "source": 1, "value": "cats", "budget": 65}, "budget=65 must be"),
         ({"task": "search", "source": 1, "value": "cats", "method": "all"}, "method"),
+        (
+            {"task": "search", "source": 1, "value": "cats", "method": "beam", "budget": 2},
+            "budget=2 must be",
+        ),
+        (
+            {"task": "search", "source": 1, "value": "cats", "sampling": {"top_k": 1}},
+            "unknown sampling option",
+        ),
+        (
+            {"task": "edit", "kept": PICTURE, "source": 1, "value": "cats", "sampling": {"a": 1}},
+            "unknown sampling option",
+        ),
     ],
 )
 def test_mistakes_of_the_client_are_named(studio, asked, message):
+    """Before the first part of the answer, which the page would show."""
     with pytest.raises(ValueError, match=re.escape(message)):
-        parts(studio, **{"source": 0, "value": PICTURE, **asked})
+        next(studio.draw(from_mapping(Asked, {"source": 0, "value": PICTURE, **asked}), LIMITS))
+
+
+def test_a_request_may_carry_two_of_the_largest_pictures():
+    limits = Limits()
+    largest = "data:image/jpeg;base64," + base64.b64encode(bytes(limits.max_bytes)).decode()
+    asked = {"source": 0, "task": "edit", "value": largest, "kept": largest, "seed": 2**31 - 1}
+    assert len(json.dumps(asked)) < limits.max_request
+    with pytest.raises(ValueError, match=r"no picture|cannot be read|damaged"):  # but not too large
+        read_picture(largest, limits)
+    with pytest.raises(ValueError, match="too large"):
+        read_picture(largest[:23] + "A" * 4 + largest[23:], limits)
 
 
 def test_a_generator_in_steps_shows_its_lengths_at_the_end(models, tmp_path):

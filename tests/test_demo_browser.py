@@ -309,6 +309,19 @@ def test_mistakes_are_named_beside_what_caused_them(open_page, tmp_path):
     assert page.locator("#error").inner_text() == ""
 
 
+def test_another_task_keeps_what_was_asked_for(open_page):
+    page = open_page("#source=2&prompt=a+key&k=8")
+    draw(page, page.get_by_label("Search", exact=True).check)
+    assert page.get_by_label("Prompt", exact=True).input_value() == "a key"
+    draw(page, page.get_by_label("Look", exact=True).check)
+    draw(page, page.get_by_label("A class", exact=True).check)
+    classes = page.locator("[name=class]")
+    draw(page, lambda: classes.select_option(index=2))
+    chosen = classes.input_value()
+    draw(page, page.get_by_label("Search", exact=True).check)
+    assert classes.input_value() == chosen
+
+
 def test_work_can_be_stopped_and_begun_anew(open_page):
     page = open_page("#source=2&prompt=a+key&k=8")
     first = source(page)

@@ -403,6 +403,27 @@ def test_prefixes_of_powers_of_two_are_aligned_the_first_the_most(images, model)
         torch.testing.assert_close(terms[0], terms[1] * length)
 
 
+def test_the_error_of_prefixes_is_float32_in_mixed_precision(images):
+    alignment = PrefixAlignment(8, 4, "efficientnet_lite0", pretrained=False, fade=1, size=32)
+    codes, targets = torch.randn(len(images), 8, 4), alignment.targets(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = alignment(codes, targets)
+    assert mixed.dtype == torch.float32
+    torch.testing.assert_close(mixed, alignment(codes, targets), rtol=0.02, atol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("model", "spec", "message"),
+    [
+        ({}, {"train": ["decoder"]}, r"objective\.train=\['decoder'\] leaves it as it is"),
+        ({"ordered": False}, {}, r"set model\.ordered=true"),
+    ],
+)
+def test_prefixes_that_cannot_be_aligned(model, spec, message):
+    with pytest.raises(ConfigError, match=message):
+        flow(tiny_tokenizer(**model), prefix_alignment={}, **spec)
+
+
 @pytest.mark.parametrize("spatial", [False, True])
 def test_representation_alignment_with_efficientnet(spatial):
     """Offline, on ImageNet's weights. It tells pictures apart, and projectors that already give the

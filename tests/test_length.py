@@ -14,9 +14,15 @@ from flextok.draws import NOISE, row_generators
 from flextok.emoji.datasets import Emoji
 from flextok.evaluation import Options
 from flextok.evaluation.adaptive import fit, fit_length_head, relate, spearman
-from flextok.objectives import DistillationObjective, DrawingObjective, FlowObjective
+from flextok.objectives import (
+    DistillationObjective,
+    DrawingObjective,
+    FlowObjective,
+    make_objective,
+)
+from flextok.registry import build_model, like_start
 from flextok.schema import ConfigError, from_mapping
-from flextok.tokenizers import FlexTok, TiTok, TiTokConfig
+from flextok.tokenizers import TOKENIZERS, FlexTok, TiTok, TiTokConfig
 from flextok.tokenizers.length import LengthHead, LengthHeadConfig, Target
 
 LENGTHS = [1, 2, 4, 8]
@@ -187,3 +193,10 @@ def test_what_it_does_not_predict_is_refused():
             tiny_tokenizer(length_head={**HEAD, "lengths": lengths})
     with pytest.raises(ConfigError, match=r"unknown length_head\.metric 'pnsr'"):
         tiny_tokenizer(length_head={**HEAD, "metric": "pnsr"})
+
+
+def test_a_start_with_a_head_may_have_another_number_of_registers():
+    spec = like_start({"name": "flextok", "num_registers": 16}, {"weights": with_head()})
+    model = build_model(TOKENIZERS, spec)
+    assert model.num_tokens == 16
+    make_objective(model, {"name": "flow"}, {"weights": with_head()})

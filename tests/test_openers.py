@@ -250,9 +250,9 @@ def test_damaged_indices_are_told_in_one_line(tmp_path, shard):
         ('{"shardlist": []}', "lists no shard"),
         ("[" * 100_000, "no readable index"),
         ('{"shardlist": [{"url": "a.tar"}]}', "no readable index"),
-        ('{"shardlist": [{"url": "a.tar", "nsamples": -1}]}', "holds -1 samples"),
-        ('{"shardlist": [{"url": "a.tar", "nsamples": true}]}', "holds True samples"),
-        ('{"shardlist": [{"url": "a.tar", "nsamples": 1e18}]}', "holds 1e[+]18 samples"),
+        ('{"shardlist": [{"url": "a.tar", "nsamples": -1}]}', "states -1 samples"),
+        ('{"shardlist": [{"url": "a.tar", "nsamples": true}]}', "states True samples"),
+        ('{"shardlist": [{"url": "a.tar", "nsamples": 1e18}]}', "states 1e[+]18 samples"),
     ):
         path.write_text(content)
         with pytest.raises(ValueError, match=message):

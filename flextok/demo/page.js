@@ -315,10 +315,12 @@ function choose() {  // what the task and the source that are checked need
   say('from', TASKS[task].from);
   say('go', TASKS[task].go);
   const classes = task === 'edit' ? ['none', ...source.classes] : source.classes;
+  const chosen = task === 'edit' ? 'none' : value.class.value;  // stays where it can
   value.class.replaceChildren(...classes.map(name => make('option', {textContent: name})));
+  value.class.value = classes.includes(chosen) ? chosen : source.examples[0] ?? classes[0];
   $('suggestions').replaceChildren(...source.examples.map(text => make('button', {
     type: 'button', textContent: text, onclick: () => { value[source.kind].value = text; draw(); }})));
-  if (source.examples.length && task !== 'edit') value[source.kind].value = source.examples[0];
+  if (source.kind === 'prompt' && task !== 'edit') value.prompt.value ||= source.examples[0] ?? '';
   $('settings').replaceChildren($('settings').firstElementChild, ...['decoding', 'sampling'].flatMap(group =>
     source.fields[group].map(one => make('label', {},
       `${group === 'decoding' ? 'Decoder' : 'Generator'} ${one.label}`,

@@ -89,7 +89,10 @@ class Source:
         """What its generator takes for one image. Raises ValueError."""
         if len(value) > MAX_PROMPT and self.kind == "prompt":
             raise ValueError(f"a prompt has at most {MAX_PROMPT} characters")
-        return torch.zeros(1) if self.kind == "none" else [value]
+        condition = torch.zeros(1) if self.kind == "none" else [value]
+        if self.generator is not None:
+            self.generator.prepare(condition)  # raises for what it does not take
+        return condition
 
     def notes(self, value: str) -> Iterator[dict[str, Any]]:
         """What to know of an image that it generates."""

@@ -1,7 +1,7 @@
 """What the page can do, without the page: models loaded once, one request in, images out."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from flextok.pipeline import (
     load_tokenizer_of,
 )
 from flextok.tokenizers.base import Tokenizer, encode_rows, same_codes
-from flextok.tree_search import Verifier, best_path, grow_trees, likelihood
+from flextok.tree_search import Verifier, best_path, check_budget, grow_trees, likelihood
 
 EXAMPLES = [  # emoji that the package's models were not trained on
     *("desert island", "tangerine", "magnet", "T-Rex", "slightly smiling face", "hibiscus"),
@@ -94,8 +94,12 @@ class Studio:
                 yield {**shown, "other": data_url(to_image(other[0])), "row": row}
                 yield from blend(source, decoder, kept, second)
             else:
+                condition = source.condition(asked.value)
+                sampling = checked("sampling", asked.sampling)
                 yield shown
-                yield from vary_picture(source.generator, source, decoder, asked, kept)
+                yield from source.notes(asked.value)
+                generator = source.generator
+                yield from vary_picture(generator, source, decoder, condition, sampling, kept)
         elif source.generator is None:
             yield from reconstruct(source, decoder, *encode(asked.value))
         elif asked.task == "search":
@@ -118,9 +122,9 @@ def reconstruct(
 def generate(
     generator: Generator, source: Source, decoder: Decoder, asked: Asked
 ) -> Iterator[dict[str, Any]]:
-    condition = source.condition(asked.value)
+    condition, sampling = source.condition(asked.value), checked("sampling", asked.sampling)
     yield from source.notes(asked.value)
-    lengths, sampling = source.lengths(), checked("sampling", asked.sampling)
+    lengths = source.lengths()
     for indices in grow_indices(generator, condition, lengths, asked.seed, sampling):
         yield {"indices": listed(indices)}
         yield from decoder.prefixes(indices, [indices.shape[1]])
@@ -137,6 +141,9 @@ def search(
     condition, total = source.condition(asked.value), generator.num_tokens
     verifier, name = make_verifier(generator, source, asked.value)
     levels = [total] if asked.method == "best" else sorted({-(-total // 16), -(-total // 4), total})
+    beams = min(BEAMS, max(1, asked.budget // len(levels)))
+    check_budget(asked.budget, beams, 0, len(levels))
+    sampling = checked("sampling", asked.sampling)
     yield from source.notes(asked.value)
     yield {"verifier": name}
     done = 0
@@ -147,9 +154,9 @@ def search(
         verifier,
         lengths=levels,
         budget=asked.budget,
-        beams=min(BEAMS, max(1, asked.budget // len(levels))),
+        beams=beams,
         seed=asked.seed,
-        sampling=checked("sampling", asked.sampling),
+        sampling=sampling,
         decoding=checked("decoding", asked.decoding),
         batch_size=min(AT_ONCE, decoder.most),
     ):
@@ -204,17 +211,20 @@ def blend(
 
 
 def vary_picture(
-    generator: Generator, source: Source, decoder: Decoder, asked: Asked, kept: Tensor
+    generator: Generator,
+    source: Source,
+    decoder: Decoder,
+    condition: Any,
+    sampling: Mapping[str, Any],
+    kept: Tensor,
 ) -> Iterator[dict[str, Any]]:
     """For some k, images whose first k tokens are those of a picture, (1, K) indices, and whose
     others are generated. All are decoded from the same noise, so that only the tokens differ."""
-    condition = source.condition(asked.value)
-    yield from source.notes(asked.value)
-    film = decodable_lengths(source.tokenizer, source.num_tokens)
-    lengths, sampling = film[:-1] or film, checked("sampling", asked.sampling)
-    yield {"lengths": lengths, "row": [asked.seed + i for i in range(SEEDS)]}
+    seed, film = decoder.seed, decodable_lengths(source.tokenizer, source.num_tokens)
+    lengths = film[:-1] or film
+    yield {"lengths": lengths, "row": [seed + i for i in range(SEEDS)]}
     for k in lengths:
-        rows = vary(generator, condition, kept[:, :k], SEEDS, seed=asked.seed, sampling=sampling)
-        images = decoder.images(rows, [source.num_tokens] * SEEDS, [asked.seed] * SEEDS)
-        frames = [frame(k, asked.seed + i, image) for i, image in enumerate(images)]
+        rows = vary(generator, condition, kept[:, :k], SEEDS, seed=seed, sampling=sampling)
+        images = decoder.images(rows, [source.num_tokens] * SEEDS, [seed] * SEEDS)
+        frames = [frame(k, seed + i, image) for i, image in enumerate(images)]
         yield {"frames": frames, "map": spread_map(k, images)}

@@ -20,8 +20,13 @@ class Limits:
 
     @property
     def max_request(self) -> int:
-        """Bytes of the message that carries the largest picture: base64, and the rest of it."""
-        return self.max_bytes * 4 // 3 + 2**16
+        """Bytes of the message that carries two of the largest pictures, and the rest of it."""
+        return 2 * self.max_url + 2**16
+
+    @property
+    def max_url(self) -> int:
+        """Characters of the largest picture in base64, and of what stands before it."""
+        return self.max_bytes * 4 // 3 + 2**10
 
 
 def read_picture(data_url: object, limits: Limits) -> Image.Image:
@@ -29,7 +34,7 @@ def read_picture(data_url: object, limits: Limits) -> Image.Image:
     RGB picture. Raises ValueError, in words for the person at the browser."""
     if not isinstance(data_url, str) or not data_url.startswith("data:"):
         raise ValueError("that is no picture: drop a file on the page")
-    if len(data_url) > limits.max_request:
+    if len(data_url) > limits.max_url:
         raise ValueError(f"that file is too large: at most {megabytes(limits.max_bytes)}")
     try:
         data = base64.b64decode(data_url.partition(",")[2], validate=True)

@@ -65,6 +65,10 @@ class GPTConfig:
     groups: list[Size] | None = None
     generate: GenerateOptions = field(default_factory=GenerateOptions)
 
+    def __post_init__(self) -> None:
+        if self.groups is not None:
+            check_groups(self.groups, self.num_tokens)
+
 
 class GPT(Generator):
     """Decoder-only transformer over a tokenizer's indices, conditioned on a class, a text or
@@ -86,7 +90,6 @@ class GPT(Generator):
         super().__init__()
         self.config = config
         sizes = [1] * config.num_tokens if config.groups is None else config.groups
-        check_groups(sizes, config.num_tokens)
         self.grouped = sizes[-1] > 1
         # of each index: the size of its group, and the number of indices up to the group's end
         self.group_sizes = [size for size in sizes for _ in range(size)]

@@ -124,15 +124,13 @@ class PrefixAlignment(nn.Module):
     def forward(self, codes: Tensor, targets: Tensor) -> Tensor:
         """codes: (B, k, D), the first k tokens' codes; targets: (B, F). Returns the error of each
         image, (B,), over the prefixes within these k tokens."""
-        counts = torch.arange(1, codes.shape[1] + 1, device=codes.device)
-        kept = (counts & (counts - 1)) == 0  # powers of two
-        embedded = F.silu(
-            self.embed(codes.to(self.positions.dtype)) + self.positions[: len(counts)]
-        )
-        sums = embedded.cumsum(1) / counts[:, None] ** 0.5
-        predicted = self.head(sums[:, kept]).float()
-        errors = (predicted - targets[:, None]).square().mean(-1)
-        return errors @ (counts[kept] ** -self.fade).to(errors)
+        lengths = [2**i for i in range(codes.shape[1].bit_length())]
+        embedded = self.embed(codes.to(self.positions.dtype)) + self.positions[: codes.shape[1]]
+        sums = F.silu(embedded).cumsum(1)
+        kept = torch.stack([sums[:, length - 1] / length**0.5 for length in lengths], dim=1)
+        errors = (self.head(kept).float() - targets[:, None]).square().mean(-1).unbind(1)
+        terms = [x / length**self.fade for x, length in zip(errors, lengths, strict=True)]
+        return torch.stack(terms).sum(0)
 
 
 class RepresentationAlignment(nn.Module):

@@ -75,6 +75,16 @@ class FlowObjective(Objective):
         self.sample_times = build(TIME_SAMPLERS, config.time_sampler, "time sampler")
         self.alignment: RepresentationAlignment | None = None
         self.prefix_alignment: PrefixAlignment | None = None
+        if config.prefix_alignment is not None:
+            if not model.ordered:
+                raise ConfigError(
+                    "objective.prefix_alignment is for prefixes: set model.ordered=true, or null"
+                )
+            if config.train is not None and "encoder" not in config.train:
+                raise ConfigError(
+                    f"objective.prefix_alignment trains the encoder, and objective.train="
+                    f"{config.train} leaves it as it is: set prefix_alignment=null"
+                )
         if weights is not None:
             begin_as(model, need("weights", weights, FlexTok))
         train_only(model, config.train)
