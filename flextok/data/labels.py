@@ -51,11 +51,12 @@ def balanced(labels: Tensor, balance: float) -> list[int]:
     a class of n samples then has n * (largest / n)^balance. So 0 leaves the classes as they are and
     1 makes them equal; LVIS (arXiv 1908.03195) has such a rule, with 0.5."""
     indices: list[int] = []
-    counts = labels.bincount()
-    for label in counts.nonzero()[:, 0].tolist():
-        some, count = (labels == label).nonzero()[:, 0], int(counts[label])
-        wanted = round(count * (int(counts.max()) / count) ** balance)
-        indices += some.repeat(-(-wanted // count))[:wanted].tolist()
+    counts = labels.bincount().tolist()
+    largest = max(counts)
+    for some in labels.argsort(stable=True).split(counts):
+        if count := len(some):
+            wanted = round(count * (largest / count) ** balance)
+            indices += some.repeat(-(-wanted // count))[:wanted].tolist()
     return indices
 
 

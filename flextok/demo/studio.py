@@ -112,7 +112,14 @@ def reconstruct(
     source: Source, decoder: Decoder, original: Tensor, encoded: Tensor
 ) -> Iterator[dict[str, Any]]:
     yield {"original": data_url(to_image(original[0])), "indices": listed(encoded)}
-    film = decodable_lengths(source.tokenizer)
+    yield from show_prefixes(source, decoder, encoded, original)
+
+
+def show_prefixes(
+    source: Source, decoder: Decoder, encoded: Tensor, original: Tensor | None = None
+) -> Iterator[dict[str, Any]]:
+    """The images of an image's tokens, those of the filmstrip first, then those of other seeds."""
+    film = decodable_lengths(source.tokenizer, source.num_tokens)
     yield from decoder.prefixes(encoded, film, original)
     rest = [k for k in source.lengths() if k not in film]
     yield from decoder.prefixes(encoded, rest, original)
@@ -157,7 +164,7 @@ def search(
         beams=beams,
         seed=asked.seed,
         sampling=sampling,
-        decoding=checked("decoding", asked.decoding),
+        decoding=asked.decoding,
         batch_size=min(AT_ONCE, decoder.most),
     ):
         level = tree[-1]
@@ -175,10 +182,7 @@ def search(
     path = best_path(tree, 0)
     indices = tree[-1].indices[:, path[-1]]  # (1, K)
     yield {"path": path, "indices": listed(indices)}
-    film = decodable_lengths(source.tokenizer, total)
-    yield from decoder.prefixes(indices, film)
-    yield from decoder.prefixes(indices, [k for k in source.lengths() if k not in film])
-    yield from decoder.seeds(indices, film)
+    yield from show_prefixes(source, decoder, indices)
 
 
 def make_verifier(generator: GPT, source: Source, value: str) -> tuple[Verifier, str]:

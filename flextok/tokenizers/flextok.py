@@ -246,16 +246,16 @@ class FlexTok(Tokenizer):
         Raises ValueError on a wrong shape, dtype or range, and for a target that the model has no
         length head for."""
         target = Target.parse(target) if isinstance(target, str) else target
-        if target is not None:
-            self.length_head_for(target)  # raises before the work, not after it
+        # raises before the work, not after it
+        head = None if target is None else self.length_head_for(target)
         images = images_to_encode(self, images, height, width)
         latents = self.vae.encode(images, sample_posterior, generator)
         latents = latents.to(self.encoder.patch_embed.weight.dtype)
-        if target is None:
+        if target is None or head is None:
             return self.quantizer(check_finite(self.encoder(latents), "the encoder's outputs"))[1]
         outputs = self.encoder.outputs(latents)
         z = check_finite(self.encoder.head(outputs), "the encoder's outputs")
-        return self.length_head_for(target).choose(target, self.quantizer(z)[1], outputs)
+        return head.choose(target, self.quantizer(z)[1], outputs)
 
     def length_head_for(self, target: Target) -> LengthHead:
         """The head that predicts the target's metric. Raises ValueError where there is none."""
