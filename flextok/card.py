@@ -63,7 +63,9 @@ def summary(facts: Mapping[str, Any]) -> dict[str, str]:
     for key, value in metadata.items():
         label = key.replace("_", " ")
         if key == "class_names" and isinstance(value, list):
-            lines["classes"] = str(len(value))
+            conditioner = facts["config"].get("conditioner")
+            if conditioner is not None and conditioner["name"] == "class":
+                lines["classes"] = str(len(value))
         elif isinstance(value, list):
             lines[label] = "; ".join(map(str, value)) or "nothing"
         elif isinstance(value, Mapping):

@@ -175,6 +175,8 @@ def find_weights(folder: Path) -> Path:
             return folder / name
     files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
     if not files:
+        if not (folder / CONFIG).is_file():
+            raise CheckpointError(f"{folder} holds no model: neither {CONFIG} nor weights")
         raise CheckpointError(f"{folder / WEIGHTS} is missing: the model folder is incomplete")
     if len(files) > 1:
         names = ", ".join(path.name for path in files)

@@ -59,6 +59,7 @@ def main(arguments: list[str]) -> None:
             if changed_indices(trained_on, tokenizer) > 0.02:
                 raise SystemExit(f"{argument}: trained on another tokenizer than {place}")
             remember_tokenizer(model, RELEASES / name, tokenizer, str(RELEASES / place))
+        model.metadata.setdefault("provenance", {"license": "apache-2.0"})
         target = model.save_pretrained(RELEASES / name, rounded(model))
         released = load(target)
         if isinstance(model, Autoencoder):

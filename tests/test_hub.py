@@ -145,6 +145,8 @@ def test_damaged_folders_are_refused(tmp_path, damage, message):
 def test_a_missing_model_says_what_was_looked_for(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="no model at"):
         load(tmp_path / "nowhere" / "at" / "all")
+    with pytest.raises(CheckpointError, match="holds no model"):  # a folder of pictures
+        load(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(CheckpointError, match="someone/something"):
         load("someone/something")
@@ -359,10 +361,10 @@ def test_the_model_card_states_config_and_numbers(tmp_path):
         "| bits per image | 61 (8 bytes) |",
         "| step | 2000 |",
         "| metrics psnr | 21.5 |",
-        "| classes | 2 |",
         '"num_registers": 8',
     ):
         assert row in text
+    assert "| classes |" not in text  # a tokenizer's data had them; it takes none
     model.metadata["step"] = 3000
     model.save_pretrained(tmp_path)
     assert "| step | 3000 |" in card.read_text()
@@ -414,11 +416,12 @@ def test_a_generator_s_card_names_its_task(tmp_path, monkeypatch, name, task):
     encoder = {"name": "bytes", "dim": 16, "depth": 1, "num_heads": 2}
     options = {"encoder": encoder} if name == "text" else {"num_classes": 3}
     gpt = tiny_gpt(conditioner={"name": name, **options})
-    gpt.metadata["tokenizer"] = "someone/tokenizer"
+    gpt.metadata.update(tokenizer="someone/tokenizer", class_names=["a", "b", "c"])
     gpt.save_pretrained(tmp_path / "hub")
     data = ModelCard.load(tmp_path / "hub" / "README.md").data
     assert (data.pipeline_tag, data.tags) == (task, ["flextok", "gpt"])
     assert data.base_model == "someone/tokenizer"
+    assert ("| classes | 3 |" in (tmp_path / "hub/README.md").read_text()) == (name == "class")
     monkeypatch.chdir(tmp_path)
     tiny_tokenizer().save_pretrained("outputs/tokenizer")
     gpt.metadata["tokenizer"] = "outputs/tokenizer"  # a folder is no hub id

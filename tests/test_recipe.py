@@ -34,7 +34,8 @@ def test_one_command_from_pictures_to_pictures(
             assert main([*command, *SHORT]) == 0
     printed = capsys.readouterr().out
     assert not [w for w in recwarn if "treespec" in str(w.message)]  # Lightning's own business
-    assert f"# {out / 'tokenizer.yaml'}\ntask: tokenizer" in printed
+    assert f"config of the tokenizer: {out / 'tokenizer.yaml'}\n" in printed
+    assert f"{picture_folder} has no folders train and val" in printed
     generator = load(out / "generator")
     assert generator.class_names == ["cats", "dogs"]
     assert generator.metadata["step"] == 2

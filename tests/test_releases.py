@@ -28,6 +28,8 @@ def test_they_are_small_and_complete():
     assert len(weights) == len(NAMES)
     assert {path.name for path in {*files} - weights} == {"config.json", "README.md"}
     assert sum(path.stat().st_size for path in files) < 60e6
+    for name in NAMES:
+        assert "\nlicense: apache-2.0\n" in (RELEASES / name / "README.md").read_text()
     for path in weights:
         tensors, _ = read_tensors(path)
         assert {t.dtype for t in tensors.values() if t.is_floating_point()} == {torch.float16}

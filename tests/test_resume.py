@@ -9,6 +9,7 @@ import shutil
 import threading
 import time
 import zipfile
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -564,11 +565,12 @@ def test_without_locks_there_is_a_warning(tmp_path, monkeypatch, caplog):
 # What a run says.
 
 
-def test_a_run_says_what_it_trains_and_what_came_of_it(make, place, caplog):
+def test_a_run_says_what_it_trains_and_what_came_of_it(make, place, tmp_path, caplog):
     """max_steps below validate_every once meant no validation and no pictures, without a word."""
     caplog.set_level("INFO")
-    changes = ("data.validation", {"name": "folder", "root": str(place / "a")})
-    folder = train(make(*changes, max_steps=3, num_pictures=1))
+    changes = {"data.validation": {"name": "folder", "root": str(place / "a")}}
+    changes["output_dir"] = str(tmp_path / "my run")
+    folder = train(make(*chain(*changes.items()), max_steps=3, num_pictures=1))
     whole = sum(p.numel() for p in load(folder).parameters())
     text = caplog.text
     assert f"flextok: {whole:,} parameters" in text
@@ -578,7 +580,7 @@ def test_a_run_says_what_it_trains_and_what_came_of_it(make, place, caplog):
     assert best["step"] == 3
     loss = f"{best['loss']:.4g}"
     assert f"step 3: val/loss {loss}, the best {loss} at step 3" in text
-    assert f"model: {folder}; next: flextok reconstruct PICTURE --model {folder}" in text
+    assert f"model: {folder}; next: flextok reconstruct PICTURE --model '{folder}'" in text
     assert [p.name for p in (folder / "pictures").iterdir()] == ["step-0000003.png"]
 
 

@@ -40,7 +40,7 @@ class Train:
 
     One YAML file states everything about a run; key=value changes it. The output folder gets
     checkpoints, logs, images and the model. An interrupted run continues when started again by
-    the same command. With --data, configs that fit the memory are written, printed and trained.
+    the same command. With --data, configs that fit the memory are written and trained.
 
     flextok train --data photos/ --size 64
     flextok train configs/quickstart_tokenizer.yaml
@@ -56,7 +56,7 @@ class Train:
     ] = field(default_factory=list)
     _: KW_ONLY
     data: Annotated[str | None, "a folder of pictures, in place of a config"] = None
-    size: Annotated[int, "of the images of --data, in pixels"] = 64
+    size: Annotated[int, "of the images of --data, in pixels; default 64"] = 64
     gpu_memory: Annotated[float | None, "GB of the GPU to fill; default: that of the GPU here"] = (
         None
     )
@@ -170,7 +170,7 @@ class Sample(Decoding, Shape, Sampling, Seed, Device, Json):
         "images of each class or prompt, or decoded from each picture's tokens",
     ] = 1
     tokenizer: ItsTokenizer = None
-    output: Annotated[str, "the PNG to write"] = "outputs/sample.png"
+    output: Annotated[str, "the PNG to write; default outputs/sample.png"] = "outputs/sample.png"
 
 
 @dataclass
@@ -213,7 +213,7 @@ class Search(Decoding, Sampling, Seed, Device, Json):
     probe_steps: Annotated[
         int, Bounds(1, 1_000_000), "of the classifier's training, where there is none yet"
     ] = 1500
-    output: Annotated[str, "the folder to write"] = "outputs/search"
+    output: Annotated[str, "the folder to write; default outputs/search"] = "outputs/search"
 
 
 @dataclass
@@ -232,8 +232,10 @@ class Reconstruct(Decoding, Shape, Seed, Device, Json):
 
     pictures: Annotated[list[str], "files, folders or -"]
     _: KW_ONLY
-    model: Annotated[str, "a tokenizer's folder, name or hub id"] = TOKENIZER
-    num_tokens: Annotated[list[int] | None, "default: all"] = None
+    model: Annotated[str, f"a tokenizer's folder, name or hub id; default: {TOKENIZER}"] = TOKENIZER
+    num_tokens: Annotated[
+        list[int] | None, "how many first tokens to decode, one number or several; default: all"
+    ] = None
     output: Annotated[
         str | None, f"folder, file.png or - (standard output); default {RECONSTRUCTED}"
     ] = None
@@ -254,7 +256,7 @@ class Networks:
         "images), lpips; default: inception and lpips, or those installed",
         {"nargs": "*"},
     ] = None
-    inception_weights: Annotated[str | None, "default: torch's cache"] = None
+    inception_weights: Annotated[str | None, "a file; default: the one in torch's cache"] = None
 
 
 @dataclass(kw_only=True)
@@ -286,7 +288,9 @@ class Evaluate(Networks, Decoding, Measuring):
     _: KW_ONLY
     folder = "evaluation"
     tokenizer: ItsTokenizer = None
-    num_tokens: Annotated[list[int] | None, "default: all"] = None
+    num_tokens: Annotated[
+        list[int] | None, "how many first tokens to decode, one number or several; default: all"
+    ] = None
     num_samples: Annotated[Count | None, "generator: how many images"] = None
     labels: Annotated[
         Literal["balanced", "data"], "generator: all classes equally often, or as often as in DATA"

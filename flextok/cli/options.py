@@ -39,7 +39,9 @@ Data = Annotated[str | None, SETS]
 OwnData = Annotated[str | None, f"{SETS}; default: the model's validation set"]
 Limit = Annotated[Count | None, "use only this many images, spread evenly over the set"]
 Lengths = Annotated[
-    list[int] | None, "default: 1 2 4 ... and all, or all where prefixes mean nothing"
+    list[int] | None,
+    "how many of the first tokens to use; default: 1 2 4 ... and all, or all alone where the model "
+    "decodes no prefixes",
 ]
 ItsTokenizer = Annotated[
     str | None, "for a generator: decode with this tokenizer in place of its own"
@@ -77,7 +79,8 @@ def add_command(commands: Commands, name: str, kind: type, work: str) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     hints = typing.get_type_hints(kind, include_extras=True)
-    for field in dataclasses.fields(kind):
+    own = inspect.get_annotations(kind)  # first in the help, before those of many commands
+    for field in sorted(dataclasses.fields(kind), key=lambda field: field.name not in own):
         add_field(parser, field, hints[field.name])
     parser.set_defaults(run=functools.partial(run_command, kind, work))
 
@@ -154,7 +157,7 @@ class Device:
 
 @dataclass(kw_only=True)
 class Seed:
-    seed: Annotated[int, Bounds(0, 2**63 - 1), "of all random draws; default 0"] = 0
+    seed: Annotated[int, Bounds(0, 2**63 - 1), "decides all random draws; default 0"] = 0
 
 
 @dataclass(kw_only=True)
@@ -167,22 +170,28 @@ class Loading:
 class Solving:
     """Options of a decoder that solves an equation in steps."""
 
-    solver: Annotated[str | None, "of the decoder: euler, heun or ab2"] = None
+    solver: Annotated[str | None, "the decoder's: euler, heun or ab2; default: the model's own"] = (
+        None
+    )
     guidance_interval: Annotated[
-        tuple[float, float] | None, "guide only between these times", {"metavar": ("LOW", "HIGH")}
+        tuple[float, float] | None,
+        "guide the decoder only between these times",
+        {"metavar": ("LOW", "HIGH")},
     ] = None
-    time_shift: Annotated[float | None, "above 1: more steps near the noise"] = None
+    time_shift: Annotated[float | None, "above 1: more decoder steps near the noise"] = None
     noise_scale: Annotated[
         tuple[float, float] | None,
-        "factor of the initial noise for one token, and for all",
+        "factor of the decoder's initial noise for one token, and for all",
         {"metavar": ("ONE", "ALL")},
     ] = None
 
 
 @dataclass(kw_only=True)
 class Decoding(Solving):
-    steps: Annotated[int | None, "of the decoder; default: the model's own"] = None
-    guidance_scale: Annotated[float | None, "of the decoder; 1 is no guidance"] = None
+    steps: Annotated[int | None, "how many the decoder takes; default: the model's own"] = None
+    guidance_scale: Annotated[
+        float | None, "of the decoder; 1 is no guidance; default: the model's own"
+    ] = None
 
 
 @dataclass(kw_only=True)
@@ -190,7 +199,7 @@ class Shape:
     """The size of images that are not square, for models that take them."""
 
     height: Annotated[int | None, "of the images, in pixels; default: the model's square"] = None
-    width: Annotated[int | None, "as height"] = None
+    width: Annotated[int | None, "of the images, in pixels; default: as for --height"] = None
 
 
 @dataclass(kw_only=True)

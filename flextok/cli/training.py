@@ -53,7 +53,7 @@ def run_train(options: Train) -> None:
 
 
 def configs_for(options: Train, pictures: str) -> list[Path]:
-    """Write and print the configs for a folder of pictures. Returns them. Raises ValueError."""
+    """Write the configs for a folder of pictures. Returns their files. Raises ValueError."""
     here = memory_here()
     if options.gpu_memory is not None and here is None:
         raise ValueError(
@@ -63,10 +63,12 @@ def configs_for(options: Train, pictures: str) -> list[Path]:
     output = options.output or Path("outputs") / Path(pictures).resolve().name
     files = write_recipe(pictures, output, options.size, memory)
     for path in files:
-        print(f"# {path}\n{path.read_text(encoding='utf-8')}")
+        config, takes = load_experiment(path), ""
         if memory is not None:
-            needed = memory_of(load_experiment(path))
-            print(f"# takes about {needed:.1f} of {memory:.0f} GB; `flextok plan` prints more\n")
+            takes = f"; it takes about {memory_of(config):.1f} of {memory:.0f} GB (flextok plan)"
+        print(f"config of the {config.task}: {path}{takes}")
+    if config.data.train == config.data.validation:
+        print(f"{pictures} has no folders train and val: validation is on the training images")
     return files
 
 

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -209,10 +210,11 @@ def end_message(model: Any, folder: Path, step: int, checkpoints: Checkpoints) -
             f"val/loss {checkpoints.last_loss:.4g}, the best {best['loss']:.4g} at step "
             f"{best['step']} (its checkpoint is in {folder / 'checkpoints'})"
         )
-    following = f"flextok sample {folder}"
+    typed = shlex.quote(str(folder))
+    following = f"flextok sample {typed}"
     if isinstance(model, Tokenizer):
-        following = f"flextok reconstruct PICTURE --model {folder}, or a generator with tokenizer="
-        following += str(folder)
+        following = f"flextok reconstruct PICTURE --model {typed}, or a generator with tokenizer="
+        following += typed
     if isinstance(model, Autoencoder):
         following = f"a tokenizer on its latents, model.vae={{name: kl, weights: {folder}}}"
     return f"step {step}: {score}\nmodel: {folder}; next: {following}"
