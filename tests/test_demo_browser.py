@@ -145,6 +145,17 @@ def test_the_slider_asks_nothing_and_takes_a_moment(open_page):
     assert min(page.evaluate(slide, k % 8) for k in range(10)) < 100
 
 
+def test_on_a_narrow_page_the_film_follows_the_slider(open_page):
+    """The image of the current number of tokens was out of sight."""
+    page = open_page(viewport={"width": 400, "height": 900})
+    film = page.locator("#film").bounding_box()
+    for key in ("End", "Home", "End"):
+        page.locator("#slider").press(key)
+        box = page.locator("#film [aria-current]").bounding_box()
+        assert film["x"] <= box["x"] + 1
+        assert box["x"] + box["width"] <= film["x"] + film["width"] + 1
+
+
 def test_a_picture_of_ones_own(open_page, tmp_path):
     page = open_page()
     path = tmp_path / "good.png"

@@ -19,10 +19,11 @@ from helpers.models import tiny_gpt, tiny_releases, tiny_tokenizer
 from PIL import Image
 
 from flextok import evaluation
-from flextok.cli import main, make_parser
+from flextok.cli import common, main, make_parser
 from flextok.cli.common import data_spec
 from flextok.config import load_experiment
 from flextok.data import fashion_mnist
+from flextok.data.sets import take
 from flextok.evaluation import evaluators
 from flextok.generators.conditioning import TEXT_ENCODERS
 from flextok.pipeline import remember_tokenizer
@@ -219,10 +220,14 @@ def desk(tmp_path_factory):
             gpt.metadata["class_names"] = ["heart", "flag", "face-smiling", *map(str, range(6))]
         remember_tokenizer(gpt, place / "generator", tokenizer, str(place / "tokenizer"))
         gpt.save_pretrained(place / "generator")
+    tokenizer.save_pretrained(folder / "outputs/mine")
     tiny_releases(folder / "releases")
+    (folder / "configs").symlink_to(ROOT / "configs")
     picture = Image.linear_gradient("L").resize((40, 30)).convert("RGB")
-    (folder / "holiday").mkdir()
-    for file in ("a.png", "b.jpg", "cat.jpg", "picture.jpg", "holiday/1.png", "holiday/2.jpg"):
+    for file in ("holiday/1.png", "holiday/2.jpg", "pictures/train/1.png"):
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        picture.save(folder / file)
+    for file in ("a.png", "b.jpg", "cat.jpg", "picture.jpg"):
         picture.save(folder / file)
     (folder / "prompts.txt").write_text("a red heart\na key\n")
     with pytest.MonkeyPatch.context() as patch:
@@ -246,6 +251,57 @@ SHORT = sorted(
 def test_short_commands_run(desk, monkeypatch, command):
     monkeypatch.chdir(desk)
     assert main(arguments_of(command)) == 0
+
+
+# what measures, searches, tokenizes and writes models, and what each is given to be brief
+BRIEFLY = {
+    "evaluate": ["--limit", "4", "--networks"],
+    "sweep": ["--limit", "8"],
+    "adaptive": ["--limit", "4"],
+    "probe": ["--limit", "40"],
+    "align": ["--limit", "4", "--probe-steps", "2"],
+    "search": ["--budget", "8", "--probe-steps", "2"],
+    **{name: [] for name in ("convert", "plan", "tokenize")},
+}
+LONGER = sorted(
+    {
+        command
+        for _, command in DOCUMENTED
+        if (arguments_of(command) or [""])[0] in BRIEFLY
+        # published weights, sets of others, and what stands for a reader's own: the check above
+        and not re.search("EPFL|outputs/ar_|TOKENIZER|torchrun", command)
+    }
+)
+
+
+@pytest.mark.parametrize("command", LONGER)
+def test_longer_commands_run(desk, monkeypatch, command):
+    """On few images and for few steps, with what else the page tells people to type."""
+    monkeypatch.chdir(desk)
+    make = common.make_dataset
+    monkeypatch.setattr(common, "make_dataset", lambda spec: take(make(spec), 40))
+    arguments = arguments_of(re.sub(r"--num-samples \d+|--limit \d+", "", command))
+    few = ["--num-samples", "8"] if "--num-samples" in command else []
+    assert main([*arguments, *few, *BRIEFLY[arguments[0]]]) == 0
+
+
+def test_every_command_runs_somewhere():
+    """Those that neither test above runs, each with what runs it in its place."""
+    ran = {*SHORT, *LONGER}
+    elsewhere = {
+        "train": "test_training.py: a step of each config; test_recipe.py: --data",
+        "demo": "test_demo_browser.py",
+        "bench": "test_bench.py",
+        "index": "test_cli.py",
+        "reconstruct": "test_cli_reconstruct.py: a pipe",
+        "sample": "make quickstart-titok",
+        "info": "published weights: test_convert.py",
+        "evaluate": "published weights, ImageNet: test_evaluate.py",
+        "tokenize": "of WebDataset shards, by several processes: test_tokens.py",
+        "convert": "published weights: test_convert.py",
+    }
+    left = {(arguments_of(c) or [""])[0] for _, c in DOCUMENTED if c not in ran} - {""}
+    assert left == set(elsewhere)
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.name)
@@ -280,6 +336,19 @@ def test_the_page_on_pypi_has_no_relative_address():
         assert not re.search(r"\]\((?!https?:)", text)
     assert "each decoded four times from its first token |" in page_of(readme, None)
     assert "(https://arxiv.org/abs/2502.13967)" in page_of(readme, None)
+
+
+def test_the_figures_of_readme_are_those_of_the_card():
+    """README repeats some of the model card's numbers, for its table of models."""
+    card = (ROOT / "docs/model_card.md").read_text("utf-8")
+    rows = re.findall(r"^\| `emoji.*", (ROOT / "README.md").read_text("utf-8"), re.M)
+    found = 0
+    for row in rows:
+        for number, percent in re.findall(r"(\d+\.\d+|\d+(?= %))( %)?", row):
+            stated = f"{int(number) / 100:.2f}" if percent else number
+            assert re.search(rf"(?<![\d.]){re.escape(stated)}(?![\d])", card), (number, row)
+            found += 1
+    assert found >= 14
 
 
 def test_no_fact_stands_twice():

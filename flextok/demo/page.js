@@ -257,7 +257,11 @@ function show() {
   [...$('film').children].forEach((item, i) => {
     set(item.querySelector('img'), frame(film[i])?.url);
     item.hidden = !frame(film[i]);
-    item.firstChild.toggleAttribute('aria-current', film[i] === nearest(film, k));
+    const current = film[i] === nearest(film, k);
+    if (current && !item.firstChild.hasAttribute('aria-current')) {  // a narrow page shows a part of the row
+      $('film').scrollLeft = item.offsetLeft - $('film').offsetLeft - ($('film').clientWidth - item.offsetWidth) / 2;
+    }
+    item.firstChild.toggleAttribute('aria-current', current);
   });
   $('download').href = one.url;
   $('download').download = `flextok-${k}.png`;
@@ -268,7 +272,7 @@ function show() {
     image.removeAttribute('src');
     set(image, i < shown.row.length ? frame(few, shown.row[i])?.url : map?.url);
     if (i === shown.row.length && map) {
-      figure.querySelector('figcaption').textContent = `what differs: ${map.mean.toFixed(0)} of 255`;
+      figure.querySelector('figcaption').textContent = `what differs: ${map.mean.toFixed(0)} of 255 levels`;
     }
   });
   say('tokens-title', mode === 'look' ? `${k} of ${total} tokens` : `${k} of ${total} tokens are kept`);
@@ -326,7 +330,7 @@ function choose() {  // what the task and the source that are checked need
       `${group === 'decoding' ? 'Decoder' : 'Generator'} ${one.label}`,
       make('input', {type: 'number', name: `${group}.${one.name}`, required: true, value: one.value,
         min: one.low, max: one.high, step: one.name === 'num_steps' ? 1 : 'any'})))));
-  say('about', `${source.name}: ${source.size} x ${source.size} pixels. ` + (source.own ? 'It was ' +
+  say('about', `${source.name}: images of ${source.size} x ${source.size} pixels. ` + (source.own ? 'It was ' +
     'trained on emoji only: of other things it draws an emoji, or colours and rough shapes.' : ''));
 }
 

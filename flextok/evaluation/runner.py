@@ -157,7 +157,10 @@ def load_references(job: Job, stored: str | None) -> None:
     if (wanted := stored or options.reference) is None:
         return
     if not job.networks:
-        raise ValueError("a reference needs a feature network: inception, for ADM's")
+        raise ValueError(
+            "a reference needs a feature network: name inception, which ADM's statistics are of, "
+            "or efficientnet_lite0_native"
+        )
     if isinstance(wanted, str | Path):
         for evaluator in job.networks:
             evaluator.reference = Reference(wanted, evaluator.network, job.tokenizer.image_size)
