@@ -47,6 +47,8 @@ def test_one_command_from_pictures_to_pictures(
     assert main([*command[:-2], "48", "--output", str(out)]) == 1
     assert main(["train", "--data", str(picture_folder), "--gpu-memory", "24"]) == 1
     assert "this machine has no GPU" in capsys.readouterr().err
+    assert main(["train", "--data", "nowhere"]) == 1
+    assert "--data 'nowhere' is not a folder" in capsys.readouterr().err
 
 
 def test_a_gpu_is_filled_and_not_more(picture_folder, tmp_path):

@@ -60,6 +60,8 @@ def configs_for(options: Train, pictures: str) -> list[Path]:
             f"--gpu-memory {options.gpu_memory:g}: this machine has no GPU, leave it out for a CPU"
         )
     memory = options.gpu_memory or here
+    if not os.path.isdir(pictures):
+        raise ValueError(f"--data {pictures!r} is not a folder: give that of the pictures")
     output = options.output or Path("outputs") / Path(pictures).resolve().name
     files = write_recipe(pictures, output, options.size, memory)
     for path in files:
