@@ -6,7 +6,7 @@ the mean velocity of the teacher's own, guided solution over that step. The star
 own: it walks there from noise, so it learns to mend what its earlier steps left wrong. Why not a
 consistency, shortcut or MeanFlow model: those need the step's length as a new input, or derivatives
 through the network; here the target is an exact function of the input, model and sampler stay as
-they are, and a teacher's checkpoint loads as the student.
+they are, and a teacher's checkpoint loads as the student. docs/speed.md has a comparison.
 """
 
 from collections.abc import Mapping
