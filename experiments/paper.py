@@ -54,6 +54,7 @@ class Budget:
     classifier_steps: int
     networks: list[str]
     variants: bool = True  # whether the other ways to decode and to sample are measured
+    once: list[str] = field(default_factory=list)  # recipes that are run with the first seed only
     set: dict[str, list[str]] = field(default_factory=dict)  # all, model or recipe -> overrides
 
 
@@ -126,6 +127,20 @@ class Study(NamedTuple):
         variants = self.file.variants.get(recipe, {}) if self.budget.variants else {}
         return Measure(images, variants, probe, self.file.target)
 
+    def networks(self, recipe: str) -> list[str]:
+        """Those whose scores a table shows for this recipe; the first one for a recipe of none."""
+        scores = {
+            score
+            for table in self.file.tables.values()
+            if recipe in {row.partition(": ")[0] for row in table["rows"]}
+            for score in table["scores"]
+        }
+        first, *others = self.budget.networks
+        return [first, *(n for n in others if any(score.endswith(f"_{n}") for score in scores))]
+
+    def seeds(self, recipe: str) -> list[int]:
+        return self.budget.seeds[: 1 if recipe in self.budget.once else None]
+
     def results(self, row: str) -> list[dict[str, Any]]:
         """Of the seeds of a table's row that are finished."""
         recipe, _, variant = row.partition(": ")
@@ -169,7 +184,7 @@ def run(study: Study, recipe: str, seed: int) -> None:
     )
     config = study.config(recipe, seed)
     more = study.measure(config, recipe)
-    train_and_measure(config, study.lengths(recipe), study.budget.networks, more)
+    train_and_measure(config, study.lengths(recipe), study.networks(recipe), more)
 
 
 def end_with_parent() -> None:
@@ -189,9 +204,13 @@ def end_with_parent() -> None:
 def run_all(study: Study, recipes: list[str], jobs: int) -> Iterator[tuple[str, int]]:
     """Run recipes and what they need, as many at once as there are jobs, in the order in which they
     need each other and the first seed first; yields each one that is done."""
-    needed, seeds = with_needed(recipes), study.budget.seeds
+    needed = with_needed(recipes)
     graph = TopologicalSorter(
-        {(seed, name): {(seed, n) for n in needed[name]} for seed in seeds for name in needed}
+        {
+            (seed, name): {(seed, n) for n in needed[name]}
+            for name in needed
+            for seed in study.seeds(name)
+        }
     )
     graph.prepare()
     ready: list[tuple[int, str]] = []

@@ -28,7 +28,7 @@ def parameters(study: paper.Study, recipe: str) -> int:
     config = study.config(recipe, 0)
     derived = {}
     if config.task == "generator":
-        derived = {"vocab_size": 4096, "num_tokens": max(study.lengths(recipe))}
+        derived = {"vocab_size": 12800, "num_tokens": max(study.lengths(recipe))}
         if config.model["conditioner"]["name"] == "class":
             derived["conditioner"] = {"name": "class", "num_classes": 10}
     with torch.device("meta"):
@@ -84,12 +84,24 @@ def test_what_is_compared_has_equal_parameters_and_samples(full):
         chain = [recipe, *full_chain(recipe)]
         configs = [full.config(name, 0) for name in chain]
         images[recipe] = sum(c.trainer.max_steps * c.data.batch_size for c in configs)
-    assert set(images.values()) == {7000 * 16}
+    assert set(images.values()) == {9000 * 16}
 
 
 def full_chain(recipe: str) -> list[str]:
     """The recipes that a run's model was trained by before."""
     return [name for name in paper.with_needed([recipe]) if name != recipe]
+
+
+def test_comparisons_have_two_seeds_and_ablations_one(full):
+    compared = {row.partition(": ")[0] for row in full.file.tables["reconstruction"]["rows"]}
+    assert all(full.seeds(recipe) == [0, 1] for recipe in compared)
+    assert set(full.budget.once) <= set(paper.RECIPES)
+    assert all(full.seeds(recipe) == [0] for recipe in full.budget.once)
+
+
+def test_a_recipe_is_measured_by_the_networks_that_its_tables_show(full):
+    assert full.networks("published") == ["classifier", "efficientnet_lite0_native"]
+    assert full.networks("adamw") == full.networks("tokens_early") == ["classifier"]
 
 
 def test_the_published_recipe_is_what_was_published(full):
