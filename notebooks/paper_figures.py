@@ -19,7 +19,7 @@
 # The FlexTok paper ([arXiv 2502.13967](https://arxiv.org/abs/2502.13967)) shows with ImageNet what ordered tokens do.
 # This notebook draws figures like its own for images of clothes, 28 pixels wide. `make paper` trains the models for
 # them. Where its models or the data set are not on this machine, stored results are shown, and the images of one run
-# (2.7M parameters, 3,500 steps of 32 images).
+# (2.7M parameters, 9,000 steps of 16 images).
 
 # %%
 import json
@@ -37,7 +37,7 @@ from flextok.pipeline import generate_images, reconstruct_prefixes
 ROOT = "../data"  # the folder with Fashion-MNIST
 RUNS = Path("../outputs/paper/full")  # where make paper puts its models
 STORED = Path("../docs/pictures/paper")
-RESULTS = Path("../experiments/fashion_mnist/results")
+RESULTS = Path("../experiments/fashion_mnist/results/full")
 LENGTHS = [1, 2, 4, 8, 16, 32]
 
 classes = list(FashionMNIST.class_names)
@@ -66,7 +66,7 @@ if ready:
     shown = images[[test.labels.index(label) for label in range(10)]]
     display(viz.coarse_to_fine(shown, reconstruct_prefixes(tokenizer, shown, LENGTHS), classes))
 else:
-    display(Image.open(STORED / "reconstruction.png"))
+    display(Image.open(STORED / "strips_flextok.png"))
 
 # %% [markdown]
 # ## The same in numbers
@@ -76,22 +76,22 @@ else:
 # [The study's page](../docs/paper.md) states how long the models of these stored results were trained.
 
 # %%
-budget = "full" if (RESULTS / "full").is_dir() else "small"
 stored = {
     path.parent.name: json.loads(path.read_text("utf-8"))
-    for path in sorted((RESULTS / budget).glob("*/seed-0.json"))
+    for path in sorted(RESULTS.glob("*/seed-0.json"))
 }
+tokenizers = {recipe: result for recipe, result in stored.items() if "probe" in result}
 panels = {
     title: {
         recipe: [(row["num_tokens"], row["scores"][score]) for row in result["report"]["results"]]
-        for recipe, result in stored.items()
+        for recipe, result in tokenizers.items()
     }
     for score, title in {
         "frechet_classifier": "Fréchet distance",
         "class_kept": "class kept",
     }.items()
 }
-display(viz.curves({f"stored results, budget {budget}": panels}, "tokens", logarithmic=True))
+display(viz.curves({"stored results": panels}, "tokens", logarithmic=True))
 
 # %% [markdown]
 # ## Images that share their first token
@@ -112,7 +112,7 @@ if ready:
     names = [f"token {int(value)}" for value in frequent]
     display(viz.grid(groups, ["decoded"], names, scale=2))
 else:
-    display(Image.open(STORED / "first_tokens.png"))
+    display(Image.open(STORED / "first_token.png"))
 
 # %% [markdown]
 # ## The class is in the first tokens
@@ -126,15 +126,15 @@ lines = {
     name: [(row["num_tokens"], row[key]) for row in probe]
     for name, key in {"classes": "accuracy", "shuffled classes": "shuffled_accuracy"}.items()
 }
-display(viz.curves({f"stored results, budget {budget}": {"accuracy": lines}}, "tokens", True))
+display(viz.curves({"stored results": {"accuracy": lines}}, "tokens", True))
 assert probe[-1]["accuracy"] > probe[-1]["shuffled_accuracy"]
 
 # %% [markdown]
 # ## Generation by the number of tokens
 #
 # A generator predicts 32 tokens for each class, and each column decodes the first ones of them. A class is a simple
-# condition, so the paper finds that few tokens suffice for it. No trained generator is stored yet, so this figure needs
-# the one that `make paper` trains.
+# condition, so the paper finds that few tokens suffice for it. The images need the generator that `make paper` trains;
+# the curve is of a stored result, a generator without a condition.
 
 # %%
 if ready and (RUNS / "gpt_class/seed-0/model.safetensors").exists():
@@ -143,3 +143,9 @@ if ready and (RUNS / "gpt_class/seed-0/model.safetensors").exists():
     display(viz.coarse_to_fine(None, generated, classes))
 else:
     print("skipped: no generator, or no data set, on this machine")
+
+# %%
+scores = stored["gpt_unconditional"]["report"]["results"]
+curve = [(row["num_tokens"], row["scores"]["frechet_classifier"]) for row in scores]
+panel = {"Fréchet distance": {"unconditional generator": curve}}
+display(viz.curves({"stored results": panel}, "tokens", logarithmic=True))

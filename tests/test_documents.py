@@ -431,7 +431,7 @@ def test_the_papers_figures_are_drawn_with_and_without_the_models(
     session: dict[str, object] = {"display": drawn.append}
     for cell in code_cells("paper_figures", changes):
         exec(cell, session)
-    assert len(drawn) == (5 if here else 4)
+    assert len(drawn) == (6 if here else 5)
     assert all(len(set(image.convert("L").tobytes())) > 10 for image in drawn)  # none is blank
     printed = " ".join(capsys.readouterr().out.split())
     assert ("dataset-fashion-mnist" in printed) != here
