@@ -323,7 +323,7 @@ def test_info(tmp_path, flextok_weights, capsys):
     for line in ("bits per image  1,022 (128 bytes)", "license         research use only"):
         assert line in text
     assert cli.main(["info", str(tmp_path)]) == 1
-    assert "is missing" in capsys.readouterr().err
+    assert "holds no model" in capsys.readouterr().err
     assert cli.main(["convert", str(folder), str(tmp_path / "out"), "max_timestep"]) == 1
     assert "must look like key=value" in capsys.readouterr().err
 
