@@ -26,6 +26,7 @@ from torch import Tensor
 
 from flextok import viz
 from flextok.data.fashion_mnist import FashionMNIST
+from flextok.evaluation.features import Features
 from flextok.pipeline import load, load_tokenizer_of
 from flextok.tree_search import Verifier, search
 
@@ -40,13 +41,17 @@ SEARCHES: dict[str, dict[str, Any]] = {
 }
 
 
+def read(classifier: Classifier, images: Tensor) -> Features:
+    """What the classifier finds in decoded images (n, 3, H, W), about [-1, 1]."""
+    return classifier(images.clamp(-1, 1).mean(dim=1, keepdim=True))
+
+
 def likeness(classifier: Classifier, images: Tensor) -> Verifier:
     """A verifier whose condition is the number of one of `images` (n, 1, H, W) in [-1, 1]."""
     wanted = classifier(images).pooled
 
     def score(images: Tensor, cond: Tensor, indices: Tensor) -> Tensor:
-        found = classifier(images.clamp(-1, 1).mean(dim=1, keepdim=True)).pooled
-        return -(found - wanted[cond]).square().sum(dim=1)
+        return -(read(classifier, images).pooled - wanted[cond]).square().sum(dim=1)
 
     return score
 
@@ -99,8 +104,9 @@ def main() -> None:
                 **SEARCHES[name],
             )
             seconds = (time.process_time() - start) / len(given)
-            grey = found.images.clamp(-1, 1).mean(dim=1, keepdim=True)
-            kept = float((classifier(grey).logits.argmax(1) == classes).float().mean())
+            kept = float(
+                (read(classifier, found.images).logits.argmax(1) == classes).float().mean()
+            )
             score = float(found.scores.mean())
             seeds.append({"verifier": score, "same_class": kept, "seconds": seconds})
             print(f"{name:20s} seed {seed}: {seeds[-1]}", flush=True)
