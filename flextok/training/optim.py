@@ -11,7 +11,7 @@ from flextok.config import OptimConfig
 from flextok.nn.blocks import transformer_blocks
 from flextok.objectives.base import Objective
 from flextok.schema import ConfigError, unknown_key
-from flextok.training.muon import KernelMuon
+from flextok.training.muon import Muon
 
 
 def parameter_groups(objective: Objective, config: OptimConfig) -> list[dict[str, Any]]:
@@ -98,10 +98,8 @@ class MuonAdamW(torch.optim.Optimizer):
                 "optim.name=adamw, or name more parts in objective.train"
             )
         make: dict[str, Callable[[list[dict[str, Any]]], torch.optim.Optimizer]] = {
-            "matrices": lambda own: torch.optim.Muon(
-                own, momentum=momentum, adjust_lr_fn="match_rms_adamw"
-            ),
-            "kernels": lambda own: KernelMuon(own, momentum),
+            "matrices": lambda own: Muon(own, momentum),
+            "kernels": lambda own: Muon(own, momentum),
             "others": lambda own: fused_adamw(own, betas),
         }
         self.parts = {kind: make[kind](own) for kind, own in split.items() if own}

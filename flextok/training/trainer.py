@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.strategies import DDPStrategy
@@ -110,9 +109,5 @@ def choose_precision(options: TrainerConfig) -> Any:
     """The precision that `auto` stands for on the device that trains."""
     if options.precision != "auto":
         return options.precision
-    device = device_type(options.accelerator)
-    if device == "cpu":
-        fast = multiplies_bf16()
-    else:
-        fast = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    fast = multiplies_bf16(device_type(options.accelerator))
     return "bf16-mixed" if fast else "32-true"
