@@ -6,9 +6,15 @@ and writes the tables and figures of docs/paper.md.
 fashion_mnist/study.yaml states the budgets, the measurements and the tables. Each run has a folder
 <output>/<budget>/<recipe>/seed-<n>: what is finished is skipped, what was interrupted goes on. The
 page is <output>/<budget>/paper.md, with the tables and figures of all that is finished.
+
+    python experiments/paper.py --page --publish
+
+trains nothing: the page of what is finished there, and for the rest of what fashion_mnist/results/
+has, where --publish puts each result that it is given. So machines may share the work.
 """
 
 import argparse
+import json
 import logging
 import os
 import re
@@ -27,7 +33,7 @@ from typing import Any, NamedTuple
 import torch
 from classifier import ClassDistances, ClassifierNetwork, train_classifier
 from omegaconf import OmegaConf
-from study import Measure, read_result, score_tables, spread, train_and_measure
+from study import Measure, read_result, score_tables, spread, train_and_measure, write_json
 from torch import Tensor
 
 from flextok import viz
@@ -37,11 +43,12 @@ from flextok.data.transforms import ImageTransform
 from flextok.evaluation import EVALUATORS
 from flextok.files import write_text
 from flextok.pipeline import load, reconstruct_prefixes
-from flextok.schema import from_mapping
+from flextok.schema import from_mapping, to_mapping
 
 HERE = Path(__file__).parent / "fashion_mnist"
 RECIPES = {path.stem: path for path in sorted((HERE / "recipes").glob("*.yaml"))}
 PAGE = Path(__file__).parents[1] / "docs/paper.md"
+PUBLISHED = HERE / "results"  # <budget>/<recipe>/seed-<n>.json, and the budget's classifier.json
 MARK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -78,14 +85,17 @@ class Study(NamedTuple):
     budget: Budget
     folder: Path  # of this budget's runs
     root: str  # of the data
+    published: bool = False  # whether published results stand in for runs that are not here
 
     @classmethod
-    def load(cls, budget: str, output: Path, root: str) -> "Study":
+    def load(cls, budget: str, output: Path, root: str, published: bool = False) -> "Study":
         values: Any = OmegaConf.to_container(OmegaConf.load(HERE / "study.yaml"))
         file = from_mapping(StudyFile, values)
         if budget not in file.budgets:
             raise ValueError(f"budget {budget!r} must be one of {', '.join(file.budgets)}")
-        return cls(file, from_mapping(Budget, file.budgets[budget]), output / budget, root)
+        return cls(
+            file, from_mapping(Budget, file.budgets[budget]), output / budget, root, published
+        )
 
     def place(self, recipe: str, seed: int) -> Path:
         return self.folder / recipe / f"seed-{seed}"
@@ -141,11 +151,24 @@ class Study(NamedTuple):
     def seeds(self, recipe: str) -> list[int]:
         return self.budget.seeds[: 1 if recipe in self.budget.once else None]
 
+    def result(self, recipe: str, seed: int) -> dict[str, Any]:
+        """Of one run; {} where there is none."""
+        found = read_result(self.place(recipe, seed) / "result.json")
+        if not found and self.published:
+            path = published_file(self.folder.name, recipe, seed)
+            found = read_result(path)
+            if found and found["config"] != to_mapping(self.elsewhere().config(recipe, seed)):
+                raise ValueError(f"{path} is not of recipes/{recipe}.yaml as it is now: remove it")
+        return found
+
+    def elsewhere(self) -> "Study":
+        """The same in the folders that published results name, wherever they were made."""
+        return self._replace(folder=Path("outputs/paper") / self.folder.name, root="data")
+
     def results(self, row: str) -> list[dict[str, Any]]:
         """Of the seeds of a table's row that are finished."""
         recipe, _, variant = row.partition(": ")
-        places = [self.place(recipe, seed) for seed in self.budget.seeds]
-        found = [one for place in places if (one := read_result(place / "result.json"))]
+        found = [one for seed in self.budget.seeds if (one := self.result(recipe, seed))]
         if variant:
             found = [
                 {**one, "report": one["variants"][variant]}
@@ -153,6 +176,34 @@ class Study(NamedTuple):
                 if variant in one.get("variants", {})
             ]
         return found
+
+
+def published_file(budget: str, recipe: str, seed: int) -> Path:
+    return PUBLISHED / budget / recipe / f"seed-{seed}.json"
+
+
+def publish(study: Study, page: Path) -> None:
+    """Put each result that is here among what the repository holds; of the full budget also the
+    page and its figures."""
+    if study.folder.name == "full":
+        shutil.copy(page, PAGE)
+        shutil.copytree(page.parent / "pictures", PAGE.parent / "pictures", dirs_exist_ok=True)
+    plain = study.elsewhere()
+    for recipe in RECIPES:
+        for seed in study.budget.seeds:
+            if found := read_result(study.place(recipe, seed) / "result.json"):
+                # the same on whichever machine it was made
+                text = json.dumps(found).replace(str(study.folder), str(plain.folder))
+                for quote in ('"', '\\"'):  # a report holds JSON within JSON
+                    text = text.replace(quote + study.root + quote, f"{quote}data{quote}")
+                found = json.loads(text)
+                found["config"] = to_mapping(plain.config(recipe, seed))
+                path = published_file(study.folder.name, recipe, seed)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_json(found, path)
+    facts = study.folder / "classifier.json"
+    if facts.exists():
+        shutil.copy(facts, PUBLISHED / study.folder.name / facts.name)
 
 
 def taken(config: ExperimentConfig) -> dict[str, str]:
@@ -247,6 +298,7 @@ def write_page(study: Study, classifier: dict[str, Any]) -> Path:
         return f"{match[1]}\n{made[match[2]].strip()}\n\n{match[3]}"
 
     page = study.folder / "paper.md"
+    page.parent.mkdir(parents=True, exist_ok=True)
     write_text(page, MARK.sub(filled, PAGE.read_text("utf-8")))
     draw_figures(study, study.folder / "pictures/paper")
     return page
@@ -269,7 +321,8 @@ def not_run(results: dict[str, list[dict[str, Any]]]) -> str:
 
 def budget_facts(study: Study, classifier: dict[str, Any]) -> str:
     """How long each run was, and what it cost."""
-    seeds = ", ".join(map(str, study.budget.seeds))
+    ran = {seed for name in RECIPES for seed in study.seeds(name) if study.result(name, seed)}
+    seeds = ", ".join(map(str, sorted(ran)))
     lines = [
         f"Budget `{study.folder.name}`: {study.budget.images} test images; seeds {seeds}; the "
         f"classifier, after {classifier['steps']} steps of 128 images, is right on "
@@ -363,19 +416,20 @@ def draw_figures(study: Study, folder: Path) -> None:
                 panel[label] = [(row["num_tokens"], row["scores"][score]) for row in rows]
     if curves:
         viz.save(viz.curves(curves, "tokens", logarithmic=True), folder / "curves.png")
-    if not study.results("flextok"):
+    shown_recipes = ("near_noise", "flow", "flextok", "drawer")
+    here = [name for name in shown_recipes if (study.place(name, 0) / "result.json").exists()]
+    if not here:
         return
     dataset = FashionMNIST(study.root, "test", limit=study.budget.images)
     transform = ImageTransform(28)
     images = torch.stack([transform(dataset[i]["image"]) for i in range(len(dataset))])
     shown = torch.tensor([dataset.labels.index(c) for c in range(10) if c in dataset.labels])
-    for recipe in ("near_noise", "flow", "flextok", "drawer"):
-        if study.results(recipe):
-            model = load(study.place(recipe, 0))
-            strips = reconstruct_prefixes(model, images[shown], study.file.lengths)
-            viz.save(viz.coarse_to_fine(images[shown], strips), folder / f"strips_{recipe}.png")
-    model = load(study.place("flextok", 0))
-    viz.save(first_token_figure(model, images), folder / "first_token.png")
+    for recipe in here:
+        model = load(study.place(recipe, 0))
+        strips = reconstruct_prefixes(model, images[shown], study.file.lengths)
+        viz.save(viz.coarse_to_fine(images[shown], strips), folder / f"strips_{recipe}.png")
+        if recipe == "flextok":
+            viz.save(first_token_figure(model, images), folder / "first_token.png")
 
 
 def first_token_figure(model: Any, images: Tensor, groups: int = 6, wide: int = 8) -> Any:
@@ -400,22 +454,31 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, help="by default those of the budget")
     parser.add_argument("--root", default="data", help="of the data set, see FashionMNIST")
     parser.add_argument("--output", type=Path, default=Path("outputs/paper"))
-    parser.add_argument("--publish", action="store_true", help="write docs/paper.md as well")
+    parser.add_argument("--page", action="store_true", help="train nothing, see above")
+    parser.add_argument(
+        "--publish", action="store_true", help="keep the results, and docs/paper.md of `full`"
+    )
     options = parser.parse_args(arguments)
-    study = Study.load(options.budget, options.output, options.root)
+    study = Study.load(options.budget, options.output, options.root, options.page)
     study.budget.seeds[:] = options.seeds or study.budget.seeds
     for name in options.only or []:
         if name not in RECIPES:
             parser.error(f"no recipe {name!r}; known: {', '.join(RECIPES)}")
-    torch.set_num_threads(options.jobs)
-    classifier = train_classifier(options.root, study.budget.classifier_steps, study.folder)
-    print(f"classifier: {classifier['accuracy']:.1%} of the test set", flush=True)
-    for recipe, seed in run_all(study, options.only or list(RECIPES), options.jobs):
-        print(f"== {recipe}, seed {seed}: done", flush=True)
+    if options.page:
+        places = (study.folder, PUBLISHED / options.budget)
+        found = [facts for place in places if (facts := read_result(place / "classifier.json"))]
+        if not found:
+            parser.error(f"no results of budget {options.budget} in {study.folder}, {PUBLISHED}")
+        classifier = found[0]
+    else:
+        torch.set_num_threads(options.jobs)
+        classifier = train_classifier(options.root, study.budget.classifier_steps, study.folder)
+        print(f"classifier: {classifier['accuracy']:.1%} of the test set", flush=True)
+        for recipe, seed in run_all(study, options.only or list(RECIPES), options.jobs):
+            print(f"== {recipe}, seed {seed}: done", flush=True)
     page = write_page(study, classifier)
     if options.publish:
-        shutil.copy(page, PAGE)
-        shutil.copytree(page.parent / "pictures", PAGE.parent / "pictures", dirs_exist_ok=True)
+        publish(study, page)
     print(f"page: {page}")
 
 

@@ -50,7 +50,7 @@ def test_every_recipe_is_in_a_table_or_needed_by_one(full):
             assert not variant or variant in full.file.variants[recipe], row
 
 
-@pytest.mark.parametrize("budget", ["short", "small", "full"])
+@pytest.mark.parametrize("budget", ["short", "small", "half", "full"])
 def test_every_recipe_is_a_checked_config_at_every_budget(budget, tmp_path):
     study = paper.Study.load(budget, tmp_path, "data")
     for recipe in paper.RECIPES:
@@ -115,8 +115,40 @@ def test_the_published_recipe_is_what_was_published(full):
     assert config.trainer == plain.trainer
 
 
+def test_published_results_are_of_the_recipes_as_they_are(tmp_path):
+    for folder in (paper.PUBLISHED / "full", paper.PUBLISHED / "half"):
+        study = paper.Study.load(folder.name, tmp_path, "data", published=True)
+        found = [
+            study.result(path.parent.name, int(path.stem.removeprefix("seed-")))
+            for path in folder.glob("*/seed-*.json")
+        ]
+        assert len(found) >= 3
+        assert all(one["report"]["results"] for one in found)
+
+
+def test_a_published_result_of_another_recipe_is_refused(tmp_path, monkeypatch):
+    path = paper.published_file("full", "tokens", 0)
+    result = json.loads(path.read_text("utf-8"))
+    result["config"]["optim"]["lr"] = 0.1
+    monkeypatch.setattr(paper, "PUBLISHED", tmp_path / "results")
+    changed = paper.published_file("full", "tokens", 0)
+    changed.parent.mkdir(parents=True)
+    changed.write_text(json.dumps(result), "utf-8")
+    study = paper.Study.load("full", tmp_path, "data", published=True)
+    with pytest.raises(ValueError, match=r"seed-0.json is not of recipes/tokens.yaml as it is now"):
+        study.results("tokens")
+    # without --page only what was run here counts
+    assert paper.Study.load("full", tmp_path, "data").results("tokens") == []
+
+
+def test_a_page_of_nothing_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        paper.main(["--budget", "small", "--page", "--output", str(tmp_path)])
+    assert "no results of budget small" in capsys.readouterr().err
+
+
 def test_unknown_names_are_refused(tmp_path, capsys):
-    with pytest.raises(ValueError, match="budget 'huge' must be one of short, small, full"):
+    with pytest.raises(ValueError, match="budget 'huge' must be one of short, small, half, full"):
         paper.Study.load("huge", tmp_path, "data")
     with pytest.raises(SystemExit):
         paper.main(["--budget", "short", "--only", "flextoc"])
@@ -205,3 +237,13 @@ def test_a_short_run_trains_measures_and_writes_the_page(tmp_path, capsys, monke
     after = {name: (folder / name / "seed-0/result.json").stat().st_mtime_ns for name in runs}
     assert after == before
     assert (folder / "paper.md").read_text("utf-8") == page
+    # published, it makes the same page where nothing was run, and names no folder of this machine
+    monkeypatch.setattr(paper, "PUBLISHED", tmp_path / "results")
+    paper.main([*command, "--page", "--publish"])
+    other = tmp_path / "other"
+    paper.main(["--budget", "short", "--page", "--output", str(other)])
+    assert (other / "short/paper.md").read_text("utf-8") == page
+    results = sorted((tmp_path / "results").glob("short/*/seed-0.json"))
+    assert [path.parent.name for path in results] == sorted(runs)
+    for path in results:
+        assert str(tmp_path) not in path.read_text("utf-8")
