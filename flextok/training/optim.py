@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 import torch
@@ -57,13 +58,13 @@ def make_optimizer(objective: Objective, config: OptimConfig) -> torch.optim.Opt
     return fused_adamw(groups, (first, second))
 
 
-def muon_parameters(model: nn.Module) -> dict[nn.Parameter, str]:
+def muon_parameters(model: nn.Module) -> set[nn.Parameter]:
     """The matrices of a model's transformer blocks; of a model of convolutions, which has none, its
     kernels, but for those that read or write the three colours."""
     blocks = [p for block in transformer_blocks(model) for p in block.parameters()]
     if blocks:
-        return {p: "matrices" for p in blocks if p.ndim == 2}
-    return {p: "kernels" for p in model.parameters() if p.ndim == 4 and min(p.shape[:2]) > 3}
+        return {p for p in blocks if p.ndim == 2}
+    return {p for p in model.parameters() if p.ndim == 4 and min(p.shape[:2]) > 3}
 
 
 def fused_adamw(groups: list[dict[str, Any]], betas: tuple[float, float]) -> torch.optim.AdamW:
@@ -75,42 +76,37 @@ def fused_adamw(groups: list[dict[str, Any]], betas: tuple[float, float]) -> tor
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024) for the parameters in `kinds`, which are "matrices" or "kernels",
-    and AdamW for all others, as one optimizer. Muon's updates are scaled to AdamW's size
-    (Moonlight, arXiv 2502.16982, section 2.2), so one learning rate and weight decay serve all."""
+    """Muon (Jordan et al. 2024) for some parameters, and AdamW for all others, as one optimizer.
+    Muon's updates are scaled to AdamW's size (Moonlight, arXiv 2502.16982, section 2.2), so one
+    learning rate and weight decay serve all."""
 
     def __init__(
         self,
         groups: list[dict[str, Any]],
-        kinds: dict[nn.Parameter, str],
+        turned: set[nn.Parameter],
         betas: tuple[float, float],
         momentum: float = 0.95,
     ):
-        split: dict[str, list[dict[str, Any]]] = {"matrices": [], "kernels": [], "others": []}
-        for group in groups:
-            for kind, chosen in split.items():
-                own = [p for p in group["params"] if kinds.get(p, "others") == kind]
-                if own:
-                    chosen.append({**group, "params": own, "kind": kind})
-        if not (split["matrices"] or split["kernels"]):
+        def those(muon: bool) -> list[dict[str, Any]]:
+            split = [[p for p in g["params"] if (p in turned) == muon] for g in groups]
+            return [{**g, "params": own} for g, own in zip(groups, split, strict=True) if own]
+
+        if not those(muon=True):
             raise ConfigError(
                 "optim.name=muon: of the parts that are trained none has blocks or kernels; set "
                 "optim.name=adamw, or name more parts in objective.train"
             )
-        make: dict[str, Callable[[list[dict[str, Any]]], torch.optim.Optimizer]] = {
-            "matrices": lambda own: Muon(own, momentum),
-            "kernels": lambda own: Muon(own, momentum),
-            "others": lambda own: fused_adamw(own, betas),
-        }
-        self.parts = {kind: make[kind](own) for kind, own in split.items() if own}
-        shared = [group for part in self.parts.values() for group in part.param_groups]
-        super().__init__(shared, {})
+        self.parts: list[torch.optim.Optimizer] = [Muon(those(muon=True), momentum)]
+        if others := those(muon=False):
+            self.parts.append(fused_adamw(others, betas))
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None if closure is None else closure()
-        for kind, part in self.parts.items():
+        groups = iter(self.param_groups)
+        for part in self.parts:
             # schedules and checkpoints know this optimizer's groups and state only
-            part.param_groups = [group for group in self.param_groups if group["kind"] == kind]
+            part.param_groups = list(islice(groups, len(part.param_groups)))
             part.state = self.state
             part.step()
         return loss
