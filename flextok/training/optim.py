@@ -83,12 +83,12 @@ class MuonAdamW(torch.optim.Optimizer):
     def __init__(
         self,
         groups: list[dict[str, Any]],
-        turned: set[nn.Parameter],
+        by_muon: set[nn.Parameter],
         betas: tuple[float, float],
         momentum: float = 0.95,
     ):
         def those(muon: bool) -> list[dict[str, Any]]:
-            split = [[p for p in g["params"] if (p in turned) == muon] for g in groups]
+            split = [[p for p in g["params"] if (p in by_muon) == muon] for g in groups]
             return [{**g, "params": own} for g, own in zip(groups, split, strict=True) if own]
 
         if not those(muon=True):
