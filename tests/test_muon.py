@@ -12,9 +12,10 @@ from flextok.training.muon import Muon, orthogonalised
 from flextok.training.optim import make_optimizer, muon_parameters
 
 
-@pytest.mark.parametrize("shape", [(8, 8), (4, 30), (30, 4)])
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 4, 30)])
 def test_singular_values_become_about_one(shape):
-    values = torch.linalg.svdvals(orthogonalised(torch.randn(shape)))
+    scales = 10.0 ** torch.arange(shape[0])[:, None, None]  # each matrix by itself
+    values = torch.linalg.svdvals(orthogonalised(scales * torch.randn(shape)))
     assert values.min() > 0.6
     assert values.max() < 1.3
 
@@ -41,6 +42,25 @@ def test_parameters_move_as_torchs_muon_moves_the_matrix_of_their_rows(shape, fa
     error = (parameter.flatten(1) - matrix).abs().max()
     allowed = 0.01 if fast else 0.05  # torch's multiplies in bf16
     assert error < allowed * (matrix - start).abs().max()
+
+
+def test_parameters_that_are_multiplied_together_move_as_each_alone(monkeypatch):
+    torch.manual_seed(0)
+    shapes = [(6, 40), (40, 6), (6, 40), (7, 7), (6, 10, 2, 2)]
+    together = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    alone = [torch.nn.Parameter(p.detach().clone()) for p in together]
+    by_one, at_once = Muon(groups(*alone)), Muon(groups(*together))
+    for step in range(3):
+        for one, other in zip(together, alone, strict=True):
+            one.grad = torch.randn(one.shape)
+            other.grad = one.grad.clone()
+        if step == 1:  # a part that a step did not use keeps its place and its momentum
+            together[2].grad = alone[2].grad = None
+        by_one.step()
+        with monkeypatch.context() as context:
+            context.setattr("flextok.training.muon.ONE_BY_ONE", ())
+            at_once.step()
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
 
 
 class Dtypes(TorchDispatchMode):

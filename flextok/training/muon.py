@@ -16,25 +16,31 @@ from flextok.cpu import multiplies_bf16
 
 # Jordan's coefficients: after five iterations all singular values lie between about 0.7 and 1.2
 COEFFICIENTS, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
+ONE_BY_ONE = ("cpu",)  # devices that multiply several matrices at once no faster
 
 
-def orthogonalised(matrix: Tensor) -> Tensor:
-    """matrix: (n, m). Returns about U V^T of its singular value decomposition, by Newton-Schulz, in
-    bf16 where the device multiplies that faster: it is precise enough."""
+def orthogonalised(matrices: Tensor) -> Tensor:
+    """matrices: (b, n, m), n at most m. Returns about U V^T of each one's singular value
+    decomposition, by Newton-Schulz, in bf16 where the device multiplies that faster: it is precise
+    enough."""
     a, b, c = COEFFICIENTS
-    fast = multiplies_bf16(matrix.device.type)
-    x = matrix.to(torch.bfloat16 if fast else torch.float32)
-    x = x.T if matrix.shape[0] > matrix.shape[1] else x
-    x = x / x.norm().clamp_min(1e-7)
+    fast = multiplies_bf16(matrices.device.type)
+    x = matrices.to(torch.bfloat16 if fast else torch.float32)
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
     for _ in range(ITERATIONS):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if matrix.shape[0] > matrix.shape[1] else x
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
+
+
+def wide(matrix: Tensor) -> Tensor:
+    return matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix
 
 
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum, orthogonalised; scaled to AdamW's size (Moonlight, arXiv 2502.16982,
-    section 2.2), so AdamW's learning rate and weight decay hold."""
+    section 2.2), so AdamW's learning rate and weight decay hold. All matrices of one shape or its
+    transpose are multiplied at once on a GPU, which else waits for the starts of small products."""
 
     def __init__(self, groups: list[dict[str, Any]], momentum: float = 0.95):
         super().__init__(groups, {"momentum": momentum})
@@ -43,18 +49,29 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None if closure is None else closure()
         for group in self.param_groups:
+            alike: dict[torch.Size, list[Tensor]] = {}
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._update(parameter, parameter.grad, group)
+                    size = wide(parameter.flatten(1)).shape
+                    alike.setdefault(size, []).append(parameter)
+            for size, parameters in alike.items():
+                count = 1 if parameters[0].device.type in ONE_BY_ONE else len(parameters)
+                for start in range(0, len(parameters), count):
+                    self._update(parameters[start : start + count], max(size), group)
         return loss
 
-    def _update(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+    def _update(self, parameters: list[Tensor], longest: int, group: dict[str, Any]) -> None:
         momentum = group["momentum"]
-        state = self.state[parameter]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(grad)
-        average = state["momentum_buffer"].lerp_(grad, 1 - momentum)
-        matrix = grad.lerp(average, momentum).flatten(1)
-        parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        step = 0.2 * group["lr"] * max(matrix.shape) ** 0.5
-        parameter.sub_(orthogonalised(matrix).reshape(parameter.shape), alpha=step)
+        grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        averages = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+        torch._foreach_lerp_(averages, grads, 1 - momentum)
+        ahead = torch._foreach_lerp(grads, averages, momentum)
+        updates = orthogonalised(torch.stack([wide(matrix.flatten(1)) for matrix in ahead]))
+        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        step = 0.2 * group["lr"] * longest**0.5
+        for parameter, update in zip(parameters, updates, strict=True):
+            tall = parameter.shape[0] > parameter.numel() // parameter.shape[0]
+            parameter.sub_((update.mT if tall else update).reshape(parameter.shape), alpha=step)

@@ -91,12 +91,12 @@ class MuonAdamW(torch.optim.Optimizer):
             split = [[p for p in g["params"] if (p in by_muon) == muon] for g in groups]
             return [{**g, "params": own} for g, own in zip(groups, split, strict=True) if own]
 
-        if not those(muon=True):
+        if not (matrices := those(muon=True)):
             raise ConfigError(
                 "optim.name=muon: of the parts that are trained none has blocks or kernels; set "
                 "optim.name=adamw, or name more parts in objective.train"
             )
-        self.parts: list[torch.optim.Optimizer] = [Muon(those(muon=True), momentum)]
+        self.parts: list[torch.optim.Optimizer] = [Muon(matrices, momentum)]
         if others := those(muon=False):
             self.parts.append(fused_adamw(others, betas))
         super().__init__([group for part in self.parts for group in part.param_groups], {})
