@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from flextok.cli.options import write_json
 from flextok.config import ExperimentConfig, load_experiment
 from flextok.generators.conditioning import TextConditioner
 from flextok.generators.text import Text
+from flextok.objectives.base import Objective
 from flextok.tokenizers import TOKENIZERS
 from flextok.training import plan
 from flextok.training.optim import make_optimizer
@@ -97,20 +99,29 @@ def training_step(name: str, device: torch.device, matmul_flops: float) -> dict[
 def timed_step(config: ExperimentConfig, batch: int, device: torch.device) -> float:
     module = plan.build(config, device)
     compile_blocks(module.model)
+    step = make_step(module, config, batch)
+    for _ in range(3):  # compiles
+        step()
+    return measure(step, device, 5)[0]
+
+
+def make_step(
+    module: Objective, config: ExperimentConfig, batch: int
+) -> Callable[[], torch.Tensor]:
+    """A training step in bf16, which returns its loss."""
     optimizer = make_optimizer(module, config.optim)
     inputs = real_batch(module.model, batch)
 
-    def step() -> None:
+    def step() -> torch.Tensor:
         optimizer.zero_grad()
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(module.model.device.type, torch.bfloat16):
             loss = module(inputs)["loss"]
         loss.backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
+        return loss.detach()
 
-    for _ in range(3):  # compiles
-        step()
-    return measure(step, device, 5)[0]
+    return step
 
 
 def make_batch(model: Any, count: int) -> dict[str, Any]:

@@ -86,16 +86,23 @@ class Study(NamedTuple):
     folder: Path  # of this budget's runs
     root: str  # of the data
     published: bool = False  # whether published results stand in for runs that are not here
+    accelerator: str = "cpu"  # that trains and measures
 
     @classmethod
-    def load(cls, budget: str, output: Path, root: str, published: bool = False) -> "Study":
+    def load(
+        cls,
+        budget: str,
+        output: Path,
+        root: str,
+        published: bool = False,
+        accelerator: str = "cpu",
+    ) -> "Study":
         values: Any = OmegaConf.to_container(OmegaConf.load(HERE / "study.yaml"))
         file = from_mapping(StudyFile, values)
         if budget not in file.budgets:
             raise ValueError(f"budget {budget!r} must be one of {', '.join(file.budgets)}")
-        return cls(
-            file, from_mapping(Budget, file.budgets[budget]), output / budget, root, published
-        )
+        sized = from_mapping(Budget, file.budgets[budget])
+        return cls(file, sized, output / budget, root, published, accelerator)
 
     def place(self, recipe: str, seed: int) -> Path:
         return self.folder / recipe / f"seed-{seed}"
@@ -108,6 +115,7 @@ class Study(NamedTuple):
         asked = [
             f"seed={seed}",
             f"output_dir={self.place(recipe, seed)}",
+            f"trainer.accelerator={self.accelerator}",
             f"trainer.max_steps={steps}",
             f"optim.warmup_steps={round(scale * plain.optim.warmup_steps)}",
             f"data.validation.limit={self.budget.images}",
@@ -152,12 +160,23 @@ class Study(NamedTuple):
         return self.budget.seeds[: 1 if recipe in self.budget.once else None]
 
     def result(self, recipe: str, seed: int) -> dict[str, Any]:
-        """Of one run; {} where there is none."""
-        found = read_result(self.place(recipe, seed) / "result.json")
-        if not found and self.published:
+        """Of one run, as it would be wherever it was made; {} where there is none. Raises
+        ValueError where it is not of the recipe as it is now."""
+        path = self.place(recipe, seed) / "result.json"
+        if found := read_result(path):
+            text, plain = json.dumps(found), self.elsewhere()
+            for folder in (self.folder.resolve(), self.folder):
+                text = text.replace(str(folder), str(plain.folder))
+            for quote in ('"', '\\"'):  # a report holds JSON within JSON
+                text = text.replace(quote + self.root + quote, f"{quote}{plain.root}{quote}")
+            found = json.loads(text)
+        elif self.published:
             path = published_file(self.folder.name, recipe, seed)
             found = read_result(path)
-            if found and found["config"] != to_mapping(self.elsewhere().config(recipe, seed)):
+        if found:
+            accelerator = found["config"]["trainer"]["accelerator"]
+            now = self.elsewhere()._replace(accelerator=accelerator).config(recipe, seed)
+            if found["config"] != to_mapping(now):
                 raise ValueError(f"{path} is not of recipes/{recipe}.yaml as it is now: remove it")
         return found
 
@@ -188,19 +207,12 @@ def publish(study: Study, page: Path) -> None:
     if study.folder.name == "full":
         shutil.copy(page, PAGE)
         shutil.copytree(page.parent / "pictures", PAGE.parent / "pictures", dirs_exist_ok=True)
-    plain = study.elsewhere()
     for recipe in RECIPES:
         for seed in study.budget.seeds:
-            if found := read_result(study.place(recipe, seed) / "result.json"):
-                # the same on whichever machine it was made
-                text = json.dumps(found).replace(str(study.folder), str(plain.folder))
-                for quote in ('"', '\\"'):  # a report holds JSON within JSON
-                    text = text.replace(quote + study.root + quote, f"{quote}data{quote}")
-                found = json.loads(text)
-                found["config"] = to_mapping(plain.config(recipe, seed))
+            if (study.place(recipe, seed) / "result.json").exists():
                 path = published_file(study.folder.name, recipe, seed)
                 path.parent.mkdir(parents=True, exist_ok=True)
-                write_json(found, path)
+                write_json(study.result(recipe, seed), path)
     facts = study.folder / "classifier.json"
     if facts.exists():
         shutil.copy(facts, PUBLISHED / study.folder.name / facts.name)
@@ -328,8 +340,8 @@ def budget_facts(study: Study, classifier: dict[str, Any]) -> str:
         f"classifier, after {classifier['steps']} steps of 128 images, is right on "
         f"{classifier['accuracy']:.1%} of the test set.",
         "",
-        "| run | parameters | steps | batch | CPU s a step | seeds |",
-        "|---|---|---|---|---|---|",
+        "| run | parameters | steps | batch | trained on | s a step | seeds |",
+        "|---|---|---|---|---|---|---|",
     ]
     results = {f"`{recipe}`": study.results(recipe) for recipe in RECIPES}
     for name, runs in results.items():
@@ -340,6 +352,7 @@ def budget_facts(study: Study, classifier: dict[str, Any]) -> str:
                 f"{runs[0]['parameters'] / 1e6:.2f}M",
                 str(trained["max_steps"]),
                 str(data["batch_size"]),
+                trained["accelerator"].upper(),
                 spread(seconds, 2) if seconds else "unknown",
                 str(len(runs)),
             ]
@@ -452,6 +465,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, a core each")
     parser.add_argument("--only", nargs="+", metavar="RECIPE", help="and what they need")
     parser.add_argument("--seeds", nargs="+", type=int, help="by default those of the budget")
+    parser.add_argument("--accelerator", choices=["cpu", "gpu"], default="cpu")
     parser.add_argument("--root", default="data", help="of the data set, see FashionMNIST")
     parser.add_argument("--output", type=Path, default=Path("outputs/paper"))
     parser.add_argument("--page", action="store_true", help="train nothing, see above")
@@ -459,7 +473,9 @@ def main(arguments: list[str] | None = None) -> None:
         "--publish", action="store_true", help="keep the results, and docs/paper.md of `full`"
     )
     options = parser.parse_args(arguments)
-    study = Study.load(options.budget, options.output, options.root, options.page)
+    study = Study.load(
+        options.budget, options.output, options.root, options.page, options.accelerator
+    )
     study.budget.seeds[:] = options.seeds or study.budget.seeds
     for name in options.only or []:
         if name not in RECIPES:

@@ -12,6 +12,10 @@ from helpers.models import tiny_gpt, tiny_tokenizer
 from flextok.config import load_experiment
 from flextok.training.run import train
 
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+
+import gpu
+
 ROOT = Path(__file__).parent.parent
 needs_gpu = [
     pytest.mark.gpu,
@@ -69,6 +73,28 @@ class TestGPU:
             ],
         )
         assert (train(config) / "model.safetensors").exists()
+
+    @pytest.mark.parametrize("size", gpu.published())
+    def test_every_published_size_takes_a_step_in_bf16(self, size):
+        take_steps(gpu.read(size), torch.device("cuda"))
+
+
+def take_steps(config, device):
+    """Two steps of batches of two: finite, and other weights after each."""
+    module = gpu.plan.build(config, device)
+    step = gpu.make_step(module, config, 2)
+    trained = [p for p in module.parameters() if p.requires_grad]
+    sums = []
+    for _ in range(2):
+        assert step().isfinite().all()
+        sums.append(sum(p.detach().double().abs().sum() for p in trained))
+    assert torch.stack(sums).isfinite().all()
+    assert sums[0] != sums[1]
+
+
+@pytest.mark.parametrize("size", ["quickstart_tokenizer", "quickstart_titok_stage1"])
+def test_a_small_size_takes_a_step_in_bf16_here(size):
+    take_steps(gpu.read(size), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("size", ["titok_s128_stage1", "ar_class_49M"])

@@ -50,7 +50,7 @@ def test_every_recipe_is_in_a_table_or_needed_by_one(full):
             assert not variant or variant in full.file.variants[recipe], row
 
 
-@pytest.mark.parametrize("budget", ["short", "small", "half", "full"])
+@pytest.mark.parametrize("budget", ["short", "small", "half", "full", "long"])
 def test_every_recipe_is_a_checked_config_at_every_budget(budget, tmp_path):
     study = paper.Study.load(budget, tmp_path, "data")
     for recipe in paper.RECIPES:
