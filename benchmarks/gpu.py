@@ -32,10 +32,10 @@ from flextok.bench import (
 )
 from flextok.cli.options import write_json
 from flextok.config import ExperimentConfig, load_experiment
+from flextok.generators import Generator
 from flextok.generators.conditioning import TextConditioner
 from flextok.generators.text import Text
 from flextok.objectives.base import Objective
-from flextok.tokenizers import TOKENIZERS
 from flextok.training import plan
 from flextok.training.optim import make_optimizer
 from flextok.training.sharding import compile_blocks
@@ -85,11 +85,9 @@ def training_step(name: str, device: torch.device, matmul_flops: float) -> dict[
     sized = replace(config, data=replace(config.data, batch_size=batch))
     step = plan.measure(sized)
     planned = plan.plan(replace(sized, trainer=replace(sized.trainer, devices=1, num_nodes=1)), 1)
-    tokens = plan.build(config).model.num_tokens
     return {
         **{"config": name, "fits": True, "batch_size": batch, "seconds": found},
         "images_per_second": batch / found,
-        "tokens_per_second": batch * tokens / found,
         "peak_share": step.flops * batch / found / matmul_flops,
         "memory": peak_memory(device),
         "planned_memory": sum(planned.memory.values()),
@@ -127,7 +125,7 @@ def make_step(
 def make_batch(model: Any, count: int) -> dict[str, Any]:
     """What training would be given, on the model's device; texts of the greatest length."""
     with model.device:
-        if model.model_type in TOKENIZERS:
+        if not isinstance(model, Generator):
             dtype = next(model.parameters()).dtype
             return {"image": torch.empty(count, 3, *2 * [model.image_size], dtype=dtype)}
         batch: dict[str, Any] = {"indices": torch.empty(count, model.num_tokens, dtype=torch.long)}
@@ -175,7 +173,7 @@ def run(names: list[str], device: torch.device) -> dict[str, Any]:
         if found["fits"]:
             print(
                 f"{name:24s} batch {found['batch_size']}, {found['images_per_second']:,.1f} "
-                f"images/s, {found['tokens_per_second']:,.0f} tokens/s, "
+                f"images/s, "
                 f"{found['peak_share']:.0%} of peak, {found['memory'] / 1e9:.1f} GB, planned "
                 f"{found['planned_memory'] / 1e9:.1f} GB",
                 flush=True,

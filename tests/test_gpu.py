@@ -92,12 +92,12 @@ def take_steps(config, device):
     assert sums[0] != sums[1]
 
 
-@pytest.mark.parametrize("size", ["quickstart_tokenizer", "quickstart_titok_stage1"])
+@pytest.mark.parametrize("size", ["quickstart_tokenizer", "quickstart_titok_stage1", "vae_emoji"])
 def test_a_small_size_takes_a_step_in_bf16_here(size):
     take_steps(gpu.read(size), torch.device("cpu"))
 
 
-@pytest.mark.parametrize("size", ["titok_s128_stage1", "ar_class_49M"])
+@pytest.mark.parametrize("size", ["titok_s128_stage1", "ar_class_49M", "vae_f8_c16"])
 def test_the_dry_run_finds_nothing_to_wait_for(tmp_path, size):
     result = subprocess.run(
         [sys.executable, "benchmarks/gpu.py", "--dry", "--sizes", size],
