@@ -170,6 +170,8 @@ class Study(NamedTuple):
             for quote in ('"', '\\"'):  # a report holds JSON within JSON
                 text = text.replace(quote + self.root + quote, f"{quote}{plain.root}{quote}")
             found = json.loads(text)
+            for part in ("train", "validation"):
+                found["config"]["data"][part].pop("root", None)  # the default one is not named
         elif self.published:
             path = published_file(self.folder.name, recipe, seed)
             found = read_result(path)
