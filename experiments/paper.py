@@ -43,7 +43,7 @@ from flextok.data.transforms import ImageTransform
 from flextok.evaluation import EVALUATORS
 from flextok.files import write_text
 from flextok.pipeline import load, reconstruct_prefixes
-from flextok.schema import from_mapping, to_mapping
+from flextok.schema import from_mapping
 
 HERE = Path(__file__).parent / "fashion_mnist"
 RECIPES = {path.stem: path for path in sorted((HERE / "recipes").glob("*.yaml"))}
@@ -116,6 +116,7 @@ class Study(NamedTuple):
             f"seed={seed}",
             f"output_dir={self.place(recipe, seed)}",
             f"trainer.accelerator={self.accelerator}",
+            f"trainer.cuda_graphs={self.accelerator == 'gpu'}",
             f"trainer.max_steps={steps}",
             f"optim.warmup_steps={round(scale * plain.optim.warmup_steps)}",
             f"data.validation.limit={self.budget.images}",
@@ -178,7 +179,7 @@ class Study(NamedTuple):
         if found:
             accelerator = found["config"]["trainer"]["accelerator"]
             now = self.elsewhere()._replace(accelerator=accelerator).config(recipe, seed)
-            if found["config"] != to_mapping(now):
+            if from_mapping(ExperimentConfig, found["config"]) != now:
                 raise ValueError(f"{path} is not of recipes/{recipe}.yaml as it is now: remove it")
         return found
 

@@ -87,6 +87,7 @@ class TrainerConfig:
         default_factory=lambda: ["csv", "tensorboard"]
     )
     compile: bool = False  # torch.compile, for GPUs
+    cuda_graphs: bool = False  # of a tokenizer's networks: for small ones on a GPU, in 32-true
     checkpoint_blocks: bool = False  # recompute activations in the backward pass: less memory
     revive_every: CountOrZero = 0  # steps between revivals of a VQ's unused codes; 0 = never
 

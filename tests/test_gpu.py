@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.models import tiny_gpt, tiny_tokenizer
+from safetensors.torch import load_file
 
 from flextok.config import load_experiment
 from flextok.training.run import train
@@ -73,6 +74,20 @@ class TestGPU:
             ],
         )
         assert (train(config) / "model.safetensors").exists()
+
+    def test_a_run_by_cuda_graphs_comes_to_the_same_weights(self, tmp_path):
+        weights = []
+        for graphs in ("false", "true"):
+            folder = tmp_path / graphs
+            options = [
+                f"output_dir={folder}",
+                f"trainer.cuda_graphs={graphs}",
+                *("trainer.accelerator=gpu", "trainer.devices=1", "trainer.precision=32-true"),
+                "trainer.max_steps=6",
+            ]
+            train(load_experiment(ROOT / "configs" / "quickstart_tokenizer.yaml", options))
+            weights.append(load_file(folder / "model.safetensors"))
+        torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-4)
 
     @pytest.mark.parametrize("size", gpu.published())
     def test_every_published_size_takes_a_step_in_bf16(self, size):

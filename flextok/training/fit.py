@@ -34,6 +34,7 @@ from flextok.schema import ConfigError, from_mapping, to_mapping
 from flextok.tokenizers.base import Tokenizer
 from flextok.training.callbacks import CodebookUsage, Progress, SkipNonFinite
 from flextok.training.checkpoints import find_checkpoint, list_checkpoints, set_aside
+from flextok.training.graphs import replayed
 from flextok.training.module import TrainingModule
 from flextok.training.optim import make_optimizer
 from flextok.training.options import FitOptions
@@ -131,7 +132,7 @@ def fit(
             compile_blocks(model)
         if leads:
             log.info("%s", start_message(module, data, trainer))
-        with failures_in_one_line():
+        with failures_in_one_line(), replayed(objective) if options.cuda_graphs else nullcontext():
             path = None if last is None else str(last)
             trainer.fit(module, data, ckpt_path=path, weights_only=True)
         # the averaged weights are in place

@@ -93,6 +93,16 @@ def check_devices(options: TrainerConfig) -> None:
         raise ConfigError(
             f"trainer.devices={options.devices} numbers GPUs: for a CPU give a number of processes"
         )
+    if options.cuda_graphs:
+        needs = {
+            "trainer.accelerator=gpu, an NVIDIA one": device == "cuda",
+            "trainer.precision=32-true": choose_precision(options) == "32-true",
+            "trainer.strategy=auto": options.strategy == "auto",
+            "trainer.compile=false": not options.compile,
+            "trainer.checkpoint_blocks=false": not options.checkpoint_blocks,
+        }
+        if missing := [name for name, met in needs.items() if not met]:
+            raise ConfigError(f"trainer.cuda_graphs needs {' and '.join(missing)}")
     if options.precision == "16-mixed" and (device == "cpu" or options.strategy == "fsdp2"):
         where = "on a CPU" if device == "cpu" else "with trainer.strategy=fsdp2"
         raise ConfigError(f"trainer.precision=16-mixed does not work {where}: take bf16-mixed")
