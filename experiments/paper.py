@@ -62,6 +62,8 @@ class Budget:
     networks: list[str]
     variants: bool = True  # whether the other ways to decode and to sample are measured
     once: list[str] = field(default_factory=list)  # recipes that are run with the first seed only
+    # table -> the budget whose runs fill it, where that is another one
+    tables: dict[str, str] = field(default_factory=dict)
     set: dict[str, list[str]] = field(default_factory=dict)  # all, model or recipe -> overrides
 
 
@@ -87,6 +89,7 @@ class Study(NamedTuple):
     root: str  # of the data
     published: bool = False  # whether published results stand in for runs that are not here
     accelerator: str = "cpu"  # that trains and measures
+    chosen: list[int] | None = None  # seeds, in place of the budget's
 
     @classmethod
     def load(
@@ -103,6 +106,22 @@ class Study(NamedTuple):
             raise ValueError(f"budget {budget!r} must be one of {', '.join(file.budgets)}")
         sized = from_mapping(Budget, file.budgets[budget])
         return cls(file, sized, output / budget, root, published, accelerator)
+
+    def of(self, table: str) -> "Study":
+        """This study, or the one with the budget that fills a table."""
+        if (name := self.budget.tables.get(table)) is None:
+            return self
+        budget = from_mapping(Budget, self.file.budgets[name])
+        return self._replace(budget=budget, folder=self.folder.parent / name)
+
+    def parts(self) -> dict[str, tuple["Study", list[str]]]:
+        """Budget -> its study and the recipes of the tables that it fills, this budget first."""
+        found: dict[str, tuple[Study, list[str]]] = {self.folder.name: (self, [])}
+        for table in self.file.tables:
+            part = self.of(table)
+            _, recipes = found.setdefault(part.folder.name, (part, []))
+            recipes += [name for name in recipes_of(self.file, table) if name not in recipes]
+        return found
 
     def place(self, recipe: str, seed: int) -> Path:
         return self.folder / recipe / f"seed-{seed}"
@@ -150,15 +169,25 @@ class Study(NamedTuple):
         """Those whose scores a table shows for this recipe; the first one for a recipe of none."""
         scores = {
             score
-            for table in self.file.tables.values()
-            if recipe in {row.partition(": ")[0] for row in table["rows"]}
+            for name, table in self.file.tables.items()
+            if recipe in recipes_of(self.file, name)
             for score in table["scores"]
         }
         first, *others = self.budget.networks
         return [first, *(n for n in others if any(score.endswith(f"_{n}") for score in scores))]
 
     def seeds(self, recipe: str) -> list[int]:
-        return self.budget.seeds[: 1 if recipe in self.budget.once else None]
+        return self.all_seeds()[: 1 if recipe in self.budget.once else None]
+
+    def all_seeds(self) -> list[int]:
+        return self.chosen or self.budget.seeds
+
+    def classifier(self) -> dict[str, Any]:
+        """What is known of the classifier that measured; {} where there is none yet."""
+        found = read_result(self.folder / "classifier.json")
+        if not found and self.published:
+            found = read_result(PUBLISHED / self.folder.name / "classifier.json")
+        return found
 
     def result(self, recipe: str, seed: int) -> dict[str, Any]:
         """Of one run, as it would be wherever it was made; {} where there is none. Raises
@@ -190,7 +219,7 @@ class Study(NamedTuple):
     def results(self, row: str) -> list[dict[str, Any]]:
         """Of the seeds of a table's row that are finished."""
         recipe, _, variant = row.partition(": ")
-        found = [one for seed in self.budget.seeds if (one := self.result(recipe, seed))]
+        found = [one for seed in self.all_seeds() if (one := self.result(recipe, seed))]
         if variant:
             found = [
                 {**one, "report": one["variants"][variant]}
@@ -198,6 +227,11 @@ class Study(NamedTuple):
                 if variant in one.get("variants", {})
             ]
         return found
+
+
+def recipes_of(file: StudyFile, table: str) -> list[str]:
+    """Those of a table's rows, some of which are variants of one."""
+    return [row.partition(": ")[0] for row in file.tables[table]["rows"]]
 
 
 def published_file(budget: str, recipe: str, seed: int) -> Path:
@@ -210,15 +244,16 @@ def publish(study: Study, page: Path) -> None:
     if study.folder.name == "full":
         shutil.copy(page, PAGE)
         shutil.copytree(page.parent / "pictures", PAGE.parent / "pictures", dirs_exist_ok=True)
-    for recipe in RECIPES:
-        for seed in study.budget.seeds:
-            if (study.place(recipe, seed) / "result.json").exists():
-                path = published_file(study.folder.name, recipe, seed)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_json(study.result(recipe, seed), path)
-    facts = study.folder / "classifier.json"
-    if facts.exists():
-        shutil.copy(facts, PUBLISHED / study.folder.name / facts.name)
+    for budget, (part, _) in study.parts().items():
+        for recipe in RECIPES:
+            for seed in part.all_seeds():
+                if (part.place(recipe, seed) / "result.json").exists():
+                    path = published_file(budget, recipe, seed)
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    write_json(part.result(recipe, seed), path)
+        facts = part.folder / "classifier.json"
+        if facts.exists():
+            shutil.copy(facts, PUBLISHED / budget / facts.name)
 
 
 def taken(config: ExperimentConfig) -> dict[str, str]:
@@ -296,16 +331,27 @@ def run_all(study: Study, recipes: list[str], jobs: int) -> Iterator[tuple[str, 
                 yield recipe, seed
 
 
+def run_parts(study: Study, only: list[str] | None, jobs: int) -> None:
+    """Run what the study's tables show, each part with a classifier of its own."""
+    torch.set_num_threads(jobs)
+    for budget, (part, recipes) in study.parts().items():
+        if asked := [name for name in recipes if only is None or name in with_needed(only)]:
+            facts = train_classifier(part.root, part.budget.classifier_steps, part.folder)
+            print(f"{budget}: classifier: {facts['accuracy']:.1%} of the test set", flush=True)
+            for recipe, seed in run_all(part, asked, jobs):
+                print(f"== {budget}, {recipe}, seed {seed}: done", flush=True)
+
+
 # The page
 
 
-def write_page(study: Study, classifier: dict[str, Any]) -> Path:
+def write_page(study: Study) -> Path:
     """Fill the tables of docs/paper.md, and draw its figures. Returns the new page."""
-    made = {"budget": budget_facts(study, classifier), "probe": probe_table(study)}
+    made = {"budget": budget_facts(study), "probe": probe_table(study)}
     made |= {"adaptive": adaptive_table(study), "codes": codes_table(study)}
     for name, value in study.file.tables.items():
         table = from_mapping(Table, value)
-        results = {label: study.results(row) for row, label in table.rows.items()}
+        results = {label: study.of(name).results(row) for row, label in table.rows.items()}
         done = {label: runs for label, runs in results.items() if runs}
         made[name] = (score_tables(done, table.scores) if done else "") + not_run(results)
 
@@ -321,10 +367,12 @@ def write_page(study: Study, classifier: dict[str, Any]) -> Path:
 
 def labelled_rows(study: Study, *tables: str) -> dict[str, list[dict[str, Any]]]:
     """Label -> results, of the rows of some tables that are no variants and are finished."""
-    rows: dict[str, str] = {}
-    for name in tables:
-        rows |= study.file.tables[name]["rows"]
-    found = {label: study.results(row) for row, label in rows.items() if ": " not in row}
+    found = {
+        label: study.of(name).results(row)
+        for name in tables
+        for row, label in study.file.tables[name]["rows"].items()
+        if ": " not in row
+    }
     return {label: runs for label, runs in found.items() if runs}
 
 
@@ -334,21 +382,26 @@ def not_run(results: dict[str, list[dict[str, Any]]]) -> str:
     return f"Not yet run: {'; '.join(missing)}." if missing else ""
 
 
-def budget_facts(study: Study, classifier: dict[str, Any]) -> str:
+def budget_facts(study: Study) -> str:
     """How long each run was, and what it cost."""
-    ran = {seed for name in RECIPES for seed in study.seeds(name) if study.result(name, seed)}
-    seeds = ", ".join(map(str, sorted(ran)))
+    facts = study.classifier()
     lines = [
-        f"Budget `{study.folder.name}`: {study.budget.images} test images; seeds {seeds}; the "
-        f"classifier, after {classifier['steps']} steps of 128 images, is right on "
-        f"{classifier['accuracy']:.1%} of the test set.",
+        f"Each row of a table is measured on {study.budget.images} test images.",
+        f"The classifier, after {facts['steps']} steps of 128 images, is right on "
+        f"{facts['accuracy']:.1%} of the test set."
+        if facts
+        else "",
         "",
         "| run | parameters | steps | batch | trained on | s a step | seeds |",
         "|---|---|---|---|---|---|---|",
     ]
-    results = {f"`{recipe}`": study.results(recipe) for recipe in RECIPES}
-    for name, runs in results.items():
-        if runs:
+    missing: dict[str, list[dict[str, Any]]] = {}
+    for budget, (part, recipes) in study.parts().items():
+        for recipe in recipes:
+            name = f"`{recipe}`" if part is study else f"`{recipe}`, budget `{budget}`"
+            if not (runs := part.results(recipe)):
+                missing[name] = []
+                continue
             trained, data = runs[0]["config"]["trainer"], runs[0]["config"]["data"]
             seconds = [s for one in runs if (s := one["cpu_seconds_per_step"]) is not None]
             cells = [
@@ -360,7 +413,7 @@ def budget_facts(study: Study, classifier: dict[str, Any]) -> str:
                 str(len(runs)),
             ]
             lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", not_run(results)])
+    return "\n".join([*lines, "", not_run(missing)])
 
 
 def by_length_table(rows: dict[str, list[list[dict[str, Any]]]], key: str) -> str:
@@ -478,24 +531,15 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     study = Study.load(
         options.budget, options.output, options.root, options.page, options.accelerator
-    )
-    study.budget.seeds[:] = options.seeds or study.budget.seeds
+    )._replace(chosen=options.seeds)
     for name in options.only or []:
         if name not in RECIPES:
             parser.error(f"no recipe {name!r}; known: {', '.join(RECIPES)}")
-    if options.page:
-        places = (study.folder, PUBLISHED / options.budget)
-        found = [facts for place in places if (facts := read_result(place / "classifier.json"))]
-        if not found:
-            parser.error(f"no results of budget {options.budget} in {study.folder}, {PUBLISHED}")
-        classifier = found[0]
-    else:
-        torch.set_num_threads(options.jobs)
-        classifier = train_classifier(options.root, study.budget.classifier_steps, study.folder)
-        print(f"classifier: {classifier['accuracy']:.1%} of the test set", flush=True)
-        for recipe, seed in run_all(study, options.only or list(RECIPES), options.jobs):
-            print(f"== {recipe}, seed {seed}: done", flush=True)
-    page = write_page(study, classifier)
+    if not options.page:
+        run_parts(study, options.only, options.jobs)
+    elif not study.classifier():
+        parser.error(f"no results of budget {options.budget} in {study.folder}, {PUBLISHED}")
+    page = write_page(study)
     if options.publish:
         publish(study, page)
     print(f"page: {page}")

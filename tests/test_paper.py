@@ -22,6 +22,7 @@ from flextok.tokenizers import TOKENIZERS
 sys.path.append(str(Path(__file__).parent.parent / "experiments"))
 
 import paper
+from study import score_row
 
 
 def parameters(study: paper.Study, recipe: str) -> int:
@@ -50,7 +51,7 @@ def test_every_recipe_is_in_a_table_or_needed_by_one(full):
             assert not variant or variant in full.file.variants[recipe], row
 
 
-@pytest.mark.parametrize("budget", ["short", "small", "half", "full", "long"])
+@pytest.mark.parametrize("budget", ["short", "small", "half", "full"])
 def test_every_recipe_is_a_checked_config_at_every_budget(budget, tmp_path):
     study = paper.Study.load(budget, tmp_path, "data")
     for recipe in paper.RECIPES:
@@ -92,11 +93,40 @@ def full_chain(recipe: str) -> list[str]:
     return [name for name in paper.with_needed([recipe]) if name != recipe]
 
 
-def test_comparisons_have_two_seeds_and_ablations_one(full):
-    compared = {row.partition(": ")[0] for row in full.file.tables["reconstruction"]["rows"]}
+def test_comparisons_have_two_seeds(full):
+    compared = {*paper.recipes_of(full.file, "reconstruction")}
+    compared |= {*paper.recipes_of(full.file, "generation")}
     assert all(full.seeds(recipe) == [0, 1] for recipe in compared)
-    assert set(full.budget.once) <= set(paper.RECIPES)
-    assert all(full.seeds(recipe) == [0] for recipe in full.budget.once)
+    for part, recipes in full.parts().values():
+        assert all(part.seeds(recipe) == [0] for recipe in part.budget.once)
+        assert set(part.budget.once) <= set(paper.with_needed(recipes))
+
+
+def test_another_budget_fills_the_tables_that_are_its_own(full, tmp_path):
+    parts = full.parts()
+    assert list(parts) == ["full", "half"]
+    (study, own), (half, ablations) = parts.values()
+    assert study is full
+    assert {"flextok", "published", "tokens"} <= set(own)
+    assert {"tokens", "adamw", "gpt_no_alignment"} <= set(ablations)
+    assert "adamw" not in own
+    assert half.folder == full.folder.parent / "half"
+    assert half.config("adamw", 0).trainer.max_steps == 2430
+    assert full.of("token_ablations").budget == half.budget
+    short = paper.Study.load("short", tmp_path, "data")
+    ((only, everything),) = short.parts().values()
+    assert only is short
+    assert set(paper.with_needed(everything)) == set(paper.RECIPES)
+
+
+def test_the_page_has_each_table_from_its_budget(tmp_path):
+    study = paper.Study.load("full", tmp_path, "data", published=True)
+    text = paper.write_page(study).read_text("utf-8")
+    runs = study.of("token_ablations").results("tokens")
+    assert {run["config"]["trainer"]["max_steps"] for run in runs} == {2430}
+    assert score_row("our recipe", runs, "psnr", study.file.lengths, 2) in text
+    assert "| `tokens`, budget `half` | 2.72M | 2430 |" in text
+    assert "| `tokens` | 2.72M | 5400 |" in text
 
 
 def test_a_recipe_is_measured_by_the_networks_that_its_tables_show(full):
@@ -233,7 +263,7 @@ def test_a_short_run_trains_measures_and_writes_the_page(tmp_path, capsys, monke
     before = {name: (folder / name / "seed-0/result.json").stat().st_mtime_ns for name in runs}
     capsys.readouterr()
     paper.main([*command, "--only", *asked])
-    assert "== gpt_class, seed 0: done" in capsys.readouterr().out
+    assert "== short, gpt_class, seed 0: done" in capsys.readouterr().out
     after = {name: (folder / name / "seed-0/result.json").stat().st_mtime_ns for name in runs}
     assert after == before
     assert (folder / "paper.md").read_text("utf-8") == page
