@@ -146,6 +146,7 @@ BUDGET ?= full
 JOBS ?= 1
 DATA ?= data
 PAPER ?= outputs/paper
+ACCELERATOR ?= cpu
 paper: setup
 	$(BIN)/python experiments/paper.py --budget $(BUDGET) --jobs $(JOBS) --root $(DATA) \
-	    --output $(PAPER) $(if $(filter full,$(BUDGET)),--publish)
+	    --accelerator $(ACCELERATOR) --output $(PAPER) $(if $(filter full,$(BUDGET)),--publish)
