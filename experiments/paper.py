@@ -231,7 +231,7 @@ class Study(NamedTuple):
 
 def recipes_of(file: StudyFile, table: str) -> list[str]:
     """Those of a table's rows, some of which are variants of one."""
-    return [row.partition(": ")[0] for row in file.tables[table]["rows"]]
+    return list(dict.fromkeys(row.partition(": ")[0] for row in file.tables[table]["rows"]))
 
 
 def published_file(budget: str, recipe: str, seed: int) -> Path:
@@ -392,7 +392,7 @@ def budget_facts(study: Study) -> str:
         if facts
         else "",
         "",
-        "| run | parameters | steps | batch | trained on | s a step | seeds |",
+        "| run | parameters | steps | batch | trained on | CPU s a step | seeds |",
         "|---|---|---|---|---|---|---|",
     ]
     missing: dict[str, list[dict[str, Any]]] = {}

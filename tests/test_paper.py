@@ -110,6 +110,7 @@ def test_another_budget_fills_the_tables_that_are_its_own(full, tmp_path):
     assert {"flextok", "published", "tokens"} <= set(own)
     assert {"tokens", "adamw", "gpt_no_alignment"} <= set(ablations)
     assert "adamw" not in own
+    assert len(set(own)) == len(own)
     assert half.folder == full.folder.parent / "half"
     assert half.config("adamw", 0).trainer.max_steps == 2430
     assert full.of("token_ablations").budget == half.budget
