@@ -134,7 +134,7 @@ assert probe[-1]["accuracy"] > probe[-1]["shuffled_accuracy"]
 #
 # A generator predicts 32 tokens for each class, and each column decodes the first ones of them. A class is a simple
 # condition, so the paper finds that few tokens suffice for it. The images need the generator that `make paper` trains;
-# the curve is of a stored result, a generator without a condition.
+# the curve is of a stored result.
 
 # %%
 if ready and (RUNS / "gpt_class/seed-0/model.safetensors").exists():
@@ -145,7 +145,7 @@ else:
     print("skipped: no generator, or no data set, on this machine")
 
 # %%
-scores = stored["gpt_unconditional"]["report"]["results"]
+scores = stored["gpt_class"]["report"]["results"]
 curve = [(row["num_tokens"], row["scores"]["frechet_classifier"]) for row in scores]
-panel = {"Fréchet distance": {"unconditional generator": curve}}
+panel = {"Fréchet distance": {"generator by class": curve}}
 display(viz.curves({"stored results": panel}, "tokens", logarithmic=True))
