@@ -165,9 +165,9 @@ def replayed(objective: Objective) -> Iterator[None]:
 
     hook = objective.register_forward_pre_hook(next_step)
     for name, network in ours.items():
-        network.forward = calls[name]  # type: ignore[method-assign]
+        network.forward = calls[name]
     for alignment in alignments:
-        alignment.targets = by_shape(alignment.targets)  # type: ignore[method-assign]
+        alignment.targets = by_shape(alignment.targets)  # type: ignore[assignment]
     try:
         yield
     finally:
