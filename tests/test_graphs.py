@@ -126,12 +126,14 @@ def test_what_cannot_be_recorded_runs_as_it_is_with_a_warning(fault, monkeypatch
         ("trainer.compile=true", "trainer.compile=false"),
         ("trainer.checkpoint_blocks=true", "trainer.checkpoint_blocks=false"),
         ("trainer.strategy=ddp", "trainer.strategy=auto"),
+        ("trainer.devices=2", "trainer.devices=1"),
     ],
 )
 def test_what_goes_with_no_recording_is_refused(option, missing, tmp_path, monkeypatch):
     if "accelerator" not in option:
         monkeypatch.setattr("flextok.training.trainer.device_type", lambda accelerator: "cuda")
-    options = [f"output_dir={tmp_path}", "trainer.cuda_graphs=true", "trainer.precision=32-true"]
-    config = load_experiment("configs/quickstart_tokenizer.yaml", [*options, option])
+    options = ["cuda_graphs=true", "precision=32-true", "devices=1"]
+    given = [f"output_dir={tmp_path}", *(f"trainer.{o}" for o in options), option]
+    config = load_experiment("configs/quickstart_tokenizer.yaml", given)
     with pytest.raises(ValueError, match=f"^trainer.cuda_graphs needs {missing}$"):
         train(config)

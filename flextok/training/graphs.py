@@ -7,7 +7,7 @@ masks dropped tokens, 22 in place of 7 for the one that trains two lengths a ste
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,14 +26,14 @@ TOLERANCE = 0.02  # of a recording's outputs and gradients, relative to those of
 class Recorded(nn.Module):
     """A network as a function of its tensors alone; its other arguments are constants."""
 
-    def __init__(self, network: nn.Module, forward: Callable[..., Any], arguments: list[Any]):
+    def __init__(self, network: nn.Module, forward: Callable[..., Any], arguments: Iterable[Any]):
         super().__init__()
-        self.network, self.plain, self.arguments = network, forward, arguments
+        self.network, self.plain = network, forward
+        self.constants = [() if isinstance(a, Tensor) else (a,) for a in arguments]
 
     def forward(self, *tensors: Tensor) -> Any:
         rest = iter(tensors)
-        own = [next(rest) if isinstance(a, Tensor) else a for a in self.arguments]
-        out = self.plain(*own)
+        out = self.plain(*(c[0] if c else next(rest) for c in self.constants))
         return tuple(out) if isinstance(out, tuple) else out
 
 
@@ -69,7 +69,7 @@ class Replayed:
         network cannot be recorded."""
         tensors = [a for a in arguments if isinstance(a, Tensor)]
         weights = [p for p in self.network.parameters() if p.requires_grad]
-        body = Recorded(self.network, self.plain, list(arguments))
+        body = Recorded(self.network, self.plain, arguments)
         try:
             call: Callable[..., Any]
             if weights or any(x.requires_grad for x in tensors):

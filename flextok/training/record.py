@@ -57,7 +57,14 @@ IDLE = (
         f"trainer.{key}"
         for key in (
             *("max_steps", "accelerator", "devices", "num_nodes", "log_every", "validate_every"),
-            *("checkpoint_every", "keep_last", "max_nonfinite", "num_pictures", "compile"),
+            *(
+                "checkpoint_every",
+                "keep_last",
+                "max_nonfinite",
+                "num_pictures",
+                "compile",
+                "cuda_graphs",
+            ),
             *("checkpoint_blocks", "loggers"),
         )
     ),

@@ -97,6 +97,7 @@ def check_devices(options: TrainerConfig) -> None:
         needs = {
             "trainer.accelerator=gpu, an NVIDIA one": device == "cuda",
             "trainer.precision=32-true": choose_precision(options) == "32-true",
+            "trainer.devices=1": str(options.devices) == "1" and options.num_nodes == 1,
             "trainer.strategy=auto": options.strategy == "auto",
             "trainer.compile=false": not options.compile,
             "trainer.checkpoint_blocks=false": not options.checkpoint_blocks,
