@@ -57,15 +57,8 @@ IDLE = (
         f"trainer.{key}"
         for key in (
             *("max_steps", "accelerator", "devices", "num_nodes", "log_every", "validate_every"),
-            *(
-                "checkpoint_every",
-                "keep_last",
-                "max_nonfinite",
-                "num_pictures",
-                "compile",
-                "cuda_graphs",
-            ),
-            *("checkpoint_blocks", "loggers"),
+            *("checkpoint_every", "keep_last", "max_nonfinite", "num_pictures", "compile"),
+            *("cuda_graphs", "checkpoint_blocks", "loggers"),
         )
     ),
 )
