@@ -48,7 +48,7 @@ from flextok.schema import from_mapping
 HERE = Path(__file__).parent / "fashion_mnist"
 RECIPES = {path.stem: path for path in sorted((HERE / "recipes").glob("*.yaml"))}
 PAGE = Path(__file__).parents[1] / "docs/paper.md"
-PUBLISHED = HERE / "results"  # <budget>/<recipe>/seed-<n>.json, and the budget's classifier.json
+PUBLISHED = HERE / "results"  # <budget>/<recipe>/seed-<n>.json, and the budget's classifier
 MARK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -251,9 +251,8 @@ def publish(study: Study, page: Path) -> None:
                     path = published_file(budget, recipe, seed)
                     path.parent.mkdir(parents=True, exist_ok=True)
                     write_json(part.result(recipe, seed), path)
-        facts = part.folder / "classifier.json"
-        if facts.exists():
-            shutil.copy(facts, PUBLISHED / budget / facts.name)
+        for path in part.folder.glob("classifier.*"):
+            shutil.copy(path, PUBLISHED / budget)
 
 
 def taken(config: ExperimentConfig) -> dict[str, str]:
