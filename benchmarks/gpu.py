@@ -173,9 +173,8 @@ def run(names: list[str], device: torch.device) -> dict[str, Any]:
         if found["fits"]:
             print(
                 f"{name:24s} batch {found['batch_size']}, {found['images_per_second']:,.1f} "
-                f"images/s, "
-                f"{found['peak_share']:.0%} of peak, {found['memory'] / 1e9:.1f} GB, planned "
-                f"{found['planned_memory'] / 1e9:.1f} GB",
+                f"images/s, {found['peak_share']:.0%} of peak, {found['memory'] / 1e9:.1f} GB, "
+                f"planned {found['planned_memory'] / 1e9:.1f} GB",
                 flush=True,
             )
         else:

@@ -87,6 +87,7 @@ class Study(NamedTuple):
     budget: Budget
     folder: Path  # of this budget's runs
     root: str  # of the data
+    known: dict[Path, dict[str, Any]]  # results that were read and checked
     published: bool = False  # whether published results stand in for runs that are not here
     accelerator: str = "cpu"  # that trains and measures
     chosen: list[int] | None = None  # seeds, in place of the budget's
@@ -105,7 +106,7 @@ class Study(NamedTuple):
         if budget not in file.budgets:
             raise ValueError(f"budget {budget!r} must be one of {', '.join(file.budgets)}")
         sized = from_mapping(Budget, file.budgets[budget])
-        return cls(file, sized, output / budget, root, published, accelerator)
+        return cls(file, sized, output / budget, root, {}, published, accelerator)
 
     def of(self, table: str) -> "Study":
         """This study, or the one with the budget that fills a table."""
@@ -192,9 +193,16 @@ class Study(NamedTuple):
     def result(self, recipe: str, seed: int) -> dict[str, Any]:
         """Of one run, as it would be wherever it was made; {} where there is none. Raises
         ValueError where it is not of the recipe as it is now."""
-        path = self.place(recipe, seed) / "result.json"
-        if found := read_result(path):
-            text, plain = json.dumps(found), self.elsewhere()
+        path, published = self.place(recipe, seed) / "result.json", False
+        found = self.known.get(path) or read_result(path)
+        if not found and self.published:
+            path, published = published_file(self.folder.name, recipe, seed), True
+            found = self.known.get(path) or read_result(path)
+        if not found or path in self.known:
+            return found
+        plain = self.elsewhere()
+        if not published:
+            text = json.dumps(found)
             for folder in (self.folder.resolve(), self.folder):
                 text = text.replace(str(folder), str(plain.folder))
             for quote in ('"', '\\"'):  # a report holds JSON within JSON
@@ -202,14 +210,11 @@ class Study(NamedTuple):
             found = json.loads(text)
             for part in ("train", "validation"):
                 found["config"]["data"][part].pop("root", None)  # the default one is not named
-        elif self.published:
-            path = published_file(self.folder.name, recipe, seed)
-            found = read_result(path)
-        if found:
-            accelerator = found["config"]["trainer"]["accelerator"]
-            now = self.elsewhere()._replace(accelerator=accelerator).config(recipe, seed)
-            if from_mapping(ExperimentConfig, found["config"]) != now:
-                raise ValueError(f"{path} is not of recipes/{recipe}.yaml as it is now: remove it")
+        accelerator = found["config"]["trainer"]["accelerator"]
+        now = plain._replace(accelerator=accelerator).config(recipe, seed)
+        if from_mapping(ExperimentConfig, found["config"]) != now:
+            raise ValueError(f"{path} is not of recipes/{recipe}.yaml as it is now: remove it")
+        self.known[path] = found
         return found
 
     def elsewhere(self) -> "Study":

@@ -43,7 +43,7 @@ def full(tmp_path_factory):
 
 
 def test_every_recipe_is_in_a_table_or_needed_by_one(full):
-    rows = {row.partition(": ")[0] for table in full.file.tables.values() for row in table["rows"]}
+    rows = {recipe for table in full.file.tables for recipe in paper.recipes_of(full.file, table)}
     assert set(paper.with_needed(sorted(rows))) == set(paper.RECIPES)
     for table in full.file.tables.values():
         for row in table["rows"]:
@@ -77,7 +77,7 @@ def test_every_recipe_has_an_objective_that_begins_with_what_it_takes(tmp_path):
 
 def test_what_is_compared_has_equal_parameters_and_samples(full):
     for table in ("reconstruction", "generation"):
-        recipes = {row.partition(": ")[0] for row in full.file.tables[table]["rows"]}
+        recipes = paper.recipes_of(full.file, table)
         sizes = [parameters(full, recipe) for recipe in recipes]
         assert max(sizes) <= 1.1 * min(sizes), table
     images = {}

@@ -73,5 +73,5 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
         step = 0.2 * group["lr"] * longest**0.5
         for parameter, update in zip(parameters, updates, strict=True):
-            tall = parameter.shape[0] > parameter.numel() // parameter.shape[0]
-            parameter.sub_((update.mT if tall else update).reshape(parameter.shape), alpha=step)
+            turned = len(update) != len(parameter)
+            parameter.sub_((update.mT if turned else update).reshape(parameter.shape), alpha=step)
