@@ -44,7 +44,11 @@ def make(name):
     torch.manual_seed(0)
     if name == "titok":
         return make_objective(build_model(TOKENIZERS, {"name": "titok", **TITOK})).train()
-    spec = {"batch_lengths": 2, "prefix_alignment": {"pretrained": False, "size": 32}}
+    alignments = {
+        "prefix_alignment": {"pretrained": False, "size": 32},
+        "repa": {"pretrained": False, "model": "efficientnet_lite0"},
+    }
+    spec = {"batch_lengths": 2, **alignments}
     objective = make_objective(tiny_tokenizer(drop_mode="truncate"), spec).train()
     objective.prepare()
     return objective
@@ -77,7 +81,8 @@ def test_steps_are_the_same_and_each_shape_is_recorded_once(name, monkeypatch):
         torch.testing.assert_close(replayed, plain)
         torch.testing.assert_close(steps(objective), plain)
     assert len(recorder.recorded) == number  # the same shapes again
-    assert number == 2 if name == "titok" else number > 3  # encoder, decoder; several lengths
+    # encoder, decoder; several lengths of prefix, and two aligned networks
+    assert number == 2 if name == "titok" else number > 5
     assert recorder.replayed > number
     # outside everything is as it was
     before = recorder.replayed
@@ -108,14 +113,16 @@ def test_a_recording_serves_one_call_a_step(monkeypatch):
 
 @pytest.mark.parametrize("fault", [RuntimeError("not while capturing"), 1.1])
 def test_what_cannot_be_recorded_runs_as_it_is_with_a_warning(fault, monkeypatch, caplog):
-    plain = steps(make("titok"))
-    objective = make("titok")
+    plain = steps(make("flextok"))
+    objective = make("flextok")
     Recorder(monkeypatch, fault)
     with graphs.replayed(objective):
         torch.testing.assert_close(steps(objective), plain)
     reason = str(fault) if isinstance(fault, Exception) else "its recording is off by 0.1"
-    told = [r.getMessage() for r in caplog.records]
-    assert told == [f"the {part} is not recorded as a CUDA graph: {reason}" for part in PARTS]
+    networks = [f"network of {kind.__name__}" for kind in graphs.ALIGNMENTS]
+    told = {r.getMessage() for r in caplog.records}
+    whats = [*PARTS, *networks]
+    assert told == {f"the {what} is not recorded as a CUDA graph: {reason}" for what in whats}
 
 
 @pytest.mark.parametrize(

@@ -14,37 +14,38 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flextok.losses.alignment import PrefixAlignment
+from flextok.losses import PrefixAlignment, RepresentationAlignment
 from flextok.objectives.base import Objective
 
 log = logging.getLogger(__name__)
 
 NETWORKS = ("encoder", "decoder")  # a tokenizer's, whose arguments are tensors of few shapes
+ALIGNMENTS = (PrefixAlignment, RepresentationAlignment)  # with a frozen network
 TOLERANCE = 0.02  # of a recording's outputs and gradients, relative to those of the network itself
 
 
 class Recorded(nn.Module):
-    """A network as a function of its tensors alone; its other arguments are constants."""
+    """A module's method as a function of its tensors alone; its other arguments are constants."""
 
-    def __init__(self, network: nn.Module, forward: Callable[..., Any], arguments: Iterable[Any]):
+    def __init__(self, module: nn.Module, method: Callable[..., Any], arguments: Iterable[Any]):
         super().__init__()
-        self.network, self.plain = network, forward
+        self.module, self.method = module, method
         self.constants = [() if isinstance(a, Tensor) else (a,) for a in arguments]
 
     def forward(self, *tensors: Tensor) -> Any:
         rest = iter(tensors)
-        out = self.plain(*(c[0] if c else next(rest) for c in self.constants))
+        out = self.method(*(c[0] if c else next(rest) for c in self.constants))
         return tuple(out) if isinstance(out, tuple) else out
 
 
 class Replayed:
-    """Takes the place of a network's `forward` in training. A recording holds the activations of
-    one call, so a second call of the same shapes before `next_step` runs as without recordings, as
+    """Takes the place of a module's method in training. A recording holds the activations of one
+    call, so a second call of the same shapes before `next_step` runs as without recordings, as
     does one that cannot be recorded."""
 
-    def __init__(self, network: nn.Module, name: str):
-        self.network, self.name = network, name
-        self.plain: Callable[..., Any] = type(network).forward.__get__(network)
+    def __init__(self, module: nn.Module, method: str, name: str):
+        self.module, self.name = module, name
+        self.plain: Callable[..., Any] = getattr(type(module), method).__get__(module)
         self.recordings: dict[Any, Callable[..., Any] | None] = {}
         self.used: set[Any] = set()
 
@@ -55,7 +56,7 @@ class Replayed:
         key = tuple(
             (a.shape, a.dtype, a.requires_grad) if isinstance(a, Tensor) else a for a in arguments
         )
-        trains = self.network.training and torch.is_grad_enabled()
+        trains = self.module.training and torch.is_grad_enabled()
         if named or not trains or key in self.used:
             return self.plain(*arguments, **named)
         self.used.add(key)
@@ -67,17 +68,19 @@ class Replayed:
     def record(self, arguments: tuple[Any, ...]) -> Callable[..., Any] | None:
         """A function like `plain` for arguments of these shapes; None, with a warning, where the
         network cannot be recorded."""
+        out = self.plain(*arguments)
+        kind, learns = type(out), (out[0] if isinstance(out, tuple) else out).requires_grad
+        del out  # with what it holds for a backward pass
+        weights = [p for p in self.module.parameters() if learns and p.requires_grad]
         tensors = [a for a in arguments if isinstance(a, Tensor)]
-        weights = [p for p in self.network.parameters() if p.requires_grad]
-        body = Recorded(self.network, self.plain, arguments)
+        body = Recorded(self.module, self.plain, arguments)
         try:
             call: Callable[..., Any]
-            if weights or any(x.requires_grad for x in tensors):
+            if learns:
                 samples = tuple(x.detach().clone().requires_grad_(x.requires_grad) for x in tensors)
                 call = capture(body, samples)
             else:
                 call = capture_forward(body, tensors)
-            kind = type(self.plain(*arguments))
 
             def run(*new: Any) -> Any:
                 out = call(*(a for a in new if isinstance(a, Tensor)))
@@ -152,40 +155,27 @@ def capture_forward(body: Callable[..., Any], tensors: list[Tensor]) -> Callable
 
 @contextmanager
 def replayed(objective: Objective) -> Iterator[None]:
-    """Inside, training replays the tokenizer's networks, and the frozen one that prefixes are
-    aligned with. Each is recorded at its first call."""
+    """Inside, training replays the tokenizer's networks, and the frozen ones that it is aligned
+    with. Each is recorded at its first call."""
     networks = {name: getattr(objective.model, name, None) for name in NETWORKS}
-    ours = {name: n for name, n in networks.items() if isinstance(n, nn.Module)}
-    calls = {name: Replayed(network, name) for name, network in ours.items()}
-    alignments = [m for m in objective.modules() if isinstance(m, PrefixAlignment)]
+    methods = [(n, "forward", name) for name, n in networks.items() if isinstance(n, nn.Module)]
+    methods += [
+        (m, "targets", f"network of {type(m).__name__}")
+        for m in objective.modules()
+        if isinstance(m, ALIGNMENTS)
+    ]
+    calls = [Replayed(*method) for method in methods]
 
     def next_step(*_: Any) -> None:
-        for call in calls.values():
+        for call in calls:
             call.next_step()
 
     hook = objective.register_forward_pre_hook(next_step)
-    for name, network in ours.items():
-        network.forward = calls[name]
-    for alignment in alignments:
-        alignment.targets = by_shape(alignment.targets)  # type: ignore[assignment]
+    for (module, method, _), call in zip(methods, calls, strict=True):
+        setattr(module, method, call)
     try:
         yield
     finally:
         hook.remove()
-        for network in ours.values():
-            del network.forward
-        for alignment in alignments:
-            del alignment.targets
-
-
-def by_shape(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """A function without gradients, recorded once for each shape of its input."""
-    recordings: dict[Any, Callable[..., Any]] = {}
-
-    def run(images: Tensor) -> Tensor:
-        if images.shape not in recordings:
-            function(images)  # moves its network to the images' device
-            recordings[images.shape] = capture_forward(function, [images])
-        return recordings[images.shape](images)
-
-    return run
+        for module, method, _ in methods:
+            delattr(module, method)
