@@ -49,6 +49,7 @@ HERE = Path(__file__).parent / "fashion_mnist"
 RECIPES = {path.stem: path for path in sorted((HERE / "recipes").glob("*.yaml"))}
 PAGE = Path(__file__).parents[1] / "docs/paper.md"
 PUBLISHED = HERE / "results"  # <budget>/<recipe>/seed-<n>.json, and the budget's classifier
+SHOWN = "flextok_once"  # the recipe of sections 3 and 4 and of the figures
 MARK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -456,7 +457,7 @@ def codes_table(study: Study) -> str:
 
 def adaptive_table(study: Study) -> str:
     """How many tokens images need for the target, by class, with our recipe."""
-    runs = study.results("flextok")
+    runs = study.results(SHOWN)
     if not runs:
         return "*Not yet run.*"
     found = runs[0]["adaptive"]
@@ -489,7 +490,7 @@ def draw_figures(study: Study, folder: Path) -> None:
                 panel[label] = [(row["num_tokens"], row["scores"][score]) for row in rows]
     if curves:
         viz.save(viz.curves(curves, "tokens", logarithmic=True), folder / "curves.png")
-    shown_recipes = ("near_noise", "flow", "flextok", "drawer")
+    shown_recipes = ("near_noise", "flow", SHOWN, "drawer")
     here = [name for name in shown_recipes if (study.place(name, 0) / "result.json").exists()]
     if not here:
         return
@@ -501,7 +502,7 @@ def draw_figures(study: Study, folder: Path) -> None:
         model = load(study.place(recipe, 0))
         strips = reconstruct_prefixes(model, images[shown], study.file.lengths)
         viz.save(viz.coarse_to_fine(images[shown], strips), folder / f"strips_{recipe}.png")
-        if recipe == "flextok":
+        if recipe == SHOWN:
             viz.save(first_token_figure(model, images), folder / "first_token.png")
 
 
