@@ -39,9 +39,10 @@ RUNS = Path("../outputs/paper/full")  # where make paper puts its models
 STORED = Path("../docs/pictures/paper")
 RESULTS = Path("../experiments/fashion_mnist/results/full")
 LENGTHS = [1, 2, 4, 8, 16, 32]
+RECIPE = "flextok_once"  # the tokenizer
 
 classes = list(FashionMNIST.class_names)
-ready = (RUNS / "flextok/seed-0/model.safetensors").exists()
+ready = (RUNS / RECIPE / "seed-0/model.safetensors").exists()
 if stored_folder(ROOT, "test") is None:
     ready = False
     print(
@@ -51,7 +52,7 @@ if stored_folder(ROOT, "test") is None:
 elif not ready:
     print(f"There is no model in {RUNS}, so the stored figures are shown: `make paper` trains it.")
 if ready:
-    tokenizer = flextok.load(RUNS / "flextok/seed-0")
+    tokenizer = flextok.load(RUNS / RECIPE / "seed-0")
     test = FashionMNIST(ROOT, "test", limit=2000)
     images = torch.stack([tokenizer.transform(item["image"]) for item in test])
 
@@ -66,7 +67,7 @@ if ready:
     shown = images[[test.labels.index(label) for label in range(10)]]
     display(viz.coarse_to_fine(shown, reconstruct_prefixes(tokenizer, shown, LENGTHS), classes))
 else:
-    display(Image.open(STORED / "strips_flextok.png"))
+    display(Image.open(STORED / f"strips_{RECIPE}.png"))
 
 # %% [markdown]
 # ## The same in numbers
@@ -121,7 +122,7 @@ else:
 # all 32 tokens allow is there after the first few. With shuffled labels it stays near chance, which is a tenth.
 
 # %%
-probe = stored["flextok"]["probe"]["results"]
+probe = stored[RECIPE]["probe"]["results"]
 lines = {
     name: [(row["num_tokens"], row[key]) for row in probe]
     for name, key in {"classes": "accuracy", "shuffled classes": "shuffled_accuracy"}.items()
