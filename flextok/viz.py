@@ -7,7 +7,7 @@ import re
 import textwrap
 import unicodedata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from flextok.images import to_uint8
 MARGIN, GAP, HEADER = 6, 4, 18
 LABEL_WIDTH, LONGEST_LABEL = 32, 200  # characters
 FONT_SIZE = 12
+LEGEND_SIZE = 8  # points
 
 
 def grid(
@@ -228,37 +229,72 @@ Points = list[tuple[float, float]]
 def curves(
     rows: dict[str, dict[str, dict[str, Points]]], x_label: str, logarithmic: bool = False
 ) -> Image.Image:
-    """Rows of plots, side by side in each. rows: the row's title -> y label -> line's name ->
-    (x, y) points, drawn in their order; logarithmic: x in powers of two."""
-    from matplotlib.figure import Figure  # without pyplot: no display, no global state
-
-    columns = max(map(len, rows.values()))
-    figure = Figure(figsize=(4 * columns, 3.6 * len(rows)), dpi=110, layout="constrained")
-    for part, (title, panels) in zip(
-        figure.subfigures(len(rows), 1, squeeze=False).flat, rows.items(), strict=True
-    ):
-        part.suptitle(title)
-        places = part.subplots(1, columns, squeeze=False)[0]
-        for axes in places[len(panels) :]:
-            axes.set_axis_off()
-        for axes, (y_label, lines) in zip(places, panels.items(), strict=False):
-            draw_lines(axes, lines, logarithmic)
-            axes.set(xlabel=x_label, ylabel=y_label)
+    """Rows of plots, side by side in each, with a legend below. rows: the row's title -> y label ->
+    line's name -> (x, y) points, drawn in their order; logarithmic: x in powers of two."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    curve_figure(rows, x_label, logarithmic).savefig(buffer, format="png")
     return Image.open(buffer).convert("RGB")
 
 
-def draw_lines(axes: Any, lines: dict[str, Points], logarithmic: bool) -> None:
-    for name, points in lines.items():
-        axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name)
-    if logarithmic:
-        places = sorted({x for points in lines.values() for x, _ in points})
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(places, [f"{x:.3g}" for x in places])
-    axes.grid(alpha=0.3)
-    if len(lines) > 1:
-        axes.legend(fontsize="small")
+def curve_figure(
+    rows: dict[str, dict[str, dict[str, Points]]], x_label: str, logarithmic: bool
+) -> Any:
+    """The matplotlib figure of `curves`."""
+    from matplotlib.figure import Figure  # without pyplot: no display, no global state
+
+    columns = max(map(len, rows.values()))
+    width = 4 * columns  # inches
+    names = [
+        list(dict.fromkeys(n for lines in row.values() for n in lines)) for row in rows.values()
+    ]
+    legends = [Legend.of(some, width) for some in names]
+    heights = [3.6 + legend.height for legend in legends]
+    figure = Figure(figsize=(width, sum(heights)), dpi=110, layout="constrained")
+    parts = figure.subfigures(len(rows), 1, squeeze=False, height_ratios=heights).flat
+    for part, (title, panels), some, legend in zip(
+        parts, rows.items(), names, legends, strict=True
+    ):
+        part.suptitle(title)
+        places = part.subplots(1, columns, squeeze=False)[0]
+        drawn: dict[str, Any] = {}
+        for axes in places[len(panels) :]:
+            axes.set_axis_off()
+        for axes, (y_label, lines) in zip(places, panels.items(), strict=False):
+            for name, points in lines.items():
+                (drawn[name],) = axes.plot(
+                    *zip(*points, strict=True), f"C{some.index(name)}o-", markersize=4
+                )
+            if logarithmic:
+                ticks = sorted({x for points in lines.values() for x, _ in points})
+                axes.set_xscale("log", base=2)
+                axes.set_xticks(ticks, [f"{x:.3g}" for x in ticks])
+            axes.grid(alpha=0.3)
+            axes.set(xlabel=x_label, ylabel=y_label)
+        if len(some) > 1:
+            handles, place = [drawn[name] for name in some], "outside lower center"
+            part.legend(
+                handles, legend.texts, loc=place, ncols=legend.columns, fontsize=LEGEND_SIZE
+            )
+    return figure
+
+
+class Legend(NamedTuple):
+    """How the names of lines are laid out below their plots."""
+
+    texts: list[str]  # in lines that fit
+    columns: int
+    height: float  # inches, about
+
+    @classmethod
+    def of(cls, names: list[str], inches: float) -> "Legend":
+        from matplotlib.textpath import TextPath
+
+        texts = [textwrap.fill(name, int((inches - 0.7) / 0.12)) for name in names]
+        lines = [line for text in texts for line in text.splitlines()]
+        paths = [TextPath((0, 0), line, size=LEGEND_SIZE) for line in lines]
+        longest = max((path.get_extents().width for path in paths if len(path.vertices)), default=0)
+        columns = max(1, min(len(names), int((inches - 0.2) / (longest / 72 + 0.5))))
+        return cls(texts, columns, 0.16 * len(lines) / columns)
 
 
 def image_format(path: str | Path) -> str:

@@ -98,3 +98,24 @@ def test_labels_keep_what_can_be_drawn_and_spell_the_rest(monkeypatch):
     assert viz.lettering("猫")[0] == "(U+732B)"
     monkeypatch.setattr(viz.features, "check", lambda name: False)  # letters would stand reversed
     assert viz.lettering("قط")[0].split() == ["qaf", "tah"]
+
+
+@pytest.mark.parametrize("length", [4, 24, 75])
+def test_legends_of_curves_lie_below_the_panels_and_in_the_figure(length):
+    names = [f"{number} ".ljust(length, "m") for number in range(8)]
+    lines = {name: [(1, 2), (2, number)] for number, name in enumerate(names)}
+    few = dict(list(lines.items())[3:5])
+    figure = viz.curve_figure({"a": {"y": lines, "z": few}, "b": {"y": few}}, "x", True)
+    figure.draw_without_rendering()
+    for part, count in zip(figure.subfigs, (8, 2), strict=True):
+        (legend,) = part.legends
+        box = legend.get_window_extent()
+        texts = [text.get_text().replace("\n", "") for text in legend.texts]
+        assert texts == (names if count == 8 else list(few))
+        assert figure.bbox.contains(box.x0, box.y0)
+        assert figure.bbox.contains(box.x1, box.y1)
+        assert all(not box.overlaps(axes.get_tightbbox()) for axes in part.axes if axes.axison)
+    colours = {line.get_color() for axes in figure.axes for line in axes.lines[-1:]}
+    assert len(colours) > 1
+    (left, right, _) = (axes.lines for axes in figure.axes[:3])
+    assert left[3].get_color() == right[0].get_color()  # a name has one colour in a row
