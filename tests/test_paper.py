@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -145,6 +146,7 @@ def test_the_published_recipe_is_what_was_published(full):
     assert config.objective["time_sampler"] == {"name": "mode", "scale": 0.25}
     assert config.objective["repa"]["weight"] == 1.0
     # what is ours: the batch, the number of steps and the encoder's learning rate
+    assert replace(config.trainer, max_steps=plain.trainer.max_steps) == plain.trainer
     small = full.config("published_16", 0)
     assert small.model == config.model
     assert small.trainer == plain.trainer
@@ -171,7 +173,8 @@ def test_a_published_result_of_another_recipe_is_refused(tmp_path, monkeypatch):
     changed.parent.mkdir(parents=True)
     changed.write_text(json.dumps(result), "utf-8")
     study = paper.Study.load("full", tmp_path, "data", published=True)
-    with pytest.raises(ValueError, match=r"is not of recipes/tokens_once.yaml as it is now"):
+    told = r"seed-0.json is not of recipes/tokens_once.yaml as it is now"
+    with pytest.raises(ValueError, match=told):
         study.results("tokens_once")
     # without --page only what was run here counts
     assert paper.Study.load("full", tmp_path, "data").results("tokens_once") == []
