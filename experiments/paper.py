@@ -414,7 +414,7 @@ def budget_facts(study: Study) -> str:
                 str(trained["max_steps"]),
                 str(data["batch_size"]),
                 trained["accelerator"].upper(),
-                spread(seconds, 2) if seconds else "unknown",
+                spread(seconds, 2) if seconds and trained["accelerator"] == "cpu" else "",
                 str(len(runs)),
             ]
             lines.append(f"| {name} | {' | '.join(cells)} |")

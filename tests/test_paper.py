@@ -124,10 +124,11 @@ def test_another_budget_fills_the_tables_that_are_its_own(full, tmp_path):
 def test_the_page_has_each_table_from_its_budget(tmp_path):
     study = paper.Study.load("full", tmp_path, "data", published=True)
     text = paper.write_page(study).read_text("utf-8")
-    runs = study.of("token_ablations").results("tokens")
+    runs = study.of("token_ablations").results("nested_pow2")
     assert {run["config"]["trainer"]["max_steps"] for run in runs} == {2430}
-    assert score_row("our recipe", runs, "psnr", study.file.lengths, 2) in text
-    assert "| `tokens`, budget `half` | 2.72M | 2430 |" in text
+    label = "pow2, all prefix lengths equally often"
+    assert score_row(label, runs, "psnr", study.file.lengths, 2) in text
+    assert "| `nested_pow2`, budget `half` | 2.72M | 2430 |" in text
     assert "| `tokens_once` | 2.72M | 5400 |" in text
 
 
