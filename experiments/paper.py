@@ -42,14 +42,29 @@ from flextok.data.fashion_mnist import FashionMNIST
 from flextok.data.transforms import ImageTransform
 from flextok.evaluation import EVALUATORS
 from flextok.files import write_text
-from flextok.pipeline import load, reconstruct_prefixes
+from flextok.pipeline import generate_images, load, reconstruct_prefixes
 from flextok.schema import from_mapping
 
 HERE = Path(__file__).parent / "fashion_mnist"
 RECIPES = {path.stem: path for path in sorted((HERE / "recipes").glob("*.yaml"))}
 PAGE = Path(__file__).parents[1] / "docs/paper.md"
 PUBLISHED = HERE / "results"  # <budget>/<recipe>/seed-<n>.json, and the budget's classifier
-SHOWN = "flextok_once"  # the recipe of sections 3 and 4 and of the figures
+SHOWN = "flextok"  # the recipe of sections 3 and 4 and of the figures
+CURVES = {  # scores that are drawn -> their names
+    "frechet_classifier": "Fréchet distance (lower is better)",
+    "sharpness": "sharpness (1 is right)",
+    "class_kept": "class kept (higher is better)",
+    "psnr": "PSNR in dB (higher is better)",
+}
+# what is drawn of test images, row by row: recipe, number of tokens
+COMPARED = [(SHOWN, 1), (SHOWN, 8), (SHOWN, 16), (SHOWN, 32), ("published", 1), ("published", 32)]
+COMPARED += [("titok_8", 8), ("titok_16", 16), ("titok_32", 32), ("grid_16", 16), ("grid_49", 49)]
+# rows of the generation table that are drawn -> numbers of tokens
+GENERATED = {
+    "gpt_class: guidance 1.5": [1, 2, 8, 32],
+    "gpt_grid: guidance 2": [16],
+    "maskgit_titok: guidance 2": [32],
+}
 MARK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -436,9 +451,23 @@ def by_length_table(rows: dict[str, list[list[dict[str, Any]]]], key: str) -> st
     return "\n".join(lines)
 
 
+def own_tokens(study: Study) -> dict[str, list[dict[str, Any]]]:
+    """labelled_rows of tokenizers, without those that have the tokens of another row: a second
+    stage does not change those of the first one where it trains the decoder alone."""
+    found = labelled_rows(study, "joining", "reconstruction")
+    configs = {label: runs[0]["config"] for label, runs in found.items()}
+    frozen = [
+        start
+        for config in configs.values()
+        if config["objective"].get("train") == ["decoder"]
+        for start in config["start"].values()
+    ]
+    return {k: runs for k, runs in found.items() if configs[k]["output_dir"] not in frozen}
+
+
 def probe_table(study: Study) -> str:
     """The class accuracy of a linear probe by prefix."""
-    found = labelled_rows(study, "joining", "reconstruction")
+    found = own_tokens(study)
     return by_length_table(
         {label: [one["probe"]["results"] for one in runs] for label, runs in found.items()},
         "accuracy",
@@ -447,7 +476,7 @@ def probe_table(study: Study) -> str:
 
 def codes_table(study: Study) -> str:
     lines = ["| recipe | codes | in use | bits in the first token |", "|---|---|---|---|"]
-    for label, runs in labelled_rows(study, "joining", "reconstruction", "token_ablations").items():
+    for label, runs in own_tokens(study).items():
         codes = [one["report"]["codes"] for one in runs]
         used = spread([c["usage"] * c["vocab_size"] for c in codes], 0)
         bits = spread([c["entropy_bits_per_position"][0] for c in codes], 2)
@@ -462,10 +491,12 @@ def adaptive_table(study: Study) -> str:
         return "*Not yet run.*"
     found = runs[0]["adaptive"]
     by_class = sorted(found["mean_tokens_by_class"].items(), key=lambda pair: pair[1])
-    counts = found["images_by_tokens"]
+    counts = dict(found["images_by_tokens"])
+    longest, missed = list(counts)[-1], found["count"] - found["met"]
+    counts |= {longest: counts[longest] - missed, "not met": missed}
     lines = [
-        f"Target {found['target'].replace('=', ' ')}, met by {found['met']} of {found['count']} "
-        "images (the others count with all tokens); seed 0.",
+        f"Of {found['count']} images, for the target {found['target'].replace('=', ' ')}; seed 0. "
+        f"Means by class count images that do not meet it with {longest} tokens.",
         "",
         f"| tokens needed | {' | '.join(counts)} |",
         "|---" * (len(counts) + 1) + "|",
@@ -479,45 +510,96 @@ def adaptive_table(study: Study) -> str:
 
 
 def draw_figures(study: Study, folder: Path) -> None:
-    """Curves over the number of tokens; strips of a few test images; and test images that share
-    their first token, above what is decoded from it. Each of what is finished."""
+    """Curves over the number of tokens; strips of a test image of each class; test images that
+    share their first token, above what is decoded from it; what the tokenizers return, and what
+    the generators make. Each of what is finished."""
     curves: dict[str, dict[str, dict[str, list[tuple[float, float]]]]] = {}
-    for name in ("joining", "reconstruction"):
+    for name, title in (("joining", "Ways to train"), ("reconstruction", "Tokenizers")):
         for label, runs in labelled_rows(study, name).items():
-            rows = runs[0]["report"]["results"]
-            for score in ("frechet_classifier", "class_kept", "psnr"):
-                panel = curves.setdefault(name, {}).setdefault(score, {})
-                panel[label] = [(row["num_tokens"], row["scores"][score]) for row in rows]
+            for score, y_label in CURVES.items():
+                panel = curves.setdefault(title, {}).setdefault(y_label, {})
+                panel[label] = mean_points(runs, score)
     if curves:
         viz.save(viz.curves(curves, "tokens", logarithmic=True), folder / "curves.png")
-    shown_recipes = ("near_noise", "flow", SHOWN, "drawer")
-    here = [name for name in shown_recipes if (study.place(name, 0) / "result.json").exists()]
+    if generated := generated_rows(study):
+        viz.save(viz.grid(*labelled(generated), scale=3), folder / "generated.png")
+    strips, compared = ("near_noise", "flow", SHOWN, "drawer"), [name for name, _ in COMPARED]
+    here = {n: load(study.place(n, 0)) for n in {*strips, *compared} if trained_here(study, n)}
     if not here:
         return
     dataset = FashionMNIST(study.root, "test", limit=study.budget.images)
     transform = ImageTransform(28)
     images = torch.stack([transform(dataset[i]["image"]) for i in range(len(dataset))])
-    shown = torch.tensor([dataset.labels.index(c) for c in range(10) if c in dataset.labels])
-    for recipe in here:
-        model = load(study.place(recipe, 0))
-        strips = reconstruct_prefixes(model, images[shown], study.file.lengths)
-        viz.save(viz.coarse_to_fine(images[shown], strips), folder / f"strips_{recipe}.png")
-        if recipe == SHOWN:
-            viz.save(first_token_figure(model, images), folder / "first_token.png")
+    labels = torch.tensor(dataset.labels)
+    shown = images[[dataset.labels.index(c) for c in range(10) if c in dataset.labels]]
+    for recipe in strips:
+        if model := here.get(recipe):
+            made = reconstruct_prefixes(model, shown, study.file.lengths)
+            viz.save(viz.coarse_to_fine(shown, made), folder / f"strips_{recipe}.png")
+            if recipe == SHOWN:
+                viz.save(first_token_figure(model, images, labels), folder / "first_token.png")
+    rows = [("original", shown)]
+    for recipe, k in COMPARED:
+        if model := here.get(recipe):
+            label = f"{row_label(study, 'reconstruction', recipe).partition(',')[0]}, {k}"
+            rows.append((label, reconstruct_prefixes(model, shown, [k])[k]))
+    viz.save(viz.grid(*labelled(rows), scale=3), folder / "tokenizers.png")
 
 
-def first_token_figure(model: Any, images: Tensor, groups: int = 6, wide: int = 8) -> Any:
-    """The most frequent first tokens: a row of images that have each one, and below it as many
-    decodes of this token alone from other noise."""
+def trained_here(study: Study, recipe: str) -> bool:
+    """Whether it is finished, and its model is here too."""
+    place = study.place(recipe, 0)
+    return all((place / name).exists() for name in ("result.json", "model.safetensors"))
+
+
+def row_label(study: Study, table: str, row: str) -> str:
+    return study.file.tables[table]["rows"][row]
+
+
+def labelled(rows: list[tuple[str, Tensor]]) -> tuple[list[Tensor], None, list[str]]:
+    """What viz.grid takes."""
+    return [images for _, images in rows], None, [label for label, _ in rows]
+
+
+def mean_points(runs: list[dict[str, Any]], score: str) -> list[tuple[float, float]]:
+    """(number of tokens, the score's mean over the runs)."""
+    reports = zip(*(run["report"]["results"] for run in runs), strict=True)
+    return [
+        (rows[0]["num_tokens"], sum(row["scores"][score] for row in rows) / len(rows))
+        for rows in reports
+    ]
+
+
+def generated_rows(study: Study) -> list[tuple[str, Tensor]]:
+    """Label -> an image of each class, of the generators that were trained here."""
+    found = []
+    for row, lengths in GENERATED.items():
+        recipe, _, variant = row.partition(": ")
+        if not trained_here(study, recipe):
+            continue
+        generator = load(study.place(recipe, 0))
+        tokenizer = load(study.place(taken(load_experiment(RECIPES[recipe]))["tokenizer"], 0))
+        sampling = study.file.variants[recipe][variant]["sampling"]
+        images = generate_images(
+            generator, tokenizer, list(FashionMNIST.class_names), lengths, sampling=sampling
+        )
+        label = row_label(study, "generation", recipe).partition(",")[0]
+        found += [(f"{label}, {k}", images[k]) for k in lengths]
+    return found
+
+
+def first_token_figure(model: Any, images: Tensor, labels: Tensor, wide: int = 8) -> Any:
+    """The most frequent first token of each class: a row of images that have it, of any class, and
+    below it as many decodes of this token alone from other noise."""
     first = torch.cat([model.encode(some)[:, 0] for some in images.split(100)])
-    values, counts = first.unique(return_counts=True)
     rows, names = [], []
-    for value in values[counts.argsort(descending=True)][:groups]:
+    frequent = [int(first[labels == c].mode().values) for c in labels.unique()]
+    for value in dict.fromkeys(frequent):
         same = images[first == value][:wide]
         rngs = [torch.Generator().manual_seed(i) for i in range(wide)]
-        rows += [same, model.decode(value.expand(wide, 1), generator=rngs)]
-        names += [f"code {int(value)}", "decoded"]
-    return viz.grid(rows, row_labels=names, scale=3)
+        rows += [same, model.decode(torch.full((wide, 1), value), generator=rngs)]
+        names += [f"code {value}", "decoded"]
+    return viz.grid(rows, row_labels=names, scale=2)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -31,6 +31,8 @@ SCORES = {
     "gfid": ("Plausible: gFID, lower is better", 1),
     "kernel_": ("Plausible: kernel distance, lower is better", 3),
     "kid": ("Plausible: KID, lower is better", 3),
+    "precision_": ("Plausible: precision, higher is better", 2),
+    "recall_": ("Plausible: recall, how much of the variety is there, higher is better", 2),
     "sharpness": ("Plausible: sharpness, 1 is right", 2),
     "feature_distance_squared_": ("Faithful: feature distance, lower is better", 2),
     "class_kept": ("Faithful: share of images that keep their class, higher is better", 3),

@@ -1,8 +1,9 @@
 """Random draws from a torch.Generator, and generators that belong to a row and never to its batch.
 
 Whatever the package draws for image number r under a seed comes from derived_generator(seed,
-purpose, r). So it does not depend on the batch size, no two images, seeds or purposes share their
-draws, and a CPU generator gives the same ones whatever device the model runs on.
+purpose, r). So it does not depend on the batch size, and a CPU generator gives the same ones
+whatever device the model runs on. Two images, seeds or purposes have different draws, but for
+chance: PyTorch's CPU generator has 2^32 seeds, so among 100,000 images one pair is to be expected.
 """
 
 import copy
@@ -116,9 +117,10 @@ class BatchDraws:
         """torch.rand, randn or the like of shape (B, *shape)."""
         return draw(sampler, (len(self.rows), *shape), self.generators, device)
 
-    def of_step(self) -> random.Random:
-        """Python's random number generator for what is drawn once for the whole step."""
-        return random.Random(self.seed)
+    def of_step(self, purpose: str = "") -> random.Random:
+        """Python's random number generator for what is drawn once for the whole step; each purpose
+        has one of its own."""
+        return random.Random(f"{self.seed} {purpose}" if purpose else self.seed)
 
     def take(self, order: Sequence[int]) -> "BatchDraws":
         """The draws of the rows at these places alone."""

@@ -275,7 +275,7 @@ def grown(
     """The caches with which the next level is generated. Keys and values of a beam were computed
     once, for all candidates that continue it."""
     if caches is None:
-        return generator.new_caches(parents.numel(), total, options.guidance_scale != 1)
+        return generator.new_caches(parents.numel(), total, generator.is_guided(options))
     last = tree[-1]
     rows = to_device(rows_of(parents, last), generator.device)
     return generator.take_caches(caches, last.scores.numel(), rows, last.num_tokens, total)

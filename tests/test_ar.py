@@ -265,6 +265,10 @@ def test_one_batch_overfits(groups):
         ({"top_k": -1}, "top_k=-1"),
         ({"top_p": 1.5}, "top_p=1.5"),
         ({"prefix": torch.zeros(2, 2, dtype=torch.long)}, "prefix has shape"),
+        ({"prefix": torch.zeros(4, dtype=torch.long)}, "prefix has shape"),
+        ({"prefix": torch.full((4, 2), 200)}, r"indices span \[200, 200\]"),
+        ({"prefix": torch.full((4, 8), -1)}, r"indices span \[-1, -1\]"),
+        ({"prefix": torch.full((4, 2), 3.7)}, "dtype torch.float32"),
     ],
 )
 def test_bad_options_are_refused(options, message):
@@ -303,3 +307,17 @@ def test_shares_of_a_batch_compute_what_the_whole_does():
 
     shares = loss(range(5)) * 5 / 8 + loss(range(5, 8)) * 3 / 8
     torch.testing.assert_close(shares, loss(range(8)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_unconditional_model_has_no_guidance(dtype):
+    """Its condition is the null condition: no row is computed twice, in any dtype."""
+    model = tiny_gpt(conditioner={"name": "none"}).to(dtype)
+    widths = set()
+    model.head.register_forward_hook(lambda head, inputs, output: widths.add(len(output)))
+    drawn = [
+        model.generate(torch.zeros(3), guidance_scale=scale, generator=seeded())
+        for scale in (1.0, 2.5)
+    ]
+    assert torch.equal(*drawn)
+    assert widths == {3}

@@ -1,4 +1,5 @@
 import copy
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -7,7 +8,10 @@ from helpers.models import bend, tiny_tokenizer
 from PIL import Image
 
 from flextok.config import ExperimentConfig
+from flextok.draws import BatchDraws
 from flextok.objectives import DistillationConfig, DistillationObjective
+from flextok.objectives.distillation import Stretch
+from flextok.objectives.nested_dropout import NestedDropout
 from flextok.registry import build_model, like_start
 from flextok.schema import ConfigError, from_mapping
 from flextok.tokenizers import TOKENIZERS, FlexTok
@@ -172,3 +176,17 @@ def test_training_begins_with_the_noise_that_decoding_begins_with():
         losses.append(objective({"image": pictures(0)}, draws)["loss"].item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert losses[2] != pytest.approx(losses[3], rel=1e-4)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_a_students_steps_and_prefix_lengths_are_drawn_apart(groups):
+    """They came from one number: short prefixes never trained the last steps."""
+    dropout = NestedDropout("pow2", 8, groups)
+    decode = DecodeOptions(num_steps=4, guidance={"name": "cfg"})
+    found = Counter()
+    for seed in range(2000):
+        draws = BatchDraws(1, torch.Generator().manual_seed(seed))
+        (length,) = dropout.lengths(draws)
+        found[int(length), len(Stretch.drawn(draws, decode, 2).walked)] += 1
+    assert len(found) == 16
+    assert max(found.values()) < 2 * min(found.values())

@@ -56,6 +56,22 @@ def test_the_draft_depends_on_the_codes_alone_and_the_drawing_on_the_noise_too()
     assert (first - other).abs().mean() > 1e-3
 
 
+@pytest.mark.parametrize("keep", [[1, 1], [1, 8]])
+def test_the_draft_scales_its_noise_as_the_first_decoder_alone_does(keep):
+    draft = {**ONE, "num_steps": 2, "noise_scale": [0.0, 2.0]}
+    model = tiny_tokenizer(drawer={**DRAWER, "draft": draft}, decode=ONE)
+    plain = tiny_tokenizer(drawer={**DRAWER, "draft": {**draft, "noise_scale": [1, 1]}}, decode=ONE)
+    codes, kept = model.codes_of(model.encode(pictures()))[:2], torch.tensor(keep)
+    drafts = model.draft(codes, kept)
+    assert not torch.equal(drafts, plain.draft(codes, kept))
+    noise = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)).expand(
+        2, -1, -1, -1
+    )
+    model.drop_drawer()
+    alone = model.decode_codes(codes, kept, noise=noise).clamp(-1, 1)
+    torch.testing.assert_close(drafts, alone, atol=1e-6, rtol=0)
+
+
 def test_a_row_does_not_depend_on_its_batch():
     model = with_drawer(noise_scale=[1.0, 0.5], guidance_scale=2.0)
     indices, keep = model.encode(pictures()), torch.tensor([1, 2, 4, 8])
@@ -264,7 +280,7 @@ def test_the_discriminator_acts_on_the_last_step_only():
     judged = {}
     for seed in range(8):
         draws = torch.Generator().manual_seed(seed)
-        last = draws_of(batch, "latents", draws).of_step().randrange(2) == 1
+        last = draws_of(batch, "latents", draws).of_step("stretch").randrange(2) == 1
         losses = objective(batch, torch.Generator().manual_seed(seed))
         objective.zero_grad()
         losses["loss"].backward()

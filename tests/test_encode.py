@@ -36,7 +36,7 @@ def test_pil_pictures_are_encoded_as_their_files_are(tmp_path, name):
     indices = tokenizer.encode(torch.stack(expected))
     assert torch.equal(tokenizer.encode(pictures), indices)
     assert torch.equal(tokenizer.encode(pictures[1]), indices[1:])
-    if name == "titok":
+    if hasattr(tokenizer, "quantizer"):
         codes = tokenizer.encode_codes(torch.stack(expected))
         assert torch.equal(tokenizer.encode_codes(tuple(pictures)), codes)
 

@@ -424,3 +424,14 @@ def test_errors_name_the_remedy():
         MaskedTokensObjective(model)({"indices": torch.full((1, 8), 20), "label": cond})
     with pytest.raises(ValueError, match="depth=4 must be odd"):
         build("uvit", depth=4)
+
+
+def test_an_unconditional_model_generates_in_half_precision():
+    sizes = {"vocab_size": 12, "num_tokens": 8, "depth": 1, "dim": 16, "num_heads": 2}
+    model = MaskGIT(MaskGITConfig(**sizes, conditioner={"name": "none"})).eval()
+    indices = model.to(torch.bfloat16).generate(torch.zeros(3), num_steps=2)
+    assert indices.shape == (3, 8)
+    assert int(indices.min()) >= 0
+    assert int(indices.max()) < 12
+    with pytest.raises(ValueError, match="continues no prefix"):
+        model.generate(torch.zeros(3), prefix=indices[:, :2])

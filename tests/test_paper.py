@@ -235,22 +235,23 @@ def test_a_short_run_trains_measures_and_writes_the_page(tmp_path, capsys, monke
     command = ["--budget", "short", "--root", str(data), "--output", str(output)]
     asked = [paper.SHOWN, "drawer", "titok_8", "gpt_class"]
     paper.main([*command, "--only", *asked])
-    runs = {*asked, "tokens_once"}
+    runs = set(paper.with_needed(asked))
     folder = output / "short"
     results = {n: json.loads((folder / n / "seed-0/result.json").read_text()) for n in runs}
     # the twin's classes are plain to see, and the classifier sees them
     assert json.loads((folder / "classifier.json").read_text())["accuracy"] > 0.5
     # tokens first: what comes after it leaves the encoder as it is, and the codes with it
     weights = {n: load_file(folder / n / "seed-0/model.safetensors") for n in runs - {"gpt_class"}}
-    for name in (paper.SHOWN, "drawer"):
-        for key, value in weights["tokens_once"].items():
+    stages = {paper.SHOWN: "tokens", "flextok_once": "tokens_once", "drawer": "tokens_once"}
+    for name, start in stages.items():
+        for key, value in weights[start].items():
             frozen = name == "drawer" or not key.startswith("decoder.")
             assert torch.equal(weights[name][key], value) or not frozen, (name, key)
-        assert results[name]["report"]["codes"] == results["tokens_once"]["report"]["codes"]
+        assert results[name]["report"]["codes"] == results[start]["report"]["codes"]
     head = "decoder.head.weight"
-    assert not torch.equal(weights[paper.SHOWN][head], weights["tokens_once"][head])
+    assert not torch.equal(weights[paper.SHOWN][head], weights["tokens"][head])
     assert [r["num_tokens"] for r in results["titok_8"]["report"]["results"]] == [8]
-    for name in ("tokens_once", paper.SHOWN, "drawer"):
+    for name in {*stages, *stages.values()}:
         rows = results[name]["report"]["results"]
         assert [row["num_tokens"] for row in rows] == [1, 2, 4, 8, 16, 32]
         assert all(0 <= row["faithful"]["class_kept"] <= 1 for row in rows)
@@ -260,11 +261,12 @@ def test_a_short_run_trains_measures_and_writes_the_page(tmp_path, capsys, monke
     # the page has their numbers, and says of the others that they were not run
     page = (folder / "paper.md").read_text("utf-8")
     row = results[paper.SHOWN]["report"]["results"][5]["scores"]
-    begin, end = "| FlexTok, our recipe, each image decoded once | 1 |", f" {row['psnr']:.2f} |"
+    begin, end = "| our recipe | 1 |", f" {row['psnr']:.2f} |"
     (line,) = {s for s in page.splitlines() if s.startswith(begin) and s.endswith(end)}
     assert line.count("|") == 9
-    assert "Not yet run: near-noise times alone; flow alone" in page
-    for figure in ("curves", "first_token", f"strips_{paper.SHOWN}", "strips_drawer"):
+    assert "Not yet run: near-noise times alone; flow alone; both times mixed" in page
+    strips = (f"strips_{paper.SHOWN}", "strips_drawer")
+    for figure in ("curves", "first_token", "tokenizers", "generated", *strips):
         assert (folder / f"pictures/paper/{figure}.png").stat().st_size > 1000
     # what is done is kept
     before = {name: (folder / name / "seed-0/result.json").stat().st_mtime_ns for name in runs}

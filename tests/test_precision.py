@@ -8,13 +8,17 @@ import pytest
 import torch
 import yaml
 from helpers.files import draw_pictures
-from helpers.models import TINY, TITOK
+from helpers.models import DRAWER, TINY, TITOK, tiny_gpt, tiny_tokenizer
 from helpers.runs import SIX_STEPS
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from flextok.config import TrainerConfig, load_experiment
+from flextok.generators import MaskGIT, MaskGITConfig
+from flextok.nn.blocks import transformer_blocks
+from flextok.objectives import make_objective
 from flextok.schema import ConfigError
+from flextok.tokenizers import TiTok, TiTokConfig
 from flextok.training.run import train
 from flextok.training.trainer import check_devices, choose_precision
 
@@ -198,3 +202,43 @@ def test_every_optimizer_may_be_clipped_in_mixed_precision(tmp_path, name, gradi
     path.write_text(yaml.safe_dump(spec))
     train(load_experiment(path))
     assert gradients[-1][0] == pytest.approx(1e-3, rel=1e-2)
+
+
+def tiny_maskgit(backbone: str) -> MaskGIT:
+    sizes = {"vocab_size": 200, "num_tokens": 8, "depth": 3, "dim": 32, "num_heads": 2}
+    return MaskGIT(MaskGITConfig(**sizes, backbone=backbone, conditioner={"name": "none"}))
+
+
+@pytest.mark.parametrize(
+    ("make", "spec"),
+    [
+        (lambda: tiny_tokenizer(drop_mode="mask"), {}),
+        (lambda: tiny_tokenizer(drop_mode="truncate"), {"name": "cross_length"}),
+        (lambda: tiny_tokenizer(drawer=DRAWER), {"name": "drawing"}),
+        (lambda: TiTok(TiTokConfig(**TITOK)), {}),
+        (tiny_gpt, {}),
+        (lambda: tiny_maskgit("bert"), {}),
+        (lambda: tiny_maskgit("uvit"), {}),
+    ],
+    ids=["mask", "truncate", "drawer", "titok", "gpt", "bert", "uvit"],
+)
+def test_the_residual_stream_is_float32_in_mixed_precision(make, spec):
+    """Half of it would round away what blocks add while their gates are near zero: of twelve
+    blocks with gates of 0.001, 87 percent."""
+    model = make().train()
+    found = {}
+
+    def note(block, inputs, output):
+        found[block] = (output if isinstance(output, torch.Tensor) else output[0]).dtype
+
+    for block in transformer_blocks(model):
+        block.register_forward_hook(note)
+    batch = {"indices": torch.zeros(4, 8, dtype=torch.long), "label": torch.arange(4)}
+    if hasattr(model, "image_size"):
+        batch = {"image": torch.rand(4, 3, model.image_size, model.image_size) * 2 - 1}
+    start = {"weights": make()} if spec.get("name") == "drawing" else None
+    objective = make_objective(model, spec or None, start)
+    with torch.autocast("cpu", torch.bfloat16):
+        objective(batch, torch.Generator().manual_seed(0))
+    assert set(found.values()) == {torch.float32}
+    assert len(found) > 1

@@ -82,13 +82,34 @@ def test_equal_numbers_of_other_classes_are_no_equal_classes():
     assert torch.equal(drawn, trained.generate(list("ab"), temperature=0))
 
 
+def tiny_maskgit(classes: int, tokens: int = 8, seed: int = 0) -> MaskGIT:
+    conditioner = {"name": "class", "num_classes": classes, "learned_null": True}
+    sizes = {"vocab_size": 12, "num_tokens": tokens, "depth": 1, "dim": 16, "num_heads": 2}
+    return randomize(MaskGIT(MaskGITConfig(**sizes, conditioner=conditioner)), seed).eval()
+
+
+@pytest.mark.parametrize("names", ["none", "trained", "own"])
+@pytest.mark.parametrize("classes", [3, 12])
+def test_no_class_goes_to_no_class_where_no_names_are_known(classes, names):
+    """As in a published model, which has none."""
+    trained, model = tiny_maskgit(8, seed=1), tiny_maskgit(classes, seed=2)
+    for each, who in ((trained, "trained"), (model, "own")):
+        if names == who:
+            count = each.conditioner.num_classes
+            each.metadata["class_names"] = [f"class {i}" for i in range(count)]
+    old, fresh = (m.conditioner.embedding.weight.detach().clone() for m in (trained, model))
+    make_objective(model, start={"weights": trained})
+    now, both = model.conditioner.embedding.weight, min(8, classes)
+    assert torch.equal(now[classes], old[8])
+    assert torch.equal(now[:both], old[:both])
+    assert torch.equal(now[both:classes], fresh[both:classes])
+
+
 def test_maskgit_keeps_its_class_of_none():
     def make(classes, tokens):
-        conditioner = {"name": "class", "num_classes": len(classes), "learned_null": True}
-        sizes = {"vocab_size": 12, "num_tokens": tokens, "depth": 1, "dim": 16, "num_heads": 2}
-        model = randomize(MaskGIT(MaskGITConfig(**sizes, conditioner=conditioner)), len(classes))
+        model = tiny_maskgit(len(classes), tokens, len(classes))
         model.metadata["class_names"] = classes
-        return model.eval()
+        return model
 
     trained, model = make(["a", "b"], 8), make(["x", "b", "y"], 6)
     make_objective(model, start={"weights": trained})

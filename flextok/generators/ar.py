@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 from flextok.draws import Rng, uniform_steps
 from flextok.generators.base import Asked, Generator
-from flextok.generators.conditioning import Cond, Condition, make_conditioner
+from flextok.generators.conditioning import Cond, Condition, NoConditioner, make_conditioner
 from flextok.generators.sampling import MAX_SCALE, check_temperature, pick
 from flextok.nn.attention import KVCache
 from flextok.nn.blocks import Block, LayerNorm
 from flextok.nn.devices import check_finite, to_device
 from flextok.schema import ConfigError, Depth, Many, Share, Size, check_number
-from flextok.tokenizers.base import Callback
+from flextok.tokenizers.base import Callback, check_indices
 
 MAX_TOP_K = 2**31 - 1
 
@@ -160,7 +160,8 @@ class GPT(Generator):
         low = min(reads)
         x = self.embedding(indices[:, max(0, low) :])
         if low < 0:
-            x = torch.cat([(self.start + condition.start)[:, None], x], dim=1)
+            start = self.start + condition.start.to(self.start.dtype)
+            x = torch.cat([start[:, None], x], dim=1)
         if self.grouped:
             x = x[:, [j - low for j in reads]]
         return self.dropout(x + self.positions[first:end])
@@ -232,17 +233,19 @@ class GPT(Generator):
         batch = len(rows)
         if prefix is None:
             prefix = torch.empty(batch, 0, dtype=torch.long)
-        elif len(prefix) != batch or prefix.shape[1] > total:
+        elif prefix.ndim != 2 or len(prefix) != batch or prefix.shape[1] > total:
             raise ValueError(
                 f"prefix has shape {tuple(prefix.shape)}, expected ({batch}, p) with p <= {total}"
             )
+        elif prefix.shape[1]:
+            check_indices(prefix, total, self.vocab_size)
         indices = torch.empty(batch, total, dtype=torch.long, device=device)
         done = prefix.shape[1]
         indices[:, :done] = to_device(prefix, device)
         if done == total:
             yield indices
             return
-        guided = scale != 1
+        guided = self.is_guided(chosen)
         condition = self.conditioner(rows)
         if guided:
             condition = condition.join(self.conditioner(self.conditioner.null_like(rows)))
@@ -280,6 +283,11 @@ class GPT(Generator):
             if done == total:
                 check_finite(torch.stack(largest), "the generator's logits")
                 return
+
+    def is_guided(self, options: GenerateOptions) -> bool:
+        """Whether each row needs one of the null condition, which an unconditional model has none
+        of beside its own."""
+        return options.guidance_scale != 1 and not isinstance(self.conditioner, NoConditioner)
 
     def new_caches(self, batch: int, length: int, guided: bool = False) -> list[KVCache]:
         """Empty caches, one for each block, for so many rows and indices; guided: with as many rows

@@ -134,7 +134,8 @@ class MaskGIT(Generator):
     def logits(self, indices: Tensor, condition: Condition) -> Tensor:
         """indices: as in `forward`. Returns logits (B, k, V)."""
         k, mask = indices.shape[1], None
-        x = torch.cat([condition.start[:, None], self.embedding(indices)], dim=1)
+        start = condition.start.to(self.positions.dtype)
+        x = torch.cat([start[:, None], self.embedding(indices)], dim=1)
         x = x + self.positions[: 1 + k]  # (B, 1+k, D)
         if condition.context is not None:
             x = torch.cat([x, condition.context.values.to(x.dtype)], dim=1)  # (B, 1+k+L, D)
@@ -173,7 +174,8 @@ class MaskGIT(Generator):
         shape in its place, as the published sampler takes them: a step draws (B, N, V) for the
         Gumbel noise of the indices, then (B, N) for the confidence. Raises ValueError for options
         out of range, and NotFinite where the logits are not."""
-        assert prefix is None, "its indices come in no order: there is none to continue from"
+        if prefix is not None:
+            raise ValueError("a MaskGIT continues no prefix: its indices come in no order")
         chosen = self.generate_options(asked, options)
         steps, total = chosen.num_steps, self.check_num_tokens(num_tokens)
         device = self.device

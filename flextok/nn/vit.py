@@ -59,7 +59,7 @@ class ViTBlock(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None, skip: Tensor | None = None) -> Tensor:
         """x: (B, N, D); mask as in BiasedAttention; skip: (B, N, D). Returns (B, N, D)."""
         if self.skip is not None and skip is not None:
-            x = self.skip(torch.cat([x, skip], dim=-1))
+            x = self.skip(torch.cat([x, skip], dim=-1)).to(x.dtype)  # float32 under autocast
         if self.post_norm:
             x = self.norm1(x + self.dropout(self.attn(x, mask)))
             return self.norm2(x + self.dropout(self.mlp(x)))

@@ -68,7 +68,7 @@ class Stretch(NamedTuple):
     @classmethod
     def drawn(cls, draws: BatchDraws, decode: DecodeOptions, teacher_steps: int) -> "Stretch":
         """decode: the student's."""
-        times, i = decode.times(), draws.of_step().randrange(decode.num_steps)
+        times, i = decode.times(), draws.of_step("stretch").randrange(decode.num_steps)
         length = times[i + 1] - times[i]
         within = times[i] + length * torch.linspace(0, 1, teacher_steps + 1)
         return cls(times[: i + 1], within, length)

@@ -257,6 +257,10 @@ class FlexTok(Tokenizer):
         z = check_finite(self.encoder.head(outputs), "the encoder's outputs")
         return head.choose(target, self.quantizer(z)[1], outputs)
 
+    def features(self, images: Tensor) -> Tensor:
+        latents = self.vae.encode(images)
+        return self.encoder(latents.to(self.encoder.patch_embed.weight.dtype))
+
     def length_head_for(self, target: Target) -> LengthHead:
         """The head that predicts the target's metric. Raises ValueError where there is none."""
         if self.length_head is None:
@@ -387,6 +391,7 @@ class FlexTok(Tokenizer):
         noise = torch.randn(shape, generator=generator, device="cpu")
         noise = to_device(noise, self.device).expand(len(codes), -1, -1, -1)
         options = self.config.drawer.draft
+        noise = options.scaled(noise, keep, self.num_tokens)
         x0 = solve(self.first_conditions(codes, keep), noise, options)
         return as_images(self.vae.decode(x0))
 

@@ -151,7 +151,7 @@ class FlowDecoder(nn.Module):
         if not self.training:
             length = int((real + (real < size)).max())
         x = self.code_embed(codes[:, :length].to(self.code_embed.weight.dtype))
-        x = x + self.register_pos[: x.shape[1]].to(x.dtype)
+        x = x + self.register_pos[: x.shape[1]]  # float32 from here on, under autocast too
         x = F.pad(x, (0, 0, 0, length - x.shape[1]))
         filler = self.mask_token.to(x.dtype)
         if null is not none:
@@ -178,7 +178,7 @@ class FlowDecoder(nn.Module):
         """x_t: (B, C, h, w); t: (B,) or () in [0, 1]; registers, mask: from embed_codes."""
         x = self.patch_embed(patchify(x_t.to(self.patch_embed.weight.dtype), self.patch_size))
         rows, columns = (side // self.patch_size for side in x_t.shape[-2:])
-        x = x + patch_positions(self.patch_pos, rows, columns).to(x.dtype)
+        x = x + patch_positions(self.patch_pos, rows, columns)
         lengths = (x.shape[1], registers.shape[1])
         mask = None if mask is None else F.pad(mask, (lengths[0], 0))  # 0: patches are there
         condition = self.time_embed(to_device(t, x.device).expand(len(x)))  # (B, D)
