@@ -43,7 +43,7 @@ class Autoencoder(Pretrained):
     model_type = "autoencoder"
     config_class = AutoencoderConfig
     config: AutoencoderConfig
-    weights_file = DIFFUSERS_WEIGHTS
+    weights_file, layout = DIFFUSERS_WEIGHTS, "diffusers"
     stated = (
         ("channels", "decoder.conv_in.weight", 1),
         ("layers_per_block", "encoder.down_blocks.0.resnets.", None),

@@ -149,6 +149,41 @@ def is_hub_id(name: str) -> bool:
     return bool(plain) and not Path(name).exists()
 
 
+def public_name(data: str) -> str:
+    """A data set's name, or its spec, with each path in it cut to its last part; ids and addresses
+    stay."""
+    if data.startswith(("{", "[")):
+        try:
+            spec = yaml.safe_load(data)
+        except yaml.YAMLError:
+            spec = None
+        if isinstance(spec, Mapping | list):
+            known = public_spec(spec)
+            if known == spec:
+                return data
+            flat = yaml.safe_dump(known, default_flow_style=True, sort_keys=False, width=math.inf)
+            return flat.strip()
+    return data if is_hub_id(data) and not data.endswith(".tar") else last_part(data)
+
+
+def public_spec(spec: Any) -> Any:
+    """As public_name, of what a spec holds."""
+    if isinstance(spec, Mapping):
+        hub = spec.get("name") == "huggingface" and is_hub_id(str(spec.get("path")))
+        kept = {"path"} if hub else set()
+        return {key: value if key in kept else public_spec(value) for key, value in spec.items()}
+    if isinstance(spec, list):
+        return [public_spec(value) for value in spec]
+    return last_part(spec) if isinstance(spec, str) else spec
+
+
+def last_part(text: str) -> str:
+    """A path's last part; an address of the web or of a store as it is."""
+    if re.match(r"(?!file:)\w[\w+.-]+://", text):
+        return text
+    return re.split(r"[\\/]", text.rstrip("\\/"))[-1] or text
+
+
 def evaluation_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What a card states of an evaluation's report: a row for each number of tokens, each number of
     steps and guidance. Raises ValueError for another document."""
@@ -157,7 +192,7 @@ def evaluation_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
         keys = ("num_tokens", "num_steps", "guidance_scale", "count")
         return [
             {
-                "data": str(settings["data"]),
+                "data": public_name(str(settings["data"])),
                 **{key: row[key] for key in keys if row[key] is not None},
                 "scores": {name: round(float(score), 4) for name, score in row["scores"].items()},
             }

@@ -7,9 +7,11 @@ import os
 import re
 import shutil
 import sys
+import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,8 +31,9 @@ else:
 
 log = logging.getLogger(__name__)
 LOCK = ".lock"  # stays, empty; what counts is who has locked it
-BUSY = "another process is at work in {folder}: wait until it ends, or choose another output_dir"
-_held: set[Path] = set()  # folders of this process
+BUSY = "another process is at work in {folder}: wait until it ends, or name another folder"
+LEFTOVER_AGE = 3600  # seconds
+_held: dict[Path, int] = {}  # this process's folders, and the thread that has each
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota, a limit on a file's size
 
 
@@ -81,13 +84,17 @@ def read_mapping(path: Path, **types: type) -> dict[str, Any]:
 
 @contextmanager
 def only_one(folder: Path) -> Iterator[None]:
-    """Makes the folder this process's own for as long as it lives: a second one gets ValueError. A
-    file system without locks gets a warning."""
+    """Makes the folder this process's own for as long as it lives: a second one gets ValueError,
+    and so does another thread; the same thread may enter again. A file system without locks gets a
+    warning."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     key = folder.resolve()
-    if key in _held:  # a process may lock its own file twice
-        raise ValueError(BUSY.format(folder=folder))
+    if key in _held:  # the system lets a process lock its own file twice
+        if _held[key] != threading.get_ident():
+            raise ValueError(BUSY.format(folder=folder))
+        yield
+        return
     with writing(folder / LOCK):
         file = open(folder / LOCK, "ab")  # noqa: SIM115
     with file:
@@ -97,11 +104,11 @@ def only_one(folder: Path) -> Iterator[None]:
             if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
                 raise ValueError(BUSY.format(folder=folder)) from None
             log.warning("%s: no locks here (%s): do not start a second run there", folder, error)
-        _held.add(key)
+        _held[key] = threading.get_ident()
         try:
             yield
         finally:
-            _held.discard(key)
+            _held.pop(key, None)
 
 
 @contextmanager
@@ -147,6 +154,9 @@ def sync(path: Path) -> None:
 
 
 def clear_leftovers(path: Path) -> None:
-    """Remove what killed processes left of writing `path`. Only its one writer may call this."""
+    """Remove what killed processes left of writing `path`. Younger files may be another process's,
+    which writes the same."""
     for leftover in path.parent.glob(f".{path.name}.*.tmp"):
-        leftover.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # whole by now, or removed by another process
+            if time.time() - leftover.stat().st_mtime > LEFTOVER_AGE:
+                leftover.unlink()

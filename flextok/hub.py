@@ -7,7 +7,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import flextok
-from flextok.card import MARK, evaluation_rows, model_card
+from flextok.card import MARK, evaluation_rows, model_card, public_name
 from flextok.convert.rules import count
 from flextok.files import atomic_write, write_text
 from flextok.nn.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapters
@@ -26,6 +26,7 @@ from flextok.places import (
     WEIGHTS,
     HubOptions,
     StoredModel,
+    check_layout,
     is_path,
     read_model,
     written_reference,
@@ -54,6 +55,7 @@ class Pretrained(nn.Module):
     config_class: type
     config: Any
     weights_file: str = WEIGHTS
+    layout: str = "flextok"  # of what is written, see places.LAYOUTS
     # config keys that a tensor states: its name and axis, or None and how its numbered ones begin
     stated: tuple[tuple[str, str, int | None], ...] = ()
     # tensors that may have another size than those of the model that training starts from
@@ -207,8 +209,10 @@ class Pretrained(nn.Module):
         all; a README.md of your own stays. Of a model that is trained by LoRA, its adapters are
         written in place of its weights. What the model refers to is named relative to the folder;
         public: by no path at all, for other machines. state: the weights, where not the model's own
-        (those of a sharded model, gathered). Returns the folder."""
+        (those of a sharded model, gathered). Returns the folder. Raises ValueError for a folder
+        that holds a model in another layout."""
         folder = Path(folder)
+        check_layout(folder, self.layout if self.adapters is None else "adapters")
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {
             key: value.detach().contiguous().cpu()
@@ -256,6 +260,13 @@ class Pretrained(nn.Module):
     def written_metadata(self, folder: Path | None) -> dict[str, Any]:
         """The metadata as saved in `folder`, None = for other machines: without absolute paths."""
         names = {"class_names": self.metadata.get("class_names")}  # may look like paths
+        if isinstance(rows := self.metadata.get("evaluation"), list):  # perhaps of an older version
+            names["evaluation"] = [
+                {**row, "data": public_name(str(row["data"]))}
+                if isinstance(row, dict) and "data" in row
+                else without_paths(row)
+                for row in rows
+            ]
         if (tokenizer := self.metadata.get("tokenizer")) is not None:
             names["tokenizer"] = written_reference(tokenizer, self.home or Path.cwd(), folder)
         written = without_paths(self.metadata) | names
@@ -324,9 +335,10 @@ def without_paths(value: Any) -> Any:
         return {key: without_paths(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [without_paths(item) for item in value]
-    if isinstance(value, str) and (value.startswith("~") or Path(value).is_absolute()):
+    if isinstance(value, str) and value.startswith("~"):
         return Path(value).name
-    return value
+    kinds = (PurePosixPath, PureWindowsPath) if isinstance(value, str) else ()
+    return next((kind(value).name for kind in kinds if kind(value).is_absolute()), value)
 
 
 def describe(tensor: Tensor) -> str:

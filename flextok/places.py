@@ -43,6 +43,15 @@ PIPELINE = "model_index.json"  # of diffusers: its models lie in folders
 PARTS = ("transformer", "autoencoder")  # of a pipeline of ours; the first that there is counts
 # models of flextok.integrations.diffusers by class: how their tensors' names begin
 WRAPPED = {"AutoencoderFlexTok": "tokenizer.", "FlexTokGenerator": "model."}
+# how a model may lie in a folder, as errors say it
+LAYOUTS = {
+    "flextok": "a model of flextok",
+    "adapters": "the adapters of a model",
+    "diffusers": "a model in the layout of diffusers",
+    "pipeline": "a pipeline of diffusers",
+    "published": f"a model as published ({WEIGHTS})",
+    "config": f"another model's {CONFIG}",
+}
 RELEASES = Path(__file__).parent / "releases"  # models that come with the package, by name
 
 
@@ -281,6 +290,36 @@ class KnownMetadata:
     tokenizer_fingerprint: str | None = None
     class_names: list[str] = field(default_factory=list)
     provenance: dict[str, Any] = field(default_factory=dict)
+
+
+def check_layout(folder: Path, layout: str) -> None:
+    """Raise ValueError where a folder holds a model in another layout: files of both would lie
+    there, and one of the models, if not both, be lost. layout: of what is to be written, a key of
+    LAYOUTS."""
+    found = layout_of(folder)
+    if found is None and layout in ("diffusers", "pipeline") and (folder / WEIGHTS).exists():
+        found = "published"
+    if found is None and layout == "published" and (folder / CONFIG).exists():
+        found = "config"
+    if found is not None and found != layout:
+        raise ValueError(
+            f"{folder} holds {LAYOUTS[found]}, which would be lost: name another folder"
+        )
+
+
+def layout_of(folder: Path) -> str | None:
+    """The layout, a key of LAYOUTS, that a folder's files state; None for none of these."""
+    if (folder / PIPELINE).is_file():
+        return "pipeline"
+    if (folder / ADAPTER_CONFIG).is_file():
+        return "adapters"
+    try:
+        document = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    except CheckpointError:  # damaged: there is nothing to lose
+        return None
+    if isinstance(document.get("model_type"), str) and isinstance(document.get("config"), dict):
+        return "flextok"
+    return "diffusers" if isinstance(document.get("_class_name"), str) else None
 
 
 def check_metadata(facts: object) -> dict[str, Any]:

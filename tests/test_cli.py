@@ -324,3 +324,62 @@ def test_index_and_convert_write_json(tmp_path, capsys):
     capsys.readouterr()
     assert main(["info", str(tmp_path / "model"), "--json", str(facts)]) == 0
     assert json.loads(facts.read_text())["model_type"] == "flextok"
+
+
+@pytest.mark.parametrize("output", ["b.tar", "index.txt"])
+def test_an_index_never_replaces_a_shard(tmp_path, capsys, output):
+    """`flextok index shard-*.tar` took the last shard for the file to write."""
+    shards = [write_shard(tmp_path / n, {"0.png": b"x", "0.cls": b"0"}) for n in ("a.tar", "b.tar")]
+    before = [Path(shard).read_bytes() for shard in shards]
+    assert main(["index", *shards[:1], str(tmp_path / output)]) == 1
+    assert "name a file that ends in .json" in capsys.readouterr().err
+    assert [Path(shard).read_bytes() for shard in shards] == before
+    assert {path.name for path in tmp_path.iterdir()} == {"a.tar", "b.tar"}
+    assert main(["index", *shards, "-"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["shardlist"]) == 2
+
+
+@pytest.mark.parametrize("to", ["published", "diffusers", "flextok"])
+def test_a_model_in_another_layout_is_not_written_over(tmp_path, capsys, to):
+    """Its weights were replaced under its config, or its config beside its weights."""
+    if to == "diffusers":
+        pytest.importorskip("diffusers")
+    vae = {"name": "kl", "channels": 4, "block_channels": [32], "layers_per_block": 1}
+    model = tiny_tokenizer(vae=vae)
+    model.save_pretrained(tmp_path / "model")
+    there = tmp_path / "there"
+    if to == "flextok":
+        there.mkdir()
+        (there / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
+        (there / "diffusion_pytorch_model.safetensors").write_bytes(b"weights")
+    else:
+        model.save_pretrained(there)
+    before = {path.name: path.read_bytes() for path in there.iterdir()}
+    assert main(["convert", str(tmp_path / "model"), str(there), "--to", to]) == 1
+    message = capsys.readouterr().err
+    assert f"{there} holds a model" in message
+    assert "name another folder" in message
+    assert {path.name: path.read_bytes() for path in there.iterdir()} == before
+    for _ in range(2):  # again over the same layout
+        assert main(["convert", str(tmp_path / "model"), str(tmp_path / "new"), "--to", to]) == 0
+    assert load(tmp_path / "new").config.num_registers == 8
+
+
+def test_a_generator_is_not_measured_as_a_tokenizer(tmp_path, capsys):
+    tiny_gpt().save_pretrained(tmp_path / "gpt")
+    data = ["--data", "emoji:validation", "--limit", "6"]
+    out = ["--output", str(tmp_path / "out")]
+    for command in (["sweep"], ["adaptive", "--target", "psnr=18"], ["probe", "--train", "emoji"]):
+        name, *more = command
+        assert main([name, str(tmp_path / "gpt"), *more, *data, *out]) == 1
+        assert f"{tmp_path / 'gpt'} is a generator: name a tokenizer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", ["--labels balanced", "--num-samples 9", "--tokenizer emoji"])
+def test_options_of_a_generator_are_refused_for_a_tokenizer(tmp_path, capsys, given):
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    option = given.split()[0]
+    arguments = [str(tmp_path / "model"), "emoji:validation", "--limit", "6", *given.split()]
+    assert main(["evaluate", *arguments, "--output", str(tmp_path / "out")]) == 1
+    assert f"is a tokenizer: leave {option} out" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "report.json").exists()

@@ -186,3 +186,22 @@ def test_a_name_that_is_no_text_is_printed_escaped(releases, picture_folder, tmp
     assert r"caf\udce9-256.png" in printed
     assert r"\x1b[2J-256.png" in printed
     assert "\x1b" not in printed
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [
+        ("notes", "is a file: name a folder"),
+        ("a.jpg", "ends as an image does: name a folder"),
+        ("folder.png", "is a folder: name one that does not end in .png"),
+    ],
+)
+def test_an_output_of_another_kind_is_refused_before_the_model_loads(
+    picture_folder, tmp_path, capsys, name, fault
+):
+    (tmp_path / "notes").write_text("mine")
+    (tmp_path / "folder.png").mkdir()
+    place, picture = str(tmp_path / name), str(picture_folder / "cats" / "0.png")
+    assert main(["reconstruct", picture, "--model", "gone/model", "--output", place]) == 1
+    assert f"--output {place} {fault}" in capsys.readouterr().err
+    assert (tmp_path / "notes").read_text() == "mine"

@@ -225,3 +225,25 @@ def test_what_was_sampled_is_json_too(tmp_path, monkeypatch, capsys):
     data = ["--data", "emoji:validation", "--limit", "3", "--num-tokens", "1"]
     assert main(["sample", "tokenizer", *data, "--json", "facts.json"]) == 0
     assert json.loads(facts.read_text())["count"] == 3
+
+
+@pytest.mark.parametrize(
+    ("model", "given", "message"),
+    [
+        ("tokenizer", "--temperature 0.5", "leave --temperature out"),
+        ("tokenizer", "--top-k 3", "leave --top-k out"),
+        ("tokenizer", "--text-guidance 2", "leave --class-guidance out"),
+        ("tokenizer", "--generator-steps 2", "leave --generator-steps out"),
+        ("tokenizer", "--tokenizer emoji", "leave --tokenizer out"),
+        ("class", "--classes 1 --limit 3", "not from images: leave --limit out"),
+        ("text", "--prompt heart --limit 3", "not from images: leave --limit out"),
+    ],
+)
+def test_options_that_do_nothing_are_refused(folder, capsys, model, given, message):
+    images = []
+    if model == "tokenizer":
+        draw_pictures(folder / "pictures", ["a.png"])
+        images = ["--images", folder / "pictures"]
+    assert sample(folder, model, *images, *given.split()) == 1
+    assert message in capsys.readouterr().err
+    assert not (folder / "out").exists()

@@ -108,3 +108,14 @@ def test_what_does_not_fit_is_named_before_the_work(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert run(folder, model, *arguments) == 1
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "fault"), [("notes", "is a file"), ("a.png", "ends as an image")])
+def test_an_output_that_can_be_no_folder_is_refused_before_the_model_loads(
+    tmp_path, capsys, name, fault
+):
+    (tmp_path / "notes").write_text("mine")
+    arguments = ["gone/model", "--prompt", "a red heart", "--output", str(tmp_path / name)]
+    assert main(["search", *arguments]) == 1
+    assert f"--output {tmp_path / name} {fault}" in capsys.readouterr().err
+    assert (tmp_path / "notes").read_text() == "mine"

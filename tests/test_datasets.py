@@ -49,6 +49,21 @@ def test_registry():
         check_item(dataset[0], dataset.class_names)
 
 
+def test_a_caption_that_cannot_be_opened_costs_its_sample(tmp_path, monkeypatch):
+    (tmp_path / "a.png").write_bytes(encoded())
+    (tmp_path / "a.txt").write_text("a red image")
+    data, plain = ImageFolder(tmp_path), open
+
+    def refuse(path, *rest, **options):  # permissions do not stop the superuser
+        if str(path).endswith(".txt"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return plain(path, *rest, **options)
+
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(CorruptPicture, match=r"a\.txt: Permission denied"):
+        data[0]
+
+
 def test_a_list_is_joined_each_part_as_often_as_it_says():
     parts = [
         {"name": "emoji", "split": "validation", "repeat": 3},
@@ -431,5 +446,5 @@ def test_huggingface_mistakes(saved):
 
 def test_huggingface_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ImportError, match=r"pip install flextok\[data\]"):
+    with pytest.raises(ValueError, match=r"pip install flextok\[data\]"):
         HuggingFaceImages("any")

@@ -82,7 +82,7 @@ def test_what_is_refused(sent, message):
 # --- the guard ------------------------------------------------------------------------------------
 
 
-def ask(path: str, hosts=(), app=None, **headers: str) -> tuple[int, dict]:
+def ask(path: str, hosts=(), app=None, addresses=False, **headers: str) -> tuple[int, dict]:
     """One request through the guard: its status and headers."""
 
     async def found(scope, receive, send):
@@ -99,7 +99,7 @@ def ask(path: str, hosts=(), app=None, **headers: str) -> tuple[int, dict]:
 
     named = {"host": "localhost:7860", **headers}.items()
     pairs = [(key.replace("_", "-").encode(), value.encode()) for key, value in named]
-    guarded = Guard(app or found, max_request=200, hosts=hosts)
+    guarded = Guard(app or found, max_request=200, hosts=hosts, addresses=addresses)
     asyncio.run(guarded({"type": "http", "path": path, "headers": pairs}, receive, send))
     assert guarded.in_flight == 0
     return sent[0]["status"], dict(sent[0]["headers"])
@@ -146,28 +146,35 @@ def test_an_answer_that_is_not_read_ends(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("host", "hosts", "good"),
+    ("host", "hosts", "addresses", "good"),
     [
-        ("localhost", (), True),
-        ("127.0.0.1:7860", (), True),
-        ("[::1]:7860", (), True),
-        ("LOCALHOST:1", (), True),
-        ("evil.example", (), False),
-        ("evil.example:7860", (), False),
-        ("localhost.evil.example", (), False),
-        ("127.0.0.1.evil.example", (), False),
-        ("", (), False),
-        ("[", (), False),
-        ("192.168.0.9", (), False),
-        ("192.168.0.9:7860", None, True),
-        ("evil.example", None, False),
-        ("studio.example:80", ("studio.example",), True),
-        ("192.168.0.9", ("studio.example",), False),
+        ("localhost", (), False, True),
+        ("127.0.0.1:7860", (), False, True),
+        ("[::1]:7860", (), False, True),
+        ("LOCALHOST:1", (), False, True),
+        ("evil.example", (), False, False),
+        ("evil.example:7860", (), False, False),
+        ("localhost.evil.example", (), False, False),
+        ("127.0.0.1.evil.example", (), False, False),
+        ("", (), False, False),
+        ("[", (), False, False),
+        ("192.168.0.9", (), False, False),
+        ("192.168.0.9:7860", (), True, True),
+        ("[fe80::1]:7860", (), True, True),
+        ("evil.example", (), True, False),
+        ("", (), True, False),
+        ("studio.example:80", ("studio.example",), False, True),
+        ("studio.example:80", ("Studio.Example",), False, True),
+        ("STUDIO.example", ("Studio.Example",), False, True),
+        ("192.168.0.9", ("studio.example",), False, False),
+        ("192.168.0.9", ("studio.example",), True, True),
+        ("studio.example", ("studio.example",), True, True),
+        ("evil.example", ("studio.example",), True, False),
     ],
 )
-def test_other_host_names_are_refused(host, hosts, good):
+def test_other_host_names_are_refused(host, hosts, addresses, good):
     """A stranger's page may point its own name at this address (DNS rebinding)."""
-    assert ask("/", hosts=hosts, host=host)[0] == (200 if good else 403)
+    assert ask("/", hosts=hosts, addresses=addresses, host=host)[0] == (200 if good else 403)
 
 
 @pytest.mark.parametrize(
@@ -530,15 +537,16 @@ def test_the_command_serves_this_machine_only_and_passes_limits_on(models, monke
     monkeypatch.setattr("flextok.demo.page.make_app", lambda *arguments: made.append(arguments))
     names = [str(models / "tokenizer"), str(models / "by_class")]
     assert main(["demo", *names, "--max-megabytes", "0.5", "--queue", "3"]) == 0
-    ((studio, limits, queue, hosts),) = made
-    assert hosts == ["127.0.0.1"]
+    ((studio, limits, queue, hosts, addresses),) = made
+    assert (hosts, addresses) == (["127.0.0.1"], False)
     assert [source.name for source in studio.sources] == names
     assert (limits.max_bytes, limits.max_pixels) == (2**19, 40_000_000)
     assert queue == 3
     assert served == [(None, "127.0.0.1", None)]
     assert main(["demo", *names, "--host", "0.0.0.0"]) == 0
     assert main(["demo", *names, "--host", "0.0.0.0", "--allow-host", "studio.example"]) == 0
-    assert [arguments[-1] for arguments in made[1:]] == [None, ["studio.example", "0.0.0.0"]]
+    named = [["0.0.0.0"], ["studio.example", "0.0.0.0"]]
+    assert [arguments[-2:] for arguments in made[1:]] == [(hosts, True) for hosts in named]
 
 
 def test_a_taken_port_is_a_mistake_told_in_one_line():

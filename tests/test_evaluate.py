@@ -3,11 +3,13 @@
 import json
 import logging
 import math
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers.files import draw_pictures
 from helpers.models import TITOK, tiny_gpt, tiny_tokenizer
 
 from flextok.data.datasets import ImageFolder
@@ -24,6 +26,7 @@ from flextok.evaluation import (
     evaluate,
     job,
     processes,
+    runner,
     sources,
 )
 from flextok.evaluation.distances import frechet_distance, kernel_distance, statistics
@@ -31,8 +34,9 @@ from flextok.evaluation.evaluators import FeatureDistances
 from flextok.evaluation.features import EfficientNetLite0, Features
 from flextok.evaluation.metrics import cosine_distance, psnr, sharpness, to_8_bit
 from flextok.evaluation.reference import Reference, save_reference
-from flextok.evaluation.runner import PART
-from flextok.generators import MaskGIT, MaskGITConfig
+from flextok.evaluation.runner import PART, spread
+from flextok.files import LOCK, only_one
+from flextok.generators import GPT, MaskGIT, MaskGITConfig
 from flextok.schema import NotFinite
 from flextok.tokenizers import TiTok, TiTokConfig
 
@@ -75,6 +79,11 @@ def emoji(number=NUMBER):
 
 def tokenizer(**changes):
     return tiny_tokenizer(**changes).double()
+
+
+def names_in(folder) -> list[str]:
+    """What lies in an output folder, but for its lock, which stays."""
+    return sorted(path.name for path in folder.iterdir() if path.name != LOCK)
 
 
 def comparable(report) -> dict:
@@ -238,7 +247,7 @@ def test_two_processes_count_every_picture_once_and_agree_with_one(whole, tmp_pa
     assert report["run"]["processes"] == 2
     assert report["settings"]["sample_count"] == NUMBER
     assert_same(report, whole)
-    assert [p.name for p in (tmp_path / "report").iterdir()] == ["report.json"]
+    assert names_in(tmp_path / "report") == ["report.json"]
 
 
 def test_scores_are_those_of_the_pictures(whole):
@@ -353,7 +362,7 @@ def test_an_interrupted_evaluation_continues_after_its_last_part(whole, tmp_path
     assert seen == NUMBER - PART
     assert_same(report, whole)
     assert json.loads((tmp_path / "report.json").read_text()) == report
-    assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
+    assert names_in(tmp_path) == ["report.json"]
 
 
 def test_records_of_another_evaluation_are_thrown_away(tmp_path, monkeypatch, caplog):
@@ -453,6 +462,7 @@ def test_a_perfect_picture_counts_as_100_db(monkeypatch):
         ({"reference": "x.npz"}, "x.npz is not an .npz file"),
         ({"save_reference": "x.dat"}, r"must end in \.npz"),
         ({"number": 3}, "3 images are too few"),
+        ({"networks": ("lpips",), "inception_weights": "x.pth"}, "add inception there, or leave"),
     ],
 )
 def test_mistakes_are_told_before_the_work(change, message):
@@ -564,7 +574,7 @@ def test_a_data_set_is_a_reference_too(tmp_path):
     names = {"reference": "emoji:train"}
     folder = tmp_path / "a"
     report = evaluate(tokenizer(), emoji(20), CELLS, options(reference=others), folder, names)
-    assert [path.name for path in folder.iterdir()] == ["report.json"], "no rows are left"
+    assert names_in(folder) == ["report.json"], "no rows are left"
     assert report["settings"]["stored_reference"] == "emoji:train"
     assert report["settings"]["stored_reference_count"] == 40
     network, transform, data = Projection(), ImageTransform(16), emoji(20)
@@ -658,3 +668,156 @@ def test_a_model_that_is_not_finite_gets_no_score(part, tmp_path):
     with pytest.raises(NotFinite, match="are not finite"):
         evaluate(broken, emoji(), [Cell(1, 1)], options(), tmp_path)
     assert not list(tmp_path.rglob("report.json"))
+
+
+# --- two at once, few images, replaced images -----------------------------------------------------
+
+
+def test_a_second_evaluation_in_a_folder_is_refused(tmp_path, monkeypatch):
+    """Both wrote the same rows and reported a score of neither. One within training has a folder
+    below the run's, which the run has locked."""
+    refused = []
+
+    def second():
+        try:
+            evaluate(tokenizer(), emoji(5), [Cell(1, 1)], options(seed=1), tmp_path / "a")
+        except ValueError as error:
+            refused.append(str(error))
+
+    encode = sources.encode_rows
+
+    def meanwhile(*arguments):
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join()
+        return encode(*arguments)
+
+    expected = evaluate(tokenizer(), emoji(5), [Cell(1, 1)], options())
+    monkeypatch.setattr(sources, "encode_rows", meanwhile)
+    with only_one(tmp_path):
+        report = evaluate(tokenizer(), emoji(5), [Cell(1, 1)], options(), tmp_path / "a")
+    assert refused == [
+        f"another process is at work in {tmp_path / 'a'}: wait until it ends, or name another "
+        "folder"
+    ]
+    assert_same(report, expected)
+
+
+def labels_drawn(monkeypatch, number, images, **changes):
+    """The labels that a generator of 5 classes is asked for, and the report."""
+    asked, generate = [], GPT.generate
+
+    def listening(model, cond, *rest, **how):
+        asked.extend(cond.tolist())
+        return generate(model, cond, *rest, **how)
+
+    how = options(num_samples=number, **changes)
+    with monkeypatch.context() as patch:
+        patch.setattr(GPT, "generate", listening)
+        report = evaluate(tiny_gpt().double(), images, [Cell(8, 1)], how, tokenizer=tokenizer())
+    return asked, report
+
+
+class Labelled(torch.utils.data.Dataset):
+    """Emoji whose labels are given."""
+
+    class_names = tuple("abcde")
+
+    def __init__(self, labels):
+        self.emoji, self.labels = Emoji("validation"), labels
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        return {**self.emoji[index], "label": self.labels[index]}
+
+
+def test_fewer_samples_than_classes_are_evenly_spread_and_told(monkeypatch):
+    """They were of the first classes alone, and called balanced."""
+    asked, report = labels_drawn(monkeypatch, 4, emoji(5))
+    assert asked == [0, 1, 2, 3]
+    assert report["settings"]["labels"] == {
+        "classes": 5, "fewest": 0, "most": 1, "balanced": False
+    }  # fmt: skip
+    assert "4 images for 5 classes, evenly spread: 1 have none" in report["warnings"]
+    asked, report = labels_drawn(monkeypatch, 7, emoji(5))
+    assert asked == [0, 1, 2, 3, 4, 0, 1]
+    assert report["settings"]["labels"]["balanced"] is True
+    assert not any("have none" in warning for warning in report["warnings"])
+
+
+@pytest.mark.parametrize(
+    ("number", "total", "expected"),
+    [
+        (3, 9, [0, 3, 6]),
+        (4, 5, [0, 1, 2, 3]),
+        (2, 5, [0, 2]),
+        (5, 5, [0, 1, 2, 3, 4]),
+        (7, 3, [0, 1, 2, 0, 1, 2, 0]),
+    ],
+)
+def test_items_are_evenly_spread(number, total, expected):
+    assert spread(number, total) == expected
+
+
+def test_fewer_samples_than_images_take_labels_and_captions_from_all_of_them(monkeypatch):
+    sorted_by_class = Labelled([0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3])
+    asked, report = labels_drawn(monkeypatch, 4, sorted_by_class, labels="data")
+    assert asked == [0, 1, 2, 3]
+    assert report["settings"]["labels"]["fewest"] == 0  # of the fifth class
+    assert not any("have none" in warning for warning in report["warnings"])
+    asked, _ = labels_drawn(monkeypatch, 14, sorted_by_class, labels="data")
+    assert asked == [*sorted_by_class.labels, 0, 0]
+    encoder = {"name": "bytes", "dim": 16, "depth": 1, "num_heads": 2, "max_length": 64}
+    gpt = tiny_gpt(conditioner={"name": "text", "encoder": encoder}).double()
+    prompts, generate = [], gpt.generate
+
+    def listening(cond, *rest, **how):
+        prompts.extend(cond)
+        return generate(cond, *rest, **how)
+
+    gpt.generate = listening
+    evaluate(gpt, emoji(12), [Cell(8, 1)], options(num_samples=4), tokenizer=tokenizer())
+    assert prompts == [emoji(12)[i]["caption"] for i in (0, 3, 6, 9)]
+
+
+def test_rows_of_a_replaced_picture_are_measured_again(picture_folder, tmp_path, monkeypatch):
+    """Only the first, the middle and the last picture told one data set from another."""
+    monkeypatch.setattr(runner, "PART", 2)
+    seen, encode = [], sources.encode_rows
+
+    def stopping(*arguments):
+        if len(seen) == 2:
+            seen.clear()
+            raise KeyboardInterrupt
+        seen.append(1)
+        return encode(*arguments)
+
+    def run(output):
+        data = ImageFolder(picture_folder)
+        return evaluate(tokenizer(), data, [Cell(1, 1)], options(batch_size=2), output)
+
+    monkeypatch.setattr(sources, "encode_rows", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "out")
+    monkeypatch.setattr(sources, "encode_rows", encode)
+    draw_pictures(picture_folder / "cats", ["1.png"], width=9, height=30)
+    assert_same(run(tmp_path / "out"), run(tmp_path / "fresh"))
+
+
+def test_a_damaged_reference_is_named(adm):
+    """A flipped byte ended in a traceback of zipfile."""
+    for arrays, statistics_too in ((b"mu.npy", True), (b"arr_0.npy", False)):
+        path = adm(statistics_too=statistics_too)
+        data = bytearray(path.read_bytes())
+        data[data.index(arrays) + 200] ^= 255
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=r"reference .*reference\.npz is damaged: Bad CRC-32"):
+            Reference(path, Projection("inception"), 16)
+
+
+def test_stored_statistics_are_not_saved_again(adm, tmp_path):
+    how = options(num_samples=20, save_reference=str(tmp_path / "again.npz"))
+    with pytest.raises(ValueError, match="holds statistics already: leave --save-reference out"):
+        evaluate(tiny_gpt().double(), adm(), [Cell(8, 1)], how, tokenizer=tokenizer())

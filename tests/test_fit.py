@@ -3,13 +3,15 @@
 import functools
 import importlib.util
 import re
+import shutil
 import sys
 from pathlib import Path
 
 import accelerate
 import pytest
 import torch
-from helpers.models import TINY, tiny_gpt, tiny_tokenizer
+from helpers.files import draw_pictures
+from helpers.models import AUTOENCODER, TINY, tiny_gpt, tiny_tokenizer
 from helpers.processes import finish, start_ranks
 from PIL import Image
 from torch import distributed
@@ -18,6 +20,7 @@ from torch.utils.data import Dataset
 
 import flextok
 from flextok import FitOptions, FlexTok, FlexTokConfig, fit
+from flextok.autoencoder import Autoencoder, AutoencoderConfig
 from flextok.config import OptimConfig
 from flextok.objectives import make_objective
 from flextok.schema import ConfigError, from_mapping
@@ -211,10 +214,135 @@ def test_fit_returns_the_model_and_leaves_a_folder_that_loads(tmp_path):
 def test_a_run_of_another_objective_is_passed_over_and_then_refused(tmp_path):
     fit(make("flow"), Drawn("flow"), options=options(tmp_path))
     smaller = make_objective(FlexTok(FlexTokConfig(**{**TINY, "decoder_depth": 1})))
+    for steps in (STEPS, 9):
+        with pytest.raises(
+            ConfigError, match=r"run of another model \(model\.decoder_depth=2 there"
+        ):
+            fit(smaller, Drawn("flow"), options=options(tmp_path, max_steps=steps))
+    shutil.rmtree(tmp_path / "starts")  # as copied without
     with pytest.raises(ValueError, match="is of another model"):
         fit(smaller, Drawn("flow"), options=options(tmp_path, max_steps=9))
     with pytest.raises(ValueError, match="holds a finished run of another model"):
         fit(smaller, Drawn("flow"), options=options(tmp_path))
+
+
+def flow(vae=None, **spec):
+    model = tiny_tokenizer(drop_mode="truncate", **({"vae": vae} if vae else {}))
+    return make_objective(model, {"name": "flow", **SETTINGS["flow"], **spec})
+
+
+CHANGES = {
+    "vae": (
+        lambda: flow(vae={"name": "identity", "shift": 0.5}),
+        {},
+        "another model (model.vae.shift=None there, 0.5 now)",
+    ),
+    "objective": (
+        lambda: make_objective(tiny_tokenizer(drop_mode="truncate"), {"name": "cross_length"}),
+        {},
+        "another model (objective.name='flow' there, 'cross_length' now",
+    ),
+    "parts": (
+        lambda: flow(train=["decoder"]),
+        {},
+        "another model (objective.train=None there, ['decoder'] now)",
+    ),
+    "optimizer": (
+        flow,
+        {"optim": OptimConfig(name="muon", warmup_steps=1)},
+        "another optimizer (optim.name='adamw' there, 'muon' now)",
+    ),
+    "augmentation": (
+        flow,
+        {"flip": True},
+        "other data (data.flip=False there, True now)",
+    ),
+}
+
+
+@pytest.mark.parametrize("changed", CHANGES)
+def test_what_a_run_from_python_cannot_change_is_refused_by_name(tmp_path, changed):
+    """It went on with the old weights, or ended in a KeyError of Muon's."""
+    optim = OptimConfig(warmup_steps=1)
+    common = {"checkpoint_every": 1, "optim": optim}
+    fit(flow(), Drawn("flow"), options=options(tmp_path, max_steps=1, **common))
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
+    make_other, settings, named = CHANGES[changed]
+    for steps in (1, 3):
+        asked = options(tmp_path, max_steps=steps, **{**common, **settings})
+        with pytest.raises(ConfigError) as told:
+            fit(make_other(), Drawn("flow"), options=asked)
+        assert named in str(told.value)
+        assert "choose another output_dir, or pass resume=false" in str(told.value)
+    assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
+
+
+def test_a_finished_run_from_python_takes_no_other_settings_but_more_steps(tmp_path, caplog):
+    common = {"optim": OptimConfig(lr=1e-3, warmup_steps=1), "log_every": 1}
+    model = fit(flow(), Drawn("flow"), options=options(tmp_path, max_steps=2, **common))
+    for name, changes in {
+        "optim.lr=0.001 there, 0.5 now": {"optim": OptimConfig(lr=0.5, warmup_steps=1)},
+        "seed=0 there, 3 now": {"seed": 3},
+        "data.batch_size=8 there, 4 now": {"batch_size": 4},
+        "trainer.accumulate=1 there, 2 now": {"accumulate": 2},
+    }.items():
+        asked = options(tmp_path, max_steps=2, **{**common, **changes})
+        with pytest.raises(ConfigError) as told:
+            fit(flow(), Drawn("flow"), options=asked)
+        assert f"{name} would change nothing: raise trainer.max_steps" in str(told.value)
+    caplog.clear()
+    again = options(tmp_path, max_steps=2, **{**common, "log_every": 2})  # which changes no weight
+    same = fit(flow(), Drawn("flow"), options=again)
+    assert [r.levelname for r in caplog.records if "nothing to do" in r.message] == ["WARNING"]
+    assert all(torch.equal(v, same.state_dict()[k]) for k, v in model.state_dict().items())
+    longer = fit(flow(), Drawn("flow"), options=options(tmp_path, max_steps=3, **common))
+    assert longer.metadata["step"] == 3
+
+
+def test_an_objective_in_memory_trains_on(tmp_path):
+    """What an export measured of an autoencoder is no change of its settings."""
+
+    def run(objective, steps):
+        optim = OptimConfig(warmup_steps=1)
+        fit(objective, Drawn("flow"), options=options(tmp_path, max_steps=steps, optim=optim))
+
+    torch.manual_seed(0)
+    autoencoder = Autoencoder(from_mapping(AutoencoderConfig, AUTOENCODER))
+    objective = make_objective(autoencoder, {"name": "autoencoder", "perceptual": {}})
+    run(objective, 1)
+    assert objective.model.config.latents_mean is not None
+    run(objective, 2)
+    assert objective.model.metadata["step"] == 2
+
+
+def test_a_learning_rate_that_only_rises_is_warned_of(tmp_path, caplog):
+    fit(flow(), Drawn("flow"), options=options(tmp_path / "a", max_steps=1))
+    assert "optim.warmup_steps=1000 is not below trainer.max_steps=1: " in caplog.text
+    assert "to 0.1% of optim.lr" in caplog.text
+    caplog.clear()
+    enough = options(tmp_path / "b", max_steps=2, optim=OptimConfig(warmup_steps=1))
+    fit(flow(), Drawn("flow"), options=enough)
+    assert "warmup_steps" not in caplog.text
+
+
+def test_a_damaged_image_costs_a_run_from_python_one_sample(tmp_path, caplog):
+    """Pillow's error ended the run."""
+    draw_pictures(tmp_path / "images", [f"{i}.png" for i in range(6)])
+    broken = tmp_path / "images" / "3.png"
+    broken.write_bytes(broken.read_bytes()[:200])
+
+    class Files(Dataset):
+        def __len__(self):
+            return 6
+
+        def __getitem__(self, i):
+            label = (None, {"a": 1}, "cat", 2, 1.5, torch.tensor([1, 2]))[i]
+            return Image.open(tmp_path / "images" / f"{i}.png").convert("RGB"), label
+
+    asked = options(tmp_path / "run", max_steps=2, optim=OptimConfig(warmup_steps=1))
+    model = fit(flow(), Files(), Files(), options=asked)
+    assert model.metadata["step"] == 2
+    assert re.search(r"skipped an unreadable sample \(1 so far\): item 3 of Files: ", caplog.text)
 
 
 @pytest.mark.parametrize(("before", "now"), [(0.5, 0.0), (0.0, 0.5)])
@@ -227,6 +355,9 @@ def test_an_average_neither_begins_nor_ends_in_a_run(tmp_path, before, now):
         return fit(make("flow"), Drawn("flow"), options=asked)
 
     run(1, before)
+    with pytest.raises(ConfigError, match=rf"not fit optim.ema_decay={before} there, {now} now"):
+        run(2, now)
+    shutil.rmtree(tmp_path / "starts")  # as copied without
     with pytest.raises(ConfigError, match=rf"optim\.ema_decay .*, not {now:g}: change it"):
         run(2, now)
     run(2, before)
@@ -252,6 +383,8 @@ def test_the_documented_way_to_train_from_python(tmp_path, monkeypatch):
     page = (Path(__file__).parent.parent / "docs/train.md").read_text("utf-8")
     (code,) = [c for c in re.findall(r"```python\n(.*?)```", page, re.S) if "fit(" in c]
     assert len([line for line in code.splitlines() if line.strip()]) < 14
+    warmup, steps = (int(re.search(rf"{n}=(\d+)", code)[1]) for n in ("warmup_steps", "max_steps"))
+    assert 10 * warmup < steps
     draws = torch.Generator().manual_seed(0)
     (tmp_path / "pictures").mkdir()
     for i in range(4):

@@ -11,6 +11,7 @@ from helpers.models import TITOK, VQGAN, tiny_gpt, tiny_tokenizer
 from huggingface_hub import ModelCard, errors
 from safetensors.torch import load_file, save_file
 
+from flextok.card import public_name
 from flextok.files import atomic_write
 from flextok.generators import GENERATORS, GPT
 from flextok.hub import CheckpointError, fingerprint
@@ -676,3 +677,59 @@ def test_overwriting_the_file_of_a_loaded_model_is_safe(tmp_path):
     assert loaded.encoder.registers.abs().sum() > 0
     loaded.save_pretrained(tmp_path)
     assert fingerprint(FlexTok.from_pretrained(tmp_path)) == fingerprint(loaded)
+
+
+@pytest.mark.parametrize(
+    ("data", "public"),
+    [
+        ("/home/anna/clients/acme", "acme"),
+        ("~/clients/acme/", "acme"),
+        ("pictures/clients/acme", "acme"),
+        ("./acme", "acme"),
+        ("../acme/shard-{000..009}.tar", "shard-{000..009}.tar"),
+        ("clients/acme.tar", "acme.tar"),
+        (r"C:\Users\anna\acme", "acme"),
+        ("file:///home/anna/acme.tar", "acme.tar"),
+        ("{name: folder, root: /home/anna/clients/acme}", "{name: folder, root: acme}"),
+        ("{name: folder, root: clients/acme}", "{name: folder, root: acme}"),
+        (r"{name: folder, root: C:\Users\anna\acme}", "{name: folder, root: acme}"),
+        ("{'name': 'folder', 'root': '/home/anna/acme'}", "{name: folder, root: acme}"),
+        ("{name: huggingface, path: /home/anna/acme}", "{name: huggingface, path: acme}"),
+        ("[{name: folder, root: /a/b}, {name: emoji}]", "[{name: folder, root: b}, {name: emoji}]"),
+        (r'{name: folder, root: "C:\Users\anna\acme"}', 'acme"}'),  # no YAML
+        *((same, same) for same in (
+            "emoji:validation",
+            "someone/pictures",
+            "{name: huggingface, path: someone/pictures, split: test}",
+            "https://example.org/a/b.tar",
+            "the model's own validation data",
+        )),
+    ],
+)  # fmt: skip
+def test_no_path_of_this_machine_reaches_the_card(tmp_path, data, public):
+    model = tiny_tokenizer()
+    model.add_report({**REPORT, "settings": {"data": data}})
+    rows = model.metadata["evaluation"]
+    assert [row["data"] for row in rows] == [public, public]
+    old = tiny_tokenizer()  # as saved by a version that kept the path
+    old.metadata["evaluation"] = [{**row, "data": data} for row in rows]
+    model.save_pretrained(tmp_path / "new")
+    old.save_pretrained(tmp_path / "old", public=True)
+    for name in ("README.md", "config.json"):
+        text = (tmp_path / "old" / name).read_text()
+        assert text == (tmp_path / "new" / name).read_text()
+        assert not any(place in text for place in ("anna", "clients", "Users"))
+
+
+def test_a_folder_that_looks_like_a_hub_id_is_cut_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "clients" / "acme").mkdir(parents=True)
+    assert public_name("clients/acme") == "acme"
+    spec = "{name: huggingface, path: clients/acme}"
+    assert public_name(spec) == "{name: huggingface, path: acme}"
+
+
+def test_windows_paths_in_metadata_are_cut(tmp_path):
+    model = tiny_tokenizer()
+    model.metadata["places"] = [r"C:\Users\anna\acme", "/home/anna/acme", "a/b", "c: d"]
+    assert model.written_metadata(tmp_path)["places"] == ["acme", "acme", "a/b", "c: d"]

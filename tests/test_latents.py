@@ -105,6 +105,23 @@ def test_a_cache_holds_the_latents_and_the_images_of_every_variant(picture_folde
         assert item["label"] == variants[i]["label"]
 
 
+def test_a_damaged_cache_is_refused(picture_folder, tmp_path):
+    """A flipped bit trained along."""
+    folder = tmp_path / "latents"
+    store = cache(folder, objective_on_latents(), picture_folder)
+    path = store.path(1)
+    whole = bytearray(path.read_bytes())
+    whole[-20] ^= 1
+    path.write_bytes(whole)
+    with pytest.raises(ValueError, match=r"part-000001\.safetensors is damaged \(its checksum"):
+        LatentDataset(folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for key, value in {"columns": "latents", "class_names": [1, 2]}.items():
+        (folder / "manifest.json").write_text(json.dumps({**manifest, key: value}))
+        with pytest.raises(ValueError, match=rf"is damaged \({key} must be texts\)"):
+            LatentDataset(folder)
+
+
 def test_a_posterior_that_is_sampled_gives_each_variant_a_sample_of_its_own(tmp_path):
     pictures = tmp_path / "pictures"
     draw_pictures(pictures, ["a/0.png"])
@@ -292,7 +309,7 @@ def test_a_cache_is_written_ahead_by_one_command(experiment, tmp_path, capsys, m
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", "2")
         monkeypatch.setattr("flextok.data.parts.PartStore.wait", lambda self: None)
-        monkeypatch.setattr("flextok.training.prepare.LatentDataset", lambda folder: [])
+        monkeypatch.setattr("flextok.training.prepare.LatentDataset", lambda folder, verify: [])
         assert main(["train", str(experiment), *overrides, "--only-caches"]) == 0
     assert "filled the caches of" in capsys.readouterr().out
     monkeypatch.undo()

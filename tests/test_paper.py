@@ -132,6 +132,34 @@ def test_the_page_has_each_table_from_its_budget(tmp_path):
     assert "| `tokens_once` | 2.72M | 5400 |" in text
 
 
+def test_the_page_counts_images_that_no_length_suffices_for(tmp_path):
+    study = paper.Study.load("full", tmp_path, "data", published=True)
+    (row,) = [s for s in paper.adaptive_table(study).splitlines() if s.startswith("| images |")]
+    counts = [int(cell) for cell in row.split("|")[2:-1]]
+    found = study.results(paper.SHOWN)[0]["adaptive"]
+    assert len(counts) == len(study.file.lengths) + 1
+    assert sum(counts) == found["count"]
+    assert sum(counts[:-1]) == found["met"]
+
+
+def test_tokens_that_a_second_stage_keeps_have_one_row(tmp_path):
+    study = paper.Study.load("full", tmp_path, "data", published=True)
+    rows, own = paper.labelled_rows(study, "joining"), paper.own_tokens(study)
+    first, second = "our first stage alone, decoded once", "our recipe, decoded once"
+    assert rows[first][0]["report"]["codes"] == rows[second][0]["report"]["codes"]
+    assert second in own
+    assert first not in own
+    assert "decoded once, the encoder not frozen" in own
+
+
+def test_a_curve_is_of_means_over_the_seeds(tmp_path):
+    study = paper.Study.load("full", tmp_path, "data", published=True)
+    runs = study.results("titok_32")
+    values = [run["report"]["results"][0]["scores"]["psnr"] for run in runs]
+    assert values[0] != values[1]
+    assert paper.mean_points(runs, "psnr") == [(32, pytest.approx(sum(values) / 2))]
+
+
 def test_a_recipe_is_measured_by_the_networks_that_its_tables_show(full):
     assert full.networks("published") == ["classifier", "efficientnet_lite0_native"]
     assert full.networks("adamw") == full.networks("tokens_early") == ["classifier"]

@@ -2,8 +2,10 @@
 
 import json
 import logging
+import os
 import pickle
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -142,6 +144,19 @@ def test_an_interruption_loses_at_most_a_part(tmp_path):
     assert make(tmp_path, fill=False).missing() == [1, 2]
     make(tmp_path)
     assert files(tmp_path) == files(make(tmp_path / "whole").folder)
+
+
+def test_only_what_was_left_long_ago_is_removed(tmp_path):
+    """Two processes that filled one cache removed each other's files while they wrote them."""
+    store = make(tmp_path, fill=False)
+    live, left = (tmp_path / f".part-000001.safetensors.{name}.tmp" for name in ("aa", "bb"))
+    for path in (live, left):
+        path.write_bytes(b"half a part")
+    os.utime(left, (time.time() - 2 * 3600,) * 2)
+    store.fill(Numbers(), rows_of, batch_size=3)
+    assert store.is_finished
+    assert live.read_bytes() == b"half a part"
+    assert not left.exists()
 
 
 def test_another_identity_is_refused_by_the_names_of_its_keys(tmp_path):

@@ -12,8 +12,10 @@ from flextok.cli import main
 from flextok.config import ExperimentConfig, load_experiment
 from flextok.pipeline import load, load_tokenizer_of
 from flextok.schema import ConfigError, from_mapping
+from flextok.training.fit import check_warmup
 from flextok.training.plan import Assumptions, build, plan
 from flextok.training.recipe import USABLE, choose, write_recipe
+from flextok.training.run import fit_options
 
 SHORT = [f"trainer.{key}=1" for key in ("validate_every", "checkpoint_every")]
 SHORT += ["trainer.max_steps=2", "trainer.accelerator=cpu", "data.token_variants=1"]
@@ -108,6 +110,16 @@ def test_what_is_there_is_not_overwritten(picture_folder, tmp_path):
         write_recipe(picture_folder, tmp_path / "out", 64)
     with pytest.raises(ConfigError, match="size=30 must be a multiple of 8"):
         write_recipe(picture_folder, tmp_path / "odd", 30)
+
+
+def test_fewer_steps_than_the_recipes_warmup_are_warned_of(picture_folder, tmp_path, caplog):
+    for path in write_recipe(picture_folder, tmp_path / "out", 32):
+        check_warmup(fit_options(load_experiment(path)))
+        assert not caplog.records
+        check_warmup(fit_options(load_experiment(path, ["trainer.max_steps=20"])))
+        assert "optim.warmup_steps=50 is not below trainer.max_steps=20: " in caplog.text
+        assert "to 40% of optim.lr" in caplog.text
+        caplog.clear()
 
 
 def test_held_out_pictures_and_a_single_class(tmp_path, picture_folder):

@@ -1,5 +1,6 @@
 """Runs that are killed, stopped, damaged or diverge lose nothing, and say what happened."""
 
+import csv
 import functools
 import json
 import os
@@ -23,6 +24,7 @@ from helpers.runs import (
     weights,
 )
 
+from flextok.cli import main
 from flextok.config import load_experiment
 from flextok.hub import CheckpointError
 from flextok.objectives import OBJECTIVES
@@ -33,6 +35,7 @@ from flextok.tokenizers import FlexTok
 from flextok.training.callbacks import NonFiniteLoss
 from flextok.training.checkpoints import find_checkpoint, list_checkpoints, verify
 from flextok.training.run import train
+from flextok.training.saving import Interrupted
 
 FlowObjective = OBJECTIVES["flow"]
 
@@ -196,6 +199,33 @@ def test_a_resumed_run_with_accumulation_is_exact(run, die_at):
     }
 
 
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_a_run_continues_with_other_accumulation_of_the_same_batch(run, die_at, before, after):
+    """Lightning's count of batches stayed that of the first part: the next step took too few, and
+    validations moved."""
+
+    def options(accumulate):
+        common = {"max_steps": 8, "checkpoint_every": 1, "num_pictures": 0}
+        return [
+            *(f"trainer.{key}={value}" for key, value in common.items()),
+            *(f"trainer.accumulate={accumulate}", f"data.batch_size={4 // accumulate}"),
+        ]
+
+    def validated(folder):
+        paths = folder.glob("logs/csv/version_*/metrics.csv")
+        rows = [row for path in paths for row in csv.DictReader(path.open())]
+        return sorted(int(float(row["step"])) for row in rows if row.get("val/loss"))
+
+    whole = run(*options(before), folder="whole")
+    die_at(4, *options(before))
+    folder = run(*options(after))
+    expected, found = weights(whole), weights(folder)
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, atol=1e-5, rtol=0, msg=key)
+    assert validated(folder) == validated(whole) == [3, 6, 8]
+    assert logged_losses(folder).keys() == set(range(8))
+
+
 def test_the_first_weights_do_not_depend_on_what_the_token_cache_drew(run, place, picture_folder):
     run("trainer.max_steps=1", folder="tokenizer")
     path = generator_yaml(place, picture_folder)
@@ -285,6 +315,27 @@ def test_an_evaluation_killed_again_and_again_reports_as_one_never_killed(long_r
     assert report("killed") == report("whole")
 
 
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_run_that_starts_over_is_not_requeued(place, picture_folder, monkeypatch, capsys, resume):
+    """With resume=false the job would begin at step 0 for ever."""
+
+    def stop(config, only_caches):
+        raise Interrupted(signal.SIGUSR1, 3)
+
+    asked = []
+    monkeypatch.setattr("flextok.cli.training.train", stop)
+    monkeypatch.setattr("flextok.cli.training.requeue", asked.append)
+    path = tokenizer_yaml(place, picture_folder)
+    with pytest.raises(SystemExit) as ended:
+        main(["train", str(path), f"resume={str(resume).lower()}"])
+    assert ended.value.code == 128 + signal.SIGUSR1
+    assert asked == ([signal.SIGUSR1] if resume else [])
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("flextok: SIGUSR1: stopped after step 3, saved; ")
+    how = "run the same command again to" if resume else "continues when run again without resume=f"
+    assert how in line
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
 def test_a_signal_saves_and_slurm_gets_its_job_back(long_runs, tmp_path, name):
@@ -314,8 +365,6 @@ def test_a_signal_saves_and_slurm_gets_its_job_back(long_runs, tmp_path, name):
 
 @pytest.mark.slow
 def test_a_generator_trains_on_shards_made_beforehand(long_runs, tmp_path):
-    from flextok.cli import main
-
     pictures = f"{{name: folder, root: {long_runs / 'pictures'}}}"
     arguments = ["tokenize", long_runs / "tokenizer", pictures, tmp_path / "tokens", "--flip"]
     assert main([str(a) for a in [*arguments, "--variants", 3]]) == 0

@@ -533,6 +533,8 @@ def test_a_lock_is_given_back(tmp_path):
     done.set()
     process.join()
     with only_one(tmp_path / "new"):
+        with only_one(tmp_path / "new"):  # as train() and fit()
+            pass
         refused = []
 
         def second():
@@ -550,6 +552,19 @@ def test_a_lock_is_given_back(tmp_path):
         1 // 0  # noqa: B018
     with only_one(tmp_path / "new"):
         pass
+
+
+def test_a_second_run_is_refused_before_it_fills_the_caches(make, monkeypatch):
+    """Both tokenized into one folder, and only then was one refused."""
+    monkeypatch.setattr("flextok.training.run.prepare", lambda config: pytest.fail("prepared"))
+    ready, done = CONTEXT.Event(), CONTEXT.Event()
+    process = CONTEXT.Process(target=hold, args=(Path(make().output_dir), ready, done))
+    process.start()
+    assert ready.wait(60)
+    with pytest.raises(ValueError, match="another process is at work in"):
+        train(make())
+    done.set()
+    process.join()
 
 
 def test_without_locks_there_is_a_warning(tmp_path, monkeypatch, caplog):

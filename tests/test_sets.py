@@ -8,6 +8,7 @@ from PIL import Image
 from torch.utils.data import Dataset, Subset, TensorDataset
 
 from flextok.data.datasets import ImageFolder
+from flextok.data.pictures import CorruptPicture
 from flextok.data.sets import Joined, adapt, data_files, labels_count, take
 from flextok.data.tokens import TokenDataset, build_token_cache
 from flextok.data.transforms import ImageTransform
@@ -48,6 +49,31 @@ def test_items_may_be_mappings_tuples_or_images(tmp_path):
     assert [int(tokens[i]["label"]) for i in range(7)] == [0, 0, 2, 1, 0, 1, 0]
     assert tokens.captions == ["ant", "ant", "cat", "bee", "ant", "a red image", "ant"]
     assert all(torch.equal(tokens[i]["indices"], tokens[0]["indices"]) for i in range(6))
+
+
+def test_a_data_set_with_class_names_may_have_items_of_any_form():
+    """Class names made it pass for one of the package's own, which have mappings as items."""
+    dataset = Listed([(RED, 1), {"image": RED}, RED, (RED, None), (RED, {}), (RED, "bee")])
+    dataset.class_names, dataset.labels_count = ("ant", "bee"), True
+    found = adapt(dataset)
+    assert found.class_names == ["ant", "bee"]
+    assert labels_count(found)
+    assert [found[i]["caption"] for i in range(6)] == ["bee", "ant", "ant", "", "", ""]
+    prepare = ImageTransform(16).prepare
+    assert [prepare(found[i])["label"] for i in range(6)] == [1, 0, 0, 0, 0, 0]
+    assert adapt(found) is found
+    dataset.class_names = None
+    assert adapt(dataset).class_names == ["unlabelled"]
+
+
+@pytest.mark.parametrize("error", [OSError, SyntaxError, Image.DecompressionBombError])
+def test_an_item_that_cannot_be_read_is_named(error):
+    class Broken(Listed):
+        def __getitem__(self, index):
+            raise error("truncated")
+
+    with pytest.raises(CorruptPicture, match="item 1 of Broken: truncated"):
+        adapt(Broken([RED, RED]))[1]
 
 
 def test_a_torchvision_data_set_as_it_is(tmp_path):

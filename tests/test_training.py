@@ -123,6 +123,14 @@ def test_a_text_generator_trains_on_captions(uninterrupted, name):
 CLASSES = ("cats", "dogs")
 
 
+def test_a_text_generator_trains_without_drawing(uninterrupted, tmp_path):
+    """An empty list of prompts could not be padded."""
+    overrides = [f"output_dir={tmp_path}", "trainer.max_steps=1", "trainer.num_pictures=0"]
+    train(load_experiment(uninterrupted / "text.yaml", overrides))
+    assert load(tmp_path).metadata["step"] == 1
+    assert not (tmp_path / "pictures").exists()
+
+
 def test_captions_and_flips_do_not_go_together_silently(uninterrupted, tmp_path, caplog):
     overrides = [f"output_dir={tmp_path / 'run'}", "trainer.max_steps=1"]
     train(load_experiment(uninterrupted / "text.yaml", overrides))

@@ -125,7 +125,7 @@ class Index(Json):
     """
 
     urls: Annotated[list[str], "paths or URLs, with {000..012} or *"]
-    output: Annotated[str, "the .json to write"]
+    output: Annotated[str, "the .json to write, or - for standard output"]
     _: KW_ONLY
     fetch: Annotated[str | None, "a command that writes the shard {url} to standard output"] = None
 
@@ -293,8 +293,9 @@ class Evaluate(Networks, Decoding, Measuring):
     ] = None
     num_samples: Annotated[Count | None, "generator: how many images"] = None
     labels: Annotated[
-        Literal["balanced", "data"], "generator: all classes equally often, or as often as in DATA"
-    ] = "balanced"
+        Literal["balanced", "data"] | None,
+        "generator: all classes equally often, the default, or as often as in DATA",
+    ] = None
     reference: Compared = None
     save_reference: Annotated[str | None, "write DATA's statistics to this .npz"] = None
 

@@ -8,6 +8,7 @@ import torch
 import yaml
 
 from flextok.config import load_experiment
+from flextok.data.datasets import EXTENSIONS
 from flextok.data.processes import local_device
 from flextok.pipeline import decodable_lengths, load_token_model
 from flextok.places import list_models
@@ -41,6 +42,16 @@ def check_lengths(lengths: list[int], total: int) -> list[int]:
     if bad := [k for k in lengths if not 1 <= k <= total]:
         raise ValueError(f"--num-tokens {min(bad)} must be in [1, {total}]")
     return sorted(set(lengths))
+
+
+def check_folder(output: str | Path) -> None:
+    """Raise ValueError for a place, given as --output, that cannot be a folder or looks like an
+    image's."""
+    place = Path(output)
+    if place.is_file():
+        raise ValueError(f"--output {output} is a file: name a folder")
+    if place.suffix.lower() in EXTENSIONS and not place.is_dir():
+        raise ValueError(f"--output {output} ends as an image does: name a folder")
 
 
 def data_of(asked: str | None, model: str, part: str = "validation") -> Any:

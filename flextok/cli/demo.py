@@ -19,6 +19,7 @@ def run_demo(options: Demo) -> None:
     limits = Limits(int(options.max_megabytes * 2**20), int(options.max_megapixels * 1e6))
     studio = Studio(options.models, pick_device(options.device))
     # beyond this machine any address in digits is good: a name is what a stranger's page could own
-    named = options.allow_host or options.host in LOOPBACK
-    hosts = [*options.allow_host, options.host] if named else None
-    serve(make_app(studio, limits, options.queue, hosts), options.host, options.port)
+    addresses = options.host not in LOOPBACK
+    hosts = [*options.allow_host, options.host]
+    app = make_app(studio, limits, options.queue, hosts, addresses)
+    serve(app, options.host, options.port)

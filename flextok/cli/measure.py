@@ -10,7 +10,7 @@ import torch
 
 from flextok.cli.arguments import Adaptive, Align, Evaluate, Measuring, Probe, Search, Sweep
 from flextok.cli.common import data_of, data_spec, open_data, pick_device, token_lengths
-from flextok.cli.options import decoding_options
+from flextok.cli.options import decoding_options, refuse_given
 from flextok.data.sets import take
 from flextok.emoji import probe as scene_probe
 from flextok.emoji.alignment import alignment, check_probe, format_report
@@ -48,8 +48,17 @@ def load_for_measuring(options: Measuring) -> Any:
     return load_token_model(options.model, device).to(torch.float64 if double else torch.float32)
 
 
+def tokenizer_for_measuring(options: Measuring) -> Any:
+    """As load_for_measuring. Raises ValueError for a generator."""
+    model = load_for_measuring(options)
+    if not isinstance(model, Tokenizer):
+        raise ValueError(f"{options.model} is a generator: name a tokenizer")
+    return model
+
+
 def measuring_options(options: Measuring, decoding: Mapping[str, Any] | None = None) -> Options:
-    asked = {f.name: vars(options)[f.name] for f in fields(Options) if f.name in vars(options)}
+    given = vars(options)
+    asked = {f.name: given[f.name] for f in fields(Options) if given.get(f.name) is not None}
     if (reference := asked.get("reference")) and not reference.endswith(".npz"):
         asked["reference"] = open_data(reference)
     return Options(**asked, decoding=decoding or {})
@@ -69,7 +78,10 @@ def run_evaluate(options: Evaluate) -> dict[str, Any] | None:
         model, tokenizer = load_for_measuring(options), None
         stored = options.data.endswith(".npz")
         data = options.data if stored else take(open_data(options.data), options.limit)
-        if isinstance(model, Generator):
+        if isinstance(model, Tokenizer):
+            generator_s = ("labels", "num_samples", "tokenizer")
+            refuse_given(options, generator_s, f"{options.model} is a tokenizer")
+        else:
             place = (model, options.model, options.tokenizer)
             tokenizer = load_tokenizer_of(*place, model.device).to(next(model.parameters()).dtype)
         cells = [Cell(k) for k in options.num_tokens or [model.num_tokens]]
@@ -86,7 +98,7 @@ def run_sweep(options: Sweep) -> dict[str, Any]:
     data = take(data_of(options.data, options.model), options.limit)
     if options.networks is None:
         options.networks = offline_network(len(data))
-    model = load_for_measuring(options)
+    model = tokenizer_for_measuring(options)
     cells = ("num_steps", "guidance_scale")  # of which there may be several
     alike = {k: v for k, v in decoding_options(options).items() if k not in cells}
     report = sweep(
@@ -112,7 +124,8 @@ def run_adaptive(options: Adaptive) -> dict[str, Any]:
     if options.data is None and options.model in list_models():
         options.data = "emoji_scenes:validation"
     data = take(data_of(options.data, options.model), options.limit or 256)
-    model, how = load_for_measuring(options), measuring_options(options, decoding_options(options))
+    model = tokenizer_for_measuring(options)
+    how = measuring_options(options, decoding_options(options))
     if options.train is not None:
         if not isinstance(model, FlexTok):
             raise ValueError(f"--train: {options.model} is a {model.model_type}, not a FlexTok")
@@ -152,7 +165,7 @@ def run_probe(options: Probe) -> dict[str, Any]:
     output = prepare_output(options)
     train = take(data_of(options.train, options.model, "train"), options.limit)
     test = take(data_of(options.data, options.model), options.limit)
-    model = load_for_measuring(options)
+    model = tokenizer_for_measuring(options)
     lengths = token_lengths(options.num_tokens, model, model.num_tokens)
     report = linear_probe(model, train, test, measuring_options(options), lengths)
     print(probe_table(report))

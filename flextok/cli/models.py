@@ -1,13 +1,14 @@
 """`flextok info | convert`: what a model is, and published ones in our layout."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 from flextok.card import model_facts, summary
 from flextok.cli.arguments import Convert, Info, Models
 from flextok.generators import Generator
 from flextok.pipeline import load, load_tokenizer_of
-from flextok.places import list_models
+from flextok.places import check_layout, list_models
 from flextok.printing import printable
 from flextok.tokenizers import FlexTok, Tokenizer
 
@@ -67,8 +68,11 @@ def save_for_diffusers(model: Any, options: Convert) -> None:
     from flextok.integrations.diffusers import AutoencoderFlexTok, FlexTokGenerator, FlexTokPipeline
 
     if isinstance(model, Generator):
+        check_layout(Path(options.output), "pipeline")
         tokenizer = load_tokenizer_of(model, options.input)
         parts = (AutoencoderFlexTok.from_flextok(tokenizer), FlexTokGenerator.from_flextok(model))
         FlexTokPipeline(*parts).save_pretrained(options.output)
     else:
-        AutoencoderFlexTok.from_flextok(model).save_pretrained(options.output)
+        written = AutoencoderFlexTok.from_flextok(model)
+        check_layout(Path(options.output), "diffusers")
+        written.save_pretrained(options.output)

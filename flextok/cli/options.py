@@ -12,6 +12,7 @@ import sys
 import textwrap
 import types
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
@@ -229,6 +230,12 @@ def chosen(options: object, table: dict[str, str]) -> dict[str, Any]:
 
 def decoding_options(options: Solving) -> dict[str, Any]:
     return chosen(options, DECODING)
+
+
+def refuse_given(options: object, names: Iterable[str], reason: str) -> None:
+    """Raise ValueError where an option of one of these names was given: it would be ignored."""
+    if given := [name for name in names if vars(options)[name] is not None]:
+        raise ValueError(f"{reason}: leave --{given[0].replace('_', '-')} out")
 
 
 def write_json(path: str, content: Any) -> None:

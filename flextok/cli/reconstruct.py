@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from flextok import viz
 from flextok.cli.arguments import RECONSTRUCTED, Reconstruct
-from flextok.cli.common import check_lengths, load_tokenizer
+from flextok.cli.common import check_folder, check_lengths, load_tokenizer
 from flextok.cli.options import decoding_options
 from flextok.data.datasets import EXTENSIONS
 from flextok.data.pictures import CorruptPicture, list_pictures, load_picture
@@ -89,6 +89,11 @@ def check_output(output: str, number: int, is_json: bool) -> None:
         raise ValueError("standard output takes the picture or --json: name a file for one")
     if output == "-" and sys.stdout.isatty():
         raise ValueError("standard output is a terminal: name a file with --output")
+    if output.endswith(".png"):
+        if Path(output).is_dir():
+            raise ValueError(f"--output {output} is a folder: name one that does not end in .png")
+    elif output != "-":
+        check_folder(output)
 
 
 def write_picture(picture: Image.Image, output: str, name: str) -> str:

@@ -20,6 +20,7 @@ from flextok.cli.options import (
     TOKENIZER,
     chosen,
     decoding_options,
+    refuse_given,
 )
 from flextok.data.datasets import PictureFiles
 from flextok.data.pictures import decode_text
@@ -147,6 +148,10 @@ def check_taken(kind: str, options: Sample) -> None:
         raise ValueError(f"{options.model} {does}: {instead}, not --{wrong[0].replace('_', '-')}")
     if len(given) > 1 or (kind == "text" and not given):
         raise ValueError(f"{options.model} {does}: name one of {', '.join(flags)}")
+    if kind == "tokenizer":
+        refuse_given(options, (*SAMPLING.values(), "tokenizer"), f"{options.model} {does}")
+    elif options.data is None:
+        refuse_given(options, ("limit",), f"{options.model} {does}, not from images")
 
 
 def reconstruction(

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from flextok import viz
 from flextok.cli.arguments import Search
-from flextok.cli.common import data_spec, pick_device
+from flextok.cli.common import check_folder, data_spec, pick_device
 from flextok.cli.measure import probe_for
 from flextok.cli.options import SAMPLING, chosen, decoding_options
 from flextok.emoji.alignment import caption_facts, scene_verifier
@@ -36,6 +36,7 @@ from flextok.tree_search import (
 def run_search(options: Search) -> dict[str, Any]:
     if bool(options.prompt) == bool(options.classes):
         raise ValueError("name what to search for: either --prompt or --classes")
+    check_folder(options.output)
     names = options.prompt or options.classes or []
     model = load_token_model(options.model, pick_device(options.device))
     generator = model if isinstance(model, Generator) else None

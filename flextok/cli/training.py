@@ -47,8 +47,15 @@ def run_train(options: Train) -> None:
             done = "filled the caches of" if options.only_caches else "trained model in"
             print(f"{done} {folder}")
     except Interrupted as stop:
-        print(f"flextok: {stop}; run the same command again to continue", file=sys.stderr)
-        requeue(stop.signum)
+        if config.resume:
+            print(f"flextok: {stop}; run the same command again to continue", file=sys.stderr)
+            requeue(stop.signum)
+        else:  # the same command would start over, and so would the requeued job
+            print(
+                f"flextok: {stop}; it continues when run again without resume=false (a SLURM job "
+                "is not requeued)",
+                file=sys.stderr,
+            )
         raise SystemExit(128 + stop.signum) from None
 
 
@@ -82,10 +89,16 @@ def run_plan(options: Plan) -> dict[str, Any]:
 
 
 def run_index(options: Index) -> dict[str, Any]:
+    if options.output != "-" and not options.output.endswith(".json"):  # such as the last shard
+        raise ValueError(
+            f"the index would be written to {options.output}: name a file that ends in .json, or - "
+            "for standard output, behind the shards"
+        )
     index = write_index(options.urls, parse_fetch(options.fetch))
     write_json(options.output, index)
     total = sum(shard["nsamples"] for shard in index["shardlist"])
-    print(f"{options.output}: {total} samples in {len(index['shardlist'])} shards")
+    place = sys.stderr if options.output == "-" else sys.stdout
+    print(f"{options.output}: {total} samples in {len(index['shardlist'])} shards", file=place)
     return {"output": options.output, "samples": total, "shards": len(index["shardlist"])}
 
 

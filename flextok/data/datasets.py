@@ -131,7 +131,7 @@ class HuggingFaceImages(Dataset[dict[str, Any]]):
         try:
             import datasets
         except ImportError as error:
-            raise ImportError(
+            raise ValueError(
                 "Hugging Face data sets need the package datasets: pip install flextok[data]"
             ) from error
         table = load_huggingface(datasets, path, split, config)

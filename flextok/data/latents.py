@@ -119,14 +119,17 @@ def unpack(name: str, values: Tensor) -> Tensor:
 
 class LatentDataset(Dataset[dict[str, Tensor]]):
     """The rows of a finished latent cache, memory-mapped: items {"latents": (C, h, w) float,
-    "label": () long} and the cache's other columns, such as "image" (3, H, W) in [-1, 1]. What
-    build_latent_cache was asked for is checked there, each part by one of the processes."""
+    "label": () long} and the cache's other columns, such as "image" (3, H, W) in [-1, 1]."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, verify: bool = True) -> None:
+        """verify: read all parts against their checksums, which build_latent_cache has done, each
+        part in one of the processes. Raises ValueError for what is damaged."""
         self.store = PartStore.open(path, CACHE)
         self.manifest = self.store.manifest
-        self.class_names: list[str] = self.manifest["class_names"]
-        names = [*self.manifest["columns"], "label"]
+        self.class_names = self.store.texts("class_names")
+        names = [*self.store.texts("columns"), "label"]
+        if verify:
+            self.store.verify()
         self.columns = {name: self.store.column(name, keep=True) for name in names}
 
     def check_made_for(self, objective: Objective) -> None:

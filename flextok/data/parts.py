@@ -262,6 +262,13 @@ class PartStore:
             raise ValueError(f"the {self.what} {self.folder} is unfinished: run what made it again")
         return [name for n in range(self.num_parts) for name in self.read(n)[1]["unreadable"]]
 
+    def texts(self, key: str) -> list[str]:
+        """A list of texts in the manifest. Raises ValueError for anything else."""
+        found = self.manifest.get(key)
+        if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
+            raise ValueError(f"{self.folder} is damaged ({key} must be texts): make it again")
+        return found
+
     def column(self, name: str, keep: bool = False) -> "Column":
         """The rows of one name, once all parts are there. keep: memory-map each part once, for many
         single rows; without, memory stays flat."""

@@ -37,9 +37,13 @@ _undecodable = itertools.count(1)  # texts, in this process
 
 
 def read_text_file(path: Path) -> str:
-    """A caption's file, as read_text."""
-    with open(path, "rb") as file:
-        return read_text(file.read(MAX_TEXT_BYTES + 1), str(path))
+    """A caption's file, as read_text. Raises CorruptPicture also where it cannot be opened."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_TEXT_BYTES + 1)
+    except OSError as error:
+        raise CorruptPicture(str(path), error.strerror or error) from None
+    return read_text(data, str(path))
 
 
 def read_text(data: bytes, name: str) -> str:

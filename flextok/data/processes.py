@@ -30,6 +30,12 @@ def this_process() -> Process:
     return found
 
 
+def is_first() -> bool:
+    """Whether this process is the first of those that train together."""
+    # LOCAL_RANK alone: Lightning started this process, torchrun or SLURM did not
+    return this_process().rank == 0 and int(os.environ.get("LOCAL_RANK", 0)) == 0
+
+
 def local_device() -> str:
     """This process's GPU where the machine has any, else MPS (Apple's), else the CPU."""
     kind = one_device("auto").type

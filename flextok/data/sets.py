@@ -5,10 +5,11 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
+from PIL import Image
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
-from flextok.data.labels import check_names, renumbering
-from flextok.data.pictures import UNLABELLED
+from flextok.data.labels import check_names, renumbering, whole_number
+from flextok.data.pictures import UNLABELLED, CorruptPicture
 
 
 @runtime_checkable
@@ -42,20 +43,30 @@ class Counting(Protocol):
 
 
 def adapt(dataset: Any, class_names: Sequence[str] | int | None = None) -> Any:
-    """Any map-style torch data set as an ImageSet. Its items may be mappings with "image" and,
-    perhaps, "label" and "caption", or tuples (image, label), or images. class_names: the labels'
-    names, or how many there are; by default torchvision's `classes`."""
-    if isinstance(dataset, ImageSet) and class_names is None:
+    """Any map-style torch data set as an ImageSet; one of this package as it is. Its items may be
+    mappings with "image" and, perhaps, "label" and "caption", or tuples (image, label), or images.
+    class_names: the labels' names, or how many there are; by default its `class_names`, or
+    torchvision's `classes`."""
+    if class_names is None and is_ours(dataset):
         return dataset
     if isinstance(dataset, Subset):
         return Taken(adapt(dataset.dataset, class_names), dataset.indices)
     return Adapted(dataset, class_names)
 
 
+def is_ours(dataset: Any) -> bool:
+    """Whether a data set is of one of this package's types, whose items need no adapting."""
+    return any(kind.__module__.partition(".")[0] == "flextok" for kind in type(dataset).__mro__)
+
+
 class Adapted(Dataset[dict[str, Any]]):
+    """A data set of a user's own. An item that it cannot read raises CorruptPicture."""
+
     def __init__(self, dataset: Any, class_names: Sequence[str] | int | None = None) -> None:
-        self.dataset = dataset
-        if class_names is None and isinstance(dataset, HasClasses):
+        self.dataset, self.labels_count = dataset, labels_count(dataset)
+        if class_names is None and isinstance(dataset, ImageSet):
+            class_names = [str(name) for name in dataset.class_names or ()] or None
+        elif class_names is None and isinstance(dataset, HasClasses):
             class_names = [str(name) for name in dataset.classes]
         self.class_names = check_names([UNLABELLED] if class_names is None else class_names)
 
@@ -63,13 +74,20 @@ class Adapted(Dataset[dict[str, Any]]):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        found = self.dataset[index]
+        try:
+            found = self.dataset[index]
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # as Pillow raises
+            raise CorruptPicture(f"item {index} of {type(self.dataset).__name__}", error) from None
         if not isinstance(found, Mapping):
             several = found if isinstance(found, tuple | list) else (found,)
             found = dict(zip(("image", "label"), several, strict=False))
         item = {"label": 0, "key": str(index), **found}
-        known = item["label"] in range(len(self.class_names))
-        return {"caption": self.class_names[item["label"]] if known else "", **item}
+        label = whole_number(item["label"])
+        known = label is not None and label in range(len(self.class_names))
+        return {"caption": self.class_names[label] if known else "", **item}
+
+    def state(self) -> Iterator[str]:
+        return state_of(self.dataset)
 
 
 class Relabelled(Dataset[dict[str, Any]]):

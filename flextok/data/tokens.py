@@ -66,10 +66,7 @@ class TokenDataset(Dataset):
     def __init__(self, path: str | Path) -> None:
         self.store = PartStore.open(path, CACHE)
         self.manifest = self.store.manifest
-        names = self.manifest.get("class_names")
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise ValueError(f"{path} is damaged (class_names must be texts): make it again")
-        self.class_names: list[str] = names
+        self.class_names = names = self.store.texts("class_names")
         self.text: TextCache | None = None
         self.store.verify()
         self.indices = self.store.column("indices", keep=True)

@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from flextok.data.augmentation import Augmentation
+from flextok.data.labels import whole_number
 from flextok.images import (
     Picture,
     as_picture,
@@ -108,8 +109,9 @@ class ImageTransform:
         self, item: Mapping[str, Any], generator: torch.Generator | None = None
     ) -> dict[str, Any]:
         """An image set's item as training reads it: the image transformed, to "size" where a bucket
-        has set one, and the label. An item of a latent cache is ready."""
+        has set one, and the label, 0 for what is no whole number. An item of a latent cache is
+        ready."""
         if "latents" in item:
             return dict(item)
         image = self(item["image"], generator, item.get("size"))
-        return {"image": image, "label": item["label"]}
+        return {"image": image, "label": whole_number(item.get("label")) or 0}

@@ -32,11 +32,18 @@ class Guard:
     It refuses hosts other than this machine's (403: another name may be a stranger's page that
     points at this address), requests of other pages (403) and requests of more than `max_request`
     bytes (413), ends those of clients that neither send nor read, and puts a content security
-    policy on every answer. hosts: names to answer to beside the loopback ones; None = any address
-    in digits too, which no foreign name can stand for."""
+    policy on every answer. hosts: names to answer to beside the loopback ones, in capitals or not.
+    addresses: answer to any address in digits too, which no foreign name can stand for."""
 
-    def __init__(self, app: ASGIApp, max_request: int, hosts: Collection[str] | None = ()):
-        self.app, self.max_request, self.hosts = app, max_request, hosts
+    def __init__(
+        self,
+        app: ASGIApp,
+        max_request: int,
+        hosts: Collection[str] = (),
+        addresses: bool = False,
+    ):
+        self.app, self.max_request, self.addresses = app, max_request, addresses
+        self.hosts = {host.lower() for host in (*LOOPBACK, *hosts)}
         self.in_flight = 0  # bytes of the requests that are being answered
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -84,9 +91,7 @@ class Guard:
     def answers_to(self, host: str) -> bool:
         """host: a request's header, a name or an address, perhaps with a port."""
         try:
-            name = urlsplit(f"//{host}").hostname or ""
-            if name in (*LOOPBACK, *(self.hosts or ())):
-                return True
-            return self.hosts is None and bool(ipaddress.ip_address(name))
+            name = urlsplit(f"//{host}").hostname or ""  # in small letters
+            return name in self.hosts or (self.addresses and bool(ipaddress.ip_address(name)))
         except ValueError:
             return False

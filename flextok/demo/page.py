@@ -28,10 +28,14 @@ LONGEST_ERROR = 500  # characters: an error may repeat the value that caused it
 
 
 def make_app(
-    studio: Studio, limits: Limits, max_queue: int = 16, hosts: Collection[str] | None = ()
+    studio: Studio,
+    limits: Limits,
+    max_queue: int = 16,
+    hosts: Collection[str] = (),
+    addresses: bool = False,
 ) -> guard.Guard:
-    """max_queue: requests that may wait while one is worked on; more are turned away. hosts: names
-    to answer to, see Guard."""
+    """max_queue: requests that may wait while one is worked on; more are turned away. hosts,
+    addresses: what to answer to, see Guard."""
     folder = resources.files("flextok.demo")
     texts = {path: folder.joinpath(name).read_text("utf-8") for path, (name, _) in FILES.items()}
     start = studio.describe(limits)
@@ -46,7 +50,7 @@ def make_app(
     routes = [Route(path, file) for path in FILES]
     routes.append(Route("/models.json", models))
     routes.append(Route("/draw", Draw(studio, limits, max_queue), methods=["POST"]))
-    return guard.Guard(Starlette(routes=routes), limits.max_request, hosts)
+    return guard.Guard(Starlette(routes=routes), limits.max_request, hosts, addresses)
 
 
 class Draw:

@@ -102,6 +102,7 @@ def make_job(
     cells = list(cells or [Cell(model.num_tokens)])
     decoding = [decoding_of(tokenizer, cell, options, model.num_tokens) for cell in cells]
     sampling = generator.generate_options(options.sampling) if generator else None
+    check_weights(options)
     dtype = next(tokenizer.parameters()).dtype
     setting = Setting(tokenizer.device, dtype, tokenizer.vocab_size, options.inception_weights)
     evaluators = load_evaluators(options.networks, setting)
@@ -109,6 +110,17 @@ def make_job(
     if options.save_reference and len(job.networks) != 1:
         raise ValueError("a reference file holds one network's features: choose one of --networks")
     return job
+
+
+def check_weights(options: Options) -> None:
+    """Raise ValueError for weights of Inception that no network asked for would read."""
+    networks = options.networks
+    if options.inception_weights and networks is not None and "inception" not in networks:
+        asked = ", ".join(networks) or "none"
+        raise ValueError(
+            f"--inception-weights are for the network inception, and --networks are {asked}: add "
+            "inception there, or leave the weights out"
+        )
 
 
 def decoding_of(tokenizer: Tokenizer, cell: Cell, options: Options, total: int) -> Any:

@@ -7,6 +7,9 @@ ten thousand images for precision and recall. Ours states besides what it was ma
 
 import hashlib
 import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
@@ -22,6 +25,8 @@ from flextok.evaluation.features import FeatureNetwork, file_hash
 from flextok.files import atomic_write
 
 FACTS = ("count", "image_size", "network", "weights")  # that our files state
+# what zipfile and numpy raise; ValueErrors say what they are of
+DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, KeyError, OSError, NotImplementedError)
 BATCH = 32  # ADM's file is 2 GB: its images are read a few at a time
 
 
@@ -37,7 +42,7 @@ class Reference:
         if not self.path.is_file() or not zipfile.is_zipfile(self.path):
             raise ValueError(f"reference {path} is not an .npz file: give ADM's or one of ours")
         self.hash = file_hash(self.path)
-        with np.load(self.path, allow_pickle=False) as file:
+        with damage_named(self.path), np.load(self.path, allow_pickle=False) as file:
             names = set(file.files)
             facts = {k: file[k].item() for k in FACTS if k in file}
             moments = (file["mu"], file["sigma"]) if {"mu", "sigma"} <= names else None
@@ -84,7 +89,8 @@ class Reference:
         return Statistics(mean, covariance, None if count is None else int(count))
 
     def _images_shape(self) -> tuple[int, ...]:
-        with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as stream:
+        opened = zipfile.ZipFile(self.path)
+        with damage_named(self.path), opened as archive, archive.open("arr_0.npy") as stream:
             shape, dtype = read_header(stream)
         if len(shape) != 4 or shape[1] != shape[2] or shape[3] != 3 or dtype != np.uint8:
             raise ValueError(
@@ -103,10 +109,22 @@ class Reference:
             read_header(stream)
             for start in range(0, number, BATCH):
                 size = min(BATCH, number - start)
-                flat = np.frombuffer(stream.read(size * pixels), dtype=np.uint8)
+                with damage_named(self.path):
+                    flat = np.frombuffer(stream.read(size * pixels), dtype=np.uint8)
+                    if len(flat) < size * pixels:
+                        raise EOFError("arr_0 ends too early")
                 batch = torch.from_numpy(flat.reshape(size, *shape).copy()).movedim(-1, 1)
                 rows.append(self.network(batch).pooled.cpu())
         return torch.cat(rows)
+
+
+@contextmanager
+def damage_named(path: Path) -> Iterator[None]:
+    """Makes what reading a damaged .npz raises ValueErrors that name it."""
+    try:
+        yield
+    except DAMAGE as error:
+        raise ValueError(f"reference {path} is damaged: {error}") from None
 
 
 class MeasuredReference:

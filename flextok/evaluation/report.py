@@ -17,6 +17,7 @@ from flextok.evaluation.evaluators import FAITHFUL, PLAUSIBLE, Rows
 from flextok.evaluation.job import Job
 from flextok.evaluation.reference import hash_of_images
 from flextok.files import read_mapping, write_text
+from flextok.generators.conditioning import ClassConditioner
 from flextok.schema import NotFinite
 
 REPORT = "report.json"
@@ -66,7 +67,7 @@ def make_report(measured: Measured, names: Mapping[str, str]) -> dict[str, Any]:
             **reference(measured),
             "statistics_dtype": "float64",
             "sample_count": len(labels),
-            "labels": label_balance(labels.tolist()),
+            "labels": label_balance(labels.tolist(), classes_of(job)),
         },
         "results": [result(measured, number, codes) for number in range(len(job.cells))],
         "codes": codes,
@@ -128,11 +129,19 @@ def reference(measured: Measured) -> dict[str, Any]:
     return found
 
 
-def label_balance(labels: list[int]) -> dict[str, Any]:
-    """How many images each class has; FID moves by about 0.1 with it."""
-    counts = Counter(labels).values()
+def classes_of(job: Job) -> int:
+    """How many classes a generator by class has; 0 of any other model."""
+    conditioner = None if job.generator is None else job.generator.conditioner
+    return conditioner.num_classes if isinstance(conditioner, ClassConditioner) else 0
+
+
+def label_balance(labels: list[int], classes: int = 0) -> dict[str, Any]:
+    """How many images each class has; FID moves by about 0.1 with it. classes: how many there are
+    at least, those without images too."""
+    counts = Counter(dict.fromkeys(range(classes), 0) | Counter(labels)).values()
     least, most = min(counts), max(counts)
-    return {"classes": len(counts), "fewest": least, "most": most, "balanced": most - least <= 1}
+    balanced = least > 0 and most - least <= 1
+    return {"classes": len(counts), "fewest": least, "most": most, "balanced": balanced}
 
 
 def warnings(measured: Measured) -> list[str]:
@@ -141,6 +150,11 @@ def warnings(measured: Measured) -> list[str]:
     read = 0 if measured.real is None else len(labels_of(measured.real))
     if lost := measured.asked - read:
         found.append(f"{lost} of {measured.asked} images could not be read and do not count")
+    number, classes = len(labels_of(measured.made)), classes_of(measured.job)
+    if measured.job.options.labels == "balanced" and number < classes:
+        found.append(
+            f"{number} images for {classes} classes, evenly spread: {classes - number} have none"
+        )
     for evaluator in measured.job.evaluators:
         found += evaluator.warnings(measured.rows("0"))
     return list(dict.fromkeys(found))

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,12 +22,13 @@ from flextok.evaluation.report import (
     REPORT,
     Measured,
     check_output,
+    classes_of,
     labels_of,
     make_report,
     write_report,
 )
 from flextok.evaluation.sources import Batch, Images, Prompts, Show
-from flextok.files import read_mapping
+from flextok.files import only_one, read_mapping
 from flextok.generators.base import Generator
 from flextok.generators.conditioning import NULL_CLASS, ClassConditioner, TextConditioner
 from flextok.tokenizers.base import Tokenizer
@@ -154,6 +155,8 @@ def load_references(job: Job, stored: str | None) -> None:
             f"{stored} states neither how many images to generate nor of which classes: give "
             "num_samples, and labels=balanced"
         )
+    if stored is not None and options.save_reference:
+        raise ValueError(f"{stored} holds statistics already: leave --save-reference out")
     if (wanted := stored or options.reference) is None:
         return
     if not job.networks:
@@ -181,29 +184,36 @@ def in_classes_of(job: Job, data: Any) -> Any:
 
 
 def prompts_of(job: Job, number: int, real: PartStore | None) -> Prompts:
-    """What each of `number` samples is generated from: the captions of the images, in order and
-    over again, their labels, or all classes alike."""
-    assert job.generator is not None
-    numbers, conditioner = torch.arange(number), job.generator.conditioner
+    """What each of `number` samples is generated from: the captions of the images, their labels, or
+    all classes alike, each in order; see `spread`."""
     if real is not None and (reads_prompts(job) or job.options.labels == "data"):
         known = labels_of(real)
-        labels = known[numbers % len(known)]
+        chosen = spread(number, len(known))
         if not reads_prompts(job):
-            return Prompts(labels, labels)
+            return Prompts(known[chosen], known[chosen])
         captions = real.column("caption").texts()
-        return Prompts([captions[i % len(captions)] for i in range(number)], labels)
-    by_class = isinstance(conditioner, ClassConditioner)
-    labels = numbers % conditioner.num_classes if by_class else numbers * 0 + NULL_CLASS
+        return Prompts([captions[i] for i in chosen], known[chosen])
+    classes = classes_of(job)
+    labels = torch.tensor(spread(number, classes) if classes else [NULL_CLASS] * number)
     return Prompts(labels, labels)
+
+
+def spread(number: int, total: int) -> list[int]:
+    """`number` of `total` items, evenly spread; more than there are take them over and over."""
+    return [i * total // number if number < total else i % total for i in range(number)]
 
 
 @contextmanager
 def folder_of(output: str | Path | None) -> Iterator[Path]:
     if output is not None:
-        Path(output).mkdir(parents=True, exist_ok=True)
-        if processes.rank() == 0:  # what lies there until this one is done would be another's
-            check_output(Path(output)).unlink(missing_ok=True)
-        yield Path(output)
+        folder = Path(output)
+        folder.mkdir(parents=True, exist_ok=True)
+        first = processes.rank() == 0
+        with only_one(folder) if first else nullcontext():
+            if first:  # what lies there until this one is done would be another's
+                check_output(folder).unlink(missing_ok=True)
+            processes.barrier()  # before that the folder may be another evaluation's
+            yield folder
     elif processes.count() > 1:
         raise ValueError("several processes need an output folder, which they share")
     else:

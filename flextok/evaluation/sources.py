@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from flextok.data.loading import failures_in_one_line, make_loader
 from flextok.data.pictures import UNLABELLED
-from flextok.data.sets import adapt
+from flextok.data.sets import adapt, data_files
 from flextok.data.stream import EvaluationSet, Item, as_it_is, collate
 from flextok.data.transforms import ImageTransform
 from flextok.draws import CODES, NOISE, row_generators
@@ -54,9 +54,12 @@ class Images(Dataset):
         return readable(self, sorted({0, len(self) // 2, len(self) - 1}))
 
     def identity(self) -> str:
-        """A hash of a few images: enough to distinguish data sets."""
+        """A hash of a few images, which distinguishes data sets, and of the state of the files
+        behind all of them, as far as the data set lists them: one may have been replaced."""
+        few = self.few()
         return hash_of(
-            *((i["label"], i["caption"], image_hashes(i["image"][None]).item()) for i in self.few())
+            *((i["label"], i["caption"], image_hashes(i["image"][None]).item()) for i in few),
+            data_files(self.dataset),
         )
 
 

@@ -21,7 +21,7 @@ from flextok.images import Pictures
 from flextok.nn.attention import Attention
 from flextok.nn.blocks import SegmentModulation
 from flextok.nn.devices import check_finite, to_device
-from flextok.places import WEIGHTS
+from flextok.places import WEIGHTS, check_layout
 from flextok.quantizers import QUANTIZERS
 from flextok.schema import Bounds, ConfigError, Depth, Size, build
 from flextok.tokenizers.base import (
@@ -341,10 +341,11 @@ class FlexTok(Tokenizer):
         """Write model.safetensors as the published FlexTok code reads it, its config in the file's
         metadata, for others' programs, but no length head. Raises ValueError for what that layout
         does not have: VAEs other than AutoencoderKL, iFSQ's bound, drop_mode "truncate", a drawer.
-        """
+        And for a folder with a config.json, another model's, whose weights would be lost."""
         state = {k: v for k, v in self.state_dict().items() if not k.startswith("length_head.")}
         tensors, metadata = to_published(self.written_config(None), state)
         folder = Path(folder)
+        check_layout(folder, "published")
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {key: value.detach().contiguous().cpu() for key, value in tensors.items()}
         atomic_write(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata))

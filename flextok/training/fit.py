@@ -1,7 +1,6 @@
 """Training from Python: fit() trains any objective on any torch data set."""
 
 import logging
-import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -19,7 +18,7 @@ from flextok.data.buckets import sort_into
 from flextok.data.datamodule import DataModule
 from flextok.data.latents import LatentDataset
 from flextok.data.loading import failures_in_one_line
-from flextok.data.processes import this_process
+from flextok.data.processes import is_first
 from flextok.data.sets import adapt
 from flextok.data.stream import Item, as_it_is, collate
 from flextok.data.transforms import ImageTransform
@@ -38,7 +37,15 @@ from flextok.training.graphs import replayed
 from flextok.training.module import TrainingModule
 from flextok.training.optim import make_optimizer
 from flextok.training.options import FitOptions
-from flextok.training.record import Record, end_message, is_finished, start_message
+from flextok.training.record import (
+    NOTHING_TO_DO,
+    Record,
+    check_start,
+    describe,
+    end_message,
+    is_finished,
+    start_message,
+)
 from flextok.training.saving import Checkpoints
 from flextok.training.sharding import compile_blocks, is_sharded
 from flextok.training.trainer import check_devices, device_type, make_trainer
@@ -72,7 +79,8 @@ def fit(
     options.output_dir becomes a model folder for from_pretrained. It also holds checkpoints/,
     logs/, pictures/ and starts/ (how the run was started each time). A kill at any moment loses
     nothing: the same call continues to the same weights. Raises Interrupted where a signal stopped
-    the run, after it is saved.
+    the run, after it is saved, and ConfigError where output_dir has a run of a model, an objective
+    or an optimizer that is not this one's, or a finished run of other settings.
 
     callbacks: Lightning's or your own, beside those that every run has. experiment: what
     output_dir's config.yaml is to hold."""
@@ -84,13 +92,19 @@ def fit(
     if isinstance(validation_set, LatentDataset):
         raise ConfigError("validation_set is a LatentDataset: validation reads images, give those")
     folder = Path(options.output_dir)
-    # LOCAL_RANK alone: Lightning started this process, torchrun or SLURM did not
-    leads = this_process().rank == 0 and int(os.environ.get("LOCAL_RANK", 0)) == 0
+    leads = is_first()
     with only_one(folder) if leads else nullcontext(), writing(folder, only_full=True):
         checkpoints, validates = folder / "checkpoints", validation_set is not None
         newest = max(list_checkpoints(checkpoints), default=0) if options.resume else 0
+        if newest and experiment is None:  # else train() has compared it
+            changes = check_start(folder, options, objective, newest)
+            if changes and leads:
+                log.info("with other settings from here on: %s", describe(changes))
         if newest and is_finished(folder, newest, options.max_steps, validates):
+            log.warning(NOTHING_TO_DO, folder, newest)
             return take_over(objective.model, folder)
+        if leads:
+            check_warmup(options)
         L.seed_everything(options.seed, verbose=False)
         objective.prepare()
         if isinstance(train_set, LatentDataset):
@@ -181,6 +195,18 @@ def check_sharding(objective: Objective, options: FitOptions) -> None:
     for name in (name for name, value in asked.items() if value):
         raise ConfigError(
             f"trainer.strategy=fsdp2 shards the model, and {name} needs it whole: take ddp"
+        )
+
+
+def check_warmup(options: FitOptions) -> None:
+    """Warn of a learning rate that still rises when the run ends."""
+    warmup, steps = options.optim.warmup_steps, options.max_steps
+    if warmup >= steps:
+        log.warning(
+            "optim.warmup_steps=%d is not below trainer.max_steps=%d: the learning rate rises to "
+            "the last step, to %.3g%% of optim.lr, and never falls; set optim.warmup_steps to %d, "
+            "say, or raise trainer.max_steps",
+            *(warmup, steps, 100 * steps / warmup, steps // 20),
         )
 
 

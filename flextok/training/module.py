@@ -117,6 +117,18 @@ class TrainingModule(L.LightningModule):
                 number[names[i]]: state for i, state in saved["state"].items() if names[i] in number
             }
             saved["param_groups"] = optimizer.state_dict()["param_groups"]
+        if "loops" in checkpoint:
+            self.recount_batches(checkpoint)
+
+    def recount_batches(self, checkpoint: dict[str, Any]) -> None:
+        """Lightning counts batches, and places accumulation and validations by them: count those of
+        the checkpoint's steps with the present number of batches a step."""
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        batches = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
+        for part in ("total", "current"):
+            # one more than are "completed" in a checkpoint that was saved at a step's end
+            missing = batches - progress[part]["ready"]
+            progress[part] = {name: count + missing for name, count in progress[part].items()}
 
     def on_train_start(self) -> None:
         """A run that continues takes its optimizer's settings from the options, and from the

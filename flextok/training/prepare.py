@@ -95,7 +95,7 @@ def cached_latents(config: ExperimentConfig, objective: Objective, dataset: Any)
     )
     model.to("cpu")
     store.wait()
-    return LatentDataset(folder)
+    return LatentDataset(folder, verify=False)  # just made or checked
 
 
 def prepare_generator(config: ExperimentConfig) -> Run:
@@ -132,8 +132,6 @@ def prepare_generator(config: ExperimentConfig) -> Run:
     model = objective.model
     remember_tokenizer(model, folder, tokenizer, config.tokenizer)
     number = config.trainer.num_pictures
-    cond: Tensor | Text = torch.arange(number) % max(1, len(class_names))
-    names = None
     if isinstance(model.conditioner, TextConditioner):
         pinned = model.conditioner.pinned(model.config.conditioner)
         model.config = replace(model.config, conditioner=pinned)
@@ -141,12 +139,13 @@ def prepare_generator(config: ExperimentConfig) -> Run:
             if tokens is not None:
                 add_text(model.conditioner, cache / part / "text", tokens, config)
         load_encoder.cache_clear()  # from here on the cached rows do
-        shown = validation_set or train_set
-        assert shown.text is not None, "add_text sets it"
-        names = list(dict.fromkeys(shown.captions))[:number]
-        cond = Text.pad([shown.text[name] for name in names])
     callbacks = evaluation(config, tokenizer, model)
     if validation_set is not None and number:
+        cond: Tensor | Text = torch.arange(number) % max(1, len(class_names))
+        names = None
+        if validation_set.text is not None:
+            names = list(dict.fromkeys(validation_set.captions))[:number]
+            cond = Text.pad([validation_set.text[name] for name in names])
         callbacks.append(Images(folder / "pictures", draw_generations(tokenizer, cond, names)))
     seen: Any = train_set
     if config.data.class_balance:

@@ -20,19 +20,28 @@ import torch
 import flextok
 from flextok.autoencoder import Autoencoder
 from flextok.card import count_parameters
-from flextok.config import ExperimentConfig, load_experiment, save_experiment
+from flextok.config import (
+    ExperimentConfig,
+    LoadingConfig,
+    TrainerConfig,
+    load_experiment,
+    save_experiment,
+)
 from flextok.convert.autoencoder import OURS
 from flextok.data.augmentation import Augmentation
 from flextok.data.datamodule import DataModule
 from flextok.files import atomic_write, read_mapping, write_text
 from flextok.generators import Generator
 from flextok.hub import look_up
+from flextok.objectives import OBJECTIVES, Objective
 from flextok.places import CONFIG, find_weights
-from flextok.schema import ConfigError, to_mapping
+from flextok.schema import ConfigError, from_mapping, to_mapping
 from flextok.tokenizers.base import Tokenizer
 from flextok.training.module import TrainingModule
+from flextok.training.options import FitOptions
 from flextok.training.saving import Checkpoints, read_validated
 
+NOTHING_TO_DO = "nothing to do: %s is trained to its end, step %d"
 PACKAGES = ("flextok", "torch", "lightning", "numpy", "pillow", "timm", "diffusers", "webdataset")
 log = logging.getLogger(__name__)
 
@@ -62,6 +71,7 @@ IDLE = (
         )
     ),
 )
+MEASURED = ("latents_mean", "latents_std")  # settings of a model that Objective.finish fills in
 Differences = dict[str, tuple[Any, Any]]  # dotted key -> what config.yaml has, what is asked for
 
 
@@ -101,24 +111,79 @@ def check_changes(path: Path, config: ExperimentConfig, step: int) -> Difference
             f"{path} cannot be read ({reason}): write the run's config there again, or pass "
             "resume=false to start over"
         ) from None
-    changes = differences(to_mapping(before), to_mapping(config))
+    moved = f" Data that only moved: correct {path}."
+    return compare(path.parent, to_mapping(before), to_mapping(config), step, moved)
+
+
+def check_start(folder: Path, options: FitOptions, objective: Objective, step: int) -> Differences:
+    """As check_changes, for a run that no experiment describes: what differs from the newest of its
+    starts/."""
+    starts = sorted((folder / "starts").glob("*.json"))
+    if not starts:
+        return {}
+    try:
+        facts = read_mapping(starts[-1], options=dict, objective=dict, model=dict)
+        there = settings(facts["options"], facts["objective"], facts["model"], objective)
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        log.warning("%s: the settings are not compared with the run's: %s", starts[-1], reason)
+        return {}
+    return compare(folder, there, settings(**facts_of(options, objective), like=objective), step)
+
+
+def facts_of(options: FitOptions, objective: Objective) -> dict[str, Any]:
+    """What a start records of the settings of fit()."""
+    names = [name for name, kind in OBJECTIVES.items() if kind is type(objective)]
+    name, model = (names or [type(objective).__name__])[0], objective.model
+    return {
+        "options": {**to_mapping(options), "output_dir": str(options.output_dir)},
+        "objective": {"name": name, **to_mapping(objective.config)},
+        "model": {"name": model.model_type, **to_mapping(model.config)},
+    }
+
+
+def settings(
+    options: Mapping[str, Any], objective: Mapping[str, Any], model: Mapping[str, Any], like: Any
+) -> dict[str, Any]:
+    """The facts of a start by the keys of an experiment. What a start of an older version lacks is
+    filled in: settings by their defaults, names by those of `like`, an objective. Raises
+    ConfigError."""
+    filled = facts_of(from_mapping(FitOptions, options), like)
+    found: dict[str, Any] = {key: filled["options"][key] for key in ("optim", "seed")}
+    for key, config_class in {"trainer": TrainerConfig, "data": LoadingConfig}.items():
+        found[key] = {field.name: filled["options"][field.name] for field in fields(config_class)}
+    kinds = {"objective": (objective, like.config), "model": (model, like.model.config)}
+    for key, (facts, config) in kinds.items():
+        rest = {k: v for k, v in facts.items() if k != "name" and k not in MEASURED}
+        name = facts.get("name", filled[key]["name"])
+        if name == filled[key]["name"]:
+            rest = to_mapping(from_mapping(type(config), rest))
+        found[key] = {"name": name, **rest}
+    return json.loads(json.dumps(found, default=str))
+
+
+def compare(
+    folder: Path, there: Mapping[str, Any], now: Mapping[str, Any], step: int, moved: str = ""
+) -> Differences:
+    """What differs between the settings of the run in `folder`, which has come to `step`, and those
+    of now, and applies from now on. Raises ConfigError naming what cannot. moved: what helps where
+    the data only have another place."""
+    changes = differences(there, now)
     over = "choose another output_dir, or pass resume=false to start over there"
     for what, parts in FIXED.items():
         if fixed := {k: v for k, v in changes.items() if within(k, parts)}:
-            moved = f" Data that only moved: correct {path}." if what == "other data" else ""
-            raise ConfigError(
-                f"{path.parent} holds a run of {what} ({describe(fixed)}): {over}.{moved}"
-            )
-    averages = [c.optim.ema_decay > 0 for c in (before, config)]
-    shards = [c.trainer.strategy == "fsdp2" for c in (before, config)]
-    for name, (there, now) in {"optim.ema_decay": averages, "trainer.strategy": shards}.items():
-        if there != now:
+            more = moved if what == "other data" else ""
+            raise ConfigError(f"{folder} holds a run of {what} ({describe(fixed)}): {over}.{more}")
+    averages = [c["optim"]["ema_decay"] > 0 for c in (there, now)]
+    shards = [c["trainer"]["strategy"] == "fsdp2" for c in (there, now)]
+    for name, (before, after) in {"optim.ema_decay": averages, "trainer.strategy": shards}.items():
+        if before != after:
             found = describe({name: changes[name]})
-            raise ConfigError(f"{path.parent}: its checkpoints do not fit {found}: {over}")
+            raise ConfigError(f"{folder}: its checkpoints do not fit {found}: {over}")
     effective = {key: change for key, change in changes.items() if not within(key, IDLE)}
-    if step >= config.trainer.max_steps and effective:
+    if step >= now["trainer"]["max_steps"] and effective:
         raise ConfigError(
-            f"{path.parent} is trained to its end, step {step}, and {describe(effective)} would "
+            f"{folder} is trained to its end, step {step}, and {describe(effective)} would "
             f"change nothing: raise trainer.max_steps to train on, {over}"
         )
     return {k: v for k, v in changes.items() if k in effective or k == "trainer.max_steps"}
@@ -142,15 +207,12 @@ class Record(L.Callback):
         path.parent.mkdir(exist_ok=True)
         source = source_state()
         diff = source.pop("diff", "")
-        objective = pl_module.objective
         facts: dict[str, Any] = {
             "time": now.isoformat(timespec="seconds"),
             "step": trainer.global_step,
             "command": sys.argv,
             "folder": os.getcwd(),
-            "options": to_mapping(pl_module.options),
-            "objective": to_mapping(objective.config),
-            "model": to_mapping(objective.model.config),
+            **facts_of(pl_module.options, pl_module.objective),
             "config": None if self.config is None else to_mapping(self.config),
             "source": source,
             "versions": {"python": platform.python_version(), **versions()},
@@ -174,9 +236,7 @@ def is_finished(folder: Path, step: int, max_steps: int, validates: bool) -> boo
     except ValueError:
         return False
     exported = look_up(document.get(OURS, document), "metadata.step") == step
-    if finished := step >= max_steps and recorded and exported:
-        log.info("nothing to do: %s is trained to its end, step %d", folder, step)
-    return finished
+    return step >= max_steps and recorded and exported
 
 
 def start_message(module: TrainingModule, data: DataModule, trainer: L.Trainer) -> str:

@@ -1,18 +1,20 @@
 """One training run from an experiment: prepare its data and model, then fit()."""
 
 import logging
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import fields
 from pathlib import Path
 
 from flextok.config import ExperimentConfig, LoadingConfig, check_places
+from flextok.data.processes import is_first
+from flextok.files import only_one
 from flextok.schema import from_mapping, to_mapping
 from flextok.storage import CheckpointError
 from flextok.training.checkpoints import list_checkpoints, load_checkpoint
 from flextok.training.fit import fit
 from flextok.training.options import FitOptions
 from flextok.training.prepare import fill_auto, prepare
-from flextok.training.record import check_changes, describe, is_finished
+from flextok.training.record import NOTHING_TO_DO, check_changes, describe, is_finished
 from flextok.training.trainer import check_devices
 
 log = logging.getLogger(__name__)
@@ -33,20 +35,23 @@ def train(config: ExperimentConfig, only_caches: bool = False) -> Path:
     if newest:
         changes = check_changes(stored, config, newest)
         if is_finished(folder, newest, steps, config.data.validation is not None):
+            log.info(NOTHING_TO_DO, folder, newest)
             return folder
         if changes:
             log.info("with other settings from here on: %s", describe(changes))
-    objective, train_set, validation_set, callbacks = prepare(config)
     if only_caches:
+        prepare(config)
         return folder
-    fit(
-        objective,
-        train_set,
-        validation_set,
-        options=fit_options(config),
-        callbacks=callbacks,
-        experiment=config,
-    )
+    with only_one(folder) if is_first() else nullcontext():  # before the caches are filled
+        objective, train_set, validation_set, callbacks = prepare(config)
+        fit(
+            objective,
+            train_set,
+            validation_set,
+            options=fit_options(config),
+            callbacks=callbacks,
+            experiment=config,
+        )
     return folder
 
 
