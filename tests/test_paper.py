@@ -261,7 +261,7 @@ def test_a_short_run_trains_measures_and_writes_the_page(tmp_path, capsys, monke
     write_idx(data, {"train": 128, "test": 40}, packed=True)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     command = ["--budget", "short", "--root", str(data), "--output", str(output)]
-    asked = [paper.SHOWN, "drawer", "titok_8", "gpt_class"]
+    asked = ["flextok", "drawer", "titok_8", "gpt_class"]
     paper.main([*command, "--only", *asked])
     runs = set(paper.with_needed(asked))
     folder = output / "short"
@@ -270,14 +270,14 @@ def test_a_short_run_trains_measures_and_writes_the_page(tmp_path, capsys, monke
     assert json.loads((folder / "classifier.json").read_text())["accuracy"] > 0.5
     # tokens first: what comes after it leaves the encoder as it is, and the codes with it
     weights = {n: load_file(folder / n / "seed-0/model.safetensors") for n in runs - {"gpt_class"}}
-    stages = {paper.SHOWN: "tokens", "flextok_once": "tokens_once", "drawer": "tokens_once"}
+    stages = {"flextok": "tokens", "flextok_once": "tokens_once", "drawer": "tokens_once"}
     for name, start in stages.items():
         for key, value in weights[start].items():
             frozen = name == "drawer" or not key.startswith("decoder.")
             assert torch.equal(weights[name][key], value) or not frozen, (name, key)
         assert results[name]["report"]["codes"] == results[start]["report"]["codes"]
     head = "decoder.head.weight"
-    assert not torch.equal(weights[paper.SHOWN][head], weights["tokens"][head])
+    assert not torch.equal(weights["flextok"][head], weights["tokens"][head])
     assert [r["num_tokens"] for r in results["titok_8"]["report"]["results"]] == [8]
     for name in {*stages, *stages.values()}:
         rows = results[name]["report"]["results"]
@@ -288,7 +288,7 @@ def test_a_short_run_trains_measures_and_writes_the_page(tmp_path, capsys, monke
     assert set(results["gpt_class"]["variants"]) == {"guidance 1.5", "guidance 2"}
     # the page has their numbers, and says of the others that they were not run
     page = (folder / "paper.md").read_text("utf-8")
-    row = results[paper.SHOWN]["report"]["results"][5]["scores"]
+    row = results["flextok"]["report"]["results"][5]["scores"]
     begin, end = "| our recipe | 1 |", f" {row['psnr']:.2f} |"
     (line,) = {s for s in page.splitlines() if s.startswith(begin) and s.endswith(end)}
     assert line.count("|") == 9
