@@ -83,8 +83,8 @@ class Adapted(Dataset[dict[str, Any]]):
             found = dict(zip(("image", "label"), several, strict=False))
         item = {"label": 0, "key": str(index), **found}
         label = whole_number(item["label"])
-        known = label is not None and label in range(len(self.class_names))
-        return {"caption": self.class_names[label] if known else "", **item}
+        named = label is not None and label in range(len(self.class_names))
+        return {"caption": self.class_names[label or 0] if named else "", **item}
 
     def state(self) -> Iterator[str]:
         return state_of(self.dataset)

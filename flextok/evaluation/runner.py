@@ -217,8 +217,8 @@ def folder_of(output: str | Path | None) -> Iterator[Path]:
     elif processes.count() > 1:
         raise ValueError("several processes need an output folder, which they share")
     else:
-        with TemporaryDirectory() as folder:
-            yield Path(folder)
+        with TemporaryDirectory() as temporary:
+            yield Path(temporary)
 
 
 def finish(job: Job, measured: Measured, folder: Path, names: Mapping[str, str]) -> dict[str, Any]:
