@@ -49,7 +49,7 @@ HERE = Path(__file__).parent / "fashion_mnist"
 RECIPES = {path.stem: path for path in sorted((HERE / "recipes").glob("*.yaml"))}
 PAGE = Path(__file__).parents[1] / "docs/paper.md"
 PUBLISHED = HERE / "results"  # <budget>/<recipe>/seed-<n>.json, and the budget's classifier
-SHOWN = "flextok_once"  # the recipe of sections 3 and 4 and of the figures
+SHOWN = "flextok"  # the recipe of sections 3 and 4 and of the figures
 CURVES = {  # scores that are drawn -> their names
     "frechet_classifier": "Fréchet distance (lower is better)",
     "sharpness": "sharpness (1 is right)",

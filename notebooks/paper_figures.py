@@ -39,7 +39,7 @@ RUNS = Path("../outputs/paper/full")  # where make paper puts its models
 STORED = Path("../docs/pictures/paper")
 RESULTS = Path("../experiments/fashion_mnist/results/full")
 LENGTHS = [1, 2, 4, 8, 16, 32]
-RECIPE = "flextok_once"  # the tokenizer
+RECIPE = "flextok"  # the tokenizer
 
 classes = list(FashionMNIST.class_names)
 ready = (RUNS / RECIPE / "seed-0/model.safetensors").exists()

@@ -82,7 +82,7 @@ def test_what_is_compared_has_equal_parameters_and_samples(full):
         sizes = [parameters(full, recipe) for recipe in recipes]
         assert max(sizes) <= 1.1 * min(sizes), table
     images = {}
-    for recipe in (*full.file.tables["reconstruction"]["rows"], "near_noise", "flow"):
+    for recipe in (*paper.recipes_of(full.file, "reconstruction"), "near_noise", "flow"):
         chain = [recipe, *full_chain(recipe)]
         configs = [full.config(name, 0) for name in chain]
         images[recipe] = sum(c.trainer.max_steps * c.data.batch_size for c in configs)
