@@ -83,10 +83,10 @@ def read_mapping(path: Path, **types: type) -> dict[str, Any]:
 
 
 @contextmanager
-def only_one(folder: Path) -> Iterator[None]:
+def only_one(folder: Path, leave: bool = True) -> Iterator[None]:
     """Makes the folder this process's own for as long as it lives: a second one gets ValueError,
     and so does another thread; the same thread may enter again. A file system without locks gets a
-    warning."""
+    warning. leave: whether the lock's file stays."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     key = folder.resolve()
@@ -104,11 +104,24 @@ def only_one(folder: Path) -> Iterator[None]:
             if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
                 raise ValueError(BUSY.format(folder=folder)) from None
             log.warning("%s: no locks here (%s): do not start a second run there", folder, error)
+        if not is_at(file, folder / LOCK):  # the one that had it has removed the file
+            raise ValueError(BUSY.format(folder=folder))
         _held[key] = threading.get_ident()
         try:
             yield
         finally:
+            if not leave:
+                with suppress(OSError):  # Windows removes no open file
+                    (folder / LOCK).unlink()
             _held.pop(key, None)
+
+
+def is_at(file: IO[bytes], path: Path) -> bool:
+    """Whether an open file is the one that lies there."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 @contextmanager

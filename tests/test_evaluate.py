@@ -35,7 +35,7 @@ from flextok.evaluation.features import EfficientNetLite0, Features
 from flextok.evaluation.metrics import cosine_distance, psnr, sharpness, to_8_bit
 from flextok.evaluation.reference import Reference, save_reference
 from flextok.evaluation.runner import PART, spread
-from flextok.files import LOCK, only_one
+from flextok.files import only_one
 from flextok.generators import GPT, MaskGIT, MaskGITConfig
 from flextok.schema import NotFinite
 from flextok.tokenizers import TiTok, TiTokConfig
@@ -82,8 +82,8 @@ def tokenizer(**changes):
 
 
 def names_in(folder) -> list[str]:
-    """What lies in an output folder, but for its lock, which stays."""
-    return sorted(path.name for path in folder.iterdir() if path.name != LOCK)
+    """What lies in an output folder."""
+    return sorted(path.name for path in folder.iterdir())
 
 
 def comparable(report) -> dict:

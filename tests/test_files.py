@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from flextok import viz
 from flextok.cli import main
-from flextok.files import WriteError, atomic_write
+from flextok.files import WriteError, atomic_write, only_one
 
 
 @pytest.fixture
@@ -87,3 +87,21 @@ def test_an_error_of_the_program_stays_what_it_is(tmp_path):
 def test_a_picture_of_no_known_format_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"picture must end in \.png"):
         viz.save(Image.new("RGB", (4, 4)), tmp_path / "picture")
+
+
+def test_a_lock_that_was_removed_is_nobodys(tmp_path, monkeypatch):
+    """The one that had it removed the file when another had just opened it."""
+
+    def lock_later(file):
+        (tmp_path / ".lock").unlink()
+
+    with only_one(tmp_path, leave=False):
+        assert (tmp_path / ".lock").exists()
+    assert list(tmp_path.iterdir()) == []
+    with monkeypatch.context() as patched:
+        patched.setattr("flextok.files.lock", lock_later)
+        with pytest.raises(ValueError, match="at work in"), only_one(tmp_path):
+            pytest.fail("the folder is another's")
+    with only_one(tmp_path):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]

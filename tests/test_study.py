@@ -47,8 +47,9 @@ def test_a_study_trains_and_measures_once(picture_folder, tmp_path, monkeypatch,
     run.main(["--steps", "2", "--seeds", "0", *common])
     printed = capsys.readouterr().out
     assert "2 steps of 2, 6 pictures" in printed
-    # plausible: Frechet and kernel distance, sharpness; faithful: feature distance, PSNR, SSIM
-    assert printed.count("| cross_length | 1 |") == 6
+    # plausible: Frechet and kernel distance, precision, recall, sharpness
+    # faithful: feature distance, PSNR, SSIM
+    assert printed.count("| cross_length | 1 |") == 8
     results = {
         name: json.loads((tmp_path / "runs" / name / "seed-0/result.json").read_text())
         for name in ("base", "cross_length")

@@ -209,7 +209,7 @@ def folder_of(output: str | Path | None) -> Iterator[Path]:
         folder = Path(output)
         folder.mkdir(parents=True, exist_ok=True)
         first = processes.rank() == 0
-        with only_one(folder) if first else nullcontext():
+        with only_one(folder, leave=False) if first else nullcontext():
             if first:  # what lies there until this one is done would be another's
                 check_output(folder).unlink(missing_ok=True)
             processes.barrier()  # before that the folder may be another evaluation's
