@@ -522,9 +522,10 @@ def draw_figures(study: Study, folder: Path) -> None:
     if curves:
         viz.save(viz.curves(curves, "tokens", logarithmic=True), folder / "curves.png")
     if generated := generated_rows(study):
-        viz.save(viz.grid(*labelled(generated), scale=3), folder / "generated.png")
-    strips, compared = ("near_noise", "flow", SHOWN, "drawer"), [name for name, _ in COMPARED]
-    here = {n: load(study.place(n, 0)) for n in {*strips, *compared} if trained_here(study, n)}
+        viz.save(labelled_grid(generated), folder / "generated.png")
+    strips = ("near_noise", "flow", SHOWN, "drawer")
+    drawn = {*strips, *(recipe for recipe, _ in COMPARED)}
+    here = {name: load(study.place(name, 0)) for name in drawn if trained_here(study, name)}
     if not here:
         return
     dataset = FashionMNIST(study.root, "test", limit=study.budget.images)
@@ -541,9 +542,9 @@ def draw_figures(study: Study, folder: Path) -> None:
     rows = [("original", shown)]
     for recipe, k in COMPARED:
         if model := here.get(recipe):
-            label = f"{row_label(study, 'reconstruction', recipe).partition(',')[0]}, {k}"
+            label = short_label(study, "reconstruction", recipe, k)
             rows.append((label, reconstruct_prefixes(model, shown, [k])[k]))
-    viz.save(viz.grid(*labelled(rows), scale=3), folder / "tokenizers.png")
+    viz.save(labelled_grid(rows), folder / "tokenizers.png")
 
 
 def trained_here(study: Study, recipe: str) -> bool:
@@ -552,13 +553,15 @@ def trained_here(study: Study, recipe: str) -> bool:
     return all((place / name).exists() for name in ("result.json", "model.safetensors"))
 
 
-def row_label(study: Study, table: str, row: str) -> str:
-    return study.file.tables[table]["rows"][row]
+def short_label(study: Study, table: str, recipe: str, num_tokens: int) -> str:
+    """What a table's label of a recipe begins with, and a number of tokens."""
+    begin, _, _ = study.file.tables[table]["rows"][recipe].partition(",")
+    return f"{begin}, {num_tokens}"
 
 
-def labelled(rows: list[tuple[str, Tensor]]) -> tuple[list[Tensor], None, list[str]]:
-    """What viz.grid takes."""
-    return [images for _, images in rows], None, [label for label, _ in rows]
+def labelled_grid(rows: list[tuple[str, Tensor]]) -> Any:
+    labels, images = zip(*rows, strict=True)
+    return viz.grid(list(images), row_labels=list(labels), scale=3)
 
 
 def mean_points(runs: list[dict[str, Any]], score: str) -> list[tuple[float, float]]:
@@ -583,8 +586,7 @@ def generated_rows(study: Study) -> list[tuple[str, Tensor]]:
         images = generate_images(
             generator, tokenizer, list(FashionMNIST.class_names), lengths, sampling=sampling
         )
-        label = row_label(study, "generation", recipe).partition(",")[0]
-        found += [(f"{label}, {k}", images[k]) for k in lengths]
+        found += [(short_label(study, "generation", recipe, k), images[k]) for k in lengths]
     return found
 
 

@@ -218,7 +218,7 @@ def read_model(path: str | Path, subfolder: str = "", **hub: "Unpack[HubOptions]
     state, metadata = (read_shards if is_index else read_tensors)(weights)
     if folder is not None and (folder / ADAPTER_CONFIG).is_file():
         state = on_base(folder, state)
-    if isinstance(document.get("model_type"), str) and isinstance(document.get("config"), dict):
+    if is_ours(document):
         try:
             facts = check_metadata(document.get("metadata", {}))
         except ConfigError as error:
@@ -307,6 +307,11 @@ def check_layout(folder: Path, layout: str) -> None:
         )
 
 
+def is_ours(document: Mapping[str, Any]) -> bool:
+    """Whether a config.json is of our layout."""
+    return isinstance(document.get("model_type"), str) and isinstance(document.get("config"), dict)
+
+
 def layout_of(folder: Path) -> str | None:
     """The layout, a key of LAYOUTS, that a folder's files state; None for none of these."""
     if (folder / PIPELINE).is_file():
@@ -317,7 +322,7 @@ def layout_of(folder: Path) -> str | None:
         document = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     except CheckpointError:  # damaged: there is nothing to lose
         return None
-    if isinstance(document.get("model_type"), str) and isinstance(document.get("config"), dict):
+    if is_ours(document):
         return "flextok"
     return "diffusers" if isinstance(document.get("_class_name"), str) else None
 

@@ -82,9 +82,9 @@ class Adapted(Dataset[dict[str, Any]]):
             several = found if isinstance(found, tuple | list) else (found,)
             found = dict(zip(("image", "label"), several, strict=False))
         item = {"label": 0, "key": str(index), **found}
-        label = whole_number(item["label"])
-        named = label is not None and label in range(len(self.class_names))
-        return {"caption": self.class_names[label or 0] if named else "", **item}
+        label, names = whole_number(item["label"]), self.class_names
+        caption = names[label] if label is not None and label in range(len(names)) else ""
+        return {"caption": caption, **item}
 
     def state(self) -> Iterator[str]:
         return state_of(self.dataset)

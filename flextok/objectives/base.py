@@ -136,16 +136,16 @@ def begin_with(model: Pretrained, trained: Pretrained, without: tuple[str, ...] 
         if name not in state or name not in ours:
             continue
         old, new = state[name], ours[name]
-        pairs = [(i, i) for i in range(min(len(old), len(new)))]
+        before, now = len(old), len(new)
         if how == "classes":
             conditioners: list[Any] = [m.get_submodule("conditioner") for m in (trained, model)]
             before, now = (conditioner.num_classes for conditioner in conditioners)
-            pairs = [(i, i) for i in range(min(before, now))]
-            if all(labels):
-                here = {label: i for i, label in enumerate(labels[1])}
-                pairs = [(i, here[label]) for i, label in enumerate(labels[0]) if label in here]
-            if len(old) > before and len(new) > now:  # the one for no class
-                pairs.append((before, now))
+        pairs = [(i, i) for i in range(min(before, now))]
+        if how == "classes" and all(labels):
+            here = {label: i for i, label in enumerate(labels[1])}
+            pairs = [(i, here[label]) for i, label in enumerate(labels[0]) if label in here]
+        if len(old) > before and len(new) > now:  # the one for no class
+            pairs.append((before, now))
         if old.shape == new.shape and pairs == [(i, i) for i in range(len(new))]:
             continue
         if how in ("grid", "flat"):
