@@ -115,7 +115,8 @@ class KLVAE(NeedsWeights):
 
     def load_weights(self, source: str | None = None) -> None:
         """Load pretrained weights from a diffusers folder or hub id. Raises ValueError for those
-        that cannot be read or do not fit this VAE's shape."""
+        that cannot be read or do not fit this VAE's shape, and where they state how their latents
+        are scaled and this VAE's options do not."""
         from diffusers import AutoencoderKL
 
         source = source or self.weights
@@ -125,11 +126,18 @@ class KLVAE(NeedsWeights):
         kwargs = {"local_files_only": True} if isinstance(place, Path) else {}
         try:
             loaded = AutoencoderKL.from_pretrained(place, trust_remote_code=False, **kwargs)
+            stated = from_diffusers(loaded.config)
             self.vae.load_state_dict(loaded.state_dict(), strict=True)
         except (OSError, ValueError, SafetensorError) as error:
             raise ValueError(f"no VAE can be read from {source!r}: {error}") from error
         except RuntimeError as error:
             raise ValueError(f"weights {source!r} do not fit the configured VAE: {error}") from None
+        for name, unstated in {"scaling_factor": 1.0, "latents_mean": None, "latents_std": None}.items():
+            if (needed := stated[name]) != unstated == getattr(self, name):
+                raise ValueError(
+                    f"{source!r} states {name}={needed}, the model's VAE has {unstated}: state model.vae.{name}={needed}, or "
+                    "only the VAE's folder and none of its sizes"
+                )
         self.has_weights = True
 
     def train(self, mode: bool = True) -> "KLVAE":

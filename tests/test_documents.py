@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import yaml
@@ -21,6 +22,7 @@ from PIL import Image
 from flextok import evaluation
 from flextok.cli import common, main, make_parser
 from flextok.cli.common import data_spec
+from flextok.cli.training import run_train
 from flextok.config import load_experiment
 from flextok.data import fashion_mnist
 from flextok.data.sets import take
@@ -73,6 +75,12 @@ DOCUMENTED = [
     for block in blocks(page, "bash")
     for command in commands(block)
 ]
+DOCUMENTED += [  # "Launch:" of a config and the lines that it is continued on
+    (path.relative_to(ROOT).as_posix(), command)
+    for path in sorted((ROOT / "configs").glob("*.yaml"))
+    for launch in re.findall(r"^# Launch:((?:.*\\\n)*.*)", path.read_text("utf-8"), re.M)
+    for command in commands(re.sub(r"<[^>]*>", "PLACE", re.sub(r"\n#| \(.*", "\n", launch)))
+]
 INLINE = [  # `flextok ...` in running text
     (page.relative_to(ROOT).as_posix(), command)
     for page in PAGES
@@ -114,7 +122,8 @@ def arguments_of(command: str) -> list[str] | None:
     scripts = {"train.py": "train", "sample.py": "sample", "scripts/train.slurm": "train"}
     for script, name in scripts.items():
         if words[0] in ("python", "torchrun", "sbatch") and script in words:
-            return [name, *words[words.index(script) + 1 :]]
+            added = ["trainer.num_nodes=16"] if words[0] == "sbatch" else []  # by the script
+            return [name, *words[words.index(script) + 1 :], *added]
     match = re.match("|".join(f"{launcher}(?= )" for launcher in LAUNCHERS), command)
     return words[len(match.group().split()) :] if match else None
 
@@ -127,11 +136,11 @@ def check(command: str) -> None:
         assert arguments[0] in subparsers(), f"no command {arguments[0]}"
     elif arguments is not None:
         options = make_parser().parse_args([a for a in arguments if a != "..."])
-        if arguments[0] == "train":  # the config loads with these overrides, or says why not
-            changes = [a for a in options.arguments if "=" in a]
-            for config in options.arguments:
-                if config not in changes:
-                    load_experiment(ROOT / config, changes)
+        if arguments[0] == "train" and not options.data:  # it trains, or says why not
+            named = options.arguments
+            options.arguments = [a if "=" in a else str(ROOT / a) for a in named]
+            with patch("flextok.cli.training.train", lambda config, _: config.output_dir):
+                run_train(options)
         for name in (getattr(options, key, None) for key in ("data", "train")):
             if name and not re.search(r"/|\.npz|^SET$", name):
                 data_spec(re.sub(r", \.\.\.", "", name))
@@ -162,6 +171,7 @@ def test_the_check_finds_mistakes():
         "flextok nothing",
         "python train.py configs/nowhere.yaml",
         "python train.py configs/quickstart_tokenizer.yaml optim.learning_rate=1",
+        "python train.py configs/emoji_32px.yaml configs/emoji.yaml output_dir=outputs/mine",
         "make nothing",
         "pip install 'flextok[nothing]'",
         "frobnicate",

@@ -90,6 +90,28 @@ def test_more_processes_than_cores_are_refused(monkeypatch):
     check_devices(TrainerConfig(1, "cpu", devices=cores + 1))
 
 
+def test_what_was_launched_and_is_not_what_the_config_states_is_refused(monkeypatch, gpu):
+    """Before the caches are filled: Lightning finds it when the training itself begins."""
+    variables = {"RANK": 0, "WORLD_SIZE": 8, "LOCAL_RANK": 0, "GROUP_RANK": 0}
+    for name, value in {**variables, "TORCHELASTIC_RUN_ID": "one"}.items():
+        monkeypatch.setenv(name, str(value))
+    gpu(bf16=True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    check_devices(TrainerConfig(1, "gpu", devices=8))
+    for devices in ("auto", "-1", "0,1,2,5"):
+        check_devices(TrainerConfig(1, "gpu", devices=devices, num_nodes=2))
+    for devices, nodes in ((8, 16), ("auto", 1), ("0,", 4), (4, 1)):
+        with pytest.raises(ConfigError, match=rf"trainer.num_nodes={nodes} .*world size \(8\)"):
+            check_devices(TrainerConfig(1, "gpu", devices=devices, num_nodes=nodes))
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    slurm = {"NTASKS": 8, "JOB_NAME": "mine", "NTASKS_PER_NODE": 4, "NNODES": 2}
+    for name, value in slurm.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    check_devices(TrainerConfig(1, "gpu", devices=4, num_nodes=2))
+    with pytest.raises(ConfigError, match=r"trainer.num_nodes=1 .*Set `num_nodes=2`"):
+        check_devices(TrainerConfig(1, "gpu", devices=4))
+
+
 def test_what_the_device_cannot_do_is_refused(gpu):
     with pytest.raises(ConfigError, match="16-mixed does not work on a CPU"):
         check_devices(TrainerConfig(1, "cpu", precision="16-mixed"))

@@ -113,6 +113,30 @@ def test_a_folder_that_does_not_fit_is_refused(tmp_path, changes, message):
         kl_settings(tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        ({}, {}, r"latents_mean=\[1, 2, 3, 4\].*state model.vae.latents_mean="),
+        ({}, {"latents_mean": (0.0,) * 4}, r"latents_std=\[2, "),
+        ({"latents_mean": None, "latents_std": None, "scaling_factor": 0.5}, {}, "factor=0.5"),
+        ({"shift_factor": 0.1}, {}, "shift_factor=0.1"),
+    ],
+)
+def test_weights_whose_scaling_the_options_do_not_state_are_refused(
+    tmp_path, changes, options, message
+):
+    """They were taken as if they had none, from a hub or where a size was stated."""
+    standard().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | changes
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    sizes = {"block_channels": (8, 16), "layers_per_block": 1, "norm_groups": 2, "channels": 4}
+    with pytest.raises(ValueError, match=message):
+        KLVAE(**sizes, **options).load_weights(str(tmp_path))
+    other = {"scaling_factor": 2.0, "latents_mean": (0.0,) * 4, "latents_std": (1.0,) * 4}
+    if "shift_factor" not in changes:
+        KLVAE(**sizes, **other).load_weights(str(tmp_path))  # what is stated counts
+
+
 @torch.no_grad()
 def test_a_saved_autoencoder_gives_equal_outputs_in_diffusers(tmp_path, images):
     model = standard()

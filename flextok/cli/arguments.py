@@ -46,12 +46,14 @@ class Train:
     flextok train configs/quickstart_tokenizer.yaml
     flextok train configs/quickstart_tokenizer.yaml output_dir=outputs/mine optim.lr=1e-3 \\
         "data.train={name: folder, root: pictures}"
+    torchrun --nproc-per-node=8 -m flextok.cli train configs/flextok_d12_d12_tokens.yaml \\
+        configs/flextok_d12_d12.yaml data.train.root=imagenet/train model.vae.weights=VAE
     """
 
     arguments: Annotated[
         list[str],
         "a YAML file, see configs/, and the keys to change in it, e.g. optim.lr=1e-4; several "
-        "files are trained one after the other, without changes",
+        "files are trained one after the other, all with these changes",
         {"metavar": "CONFIG [key=value ...]"},
     ] = field(default_factory=list)
     _: KW_ONLY

@@ -37,9 +37,13 @@ def run_train(options: Train) -> None:
     overrides = [a for a in options.arguments if a not in configs]
     if options.data is not None and not configs:
         configs = [str(path) for path in configs_for(options, options.data)]
-    elif not configs or options.data is not None or (len(configs) > 1 and overrides):
+    elif not configs or options.data is not None:
+        raise ValueError("train takes configs with key=value changes, or --data FOLDER")
+    own = [a for a in overrides if a.startswith(("output_dir=", "start", "tokenizer="))]
+    if len(configs) > 1 and own:
         raise ValueError(
-            "train takes one config with key=value changes, or several without, or --data FOLDER"
+            f"{own[0]}: changes are for all {len(configs)} configs, and each has an output_dir and "
+            "takes models of its own: change it in the file, or train them one by one"
         )
     try:
         for config in [load_experiment(path, overrides) for path in configs]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.strategies import DDPStrategy
@@ -78,8 +79,8 @@ def make_logger(name: str, folder: Path) -> Logger:
 
 
 def check_devices(options: TrainerConfig) -> None:
-    """Refuse a device that is not there, more processes than a CPU has cores, and what the device
-    cannot do."""
+    """Refuse a device that is not there, more processes than a CPU has cores, another number of
+    them than was launched, and what the device cannot do."""
     device, cores = device_type(options.accelerator), os.cpu_count() or 1
     if options.accelerator in ("gpu", "cuda", "mps") and device_type("gpu") not in ("cuda", "mps"):
         raise ConfigError(f"trainer.accelerator={options.accelerator}: there is none, take auto")
@@ -93,6 +94,16 @@ def check_devices(options: TrainerConfig) -> None:
         raise ConfigError(
             f"trainer.devices={options.devices} numbers GPUs: for a CPU give a number of processes"
         )
+    for kind in (TorchElasticEnvironment, SLURMEnvironment):
+        if kind.detect():
+            try:
+                kind().validate_settings(count_devices(options, device), options.num_nodes)
+            except ValueError as error:
+                raise ConfigError(
+                    f"trainer.devices={options.devices}, trainer.num_nodes={options.num_nodes} "
+                    f"are not what was launched: {error}"
+                ) from None
+            break
     if options.cuda_graphs:
         needs = {
             "trainer.accelerator=gpu, an NVIDIA one": device == "cuda",
@@ -107,6 +118,14 @@ def check_devices(options: TrainerConfig) -> None:
     if options.precision == "16-mixed" and (device == "cpu" or options.strategy == "fsdp2"):
         where = "on a CPU" if device == "cpu" else "with trainer.strategy=fsdp2"
         raise ConfigError(f"trainer.precision=16-mixed does not work {where}: take bf16-mixed")
+
+
+def count_devices(options: TrainerConfig, device: str) -> int:
+    """How many trainer.devices are on a machine of this type of device."""
+    text = str(options.devices)
+    if text in ("auto", "-1"):
+        return torch.cuda.device_count() if device == "cuda" else 1
+    return int(text) if text.isdigit() else len([part for part in text.split(",") if part])
 
 
 def device_type(accelerator: str) -> str:
