@@ -49,6 +49,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     model, dataset = load(options.model), Emoji("validation")
+    model.drop_drawer()  # another decoder, with guidance of its own
     cells = [Cell(k) for k in options.num_tokens]
     results: dict[str, list[dict[str, Any]]] = {}
     for name, changes in settings(options.steps).items():

@@ -22,6 +22,8 @@ from flextok.vae import make_kl
 
 @dataclass
 class AutoencoderConfig:
+    """Keys of `model` beside `name: autoencoder`."""
+
     image_size: Size = 256
     channels: Size = 16  # of the latents
     block_channels: list[Size] = field(default_factory=lambda: [128, 256, 512, 512])

@@ -37,6 +37,8 @@ class LoadingConfig(Augmentation):
 
 @dataclass(kw_only=True)
 class DataConfig(LoadingConfig):
+    """What a run reads: `data` of a config."""
+
     train: dict[str, Any] | list[dict[str, Any]]  # {name: emoji, ...}; several are concatenated
     validation: dict[str, Any] | list[dict[str, Any]] | None = None
     token_variants: Count = 1  # generator: augmented encodings of each image
@@ -52,6 +54,8 @@ class DataConfig(LoadingConfig):
 
 @dataclass
 class OptimConfig:
+    """How parameters move: `optim` of a config."""
+
     name: Literal["adamw", "muon"] = "adamw"  # muon: for matrices or kernels, AdamW for the rest
     lr: Rate = 1e-4
     # {encoder: 0.1}: of a model's part
@@ -69,6 +73,8 @@ class OptimConfig:
 
 @dataclass
 class TrainerConfig:
+    """How long a run is, on what devices, and what it writes when: `trainer` of a config."""
+
     max_steps: Count
     accelerator: str = "auto"
     devices: Annotated[int | str, Bounds(1)] = "auto"

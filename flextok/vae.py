@@ -20,6 +20,7 @@ from flextok.schema import Depth, Size
 from flextok.storage import read_json
 
 SIZES = ("channels", "block_channels", "layers_per_block", "norm_groups")
+UNSCALED = {"scaling_factor": 1.0, "latents_mean": None, "latents_std": None}  # a KLVAE's defaults
 
 
 class IdentityVAE(nn.Module):
@@ -132,11 +133,11 @@ class KLVAE(NeedsWeights):
             raise ValueError(f"no VAE can be read from {source!r}: {error}") from error
         except RuntimeError as error:
             raise ValueError(f"weights {source!r} do not fit the configured VAE: {error}") from None
-        for name, unstated in {"scaling_factor": 1.0, "latents_mean": None, "latents_std": None}.items():
+        for name, unstated in UNSCALED.items():
             if (needed := stated[name]) != unstated == getattr(self, name):
                 raise ValueError(
-                    f"{source!r} states {name}={needed}, the model's VAE has {unstated}: state model.vae.{name}={needed}, or "
-                    "only the VAE's folder and none of its sizes"
+                    f"{source!r} states {name}={needed}, the model's VAE has {unstated}: state "
+                    f"model.vae.{name}={needed}, or only the VAE's folder and none of its sizes"
                 )
         self.has_weights = True
 

@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -23,7 +24,7 @@ from flextok import evaluation
 from flextok.cli import common, main, make_parser
 from flextok.cli.common import data_spec
 from flextok.cli.training import run_train
-from flextok.config import load_experiment
+from flextok.config import ExperimentConfig, load_experiment
 from flextok.data import fashion_mnist
 from flextok.data.sets import take
 from flextok.evaluation import evaluators
@@ -128,6 +129,18 @@ def arguments_of(command: str) -> list[str] | None:
     return words[len(match.group().split()) :] if match else None
 
 
+def check_launch(command: str, config: ExperimentConfig, only_caches: bool) -> str:
+    """Raise where torchrun starts other processes than the config states."""
+    if "torchrun " in command and not only_caches:
+        nodes, processes = (
+            int(found[1]) if (found := re.search(rf"--{name}=(\d+)", command)) else 1
+            for name in ("nnodes", "nproc-per-node")
+        )
+        assert nodes == config.trainer.num_nodes, command
+        assert str(config.trainer.devices) in ("auto", str(processes)), command
+    return config.output_dir
+
+
 def check(command: str) -> None:
     """Raise unless the command is one that runs: its options parse, its files and extras are
     there."""
@@ -139,7 +152,7 @@ def check(command: str) -> None:
         if arguments[0] == "train" and not options.data:  # it trains, or says why not
             named = options.arguments
             options.arguments = [a if "=" in a else str(ROOT / a) for a in named]
-            with patch("flextok.cli.training.train", lambda config, _: config.output_dir):
+            with patch("flextok.cli.training.train", partial(check_launch, command)):
                 run_train(options)
         for name in (getattr(options, key, None) for key in ("data", "train")):
             if name and not re.search(r"/|\.npz|^SET$", name):
@@ -172,6 +185,7 @@ def test_the_check_finds_mistakes():
         "python train.py configs/nowhere.yaml",
         "python train.py configs/quickstart_tokenizer.yaml optim.learning_rate=1",
         "python train.py configs/emoji_32px.yaml configs/emoji.yaml output_dir=outputs/mine",
+        "torchrun --nproc-per-node=8 train.py configs/flextok_d12_d12.yaml",
         "make nothing",
         "pip install 'flextok[nothing]'",
         "frobnicate",

@@ -142,6 +142,7 @@ def message(what, reason):
         ("trainer.checkpoint_blocks=true", "trainer.checkpoint_blocks=false"),
         ("trainer.strategy=ddp", "trainer.strategy=auto"),
         ("trainer.devices=2", "trainer.devices=1"),
+        ("trainer.accumulate=2", "trainer.accumulate=1"),
     ],
 )
 def test_what_goes_with_no_recording_is_refused(option, missing, tmp_path, monkeypatch):

@@ -46,8 +46,7 @@ class Train:
     flextok train configs/quickstart_tokenizer.yaml
     flextok train configs/quickstart_tokenizer.yaml output_dir=outputs/mine optim.lr=1e-3 \\
         "data.train={name: folder, root: pictures}"
-    torchrun --nproc-per-node=8 -m flextok.cli train configs/flextok_d12_d12_tokens.yaml \\
-        configs/flextok_d12_d12.yaml data.train.root=imagenet/train model.vae.weights=VAE
+    flextok train configs/emoji_32px.yaml configs/emoji.yaml trainer.accelerator=cpu
     """
 
     arguments: Annotated[

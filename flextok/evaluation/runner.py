@@ -162,7 +162,7 @@ def load_references(job: Job, stored: str | None) -> None:
     if not job.networks:
         raise ValueError(
             "a reference needs a feature network: name inception, which ADM's statistics are of, "
-            "or efficientnet_lite0_native"
+            "or efficientnet_lite0_native (pip install 'flextok[evaluation]')"
         )
     if isinstance(wanted, str | Path):
         for evaluator in job.networks:

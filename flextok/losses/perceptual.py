@@ -160,10 +160,14 @@ def load_network(name: str, pretrained: bool = True) -> nn.Module:
     try:
         return PERCEPTUAL[name](pretrained)
     except (OSError, RuntimeError) as error:  # no network, no file, or a damaged one
+        remedy = ""
+        if name != "efficientnet_lite0":
+            remedy = (
+                f". Put them into torch's hub cache ({torch.hub.get_dir()}/checkpoints), or name "
+                "another one in objective.perceptual: efficientnet_lite0 needs no connection"
+            )
         raise ValueError(
-            f"perceptual loss {name!r} needs pretrained weights that are not here ({error}). "
-            f"Put them into torch's hub cache ({torch.hub.get_dir()}/checkpoints), or name another "
-            f"one in objective.perceptual: efficientnet_lite0 needs no connection."
+            f"perceptual loss {name!r} needs pretrained weights that are not here ({error}){remedy}"
         ) from error
 
 

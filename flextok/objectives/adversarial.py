@@ -22,6 +22,8 @@ from flextok.schema import Bounds, Share, Size
 
 @dataclass
 class DiscriminatorConfig:
+    """When and how strongly a discriminator counts."""
+
     weight: Annotated[float, Bounds(0)] = 0.01  # of the adversarial loss, in the model's
     # the step from which on it counts, and the discriminator learns
     start_step: Annotated[int, Bounds(0)] = 20_000
@@ -34,6 +36,8 @@ class DiscriminatorConfig:
 
 @dataclass
 class PatchDiscriminatorConfig(DiscriminatorConfig):
+    """The same, with the size of a patch discriminator."""
+
     num_stages: Annotated[int, Bounds(1, 16)] = 3  # each halves the discriminator's grid
 
 
@@ -105,7 +109,7 @@ class Adversarial(Objective):
 
 @dataclass
 class AdversarialConfig(PatchDiscriminatorConfig, ReconstructionConfig):
-    pass
+    """Keys of `objective` beside `name: adversarial`."""
 
 
 class AdversarialObjective(Adversarial, ReconstructionObjective):

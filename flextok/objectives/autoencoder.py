@@ -29,6 +29,8 @@ from flextok.tokenizers.base import check_images
 
 @dataclass
 class AutoencoderObjectiveConfig(PatchDiscriminatorConfig):
+    """Keys of `objective` beside `name: autoencoder`."""
+
     weight: Annotated[float, Bounds(0)] = 0.0  # of the adversarial loss; 0 = no discriminator
     perceptual: dict[str, float] = field(default_factory=dict)  # weights by name
     # of the KL in nats, summed over an image's latents and divided by the number of its values

@@ -13,6 +13,8 @@ from flextok.schema import Bounds, ConfigError
 
 @dataclass
 class CrossLengthConfig(FlowConfig):
+    """Keys of `objective` beside `name: cross_length`."""
+
     weight: Annotated[float, Bounds(0)] = 1.0  # of the alignment
 
 

@@ -33,6 +33,8 @@ Steps = Annotated[int, Bounds(1, MAX_STEPS)]
 
 @dataclass
 class DistillationConfig(PrefixConfig):
+    """Keys of `objective` beside `name: distillation`."""
+
     num_steps: Steps = 4  # the student's
     teacher_steps: Steps = 5  # the teacher's within each of them
 

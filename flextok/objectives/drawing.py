@@ -23,6 +23,8 @@ from flextok.vae import VAES
 
 @dataclass
 class DrawingConfig(PrefixConfig):
+    """Keys of `objective` beside `name: drawing`."""
+
     null_prob: Share = 0.1  # how often the draft is left out, for guidance
     time_sampler: dict[str, Any] = field(
         default_factory=lambda: {"name": "thick_tailed", "mean": 0.3}

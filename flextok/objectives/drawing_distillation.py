@@ -35,6 +35,8 @@ MOST_NOISE = 0.8  # near pure noise a true image and a drawn one look alike
 
 @dataclass
 class DrawingDistillationConfig(DrawingConfig, DiscriminatorConfig):
+    """Keys of `objective` beside `name: drawing_distillation`."""
+
     num_steps: Steps = 4  # the student's
     teacher_steps: Steps = 3  # the teacher's within each of them
     weight: Annotated[float, Bounds(0)] = 0.0  # of the adversarial loss; 0 = no discriminator

@@ -35,6 +35,8 @@ from flextok.vae import IdentityVAE
 
 @dataclass
 class FlowConfig(PrefixConfig):
+    """Keys of `objective` beside `name: flow`."""
+
     null_prob: Share = 0.2  # how often all codes become the null condition
     time_sampler: dict[str, Any] = field(default_factory=lambda: {"name": "mode", "scale": 0.25})
     loss_space: Quantity = "velocity"  # x0 weighs the velocity's error by t^2

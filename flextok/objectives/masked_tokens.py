@@ -20,6 +20,8 @@ from flextok.tokenizers.base import check_indices
 
 @dataclass
 class MaskedTokensConfig:
+    """Keys of `objective` beside `name: masked_tokens`."""
+
     cond_drop: Share = 0.1  # how often training sees the null condition
     label_smoothing: Share = 0.1
     unmasked_weight: Share = 0.1  # of positions that are not masked

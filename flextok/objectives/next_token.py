@@ -19,6 +19,8 @@ from flextok.tokenizers.base import check_indices
 
 @dataclass
 class NextTokenConfig:
+    """Keys of `objective` beside `name: next_token`."""
+
     cond_drop: Share = 0.1  # how often training sees the null condition
     # share of input indices, not of those predicted, that training replaces by uniform ones, as
     # sampling errors will (the noisy context of reAR, arXiv 2510.04450, at a constant share)

@@ -20,6 +20,8 @@ from flextok.tokenizers.vqgan import to_unit
 
 @dataclass
 class ReconstructionConfig(PrefixConfig):
+    """Keys of `objective` beside `name: reconstruction`."""
+
     perceptual: dict[str, float] = field(default_factory=dict)  # weights by name
     train: list[str] | None = None  # parts that learn; None = all, and in "finetune" the decoder
 

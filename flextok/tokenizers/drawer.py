@@ -37,6 +37,8 @@ def one_step() -> DecodeOptions:
 
 @dataclass
 class DrawerConfig:
+    """Keys of `model.drawer`."""
+
     vae: dict[str, Any] = field(default_factory=lambda: {"name": "kl"})  # of the drawn latents
     patch_size: Size = 2  # in latents
     dim: Size = 256

@@ -22,6 +22,8 @@ from flextok.tokenizers.base import (
 
 @dataclass
 class VQGANConfig:
+    """Keys of `model` beside `name`."""
+
     image_size: Size = 256
     dim: Size = 128  # channels at full resolution
     multipliers: list[Size] = field(default_factory=lambda: [1, 1, 2, 2, 4])  # one a resolution

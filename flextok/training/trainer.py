@@ -110,6 +110,8 @@ def check_devices(options: TrainerConfig) -> None:
             "trainer.precision=32-true": choose_precision(options) == "32-true",
             "trainer.devices=1": str(options.devices) == "1" and options.num_nodes == 1,
             "trainer.strategy=auto": options.strategy == "auto",
+            # the next backward pass writes over the gradients that the last one left
+            "trainer.accumulate=1": options.accumulate == 1,
             "trainer.compile=false": not options.compile,
             "trainer.checkpoint_blocks=false": not options.checkpoint_blocks,
         }
@@ -123,9 +125,9 @@ def check_devices(options: TrainerConfig) -> None:
 def count_devices(options: TrainerConfig, device: str) -> int:
     """How many trainer.devices are on a machine of this type of device."""
     text = str(options.devices)
-    if text in ("auto", "-1"):
+    if text == "auto":
         return torch.cuda.device_count() if device == "cuda" else 1
-    return int(text) if text.isdigit() else len([part for part in text.split(",") if part])
+    return int(text) if text.isdigit() else len(text.split(","))
 
 
 def device_type(accelerator: str) -> str:
