@@ -192,9 +192,9 @@ def evaluation_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
         keys = ("num_tokens", "num_steps", "guidance_scale", "count")
         return [
             {
-                "data": public_name(str(settings["data"])),
+                "data": public_name(str(settings["data"])) if settings["data"] else "",
                 **{key: row[key] for key in keys if row[key] is not None},
-                "scores": {name: round(float(score), 4) for name, score in row["scores"].items()},
+                "scores": {name: float(f"{score:.6g}") for name, score in row["scores"].items()},
             }
             for row in results
         ]
@@ -206,14 +206,22 @@ def index_of(rows: Sequence[Mapping[str, Any]], task: str) -> list[dict[str, Any
     """Rows of `evaluation_rows` as the hub's model-index has results."""
     found = []
     for row in rows:
-        how = f"{row['num_tokens']} tokens"
+        others = [f"{row[key]:g} {name}" for key, name in differing(rows).items() if key in row]
+        how = ", ".join([f"{row['num_tokens']} tokens", *others])
         metrics = [
             {"type": name, "value": score, "name": f"{name}, {how}"}
             for name, score in row["scores"].items()
         ]
-        dataset = {"name": row["data"], "type": row["data"]}
+        data = row["data"] or "unnamed"
+        dataset = {"name": data, "type": data}
         found.append({"task": {"type": task}, "dataset": dataset, "metrics": metrics})
     return found
+
+
+def differing(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Of the ways to decode, key -> name, those in which rows differ."""
+    ways = {"num_steps": "steps", "guidance_scale": "guidance"}
+    return {key: name for key, name in ways.items() if len({row.get(key) for row in rows}) > 1}
 
 
 def evaluation_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -221,11 +229,13 @@ def evaluation_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     if not rows:
         return []
     names = list(dict.fromkeys(name for row in rows for name in row["scores"]))
-    head = ["data", "tokens", "images", *names]
+    ways = differing(rows)
+    head = ["data", "tokens", *ways.values(), "images", *names]
     lines = ["## Evaluation", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for row in rows:
         scores = [f"{row['scores'][name]:g}" if name in row["scores"] else "" for name in names]
-        cells = [row["data"], str(row["num_tokens"]), str(row["count"]), *scores]
+        how = [f"{row[key]:g}" if key in row else "" for key in ways]
+        cells = [row["data"], str(row["num_tokens"]), *how, str(row["count"]), *scores]
         lines.append("| " + " | ".join(map(cell, cells)) + " |")
     return [*lines, ""]
 

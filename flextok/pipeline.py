@@ -12,7 +12,6 @@ from flextok.cpu import accelerate
 from flextok.draws import CODES, NOISE, row_generators
 from flextok.generators import GENERATORS, Generator
 from flextok.generators.base import Asked
-from flextok.generators.conditioning import Cond
 from flextok.hub import Dtype, Pretrained
 from flextok.nn.devices import Device
 from flextok.places import HubOptions, find_reference, read_model, resolve
@@ -133,7 +132,7 @@ def expected_codes(record: Mapping[str, Any]) -> str:
 def generate_images(
     generator: Generator,
     tokenizer: Tokenizer,
-    cond: Cond,
+    cond: Any,
     num_tokens: list[int] | None = None,
     seed: int = 0,
     sampling: Options = None,
@@ -141,14 +140,17 @@ def generate_images(
     rows: Sequence[int] | None = None,
     batch_size: int = 64,
 ) -> dict[int, Tensor]:
-    """cond: (B,) labels, or B class names or prompts. Generates max(num_tokens) indices once and
-    decodes each prefix length with the same initial noise. sampling and decoding are options of
-    generate() and decode() by name, None = the model's own. An image depends on seed and its
-    number, not on batch_size; rows: the numbers, 0 .. B-1 by default. Returns prefix length ->
-    (B, 3, H, W) in [-1, 1], shortest first."""
+    """cond: (B,) labels, or B class names or prompts, or one of these. Generates max(num_tokens)
+    indices once and decodes each prefix length with the same initial noise. sampling and decoding
+    are options of generate() and decode() by name, None = the model's own. An image depends on seed
+    and its number, not on batch_size; rows: the numbers, 0 .. B-1 by default. Returns prefix length
+    -> (B, 3, H, W) in [-1, 1], shortest first."""
     lengths = sorted(set(num_tokens or [generator.num_tokens]))
     options = generator.generate_options(sampling or {})
     tokenizer.decode_options(decoding or {})  # raises before the work, not after it
+    cond = [cond] if isinstance(cond, str | int) else cond
+    if not len(cond):
+        raise ValueError("there is nothing to generate from: give one condition at least")
     made = []
     for some in batches_of(len(cond), batch_size):
         numbers = some if rows is None else rows[some.start : some.stop]
@@ -209,6 +211,8 @@ def reconstruct_prefixes(
     and decodes as decode_prefixes does, batch by batch. A continuous tokenizer, which has no
     indices, decodes its codes."""
     tokenizer.decode_options(decoding or {})  # raises before the work, not after it
+    if not len(images):
+        raise ValueError("there is no image to reconstruct: give at least one")
     made = []
     for some in batches_of(len(images), batch_size):
         numbers = some if rows is None else rows[some.start : some.stop]

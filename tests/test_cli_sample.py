@@ -227,6 +227,18 @@ def test_what_was_sampled_is_json_too(tmp_path, monkeypatch, capsys):
     assert json.loads(facts.read_text())["count"] == 3
 
 
+def test_prompts_are_the_captions_that_somebody_wrote(folder, capsys):
+    """Images without any were of the prompt "unlabelled", and a damaged one ended all."""
+    draw_pictures(folder / "bare", ["a.png", "b.png", "c.png"])
+    assert sample(folder, "text", "--data", folder / "bare") == 1
+    assert f"no image of --data {folder / 'bare'} has a caption" in capsys.readouterr().err
+    (folder / "bare" / "b.txt").write_text("a heart")
+    (folder / "bare" / "c.png").write_bytes(b"no picture")
+    facts = folder / "facts.json"
+    assert sample(folder, "text", "--data", folder / "bare", "--json", facts) == 0
+    assert json.loads(facts.read_text())["conditions"] == ["a heart"]
+
+
 @pytest.mark.parametrize(
     ("model", "given", "message"),
     [

@@ -98,7 +98,8 @@ def test_the_flag_travels_and_decides_how_to_decode(tmp_path):
     assert calls == [1, 2]  # two steps, one velocity each
     asked = loaded.decode(indices, noise=noise, num_steps=2, guidance_scale=1.0)
     assert torch.equal(plain, asked)
-    for option in ({"num_steps": 4}, {"guidance_scale": 2.0}, {"solver": "heun"}):
+    others = ({"guidance": {"name": "apg"}}, {"guidance_interval": [0.2, 0.8]})
+    for option in ({"num_steps": 4}, {"guidance_scale": 2.0}, {"solver": "heun"}, *others):
         (key,) = option
         with pytest.raises(ValueError, match=f"{key}=.*distilled"):
             loaded.decode(indices, **option)

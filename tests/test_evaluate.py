@@ -112,6 +112,19 @@ def whole(tmp_path_factory):
         return evaluate(tokenizer(), emoji(), CELLS, options(batch_size=NUMBER))
 
 
+def items_of(items):
+    class Items(torch.utils.data.Dataset):
+        class_names = ("a",)
+
+        def __len__(self):
+            return len(items)
+
+        def __getitem__(self, index):
+            return items[index]
+
+    return Items()
+
+
 def captioned(number):
     """Emoji with their names as captions; the second cannot be read."""
 
@@ -150,6 +163,14 @@ def test_a_text_generator_is_evaluated_by_the_pictures_captions(monkeypatch, tmp
     assert prompts == names
     assert report["results"][0]["count"] == 7
     assert {"gfid", "kid"} <= set(report["results"][0]["scores"])
+    assert not [line for line in report["warnings"] if "caption" in line]
+    prompts.clear()
+    items = [
+        {**data.emoji[i], "label": 0, "caption": "a heart" if i in (1, 4) else ""} for i in range(6)
+    ]
+    report = evaluate(gpt, items_of(items), [Cell(8, 1)], options(), tokenizer=tokenizer())
+    assert prompts == ["a heart"] * 6  # none of a text that nobody wrote
+    assert "4 of 6 images have no caption and stand for no prompt" in report["warnings"]
     bare = {**data.emoji[0], "caption": "", "label": 0}
     monkeypatch.setattr(type(data), "__getitem__", lambda self, i: bare)
     with pytest.raises(ValueError, match="the images have no captions"):

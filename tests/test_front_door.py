@@ -19,6 +19,7 @@ from flextok.draws import NOISE, row_generators
 from flextok.generators import MaskGIT, MaskGITConfig
 from flextok.images import image_tensor, to_image, to_uint8
 from flextok.integrations.diffusers import FlexTokPipeline
+from flextok.pipeline import generate_images, reconstruct_prefixes
 from flextok.tokenizers import MaskGITVQGAN, TiTok, TiTokConfig, VQGANConfig
 
 shipped = pytest.mark.skipif(not flextok.list_models(), reason="no weights in flextok/releases")
@@ -133,6 +134,8 @@ def test_encode_takes_whatever_a_picture_is(tmp_path, name):
     several += [[paths[0], arrays[1]]]
     for images in several:
         assert torch.equal(tokenizer.encode(images), expected)
+    with pytest.raises(ValueError, match=r"images span \[230, 230\]"):  # it was clamped
+        tokenizer.encode([paths[0], torch.full_like(floats[1], 230.0)])
     for image in (paths[1], str(paths[1]), opened[1], arrays[1], floats[1]):
         assert torch.equal(tokenizer.encode(image), expected[1:])
     with open(paths[0], "rb") as file:
@@ -267,8 +270,18 @@ def test_classes_go_by_name_number_and_label():
     labels = torch.tensor([1, 2, 4, -1])
     drawn = model.generate(labels, temperature=0)
     # a number is a label, as in a tensor; a text is a name first
-    for asked in (["dog", "3", 4, "none"], ["dog", 2, "hen", -1], [1, 2, "4", ""]):
+    numbers = np.array([1, 2, 4, -1])
+    several = [numbers, list(numbers), list(labels), labels.to(torch.int8), labels.to(torch.int16)]
+    for asked in (["dog", "3", 4, "none"], ["dog", 2, "hen", -1], [1, 2, "4", ""], *several):
         assert torch.equal(model.generate(asked, temperature=0), drawn)
+    assert torch.equal(model.generate(numbers[2], temperature=0), drawn[2:3])
+    made = generate_images(model, tiny_tokenizer(), "dog", [8], sampling={"temperature": 0})
+    alike = generate_images(model, tiny_tokenizer(), ["dog"], [8], sampling={"temperature": 0})
+    assert torch.equal(made[8], alike[8])
+    with pytest.raises(ValueError, match="nothing to generate from"):
+        generate_images(model, tiny_tokenizer(), [])
+    with pytest.raises(ValueError, match="no image to reconstruct"):
+        reconstruct_prefixes(tiny_tokenizer(), torch.empty(0, 3, 16, 16), [1])
     assert torch.equal(model.generate("dog", temperature=0), drawn[:1])
     assert torch.equal(model.generate(4, temperature=0), drawn[2:3])
     for wrong, hint in (("dgo", "did you mean 'dog'"), (5, "or 0 to 4"), (-2, "unknown class -2")):

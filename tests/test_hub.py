@@ -383,6 +383,23 @@ REPORT = {
 }
 
 
+def test_a_card_states_how_rows_differ(tmp_path):
+    """Two rows of one length looked alike; data that nobody named was "None"."""
+    model, (row, _) = tiny_tokenizer(), REPORT["results"]
+    way = {"guidance_scale": 2.5, "scores": {"kid": 0.000012345678}}
+    model.add_report(
+        {"settings": {"data": None}, "results": [{**row, "num_steps": 4}, {**row, **way}]}
+    )
+    model.save_pretrained(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert "| data | tokens | steps | guidance | images | psnr | kid |" in card.text
+    assert "|  | 1 | 4 |  | 8 | 12.3457 | 0.5 |" in card.text
+    assert "|  | 1 | 2 | 2.5 | 8 |  | 1.23457e-05 |" in card.text
+    names = [(r.dataset_name, r.metric_name) for r in card.data.eval_results]
+    assert ("unnamed", "psnr, 1 tokens, 4 steps") in names
+    assert ("unnamed", "kid, 1 tokens, 2 steps, 2.5 guidance") in names
+
+
 def test_the_hub_reads_the_card(tmp_path):
     """Its own parser finds what the model is, what it was made from and how good it is."""
     model = tiny_tokenizer()

@@ -109,6 +109,9 @@ def test_convert_writes_a_generation_pipeline(pair):
     many = pipe(["dog", "none"], num_images_per_prompt=2, generator=rng.manual_seed(0), **how)
     same = pipe(["dog", "dog", "none", "none"], generator=rng.manual_seed(0), **how)
     assert np.array_equal(many.images, same.images)
+    labels = torch.tensor([gpt.class_names.index("dog"), -1])
+    again = pipe(labels, num_images_per_prompt=2, generator=rng.manual_seed(0), **how)
+    assert np.array_equal(again.images, same.images)
 
 
 def test_flextok_loads_what_diffusers_saved(pair, tmp_path, images):

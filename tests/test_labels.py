@@ -195,7 +195,7 @@ def test_hugging_face_captions_may_be_several(tmp_path):
     datasets.Dataset.from_dict(columns, features).save_to_disk(str(tmp_path / "d"))
     data = HuggingFaceImages(str(tmp_path / "d"), label_column=None, caption_column="texts")
     assert data[0]["captions"] == ["a dog", "a puppy"]
-    assert [data[i]["caption"] for i in range(2)] == ["a dog", "unlabelled"]
+    assert [data[i]["caption"] for i in range(2)] == ["a dog", ""]
 
 
 # --- several sets ---------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from helpers.runs import Stop, interrupt_after
 
-from flextok.cli import main
+from flextok.cli import main, make_parser
+from flextok.cli.training import run_train
 from flextok.config import ExperimentConfig, load_experiment
 from flextok.pipeline import load, load_tokenizer_of
 from flextok.schema import ConfigError, from_mapping
@@ -19,6 +20,13 @@ from flextok.training.run import fit_options
 
 SHORT = [f"trainer.{key}=1" for key in ("validate_every", "checkpoint_every")]
 SHORT += ["trainer.max_steps=2", "trainer.accelerator=cpu", "data.token_variants=1"]
+
+
+def test_options_of_a_folder_of_pictures_go_with_it_only():
+    config = "configs/quickstart_tokenizer.yaml"
+    for option in (["--size", "128"], ["--output", "mine"], ["--gpu-memory", "24"]):
+        with pytest.raises(ValueError, match=f"leave {option[0]} out"):
+            run_train(make_parser().parse_args(["train", config, *option]))
 
 
 @pytest.mark.slow

@@ -214,9 +214,27 @@ def test_probe_reads_the_class_where_it_is(monkeypatch):
     other.class_names = ("black",)
     with pytest.raises(ValueError, match="different classes"):
         linear_probe(Coded(), Levels(levels), other, Options())
+    for alike in ([2] * 40, levels[:1]):  # an accuracy of 1 of one class
+        with pytest.raises(ValueError, match=f"the {len(alike)} training images are all of one cl"):
+            linear_probe(Coded(), Levels(alike), Levels(levels), Options())
 
 
 # --- sweep --------------------------------------------------------------------------------------
+
+
+def test_fewer_images_than_asked_for_are_each_shown_once(tmp_path, monkeypatch):
+    shown = []
+
+    def listening(tokenizer, batch, *rest):
+        shown.extend(batch["index"].tolist())
+        return draws_of(tokenizer, batch, *rest)
+
+    monkeypatch.setattr("flextok.evaluation.sweep.draws_of", listening)
+    data, how = take(Emoji("validation"), 4), Options(networks=())
+    for number, chosen in ((6, [0, 1, 2, 3]), (2, [0, 2])):
+        sweep(tiny_tokenizer(), data, how, tmp_path, lengths=[1], num_pictures=number)
+        assert shown == chosen
+        shown.clear()
 
 
 def test_a_sweep_writes_table_plots_strips_and_map(tmp_path):

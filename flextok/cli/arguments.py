@@ -57,7 +57,7 @@ class Train:
     ] = field(default_factory=list)
     _: KW_ONLY
     data: Annotated[str | None, "a folder of pictures, in place of a config"] = None
-    size: Annotated[int, "of the images of --data, in pixels; default 64"] = 64
+    size: Annotated[int | None, "of the images of --data, in pixels; default 64"] = None
     gpu_memory: Annotated[float | None, "GB of the GPU to fill; default: that of the GPU here"] = (
         None
     )

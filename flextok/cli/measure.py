@@ -76,7 +76,8 @@ def run_evaluate(options: Evaluate) -> dict[str, Any] | None:
     output = prepare_output(options)
     with processes.joined():
         model, tokenizer = load_for_measuring(options), None
-        stored = options.data.endswith(".npz")
+        if stored := options.data.endswith(".npz"):
+            refuse_given(options, ["limit"], f"{options.data} is statistics of all its images")
         data = options.data if stored else take(open_data(options.data), options.limit)
         if isinstance(model, Tokenizer):
             generator_s = ("labels", "num_samples", "tokenizer")
@@ -231,10 +232,10 @@ def print_report(report: dict[str, Any]) -> None:
                 print(f"  {title}")
             for name, value in numbers.items():
                 if value is not None:
-                    print(f"    {name:<46}{value:.6g}")
+                    print(f"    {name:<45} {value:.6g}")
     if report["codes"]:
         codes = report["codes"]
-        print(f"    {'codes used':<46}{codes['usage']:.6g} of {codes['vocab_size']}")
+        print(f"    {'codes used':<45} {codes['usage']:.6g} of {codes['vocab_size']}")
         print(f"  {'entropy (bits), all positions':<48}{codes['entropy_bits']:.6g}")
     run = report["run"]
     if run["peak_memory_mib"] is not None:

@@ -1,5 +1,6 @@
 """`flextok sample`: images by class or prompt, and coarse-to-fine grids."""
 
+import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ from flextok.cli.options import (
     refuse_given,
 )
 from flextok.data.datasets import PictureFiles
-from flextok.data.pictures import decode_text
+from flextok.data.pictures import CorruptPicture, decode_text
 from flextok.data.sets import take
 from flextok.data.stream import collate
 from flextok.evaluation.sources import Images, skipping
@@ -44,6 +45,8 @@ from flextok.pipeline import (
 )
 from flextok.schema import check_number
 from flextok.tokenizers import Tokenizer
+
+log = logging.getLogger(__name__)
 
 MOST_PIXELS = 2**26  # of a grid
 MOST_IMAGES = 1_000_000
@@ -208,10 +211,25 @@ def read_prompts(options: Sample) -> list[str]:
     if options.prompts_file:
         prompts = read_lines(Path(options.prompts_file))
     elif options.data:
-        dataset = take(open_data(options.data), options.limit or 8)
-        prompts = [dataset[i]["caption"] for i in range(len(dataset))]
+        prompts = captions_of(take(open_data(options.data), options.limit or 8))
+        if not prompts:
+            raise ValueError(
+                f"no image of --data {options.data} has a caption: put .txt files beside them, or "
+                "give --prompt"
+            )
     check_number("the number of images", len(prompts) * options.num_samples, 0, MOST_IMAGES)
     return [prompt for prompt in prompts for _ in range(options.num_samples)]
+
+
+def captions_of(dataset: Any) -> list[str]:
+    """Those of the images that can be read and have one."""
+    found = []
+    for i in range(len(dataset)):
+        try:
+            found.append(dataset[i].get("caption") or "")
+        except CorruptPicture as error:
+            log.warning("left out: %s", error)
+    return [caption for caption in found if caption]
 
 
 def read_lines(path: Path) -> list[str]:

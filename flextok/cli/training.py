@@ -10,7 +10,7 @@ from typing import Any
 
 from flextok.cli.arguments import Index, Plan, Tokenize, Train
 from flextok.cli.common import data_spec, load_tokenizer
-from flextok.cli.options import write_json
+from flextok.cli.options import refuse_given, write_json
 from flextok.config import load_experiment
 from flextok.data.openers import parse_fetch
 from flextok.data.shards import write_index
@@ -39,6 +39,8 @@ def run_train(options: Train) -> None:
         configs = [str(path) for path in configs_for(options, options.data)]
     elif not configs or options.data is not None:
         raise ValueError("train takes configs with key=value changes, or --data FOLDER")
+    else:
+        refuse_given(options, ("size", "gpu_memory", "output"), "that is for --data FOLDER")
     own = [a for a in overrides if a.startswith(("output_dir=", "start", "tokenizer="))]
     if len(configs) > 1 and own:
         raise ValueError(
@@ -74,7 +76,7 @@ def configs_for(options: Train, pictures: str) -> list[Path]:
     if not os.path.isdir(pictures):
         raise ValueError(f"--data {pictures!r} is not a folder: give that of the pictures")
     output = options.output or Path("outputs") / Path(pictures).resolve().name
-    files = write_recipe(pictures, output, options.size, memory)
+    files = write_recipe(pictures, output, options.size or 64, memory)
     for path in files:
         config, takes = load_experiment(path), ""
         if memory is not None:

@@ -84,7 +84,7 @@ class ImageFolder(Dataset[dict[str, Any]]):
         return {
             "image": load_picture(path),
             "label": label,
-            "caption": caption or self.class_names[label],
+            **captioned([caption], self.class_names[label]),
             "key": self.paths[index].as_posix(),
         }
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from flextok.data.pictures import clean_text
+from flextok.data.pictures import UNLABELLED, clean_text
 from flextok.schema import find_class
 
 MAX_CLASSES = 1_000_000
@@ -128,8 +128,9 @@ def texts_of(value: object) -> list[str]:
 
 
 def captioned(captions: Sequence[str], class_name: str) -> dict[str, Any]:
-    """An item's caption, by default its class; and `captions`, all of them, where it has several
+    """An item's caption, by default its class, if it has one; and `captions`, where it has several
     (a token cache takes them in turn)."""
     if len(captions) > 1:
         return {"caption": captions[0], "captions": list(captions)}
-    return {"caption": captions[0] if captions and captions[0] else class_name}
+    named = "" if class_name == UNLABELLED else class_name
+    return {"caption": captions[0] if captions and captions[0] else named}

@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 from PIL import Image
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
-from flextok.data.labels import check_names, renumbering, whole_number
+from flextok.data.labels import captioned, check_names, renumbering, whole_number
 from flextok.data.pictures import UNLABELLED, CorruptPicture
 
 
@@ -83,8 +83,8 @@ class Adapted(Dataset[dict[str, Any]]):
             found = dict(zip(("image", "label"), several, strict=False))
         item = {"label": 0, "key": str(index), **found}
         label, names = whole_number(item["label"]), self.class_names
-        caption = names[label] if label is not None and label in range(len(names)) else ""
-        return {"caption": caption, **item}
+        name = names[label] if label is not None and label in range(len(names)) else ""
+        return {**captioned([], name), **item}
 
     def state(self) -> Iterator[str]:
         return state_of(self.dataset)

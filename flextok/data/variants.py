@@ -9,7 +9,6 @@ from torch.utils.data import Dataset
 
 from flextok.data.labels import list_names
 from flextok.data.parts import Compute, PartStore
-from flextok.data.pictures import UNLABELLED
 from flextok.data.processes import Process
 from flextok.data.sets import adapt, data_files
 from flextok.data.stream import Item
@@ -39,7 +38,6 @@ class Variants(Dataset):
             raise ValueError(f"label {label} is none of the {list_names(names)}: give class_names")
         several = item.get("captions") or [item.get("caption", "")]
         caption = several[variant % len(several)]  # each in turn
-        caption = "" if caption == UNLABELLED else caption
         return {"image": image, "label": label, "caption": caption}
 
 

@@ -11,6 +11,7 @@ import flextok
 from flextok.evaluation.evaluators import Evaluator, FeatureDistances, Setting, load_evaluators
 from flextok.evaluation.reference import check_suffix
 from flextok.generators.base import Generator
+from flextok.generators.conditioning import TextConditioner
 from flextok.hub import fingerprint
 from flextok.tokenizers.base import Tokenizer
 
@@ -65,6 +66,12 @@ class Job:
     @property
     def networks(self) -> list[FeatureDistances]:
         return [e for e in self.evaluators if isinstance(e, FeatureDistances)]
+
+    @property
+    def reads_prompts(self) -> bool:
+        return self.generator is not None and isinstance(
+            self.generator.conditioner, TextConditioner
+        )
 
     def settings(self) -> dict[str, Any]:
         """All that a measured row depends on, but for the data and the models' configs."""

@@ -29,12 +29,17 @@ def linear_probe(
 
     train, test: data sets with the same class_names. Beside each accuracy stand that of a probe
     trained on shuffled labels and, once, the share of test's most frequent class: what no code at
-    all gives. Raises ValueError for data of different classes."""
+    all gives. Raises ValueError for data of different classes, and of a single one."""
     names = [list(part.class_names) for part in (train, test)]
     if names[0] != names[1]:
         raise ValueError(f"train and test have different classes: {names[0][:5]}, {names[1][:5]}")
     lengths = lengths or prefix_lengths(tokenizer.num_tokens)
     train_codes, train_labels = codes_of(tokenizer, train, options)
+    if len(train_labels.unique()) < 2:
+        raise ValueError(
+            f"the {len(train_labels)} training images are all of one class: nothing to predict; "
+            "give images of two classes at least (folders, labels)"
+        )
     test_codes, test_labels = codes_of(tokenizer, test, options)
     order = torch.randperm(len(train_labels), generator=torch.Generator().manual_seed(options.seed))
     results = []

@@ -150,6 +150,15 @@ def warnings(measured: Measured) -> list[str]:
     read = 0 if measured.real is None else len(labels_of(measured.real))
     if lost := measured.asked - read:
         found.append(f"{lost} of {measured.asked} images could not be read and do not count")
+    uses_captions = measured.job.reads_prompts or any(
+        "captions" in e.needs for e in measured.job.evaluators
+    )
+    if measured.real is not None and uses_captions:
+        texts = measured.real.column("caption").texts()
+        if without := texts.count(""):
+            found.append(
+                f"{without} of {len(texts)} images have no caption and stand for no prompt"
+            )
     number, classes = len(labels_of(measured.made)), classes_of(measured.job)
     if measured.job.options.labels == "balanced" and number < classes:
         found.append(

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,10 +28,10 @@ from flextok.evaluation.report import (
     make_report,
     write_report,
 )
-from flextok.evaluation.sources import Batch, Images, Prompts, Show
+from flextok.evaluation.sources import Batch, Images, Prompts, Show, skipping
 from flextok.files import only_one, read_mapping
 from flextok.generators.base import Generator
-from flextok.generators.conditioning import NULL_CLASS, ClassConditioner, TextConditioner
+from flextok.generators.conditioning import NULL_CLASS, ClassConditioner
 from flextok.tokenizers.base import Tokenizer
 
 PART = 64  # images: the unit of work that an interruption may lose, and that processes share
@@ -74,12 +75,11 @@ def evaluate(
             "no --networks"
         )
     compared = [e.name for e in job.evaluators if "captions" in e.needs]
-    if compared and job.generator is not None and not reads_prompts(job):
+    if compared and job.generator is not None and not job.reads_prompts:
         raise ValueError(f"{compared[0]} compares images with prompts, which this generator lacks")
-    few = images.few() if images and (compared or reads_prompts(job)) else []
-    if few and not any(item["caption"] for item in few):
+    if images and (compared or job.reads_prompts) and not has_captions(images):
         reader = (
-            "this generator reads prompts" if reads_prompts(job) else f"{compared[0]} reads them"
+            "this generator reads prompts" if job.reads_prompts else f"{compared[0]} reads them"
         )
         raise ValueError(
             f"{reader}, and the images have no captions: give DATA with captions (.txt files "
@@ -136,8 +136,9 @@ def measured_rows(job: Job, show: Show, batch: Batch) -> parts.Rows:
     return rows
 
 
-def reads_prompts(job: Job) -> bool:
-    return job.generator is not None and isinstance(job.generator.conditioner, TextConditioner)
+def has_captions(images: Images) -> bool:
+    """Whether any image has one: if no other has, all are read."""
+    return any(item and item["caption"] for item in chain(images.few(), skipping(images)))
 
 
 def load_references(job: Job, stored: str | None) -> None:
@@ -148,7 +149,7 @@ def load_references(job: Job, stored: str | None) -> None:
         raise ValueError(f"a tokenizer needs images to reconstruct, not {stored}")
     if job.generator is not None and options.reference is not None:
         raise ValueError("a generator is compared with its data: name the reference there")
-    if stored is not None and reads_prompts(job):
+    if stored is not None and job.reads_prompts:
         raise ValueError(f"this generator reads prompts, and {stored} holds none: name images")
     if stored is not None and (options.labels == "data" or options.num_samples is None):
         raise ValueError(
@@ -184,14 +185,16 @@ def in_classes_of(job: Job, data: Any) -> Any:
 
 
 def prompts_of(job: Job, number: int, real: PartStore | None) -> Prompts:
-    """What each of `number` samples is generated from: the captions of the images, their labels, or
-    all classes alike, each in order; see `spread`."""
-    if real is not None and (reads_prompts(job) or job.options.labels == "data"):
+    """What each of `number` samples is generated from: the captions of the images that have one,
+    their labels, or all classes alike, each in order; see `spread`."""
+    if real is not None and (job.reads_prompts or job.options.labels == "data"):
         known = labels_of(real)
-        chosen = spread(number, len(known))
-        if not reads_prompts(job):
+        if not job.reads_prompts:
+            chosen = spread(number, len(known))
             return Prompts(known[chosen], known[chosen])
         captions = real.column("caption").texts()
+        captioned = [i for i, caption in enumerate(captions) if caption]
+        chosen = [captioned[i] for i in spread(number, len(captioned))]
         return Prompts([captions[i] for i in chosen], known[chosen])
     classes = classes_of(job)
     labels = torch.tensor(spread(number, classes) if classes else [NULL_CLASS] * number)

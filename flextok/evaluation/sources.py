@@ -15,7 +15,6 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from flextok.data.loading import failures_in_one_line, make_loader
-from flextok.data.pictures import UNLABELLED
 from flextok.data.sets import adapt, data_files
 from flextok.data.stream import EvaluationSet, Item, as_it_is, collate
 from flextok.data.transforms import ImageTransform
@@ -45,8 +44,6 @@ class Images(Dataset):
     def __getitem__(self, index: int) -> Item:
         item = self.dataset[index]
         caption = item.get("caption") or ""
-        if caption == UNLABELLED:  # the name of no class
-            caption = ""
         return {"index": index, "caption": caption, **self.prepare(item, None)}
 
     def few(self) -> list[Item]:

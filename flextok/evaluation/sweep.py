@@ -69,7 +69,8 @@ def sweep(
     cells = [Cell(k, *way) for way in ways for k in lengths]
     report = evaluate(tokenizer, dataset, cells, options, output, names)
     source = Images(dataset, tokenizer.image_size)
-    chosen = [i * len(source) // num_pictures for i in range(min(num_pictures, len(source)))]
+    number = min(num_pictures, len(source))
+    chosen = [i * len(source) // number for i in range(number)]
     if shown := collate(readable(source, chosen)):
         draws = num_draws if tokenizer.stochastic else 1
         decoded = draws_of(tokenizer, shown, cells[: len(lengths)], options, draws)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flextok.data.labels import whole_number
 from flextok.draws import Rng
 from flextok.generators.conditioning import Cond, Conditioner, class_label
 from flextok.hub import Pretrained
@@ -62,7 +63,8 @@ class Generator(Pretrained):
     def prepare(self, cond: Asked) -> Any:
         """cond: as in generate. Returns it as the conditioner's forward takes it. Raises
         ValueError."""
-        several: Any = [cond] if isinstance(cond, str | int) else cond
+        one = not isinstance(cond, Tensor) and whole_number(cond) is not None
+        several: Any = [cond] if one or isinstance(cond, str) else cond
         if self.conditioner.num_classes and not isinstance(several, Tensor):
             names = self.class_names
             several = torch.tensor([class_label(one, names) for one in several])

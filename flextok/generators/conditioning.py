@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from flextok.data.labels import whole_number
 from flextok.generators.text import ByteEncoder, PretrainedEncoder, Text, check_prompts
 from flextok.generators.words import WordEncoder
 from flextok.nn.devices import span, to_device
@@ -89,7 +90,7 @@ class ClassConditioner(Conditioner):
         if not isinstance(cond, Tensor):
             raise ValueError(f"this generator takes class labels, a (B,) tensor, not {cond!r}")
         self._check(cond)
-        return to_device(cond, device)
+        return to_device(cond.long(), device)
 
     def forward(self, cond: Tensor, drop: Tensor | None = None) -> Condition:
         """cond: (B,) labels of `prepare`; drop: (B,) bool, True = null condition. Returns
@@ -190,10 +191,12 @@ class TextConditioner(Conditioner):
 def class_label(entry: object, names: Sequence[str]) -> int:
     """The label of a class among `names`: an entry is a label, or else the class's name, its number
     or "none" or "", for no class. Raises ValueError."""
-    if entry == NULL_CLASS or (entry in ("none", "") and entry not in names):
+    if isinstance(entry, str) and entry in ("none", "") and entry not in names:
         return NULL_CLASS
-    if isinstance(entry, int):
-        number = entry if 0 <= entry < len(names) else None
+    if (label := whole_number(entry)) is not None:
+        if label == NULL_CLASS:
+            return NULL_CLASS
+        number = label if 0 <= label < len(names) else None
     else:
         number = find_class({name: label for label, name in enumerate(names)}, str(entry))
     if number is not None:

@@ -186,8 +186,7 @@ class FlexTokPipeline(DiffusionPipeline):
         check_number("num_images_per_prompt", num_images_per_prompt, 1, 10_000, whole=True)
         prompts: Any = [prompt] if isinstance(prompt, str | int) else prompt
         if num_images_per_prompt > 1:
-            rows = range(num_images_per_prompt * len(prompts))
-            prompts = [prompts[row // num_images_per_prompt] for row in rows]
+            prompts = [prompt for prompt in prompts for _ in range(num_images_per_prompt)]
         how = {"num_tokens": num_tokens, "guidance_scale": guidance_scale}
         indices = self.transformer.model.generate(prompts, generator=generator, **how)
         made = self.autoencoder.decode(

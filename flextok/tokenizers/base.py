@@ -246,18 +246,15 @@ def images_to_encode(
         floats = [x for x in pictures if isinstance(x, Tensor) and x.is_floating_point()]
         if not pictures:
             raise ValueError("there is no image to encode: give at least one")
+        for one in floats:
+            check_range(one)
         if len(floats) < len(pictures):
             resized = [image_tensor(picture, *shape) for picture in pictures]
             return to_device(torch.stack(resized), tokenizer.device)
         images = torch.stack(floats)
     images = images[None] if images.ndim == 3 else images
     check_images(images, *([shape] if is_asked else tokenizer.shapes))
-    low, high = span(images)
-    if not (low >= -1.001 and high <= 1.001):  # NaN fails too
-        raise ValueError(
-            f"images span [{low:.4g}, {high:.4g}], expected [-1, 1]: scale uint8 images with "
-            "x / 127.5 - 1"
-        )
+    low, high = check_range(images)
     if low >= 0 and high > 0 and tokenizer not in _warned:
         _warned.add(tokenizer)
         warnings.warn(
@@ -266,6 +263,17 @@ def images_to_encode(
             stacklevel=level,
         )
     return to_device(images, tokenizer.device)
+
+
+def check_range(images: Tensor) -> tuple[float, float]:
+    """The least and the greatest value. Raises ValueError outside [-1, 1]."""
+    low, high = span(images)
+    if not (low >= -1.001 and high <= 1.001):  # NaN fails too
+        raise ValueError(
+            f"images span [{low:.4g}, {high:.4g}], expected [-1, 1]: scale uint8 images with "
+            "x / 127.5 - 1"
+        )
+    return low, high
 
 
 def check_images(images: Tensor, *shapes: tuple[int, int]) -> None:

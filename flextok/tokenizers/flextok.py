@@ -5,7 +5,7 @@ decoder that rebuilds a plausible image from any prefix. Time: t=1 is noise (flo
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, overload
 
@@ -402,7 +402,7 @@ class FlexTok(Tokenizer):
         chosen = super().decode_options(asked, options)
         self.checked_shape(chosen.height, chosen.width)
         if self.config.distilled:
-            for key in ("num_steps", "guidance_scale", "solver", "time_shift", "noise_scale"):
+            for key in [f.name for f in fields(chosen) if f.name not in ("height", "width")]:
                 value, fixed = getattr(chosen, key), getattr(self.config.decode, key)
                 if value != fixed:
                     raise ValueError(
