@@ -8,11 +8,9 @@ import pytest
 import torch
 import yaml
 from helpers.files import draw_pictures
-from helpers.models import TINY, TITOK
+from helpers.models import DRAWER, TINY, TITOK, randomize
 from helpers.processes import finish, start_ranks
 from helpers.runs import generator_yaml, logged_losses, same, tokenizer_yaml, weights
-from torch import distributed
-from torch.distributed.device_mesh import init_device_mesh
 
 from flextok.config import load_experiment
 from flextok.generators import GENERATORS
@@ -167,15 +165,6 @@ def test_a_sharded_generator_trains_saves_and_loads_on_one_process(place, tmp_pa
     assert exported.read_bytes() == before
 
 
-@pytest.fixture
-def alone(tmp_path):
-    """A group of one process."""
-    store = f"file://{tmp_path / 'store'}"
-    distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    distributed.destroy_process_group()
-
-
 def compare_gradients(plain, sharded, mesh, batch):
     """Shards the second of two like objectives, and compares the gradients of a batch."""
     for parameter in plain.parameters():  # no zero hides a gradient
@@ -218,6 +207,34 @@ def test_a_sharded_objective_has_the_same_gradients_codes_and_images(alone, spec
     # and trains on, sharded as before
     sharded({"image": images}, torch.Generator().manual_seed(1))["loss"].backward()
     assert is_sharded(sharded)
+
+
+@pytest.mark.parametrize("kind", ["flextok", "drawer", "titok", "gpt", "maskgit"])
+def test_a_model_sharded_in_bf16_draws_as_under_autocast(alone, kind):
+    """What is drawn after a validation, which is no forward of the objective."""
+    sizes = {"vocab_size": 50, "num_tokens": 6, "depth": 3, "dim": 32, "num_heads": 2}
+    spec = {
+        "flextok": {**TINY, "name": "flextok", "drop_mode": "truncate"},
+        "drawer": {**TINY, "name": "flextok", "drawer": DRAWER},
+        "titok": {**TITOK, "name": "titok", "ordered": True},
+    }.get(kind, {**sizes, "name": kind})
+    kinds = GENERATORS if kind in GENERATORS else TOKENIZERS
+    model = randomize(build_model(kinds, spec)).eval()
+
+    def drawn():
+        rng = torch.Generator().manual_seed(0)
+        if kind in GENERATORS:
+            return model.generate(torch.arange(4), generator=rng)
+        return model.decode(torch.arange(24).view(4, 6), generator=rng)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = drawn()
+    shard(model, alone, bf16=True)
+    with whole(model):
+        found = drawn()
+    assert found.dtype is expected.dtype
+    assert (found - expected).float().abs().mean() < 0.02
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("name", ["gpt", "maskgit"])
