@@ -9,6 +9,8 @@ import pytest
 import torch
 from helpers.files import CATS_AND_DOGS, draw_pictures
 from helpers.models import tiny_releases
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
 
 
 @pytest.fixture
@@ -34,3 +36,12 @@ def picture_folder(tmp_path):
     """Two classes of three 20x24 pictures."""
     draw_pictures(tmp_path, CATS_AND_DOGS, width=24, height=20)
     return tmp_path
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """A group of one process."""
+    store = f"file://{tmp_path / 'store'}"
+    distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()

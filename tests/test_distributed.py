@@ -8,13 +8,12 @@ import pytest
 import torch
 import yaml
 from helpers.files import draw_pictures
-from helpers.models import TINY, TITOK
+from helpers.models import DRAWER, TINY, TITOK, randomize
 from helpers.processes import finish, start_ranks
 from helpers.runs import generator_yaml, logged_losses, same, tokenizer_yaml, weights
-from torch import distributed
-from torch.distributed.device_mesh import init_device_mesh
 
 from flextok.config import load_experiment
+from flextok.generators import GENERATORS
 from flextok.objectives import OBJECTIVES, make_objective
 from flextok.pipeline import load
 from flextok.registry import build_model
@@ -166,13 +165,20 @@ def test_a_sharded_generator_trains_saves_and_loads_on_one_process(place, tmp_pa
     assert exported.read_bytes() == before
 
 
-@pytest.fixture
-def alone(tmp_path):
-    """A group of one process."""
-    store = f"file://{tmp_path / 'store'}"
-    distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    distributed.destroy_process_group()
+def compare_gradients(plain, sharded, mesh, batch):
+    """Shards the second of two like objectives, and compares the gradients of a batch."""
+    for parameter in plain.parameters():  # no zero hides a gradient
+        torch.nn.init.normal_(parameter.data, std=0.1)
+    sharded.load_state_dict(plain.state_dict())
+    shard(sharded, mesh)
+    for objective in (plain, sharded):
+        objective(batch, torch.Generator().manual_seed(1))["loss"].backward()
+    trained = {n: p.grad for n, p in sharded.named_parameters() if p.grad is not None}
+    gradients = gather(trained, keep=True)
+    for name, parameter in plain.named_parameters():
+        assert (parameter.grad is None) == (name not in gradients), name
+        if name in gradients:
+            assert torch.allclose(parameter.grad, gradients[name], atol=1e-6), name
 
 
 @pytest.mark.parametrize(
@@ -189,19 +195,8 @@ def test_a_sharded_objective_has_the_same_gradients_codes_and_images(alone, spec
     many = {} if spec.get("stage") else {"nested_dropout": "uniform"}
     models = (build_model(TOKENIZERS, spec) for _ in range(2))
     plain, sharded = (make_objective(model, many).train() for model in models)
-    for parameter in plain.parameters():  # no zero hides a gradient
-        torch.nn.init.normal_(parameter.data, std=0.1)
-    sharded.load_state_dict(plain.state_dict())
-    shard(sharded, alone)
     images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    for objective in (plain, sharded):
-        objective({"image": images}, torch.Generator().manual_seed(1))["loss"].backward()
-    trained = {n: p.grad for n, p in sharded.named_parameters() if p.grad is not None}
-    gradients = gather(trained, keep=True)
-    for name, parameter in plain.named_parameters():
-        assert (parameter.grad is None) == (name not in gradients), name
-        if name in gradients:
-            assert torch.allclose(parameter.grad, gradients[name], atol=1e-6), name
+    compare_gradients(plain, sharded, alone, {"image": images})
     indices = plain.model.encode(images)
     noise = {"generator": torch.Generator().manual_seed(2)}
     with whole(sharded):
@@ -212,3 +207,49 @@ def test_a_sharded_objective_has_the_same_gradients_codes_and_images(alone, spec
     # and trains on, sharded as before
     sharded({"image": images}, torch.Generator().manual_seed(1))["loss"].backward()
     assert is_sharded(sharded)
+
+
+@pytest.mark.parametrize("kind", ["flextok", "drawer", "titok", "gpt", "maskgit"])
+def test_a_model_sharded_in_bf16_draws_as_under_autocast(alone, kind):
+    """What is drawn after a validation, which is no forward of the objective."""
+    sizes = {"vocab_size": 50, "num_tokens": 6, "depth": 3, "dim": 32, "num_heads": 2}
+    spec = {
+        "flextok": {**TINY, "name": "flextok", "drop_mode": "truncate"},
+        "drawer": {**TINY, "name": "flextok", "drawer": DRAWER},
+        "titok": {**TITOK, "name": "titok", "ordered": True},
+    }.get(kind, {**sizes, "name": kind})
+    kinds = GENERATORS if kind in GENERATORS else TOKENIZERS
+    model = randomize(build_model(kinds, spec)).eval()
+
+    def drawn():
+        rng = torch.Generator().manual_seed(0)
+        if kind in GENERATORS:
+            return model.generate(torch.arange(4), generator=rng)
+        return model.decode(torch.arange(24).view(4, 6), generator=rng)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = drawn()
+    shard(model, alone, bf16=True)
+    with whole(model):
+        found = drawn()
+    assert found.dtype is expected.dtype
+    assert (found - expected).float().abs().mean() < 0.02
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", ["gpt", "maskgit"])
+def test_a_sharded_generator_by_text_has_the_same_gradients_and_indices(alone, name):
+    """Each block reads the text by weights of its own, which only its forward gathers."""
+    encoder = {"name": "bytes", "dim": 16, "depth": 1, "num_heads": 2, "max_length": 16}
+    sizes = {"vocab_size": 50, "num_tokens": 6, "depth": 2, "dim": 32, "num_heads": 2}
+    sizes["dropout"] = 0.0
+    spec = {"name": name, **sizes, "conditioner": {"name": "text", "encoder": encoder}}
+    models = (build_model(GENERATORS, spec) for _ in range(2))
+    plain, sharded = (make_objective(model).train() for model in models)
+    texts = ["a cat", "two dogs", "", "a"]
+    indices = torch.randint(50, (4, 6), generator=torch.Generator().manual_seed(0))
+    compare_gradients(plain, sharded, alone, {"indices": indices, "text": texts})
+    drawn = [torch.Generator().manual_seed(2) for _ in range(2)]
+    expected = plain.eval().model.generate(texts, generator=drawn[0])
+    with whole(sharded.eval()):
+        assert torch.equal(sharded.model.generate(texts, generator=drawn[1]), expected)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 from helpers.files import draw_pictures
-from helpers.models import TINY, TITOK
+from helpers.models import DRAWER, TINY, TITOK, VQGAN, randomize
 from helpers.processes import finish, start_ranks
 from helpers.runs import SIX_STEPS
 
@@ -15,8 +15,11 @@ from flextok.data.datamodule import DataModule, Shares, collate_shares
 from flextok.data.datasets import ImageFolder
 from flextok.data.stream import EvaluationSet
 from flextok.data.transforms import ImageTransform
+from flextok.draws import VALIDATION, derived_generator
 from flextok.objectives import make_objective
 from flextok.pipeline import load
+from flextok.registry import build_model
+from flextok.tokenizers import TOKENIZERS
 from flextok.training.run import train
 
 PICTURES = [f"{i}.png" for i in range(9)]
@@ -124,6 +127,75 @@ def test_lecam_moves_once_a_step_by_the_logits_of_all_processes_and_micro_batche
         assert a == pytest.approx(b, rel=1e-4)
     for key, value in states[0].items():
         torch.testing.assert_close(value, states[1][key], atol=1e-5, rtol=1e-3, msg=key)
+
+
+ORDERED = {
+    "titok": {"name": "titok", **TITOK, "ordered": True},
+    "flextok": {"name": "flextok", **TINY, "drop_mode": "truncate"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["titok", "flextok"])
+def test_sharded_processes_with_unequally_many_lengths_end_with_the_exact_average(tmp_path, kind):
+    """Four pictures of four lengths and three of three: each length ran the model once more."""
+    pictures(tmp_path / "validation", 7)
+    spec = spec_of(tmp_path, kind) | {"model": ORDERED[kind]}
+    spec["objective"] = {"nested_dropout": "uniform", "batch_lengths": 4}
+    run = run_on_two(tmp_path, spec, "fsdp2")
+    objective = make_objective(load(run), spec["objective"]).eval()
+    images = readable(tmp_path / "validation")
+    total, seed = 0.0, load_experiment(tmp_path / "config.yaml").seed
+    for rank, share in enumerate((images[::2], images[1::2])):
+        batch = {"image": torch.stack(share), "row": range(4 * rank, 4 * rank + len(share))}
+        with torch.no_grad():
+            losses = objective(batch, derived_generator(seed, VALIDATION, 0))
+        total += len(share) * float(losses["loss"])
+    assert validation_losses(run)[-1] == pytest.approx(total / 7, rel=1e-4)
+
+
+VQ = {"name": "vq", "codebook_size": 32, "dim": 4}
+
+
+@pytest.mark.parametrize(
+    ("model", "spec"),
+    [
+        (ORDERED["flextok"], {}),
+        ({**ORDERED["flextok"], "quantizer": VQ}, {"prefix_alignment": {"size": 32}}),
+        (ORDERED["flextok"], {"name": "cross_length"}),
+        (ORDERED["flextok"], {"name": "distillation"}),
+        ({**ORDERED["flextok"], "drawer": DRAWER}, {"name": "drawing"}),
+        (ORDERED["titok"], {}),
+        ({**ORDERED["titok"], "stage": "proxy", "proxy": VQGAN}, {}),
+    ],
+    ids=["flow", "vq", "cross_length", "distillation", "drawing", "titok", "proxy"],
+)
+def test_validation_runs_once_what_training_runs_for_each_length(model, spec):
+    """With the same losses."""
+    tokenizer = randomize(build_model(TOKENIZERS, model))
+    if tokenizer.model_type == "titok" and tokenizer.config.stage == "proxy":
+        tokenizer.attach_proxy(build_model(TOKENIZERS, {"name": "maskgit_vqgan", **VQGAN}))
+    start = {"distillation": "teacher", "drawing": "weights"}.get(spec.get("name"))
+    trained = {start: randomize(build_model(TOKENIZERS, model), 1)} if start else None
+    spec = {**spec, "nested_dropout": "uniform", "batch_lengths": 5}
+    objective = make_objective(tokenizer, spec, trained)
+    objective.prepare(pretrained=False)
+    images = torch.rand(5, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    calls = []
+    for part in (tokenizer.encoder, tokenizer.decoder):
+        part.register_forward_hook(lambda part, *_: calls.append(part))
+    found = []
+    objective.eval()
+    for apart in (False, True):
+        objective.training = apart  # and not its networks
+        with torch.no_grad():
+            found.append(objective({"image": images}, torch.Generator().manual_seed(2)))
+        if not apart:
+            once = len(calls)
+    assert len(calls) - once > once
+    assert found[0].keys() == found[1].keys()
+    for name, value in found[0].items():
+        torch.testing.assert_close(value, found[1][name], atol=1e-6, rtol=1e-5, msg=name)
 
 
 class Rank:

@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shutil
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,7 +38,9 @@ from flextok.pipeline import generate_images, load, load_tokenizer_of
 from flextok.registry import TASKS, build_model
 from flextok.schema import ConfigError, NotFinite
 from flextok.tokenizers import TOKENIZERS, MaskGITVQGAN, VQGANConfig
+from flextok.training.fit import check_sharding
 from flextok.training.optim import make_optimizer, parameter_groups, warmup_cosine
+from flextok.training.options import FitOptions
 from flextok.training.run import train
 from flextok.training.sharding import compile_blocks
 from flextok.training.validation import Images
@@ -270,6 +273,30 @@ def test_what_a_sharded_model_cannot_do_is_refused(uninterrupted, tmp_path, aske
     overrides = ["trainer.strategy=fsdp2", asked, f"output_dir={tmp_path / 'run'}"]
     with pytest.raises(ConfigError, match=f"fsdp2 shards the model, and {named} needs it whole"):
         train(load_experiment(uninterrupted / "tokenizer.yaml", overrides))
+
+
+@pytest.mark.parametrize(
+    ("batch", "lengths", "name", "devices", "refused"),
+    [
+        (4, 8, "sqrt_pow2", 2, True),
+        (12, 8, "uniform", 2, True),
+        (8, 8, "sqrt_pow2", 2, False),
+        (12, 6, "uniform", 2, False),
+        (4, 8, "sqrt_pow2", 1, False),
+        (4, 8, "none", 2, False),
+    ],
+)
+def test_sharded_processes_that_may_have_unequally_many_lengths_are_refused(
+    batch, lengths, name, devices, refused
+):
+    model = tiny_tokenizer(drop_mode="truncate")
+    objective = make_objective(model, {"nested_dropout": name, "batch_lengths": lengths})
+    options = FitOptions(
+        1, output_dir="run", accelerator="cpu", devices=devices, strategy="fsdp2", batch_size=batch
+    )
+    message = rf"data.batch_size={batch} must be a multiple of objective.batch_lengths={lengths} "
+    with pytest.raises(ConfigError, match=message) if refused else nullcontext():
+        check_sharding(objective, options)
 
 
 def test_missing_and_broken_config_files(tmp_path):

@@ -136,7 +136,9 @@ class GPT(Generator):
         condition = self.condition(cond, drop)
         x = self.join_start(indices, condition)
         groups, mask = self.group_mask(0, x.shape[1]), context_mask(condition)
-        for block, context in zip(self.blocks, self.contexts(condition), strict=True):
+        # values and no keys: sharded, a block has its weights in its own forward alone
+        context = None if condition.context is None else condition.context.values
+        for block in self.blocks:
             x = block(x, groups, is_causal=True, context=context, context_mask=mask)
         return self.head(self.norm(x[:, : indices.shape[1] + 1]))
 
@@ -144,7 +146,8 @@ class GPT(Generator):
         return self.conditioner(self.conditioner.prepare(cond, self.start.device), drop)
 
     def contexts(self, condition: Condition) -> list[tuple[Tensor, Tensor] | None]:
-        """Keys and values of the context for each block's cross-attention, None without one."""
+        """Keys and values of the context for each block's cross-attention, to be computed once for
+        all steps of generating; None without a context."""
         if condition.context is None:
             return [None] * len(self.blocks)
         blocks: Any = self.blocks

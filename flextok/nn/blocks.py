@@ -64,19 +64,21 @@ class Block(nn.Module):
         mask: Tensor | None = None,
         is_causal: bool = False,
         cache: KVCache | None = None,
-        context: tuple[Tensor, Tensor] | None = None,
+        context: Tensor | tuple[Tensor, Tensor] | None = None,
         context_mask: Tensor | None = None,
         prefix: int = 0,
         first: int = 0,
     ) -> Tensor:
-        """x: (B, N, D); mask, prefix as in Attention; context: keys and values of the condition
-        from `cross_attn.keys_values`; context_mask: (B, 1, 1, L) bool; first: only positions from
-        here on are computed (mask has their rows), the others just seen.
-        Returns (B, N - first, D)."""
+        """x: (B, N, D); mask, prefix as in Attention; context: of the condition (B, L, D), or its
+        keys and values, ready from `cross_attn.keys_values`; context_mask: (B, 1, 1, L) bool;
+        first: only positions from here on are computed (mask has their rows), the others just
+        seen. Returns (B, N - first, D)."""
         h = self.norm1(x)
         seen = self.attn.keys_values(h) if first else None
         x = x[:, first:] + self.attn(h[:, first:], mask, is_causal, cache, seen, prefix)
         if self.cross_attn is not None and self.cross_norm is not None:
+            if isinstance(context, Tensor):
+                context = self.cross_attn.keys_values(context)
             x = x + self.cross_attn(self.cross_norm(x), context_mask, keys_values=context)
         return x + self.mlp(self.norm2(x))
 

@@ -7,6 +7,16 @@ from einops import rearrange
 from torch import Tensor, nn
 
 
+class WideLayerNorm(nn.LayerNorm):
+    """Takes float32 with weights in half precision, too, as sharded blocks gather them: a CPU's
+    layer_norm refuses these."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        wide = torch.promote_types(self.weight.dtype, input.dtype)
+        weight, bias = self.weight.to(wide), self.bias.to(wide)
+        return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
+
+
 class BiasedAttention(nn.Module):
     """Multi-head self-attention with a fused qkv projection and biases."""
 
@@ -49,9 +59,9 @@ class ViTBlock(nn.Module):
         hidden = round(dim * mlp_ratio)
         self.post_norm = post_norm
         self.skip = nn.Linear(2 * dim, dim) if skip else None
-        self.norm1 = nn.LayerNorm(dim, eps)
+        self.norm1 = WideLayerNorm(dim, eps)
         self.attn = BiasedAttention(dim, num_heads, qkv_bias, dropout)
-        self.norm2 = nn.LayerNorm(dim, eps)
+        self.norm2 = WideLayerNorm(dim, eps)
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)
         self.dropout = nn.Dropout(dropout)

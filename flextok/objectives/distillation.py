@@ -22,7 +22,7 @@ from flextok.hub import Pretrained
 from flextok.nn.frozen import Frozen
 from flextok.objectives.base import Objective, draws_of, need
 from flextok.objectives.flow import begin_as, nested_dropout
-from flextok.objectives.nested_dropout import PrefixConfig, take_rows
+from flextok.objectives.nested_dropout import PrefixConfig, as_one, take_rows
 from flextok.schema import Bounds, ConfigError
 from flextok.tokenizers import FlexTok
 from flextok.tokenizers.base import check_images
@@ -118,6 +118,7 @@ class DistillationObjective(Objective):
         stretch = Stretch.drawn(draws, decode, self.config.teacher_steps)
         start = stretch.walked[-1]
         order, groups = self.nested_dropout.groups(draws)
+        groups = groups if self.training else [as_one(groups)]
         draws = draws.take(order)
         with torch.no_grad():
             latents = student.vae.encode(take_rows(images, order), generator=draws.generators)

@@ -13,7 +13,7 @@ from flextok.hub import Pretrained, fingerprint
 from flextok.nn.devices import to_device
 from flextok.objectives.base import Objective, draws_of, need, take_over, train_only
 from flextok.objectives.flow import nested_dropout
-from flextok.objectives.nested_dropout import PrefixConfig, take_rows
+from flextok.objectives.nested_dropout import PrefixConfig, as_one, take_rows
 from flextok.schema import ConfigError, Share, build, to_mapping
 from flextok.tokenizers import FlexTok
 from flextok.tokenizers.base import check_images, component
@@ -96,6 +96,7 @@ class DrawingObjective(Objective):
         model, images = self.model, batch["image"]
         check_images(images, *model.shapes)
         order, groups = self.nested_dropout.groups(draws)
+        groups = groups if self.training else [as_one(groups)]
         images = take_rows(images, order)
         codes = model.quantizer(model.encoder(model.vae.encode(images, sample=False)))[0]
         size = (images.shape[2], images.shape[3])

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flextok.draws import BatchDraws
@@ -24,6 +25,7 @@ from flextok.objectives.nested_dropout import (
     LengthGroup,
     NestedDropout,
     PrefixConfig,
+    as_one,
     take_rows,
 )
 from flextok.schema import ConfigError, Share, build
@@ -115,10 +117,16 @@ class FlowObjective(Objective):
         key = "latents" if "latents" in batch else "image"
         noised = self.noised(batch, draws_of(batch, key, generator))
         codes, aux = self.encode(noised)
-        outputs = [
-            self.predict(noised, some[:, : g.length], g.rows, g.keep)
-            for g, some in zip(noised.groups, codes, strict=True)
-        ]
+        seen = [some[:, : g.length] for g, some in zip(noised.groups, codes, strict=True)]
+        if self.training:
+            outputs = [
+                self.predict(noised, some, g.rows, g.keep)
+                for g, some in zip(noised.groups, seen, strict=True)
+            ]
+        else:
+            every = as_one(noised.groups)
+            padded = [F.pad(some, (0, 0, 0, every.length - some.shape[1])) for some in seen]
+            outputs = [self.predict(noised, torch.cat(padded), every.rows, every.keep)]
         prediction = torch.cat([output.prediction for output in outputs])
         total, losses = self.flow_losses(noised, codes, prediction)
         total = total + aux
@@ -190,8 +198,12 @@ class FlowObjective(Objective):
     def encode(self, noised: Noised) -> tuple[list[Tensor], Tensor]:
         """The codes of each group, and the quantizer's loss."""
         codes, aux = [], noised.x0.new_zeros((), dtype=torch.float32)
+        encoder, z = self.model.encoder, None
+        if not self.training:  # once, see as_one
+            z = encoder(noised.x0, as_one(noised.groups).length)
         for rows, length, _ in noised.groups:
-            some, _, loss = self.model.quantizer(self.model.encoder(noised.x0[rows], length))
+            outputs = encoder(noised.x0[rows], length) if z is None else z[rows, :length]
+            some, _, loss = self.model.quantizer(outputs)
             codes.append(some)
             aux = aux + loss * ((rows.stop - rows.start) / len(noised.x0))
         return codes, aux

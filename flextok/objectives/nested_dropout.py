@@ -82,6 +82,14 @@ class LengthGroup(NamedTuple):
     keep: Tensor  # (rows,) long, of each, on the CPU
 
 
+def as_one(groups: list[LengthGroup]) -> LengthGroup:
+    """All rows of a batch as one group, which a decoder in eval mode tells apart by `keep`. For
+    validation: sharded networks wait for all processes in each forward, and a process whose share
+    has fewer rows may have fewer lengths."""
+    keep = torch.cat([g.keep for g in groups])
+    return LengthGroup(slice(0, len(keep)), max(g.length for g in groups), keep)
+
+
 class NestedDropout:
     """Draws how many tokens each row of a training batch keeps.
 
@@ -91,7 +99,7 @@ class NestedDropout:
     `strata`, have the same work. Without strata every row has a value of its own."""
 
     def __init__(self, name: str, num_tokens: int, strata: int | None = None):
-        self.sample = build(NESTED_DROPOUT, name, "nested dropout")
+        self.name, self.sample = name, build(NESTED_DROPOUT, name, "nested dropout")
         self.num_tokens = num_tokens
         self.places = None
         if strata is not None:
@@ -110,6 +118,10 @@ class NestedDropout:
                 f"nested_dropout={name} trains prefixes: set model.ordered=true, or none"
             )
         return cls(name, model.num_tokens, config.batch_lengths if stratified else None)
+
+    def is_even(self, rows: int) -> bool:
+        """Whether processes with so many rows each have equally many groups at every step."""
+        return self.places is None or self.name == "none" or rows % len(self.places) == 0
 
     def lengths(self, draws: BatchDraws) -> list[int]:
         """A length for each row."""

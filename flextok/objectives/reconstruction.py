@@ -11,7 +11,7 @@ from torch import Tensor
 from flextok.hub import Pretrained
 from flextok.losses.perceptual import PerceptualLoss
 from flextok.objectives.base import Objective, begin_with, draws_of, need, train_only
-from flextok.objectives.nested_dropout import NestedDropout, PrefixConfig, take_rows
+from flextok.objectives.nested_dropout import NestedDropout, PrefixConfig, as_one, take_rows
 from flextok.schema import ConfigError
 from flextok.tokenizers import MaskGITVQGAN, TiTok, Tokenizer
 from flextok.tokenizers.base import check_images
@@ -50,8 +50,11 @@ class PrefixObjective(Objective):
         features = self.model.features(take_rows(images, order))
         codes, _, aux = self.model.quantizer(features, draws.generators)
         out = []
-        for rows, length, _ in groups:
-            options = {} if text is None else {"text": take_rows(text, order[rows])}
+        ragged = len(groups) > 1 and not self.training
+        for rows, length, keep in [as_one(groups)] if ragged else groups:
+            options: dict[str, Any] = {"keep": keep} if ragged else {}
+            if text is not None:
+                options["text"] = take_rows(text, order[rows])
             out.append(decode(codes[rows, :length], **options))
         return torch.cat(out), aux, order
 

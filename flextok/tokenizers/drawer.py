@@ -90,7 +90,8 @@ class Drawer(nn.Module):
         positions = (
             sincos_2d(dim, grid, grid, config.position_temperature).flatten(2).transpose(1, 2)
         )
-        self.patch_pos = nn.Parameter(positions, requires_grad=False)
+        # FSDP2 refuses other strides
+        self.patch_pos = nn.Parameter(positions.contiguous(), requires_grad=False)
         self.time_embed = TimeEmbedding(dim)
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.blocks = nn.ModuleList(

@@ -4,6 +4,7 @@ head that makes pixels. They take and give pixels in [0, 1]."""
 import torch
 from torch import Tensor, nn
 
+from flextok.nn.devices import to_device
 from flextok.nn.embeddings import patchify, unpatchify
 from flextok.nn.vit import ViTBlock
 
@@ -107,7 +108,8 @@ class TiTokDecoder(nn.Module):
         if keep is not None:
             seen = torch.ones(batch, x.shape[1], dtype=torch.bool, device=x.device)
             first = patches.shape[1]
-            seen[:, first : first + k] = torch.arange(k, device=x.device) < keep[:, None]
+            kept = to_device(keep, x.device)[:, None]
+            seen[:, first : first + k] = torch.arange(k, device=x.device) < kept
             mask = seen[:, None, None]
         for block in self.blocks:
             x = block(x, mask)

@@ -48,7 +48,12 @@ from flextok.training.record import (
 )
 from flextok.training.saving import Checkpoints
 from flextok.training.sharding import compile_blocks, is_sharded
-from flextok.training.trainer import check_devices, device_type, make_trainer
+from flextok.training.trainer import (
+    check_devices,
+    count_devices,
+    device_type,
+    make_trainer,
+)
 from flextok.training.validation import (
     Export,
     Images,
@@ -88,7 +93,7 @@ def fit(
         FitOptions, {**to_mapping(options), "output_dir": str(options.output_dir)}
     )
     check_devices(options)
-    check_sharding(objective, options)
+    check_sharding(objective, options, isinstance(train_set, LatentDataset))
     if isinstance(validation_set, LatentDataset):
         raise ConfigError("validation_set is a LatentDataset: validation reads images, give those")
     folder = Path(options.output_dir)
@@ -181,8 +186,9 @@ def merge(model: Pretrained) -> None:
     model.adapters = None
 
 
-def check_sharding(objective: Objective, options: FitOptions) -> None:
-    """Refuse what a model that is shared out over processes cannot do."""
+def check_sharding(objective: Objective, options: FitOptions, cached: bool = False) -> None:
+    """Refuse what a model that is shared out over processes cannot do. cached: the training set is
+    a LatentDataset."""
     if options.strategy != "fsdp2":
         return
     if options.optim.name == "muon":
@@ -195,6 +201,18 @@ def check_sharding(objective: Objective, options: FitOptions) -> None:
     for name in (name for name, value in asked.items() if value):
         raise ConfigError(
             f"trainer.strategy=fsdp2 shards the model, and {name} needs it whole: take ddp"
+        )
+    processes = count_devices(options, device_type(options.accelerator)) * options.num_nodes
+    lengths = getattr(objective, "nested_dropout", None)
+    if cached and "keep" in objective.frozen_columns():  # the lengths are the cache's
+        lengths = None
+    if lengths is not None and processes > 1 and not lengths.is_even(options.batch_size):
+        raise ConfigError(
+            f"data.batch_size={options.batch_size} must be a multiple of objective.batch_lengths="
+            f"{objective.config.batch_lengths} with trainer.strategy=fsdp2 on {processes} "
+            f"processes: nested_dropout={lengths.name} would give some more lengths than others, "
+            "and each length runs the sharded model once more, which all must do alike; change "
+            "one of the two, or take ddp"
         )
 
 

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -66,25 +66,31 @@ def compile_blocks(model: nn.Module, **options: Any) -> None:
 
 def shard(objective: nn.Module, mesh: DeviceMesh, bf16: bool = False) -> None:
     """Share an objective's weights out over `mesh`, each block on its own. Its forward gathers
-    them. bf16: gather the weights in bf16, half the traffic; gradients are summed in fp32."""
-    policy = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32
-    )
+    them. bf16: gather the blocks' weights in bf16, half the traffic, for a forward under autocast,
+    which leaves all else in fp32 as without sharding; gradients are summed in fp32."""
     for module in (*transformer_blocks(objective), objective):
+        half = torch.bfloat16 if bf16 and module is not objective else None
+        policy = MixedPrecisionPolicy(
+            param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
 
 
 @contextmanager
 def whole(module: nn.Module) -> Iterator[None]:
     """Gathers the weights of a sharded module, and keeps them until the end: inside, any method of
-    any part works as on one process. Every process must enter; a module that is not sharded is left
-    as it is."""
+    any part works as on one process, under autocast where they are gathered in bf16. Every process
+    must enter; a module that is not sharded is left as it is."""
     parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
+    gathered = [p for part in parts for p in part.parameters()]
+    half = any(p.dtype is torch.bfloat16 for p in gathered)
+    device = gathered[0].device.type if gathered else "cpu"
     try:
-        yield
+        with torch.autocast(device, torch.bfloat16) if half else nullcontext():
+            yield
     finally:
         for part in parts:
             part.set_reshard_after_forward(True, recurse=False)
