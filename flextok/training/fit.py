@@ -152,6 +152,7 @@ def fit(
         # the averaged weights are in place
         objective.finish(data.samples())
         export(model, folder, trainer.global_step, trainer.is_global_zero)
+        trainer.strategy.barrier()  # what follows on any process may start from this model
         if leads:
             log.info("%s", end_message(model, folder, trainer.global_step, saving))
         if model.adapters is not None and not is_sharded(model):
