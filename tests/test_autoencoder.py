@@ -13,6 +13,7 @@ from diffusers import AutoencoderKL
 from helpers.files import CATS_AND_DOGS, draw_pictures
 from helpers.models import AUTOENCODER
 from helpers.runs import SIX_STEPS, Stop, interrupt_after, logged_losses, same
+from lightning.pytorch.strategies import Strategy
 
 import flextok
 from flextok.autoencoder import Autoencoder, AutoencoderConfig, channel_statistics
@@ -243,6 +244,26 @@ def test_a_run_leaves_a_diffusers_folder_with_standardised_latents(run):
     tokenizer = flextok.FlexTokConfig(16, num_registers=4, encoder_depth=1, decoder_depth=1)
     tokenizer.vae = {"name": "kl", "weights": str(folder)}
     assert flextok.FlexTok(tokenizer).noise_shape == (4, 8, 8)
+
+
+@pytest.mark.parametrize("validates", [True, False])
+def test_latents_are_measured_once_a_step_where_the_run_trains(
+    run, tmp_path, monkeypatch, validates
+):
+    """At the end Lightning has moved the weights to the CPU, where it took an hour."""
+    events = []
+    measure, teardown = Autoencoder.measure, Strategy.teardown
+
+    def spy(name, plain):
+        return lambda self, *args: (events.append(name), plain(self, *args))[1]
+
+    monkeypatch.setattr(Autoencoder, "measure", spy("measured", measure))
+    monkeypatch.setattr(Strategy, "teardown", spy("torn down", teardown))
+    overrides = [f"output_dir={tmp_path / 'run'}", *([] if validates else ["data.validation=null"])]
+    train(load_experiment(run / "config.yaml", overrides))
+    # validated after steps 3 and 6
+    assert events == ["measured"] * (2 if validates else 1) + ["torn down"]
+    assert load(tmp_path / "run").config == load(run / "run").config
 
 
 def test_a_run_of_the_decoder_alone_keeps_the_encoder_and_resumes(run, tmp_path, monkeypatch):

@@ -29,6 +29,8 @@ def test_a_gpu_comes_first_then_mps_then_the_cpu(monkeypatch, cuda, mps, found):
     for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3"}.items():
         monkeypatch.setenv(name, value)
     assert local_device() == pick_device(None) == found
+    monkeypatch.delenv("RANK")  # as where Lightning starts the processes
+    assert local_device() == found
     assert pick_device("cpu") == "cpu"
 
 

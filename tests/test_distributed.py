@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import time
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from flextok.generators import GENERATORS
 from flextok.objectives import OBJECTIVES, make_objective
 from flextok.pipeline import load
 from flextok.registry import build_model
-from flextok.tokenizers import TOKENIZERS
+from flextok.tokenizers import TOKENIZERS, FlexTok
 from flextok.tokenizers.networks import Encoder, FlowDecoder
 from flextok.training.checkpoints import find_checkpoint, list_checkpoints, verify
 from flextok.training.run import train
@@ -125,6 +126,39 @@ def test_a_step_costs_every_process_the_same_whatever_lengths_it_draws(tmp_path)
             assert sum(rows for rows, _ in found) == 4
             assert len(found) == 4  # four pictures, four of eight lengths
     assert len({json.dumps(step) for step in one}) > 1
+
+
+def write_late():
+    """Has the first process write its models late."""
+    if os.environ["RANK"] == "0":
+        plain = FlexTok.save_pretrained
+
+        def save(self, *arguments, **options):
+            time.sleep(3)
+            return plain(self, *arguments, **options)
+
+        FlexTok.save_pretrained = save
+
+
+@pytest.mark.slow
+def test_a_config_that_starts_from_the_one_before_waits_for_its_model(tmp_path):
+    draw_pictures(tmp_path / "pictures", [f"{i:02d}.png" for i in range(12)])
+    path = tokenizer_yaml(tmp_path, tmp_path / "pictures", max_steps=1, num_pictures=0)
+    first = yaml.safe_load(path.read_text())
+    first["data"]["validation"] = None
+    second = {
+        **first,
+        "output_dir": str(tmp_path / "next"),
+        "start": {"weights": first["output_dir"]},
+    }
+    paths = [tmp_path / "first.yaml", tmp_path / "second.yaml"]
+    for path, spec in zip(paths, (first, second), strict=True):
+        path.write_text(yaml.safe_dump(spec))
+    command = ["train", *paths, "trainer.devices=2", "trainer.strategy=ddp"]
+    codes = finish(*start_ranks(2, command, tmp_path / "run.log", write_late))
+    text = "\n".join(p.read_text()[-3000:] for p in sorted(tmp_path.glob("run.*.log")))
+    assert codes == [0, 0], text
+    assert "weights" in load(tmp_path / "next").metadata["start"]
 
 
 SHARDED = ("trainer.strategy=fsdp2", "trainer.checkpoint_blocks=true")

@@ -3,6 +3,7 @@ nothing makes the CPU wait for the GPU in a training step, a solver's loop or a 
 
 import re
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from helpers.models import TINY, TITOK, VQGAN
 from flextok.generators import GENERATORS
 from flextok.objectives import make_objective
 from flextok.pipeline import grow_images, reconstruct_prefixes
+from flextok.quantizers import VQ
 from flextok.registry import build_model
 from flextok.tokenizers import TOKENIZERS
+from flextok.training.callbacks import CodebookUsage
 
 KL_VAE = {"name": "kl", "channels": 4, "block_channels": [32, 32]}
 TOKENIZER_SPECS = {
@@ -307,3 +310,28 @@ def test_tensors_of_the_cpu_are_real_and_copies_from_pinned_memory_do_not_wait(g
     pinned.to(DEVICE)  # blocks
     torch.tensor([1.0], device=DEVICE)
     assert len(gpu.waits) == 3
+
+
+def test_revived_codes_are_sent_from_the_cpu_and_land_on_each_process_own_device(gpu, monkeypatch):
+    """What is sent is pickled with its device: others got the first process's GPU."""
+    with DEVICE:
+        quantizer = VQ(8, 3).train()
+        z = torch.randn(1, 5, 3)
+    sent, taken = [], []
+
+    def broadcast(x):
+        sent.append(x.device.type)
+        return x
+
+    def revive(x, counts, generator):
+        taken.append(x.device)
+        return 0
+
+    monkeypatch.setattr(quantizer, "revive", revive)
+    monkeypatch.setattr(CodebookUsage, "log_usage", lambda *_: (1.0, 1.0))
+    usage = CodebookUsage(quantizer, every=1, revive=True)
+    usage.count(quantizer, (z,), (z, torch.zeros(1, 5, dtype=torch.long, device=DEVICE)))
+    strategy = SimpleNamespace(broadcast=broadcast, reduce=lambda x, reduce_op: x)
+    trainer = SimpleNamespace(strategy=strategy, global_step=1)
+    usage.on_train_batch_end(trainer, SimpleNamespace(log=lambda *_: None))
+    assert (sent, taken) == (["cpu"], [DEVICE])

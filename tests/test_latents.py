@@ -105,6 +105,13 @@ def test_a_cache_holds_the_latents_and_the_images_of_every_variant(picture_folde
         assert item["label"] == variants[i]["label"]
 
 
+def test_a_model_whose_cache_is_complete_stays_where_it_is(picture_folder, tmp_path):
+    objective = objective_on_latents()
+    cache(tmp_path, objective, picture_folder, device="cpu")
+    cache(tmp_path, objective, picture_folder, device="meta")
+    assert objective.model.device.type == "cpu"
+
+
 def test_a_damaged_cache_is_refused(picture_folder, tmp_path):
     """A flipped bit trained along."""
     folder = tmp_path / "latents"

@@ -200,6 +200,37 @@ def test_one_backward_pass_equals_alternating_optimizers():
             torch.testing.assert_close(ours[key], value, atol=1e-5, rtol=1e-4, msg=key)
 
 
+def test_a_discriminator_is_left_alone_until_its_step_and_begins_as_new():
+    """AdamW counted steps of zero gradients and decayed the weights; the first true ones were
+    several times its rate."""
+    objective = tiny_objective(start_step=30)
+    fresh = copy.deepcopy(objective)
+    before = copy.deepcopy(objective.discriminator.state_dict())
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+    def step(objective, optimizer, number):
+        objective.step = number
+        optimizer.zero_grad()
+        objective({"image": images})["loss"].backward()
+        assert all(p.grad is not None for p in objective.discriminator.parameters())  # DDP waits
+        objective.before_step()
+        for part in objective.parts():
+            torch.nn.utils.clip_grad_norm_(part.module.parameters(), 1.0)
+        optimizer.step()
+
+    optimizer = make_optimizer(objective, OPTIM)
+    for number in range(30):
+        step(objective, optimizer, number)
+    for key, value in objective.discriminator.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    fresh.load_state_dict(objective.state_dict())
+    step(objective, optimizer, 30)
+    step(fresh, make_optimizer(fresh, OPTIM), 30)
+    for key, value in fresh.discriminator.state_dict().items():
+        assert torch.equal(objective.discriminator.state_dict()[key], value), key
+        assert not torch.equal(value, before[key]), key
+
+
 def test_muon_leaves_the_discriminator_to_adamw():
     shape = {"image_size": 16, "patch_size": 4, "num_tokens": 4, "head_dim": 8}
     sizes = {"encoder_dim": 16, "encoder_depth": 1, "decoder_dim": 16, "decoder_depth": 1}

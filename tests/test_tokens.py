@@ -13,8 +13,10 @@ import torch
 from helpers.files import draw_pictures, write_shard
 from helpers.models import tiny_tokenizer
 from helpers.processes import die_before, finish, start, start_ranks
+from helpers.runs import generator_yaml
 
 from flextok.cli import main
+from flextok.config import load_experiment
 from flextok.data.augmentation import Augmentation
 from flextok.data.datasets import ImageFolder
 from flextok.data.parts import PartStore
@@ -25,6 +27,7 @@ from flextok.data.transforms import ImageTransform
 from flextok.data.web import WebDatasetImages
 from flextok.registry import make_dataset
 from flextok.training.prepare import ready_tokens
+from flextok.training.run import train
 
 
 @pytest.fixture(scope="module")
@@ -184,9 +187,20 @@ def test_torchrun_and_slurm_say_which_process_this_is(monkeypatch):
     assert place(**slurm, SLURM_STEP_ID=0) == (5, 16, 1)
     assert place(**slurm, SLURM_STEP_ID=2, SLURM_STEP_NUM_TASKS=8) == (5, 8, 1)
     assert place(**slurm) == (0, 1, 0)  # the batch script itself
+    assert place(LOCAL_RANK=3, WORLD_SIZE=8) == (0, 1, 3)  # Lightning started it
     assert place(**slurm, SLURM_STEP_ID=4294967290) == (0, 1, 0)  # an interactive shell
     with pytest.raises(ValueError, match="process 8 of 8"):
         place(RANK=8, WORLD_SIZE=8)
+
+
+def test_a_tokenizer_whose_cache_is_complete_stays_where_it_is(
+    picture_folder, tmp_path, monkeypatch
+):
+    tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    path = generator_yaml(tmp_path, picture_folder)
+    train(load_experiment(path), only_caches=True)
+    monkeypatch.setattr("flextok.training.prepare.cache_device", lambda _: "meta")  # loses weights
+    train(load_experiment(path), only_caches=True)
 
 
 @pytest.fixture

@@ -71,19 +71,23 @@ def build_latent_cache(
     seed: int = 0,
     part_size: int = 1024,
     process: Process | None = None,
+    device: str | None = None,
 ) -> PartStore:
     """Keep what objective.frozen makes of a data set: latents in fp16, images in uint8. All else as
-    build_cache. objective: prepared. identity: of latents_identity. Raises ConfigError where
-    nothing is frozen, ValueError for latents that are not finite."""
+    build_cache. objective: prepared. identity: of latents_identity. device: where the model goes if
+    there is anything to make; None = where it is. Raises ConfigError where nothing is frozen,
+    ValueError for latents that are not finite."""
     check_cacheable(objective)
 
     @torch.no_grad()
     def compute(batch: dict[str, Any]) -> Rows:
-        device, positions = objective.model.device, batch["position"]
+        if device is not None:
+            objective.model.to(device)
+        images, positions = batch["image"].to(objective.model.device), batch["position"]
         # one generator for a part: what all rows of a step share differs between parts
         shared = derived_generator(seed, POSTERIOR, int(positions[0]) // part_size)
         draws = BatchDraws(len(positions), shared, positions)
-        found = objective.frozen({"image": batch["image"].to(device)}, draws)
+        found = objective.frozen({"image": images}, draws)
         rows = {"label": batch["label"]}
         for name in objective.frozen_columns():
             packed = pack(name, check_finite(found[name], f"the cached {name}"))

@@ -16,7 +16,8 @@ class Process(NamedTuple):
 
 def this_process() -> Process:
     """By torchrun's variables, else by those of a SLURM step (srun), else alone. A SLURM batch
-    script that runs a command without srun is one process."""
+    script that runs a command without srun is one process. So are those that Lightning starts,
+    which come when the first has done its work before training; they have a local rank."""
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
         found = Process(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)))
@@ -24,7 +25,7 @@ def this_process() -> Process:
         tasks = env.get("SLURM_STEP_NUM_TASKS") or env["SLURM_NTASKS"]
         found = Process(int(env["SLURM_PROCID"]), int(tasks), int(env["SLURM_LOCALID"]))
     else:
-        found = Process()
+        found = Process(local_rank=int(env.get("LOCAL_RANK", 0)))
     if not 0 <= found.rank < found.world_size:
         raise ValueError(f"the environment names process {found.rank} of {found.world_size}")
     return found

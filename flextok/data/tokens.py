@@ -1,7 +1,7 @@
 """A token cache: every image of a data set as indices, in several augmented variants."""
 
 from collections.abc import Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +38,19 @@ def build_token_cache(
     seed: int = 0,
     part_size: int = 16_384,
     process: Process | None = None,
+    device: str | None = None,
 ) -> PartStore:
     """Encode a data set with `tokenizer`; captions are kept too, "" for images without one. All
-    else as build_cache. identity: of cache_identity. Raises ValueError also for codes that are not
-    finite."""
+    else as build_cache. identity: of cache_identity. device: where the tokenizer goes if there is
+    anything to encode; None = where it is. Raises ValueError also for codes that are not finite."""
     if not tokenizer.vocab_size:
         raise ValueError("the tokenizer is continuous (KL): it has no indices to cache")
-    compute = partial(encode, tokenizer, seed=seed, bf16="precision" in identity)
+
+    def compute(batch: dict[str, Any]) -> Rows:
+        if device is not None:
+            tokenizer.to(device)
+        return encode(tokenizer, batch, seed, "precision" in identity)
+
     rest = (variants, batch_size, num_workers, seed, part_size, process, "tokenizing")
     return build_cache(folder, CACHE, dataset, transform, compute, identity, *rest)
 

@@ -101,7 +101,12 @@ class Adversarial(Objective):
         return [Part(self.model), Part(self.discriminator, self.config.lr)]
 
     def before_step(self, mean: Callable[[Tensor], Tensor] = lambda x: x) -> None:
-        """Moves LeCam's averages by the step's logits, over all micro-batches and processes."""
+        """Moves LeCam's averages by the step's logits, over all micro-batches and processes. Before
+        start_step takes the discriminator's gradients of zero away: AdamW would count them and
+        decay the weights, and take steps of several times its rate at the first true ones."""
+        if self.has_discriminator and self.step < self.config.start_step:
+            for parameter in self.discriminator.parameters():
+                parameter.grad = None
         if self.has_discriminator and self.judged:
             self.lecam.update(*mean(torch.stack(self.judged).mean(dim=0)))
             self.judged = []

@@ -92,7 +92,8 @@ class CodebookUsage(L.Callback):
         self.log_usage(pl_module, "train", counts)
         if self.revive:
             draws = derived_generator(self.seed, REVIVE, self.step)
-            z = trainer.strategy.broadcast(self.z)  # every process moves the codes alike
+            # every process moves the codes alike; a tensor is sent pickled, device and all
+            z = trainer.strategy.broadcast(self.z.cpu()).to(self.z.device)
             revived = self.quantizer.revive(z, counts, generator=draws)
             pl_module.log("train/codes_revived", float(revived))
         self.counts = None

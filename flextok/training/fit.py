@@ -135,7 +135,7 @@ def fit(
                 SkipNonFinite(folder, options.max_nonfinite),
                 *image_callbacks(model, data, options),
                 *callbacks,
-                Export(folder, data),
+                Export(folder),
                 saving,
             ],
         )
@@ -154,9 +154,9 @@ def fit(
         with failures_in_one_line(), replayed(objective) if options.cuda_graphs else nullcontext():
             path = None if last is None else str(last)
             trainer.fit(module, data, ckpt_path=path, weights_only=True)
-        # the averaged weights are in place
-        objective.finish(data.samples())
+        # the averaged weights are in place, and the objective is finished
         export(model, folder, trainer.global_step, trainer.is_global_zero)
+        trainer.strategy.barrier()  # what follows on any process may start from this model
         if leads:
             log.info("%s", end_message(model, folder, trainer.global_step, saving))
         if model.adapters is not None and not is_sharded(model):

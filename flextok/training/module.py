@@ -6,6 +6,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from flextok.data.datamodule import DataModule
 from flextok.draws import STEP, VALIDATION, derived_generator
 from flextok.objectives.base import Objective
 from flextok.training.checkpoints import RUN_FORMAT
@@ -30,6 +31,7 @@ class TrainingModule(L.LightningModule):
         super().__init__()
         self.objective, self.options = objective, options
         self.average: nn.ParameterList | None = None
+        self.finished: int | None = None  # the step that the objective was finished at
 
     def configure_model(self) -> None:
         if self.average is not None or is_sharded(self.objective):
@@ -188,3 +190,12 @@ class TrainingModule(L.LightningModule):
 
     def on_train_end(self) -> None:
         self.swap()
+        self.finish()  # before Lightning moves the weights to the CPU
+
+    def finish(self) -> None:
+        """Finish the objective with the averaged weights in place, once a step."""
+        if self.finished != self.global_step:
+            data = self.trainer.datamodule  # type: ignore[attr-defined]
+            assert isinstance(data, DataModule), "fit() trains on one"
+            self.objective.finish(data.samples())
+            self.finished = self.global_step

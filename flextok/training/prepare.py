@@ -82,7 +82,6 @@ def cached_latents(config: ExperimentConfig, objective: Objective, dataset: Any)
     objective.prepare()
     data, model = config.data, objective.model.eval()
     folder = Path(data.latent_cache or Path(config.output_dir) / "latents")
-    model.to(cache_device(config))
     store = build_latent_cache(
         folder,
         objective,
@@ -92,6 +91,7 @@ def cached_latents(config: ExperimentConfig, objective: Objective, dataset: Any)
         variants=data.latent_variants,
         num_workers=data.num_workers,
         seed=config.seed,
+        device=cache_device(config),
     )
     model.to("cpu")
     store.wait()
@@ -229,7 +229,6 @@ def cached_tokens(
         return ready_tokens(spec, tokenizer)
     data = config.data
     transform = ImageTransform(tokenizer.image_size, data)
-    tokenizer.to(cache_device(config))
     store = build_token_cache(
         folder,
         tokenizer,
@@ -239,6 +238,7 @@ def cached_tokens(
         variants=data.token_variants if augment else 1,
         num_workers=data.num_workers,
         seed=config.seed,
+        device=cache_device(config),
     )
     tokenizer.to("cpu")
     store.wait()

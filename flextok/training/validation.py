@@ -14,7 +14,6 @@ from PIL import Image
 from torch import Tensor
 
 from flextok import viz
-from flextok.data.datamodule import DataModule
 from flextok.generators.text import Text
 from flextok.hub import Pretrained
 from flextok.nn.devices import to_device
@@ -86,11 +85,13 @@ class Evaluation(AfterValidation):
 class Export(AfterValidation):
     """Writes the model as from_pretrained reads it."""
 
-    def __init__(self, folder: Path, data: DataModule):
-        self.folder, self.data = folder, data
+    def __init__(self, folder: Path):
+        self.folder = folder
 
     def work(self, trainer: L.Trainer, objective: Objective) -> None:
-        objective.finish(self.data.samples())
+        module = trainer.lightning_module
+        assert isinstance(module, TrainingModule), "fit() trains one"
+        module.finish()
         export(objective.model, self.folder, trainer.global_step, trainer.is_global_zero)
 
 
