@@ -24,6 +24,7 @@ from flextok.nn.devices import Device, one_device
 from flextok.places import (
     CONFIG,
     WEIGHTS,
+    WRITTEN,
     HubOptions,
     StoredModel,
     check_layout,
@@ -210,7 +211,7 @@ class Pretrained(nn.Module):
         written in place of its weights. What the model refers to is named relative to the folder;
         public: by no path at all, for other machines. state: the weights, where not the model's own
         (those of a sharded model, gathered). Returns the folder. Raises ValueError for a folder
-        that holds a model in another layout."""
+        that holds a model in another layout, or another program's."""
         folder = Path(folder)
         check_layout(folder, self.layout if self.adapters is None else "adapters")
         folder.mkdir(parents=True, exist_ok=True)
@@ -226,7 +227,7 @@ class Pretrained(nn.Module):
             base = written_reference(str(self.adapters.base), Path.cwd(), place)
             config = self.adapters.config | {"base_model_name_or_path": base}
             write_text(folder / ADAPTER_CONFIG, json.dumps(config, indent=2) + "\n")
-        atomic_write(folder / weights_file, lambda path: save_file(tensors, path))
+        atomic_write(folder / weights_file, lambda path: save_file(tensors, path, WRITTEN))
         card = folder / CARD
         if not card.is_file() or MARK in card.read_text(encoding="utf-8", errors="replace"):
             # a card is for others, wherever the folder lies now

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from flextok.convert import convert_published, current_config
@@ -39,6 +40,8 @@ OLD_WEIGHTS = "pytorch_model.bin"  # what hub repositories held before safetenso
 UNREADABLE = (ValueError, SyntaxError, TypeError, MemoryError, RecursionError)
 LONGEST_LITERAL = 100_000  # characters of one section of a published config
 SAFETENSORS = (WEIGHTS, DIFFUSERS_WEIGHTS)
+USUAL_WEIGHTS = (*SAFETENSORS, *(name + INDEX for name in SAFETENSORS), OLD_WEIGHTS)
+WRITTEN = {"format": "pt", "written_by": "flextok"}  # metadata of our weights
 PIPELINE = "model_index.json"  # of diffusers: its models lie in folders
 PARTS = ("transformer", "autoencoder")  # of a pipeline of ours; the first that there is counts
 # models of flextok.integrations.diffusers by class: how their tensors' names begin
@@ -49,7 +52,7 @@ LAYOUTS = {
     "adapters": "the adapters of a model",
     "diffusers": "a model in the layout of diffusers",
     "pipeline": "a pipeline of diffusers",
-    "published": f"a model as published ({WEIGHTS})",
+    "published": "a model as published (weights alone)",
     "config": f"another model's {CONFIG}",
 }
 RELEASES = Path(__file__).parent / "releases"  # models that come with the package, by name
@@ -179,7 +182,7 @@ def from_hub(name: str, download: Callable[[], str], cached: bool = False) -> Pa
 def find_weights(folder: Path) -> Path:
     """The weight file of a folder: the one of the usual name, or the index of those that it is
     spread over, else the only one there is."""
-    for name in (*SAFETENSORS, *(weights + INDEX for weights in SAFETENSORS), OLD_WEIGHTS):
+    for name in USUAL_WEIGHTS:
         if (folder / name).is_file():
             return folder / name
     files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
@@ -293,14 +296,12 @@ class KnownMetadata:
 
 
 def check_layout(folder: Path, layout: str) -> None:
-    """Raise ValueError where a folder holds a model in another layout: files of both would lie
-    there, and one of the models, if not both, be lost. layout: of what is to be written, a key of
-    LAYOUTS."""
+    """Raise ValueError where a folder holds a model in another layout, or another program's: files
+    of both would lie there, and one of the models, if not both, be lost. layout: of what is to be
+    written, a key of LAYOUTS."""
     found = layout_of(folder)
-    if found is None and layout in ("diffusers", "pipeline") and (folder / WEIGHTS).exists():
-        found = "published"
     if found is None and layout == "published" and (folder / CONFIG).exists():
-        found = "config"
+        found = "config"  # a damaged one
     if found is not None and found != layout:
         raise ValueError(
             f"{folder} holds {LAYOUTS[found]}, which would be lost: name another folder"
@@ -313,18 +314,33 @@ def is_ours(document: Mapping[str, Any]) -> bool:
 
 
 def layout_of(folder: Path) -> str | None:
-    """The layout, a key of LAYOUTS, that a folder's files state; None for none of these."""
+    """The layout, a key of LAYOUTS, of the model in a folder; None where there is nothing to lose:
+    without a model, with a damaged config.json, or after an export of ours that was cut off."""
     if (folder / PIPELINE).is_file():
         return "pipeline"
     if (folder / ADAPTER_CONFIG).is_file():
         return "adapters"
+    if not (folder / CONFIG).is_file():
+        lone = (folder / name for name in USUAL_WEIGHTS if (folder / name).is_file())
+        return "published" if any(not is_written_here(weights) for weights in lone) else None
     try:
-        document = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
-    except CheckpointError:  # damaged: there is nothing to lose
+        document = read_json(folder / CONFIG)
+    except CheckpointError:
         return None
     if is_ours(document):
         return "flextok"
-    return "diffusers" if isinstance(document.get("_class_name"), str) else None
+    return "diffusers" if isinstance(document.get("_class_name"), str) else "config"
+
+
+def is_written_here(weights: Path) -> bool:
+    """Whether this package wrote a file of weights, which then states it, or nobody can read it."""
+    if weights.suffix != ".safetensors":
+        return False
+    try:
+        with safe_open(weights, framework="pt") as file:
+            return WRITTEN.items() <= (file.metadata() or {}).items()
+    except (SafetensorError, OSError):
+        return True
 
 
 def check_metadata(facts: object) -> dict[str, Any]:

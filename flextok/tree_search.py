@@ -9,21 +9,25 @@ lookahead search scores a candidate by the image of its continuation.
 
 import itertools
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from flextok.draws import NOISE, SEARCH, derived_generator, row_generators, uniforms
 from flextok.generators import GPT, Generator
 from flextok.generators.base import Asked
-from flextok.generators.text import Text
+from flextok.generators.text import Text, refuse_code, transformers_snapshot
 from flextok.images import to_image
 from flextok.nn.attention import KVCache
 from flextok.nn.devices import Device, to_device
 from flextok.pipeline import Options, batches_of
+from flextok.places import is_path
 from flextok.schema import check_number
+from flextok.storage import CheckpointError
 from flextok.tokenizers import Tokenizer
 from flextok.tokenizers.base import Callback, decode_rows
 
@@ -355,11 +359,9 @@ def classifier(network: nn.Module, image_size: int | None = None) -> Verifier:
 def image_text(path: str, device: Device = "cpu") -> Verifier:
     """Scores images by the cosine of their features and those of their prompts. path: folder or hub
     id of a model of transformers with features of both (CLIP, SigLIP) and of its processor. Raises
-    OSError where there is none."""
-    from transformers import AutoModel, AutoProcessor
-
-    model = AutoModel.from_pretrained(path).eval().to(device)
-    processor = AutoProcessor.from_pretrained(path)
+    ValueError where there is none, for one that lacks weights, and for one with code of its own."""
+    model, processor = load_image_text(path)
+    model = model.eval().to(device)
 
     @torch.no_grad()
     def score(images: Tensor, cond: Any, indices: Tensor) -> Tensor:
@@ -371,4 +373,37 @@ def image_text(path: str, device: Device = "cpu") -> Verifier:
         texts = F.normalize(found.text_embeds, dim=1)[[prompts.index(one) for one in cond]]
         return (F.normalize(found.image_embeds, dim=1) * texts).sum(dim=1)
 
+    try:
+        score(torch.zeros(1, 3, 16, 16, device=device), ["a"], torch.zeros(1, 1))
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{path} does not score images by prompts ({reason}): it must hold a model "
+            "with features of images and of texts, such as CLIP, and its processor"
+        ) from error
     return score
+
+
+def load_image_text(path: str) -> tuple[Any, Any]:
+    """A model of transformers and its processor. Raises CheckpointError."""
+    from transformers import AutoModel, AutoProcessor
+
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        if is_path(path):
+            raise CheckpointError(f"there is no folder {path!r}: name one, or a hub id")
+        folder = transformers_snapshot(path)
+    refuse_code(folder)
+    how: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        model, found = AutoModel.from_pretrained(folder, output_loading_info=True, **how)
+        processor = AutoProcessor.from_pretrained(folder, **how)
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(
+            f"{folder} gives no model of images and texts: {reason}. It must hold config, "
+            "weights and processor as transformers saves them"
+        ) from error
+    if missing := sorted(found["missing_keys"]):
+        raise CheckpointError(f"{folder} lacks weights of its model: {missing[0]!r} for one")
+    return model, processor

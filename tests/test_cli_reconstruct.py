@@ -95,6 +95,30 @@ def test_a_folder_keeps_its_shape_and_json_tells_the_numbers(
     assert all(0 < row["psnr"] < 60 for row in rows)
 
 
+@pytest.mark.parametrize("output", ["own", "link", "own/a.png"])
+def test_the_pictures_that_are_read_are_never_written_over(model, tmp_path, capsys, output):
+    """a-1.png was written over, then read, and had 100 dB."""
+    own = tmp_path / "own"
+    own.mkdir()
+    (tmp_path / "link").symlink_to(own)
+    for name, grey in {"a.png": 50, "a-1.png": 200}.items():
+        Image.new("RGB", (16, 16), (grey,) * 3).save(own / name)
+    before = {path.name: path.read_bytes() for path in own.iterdir()}
+    sources = [own / "a.png"] if output.endswith(".png") else [own / "a.png", own / "a-1.png"]
+    lost = own / ("a.png" if output.endswith(".png") else "a-1.png")
+    assert reconstruct(model, *sources, "--num-tokens", 1, "--output", tmp_path / output) == 1
+    assert f"the picture {lost} would be written over: name another" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in own.iterdir()} == before
+
+
+def test_a_picture_may_be_written_beside_those_that_are_read(model, tmp_path):
+    source = tmp_path / "a.png"
+    Image.new("RGB", (16, 16), (50, 50, 50)).save(source)
+    for _ in range(2):  # an earlier result is no source
+        assert reconstruct(model, source, "--num-tokens", 1, "--output", tmp_path) == 0
+    assert (tmp_path / "a-1.png").is_file()
+
+
 def test_a_picture_does_not_depend_on_those_beside_it(model, picture_folder, tmp_path):
     one, all_of_them = tmp_path / "one", tmp_path / "all"
     reconstruct(model, picture_folder / "cats" / "1.png", "--output", one)

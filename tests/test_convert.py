@@ -2,12 +2,14 @@
 
 import ast
 import json
+from dataclasses import fields
+from inspect import signature
 from pathlib import Path
 
 import pytest
 import torch
 from golden.titok.load import close, load_case
-from helpers.models import tiny_tokenizer
+from helpers.models import DRAWER, tiny_tokenizer
 from helpers.published import (
     GOLDEN,
     flextok_tree,
@@ -26,9 +28,12 @@ from safetensors.torch import load_file, save_file
 from flextok import cli
 from flextok.generators import GPT, MaskGIT
 from flextok.generators.text import Text
-from flextok.hub import CheckpointError, fingerprint
+from flextok.hub import CheckpointError, fingerprint, look_up, override
 from flextok.pipeline import load
-from flextok.tokenizers import FlexTok, MaskGITVQGAN, TiTok
+from flextok.quantizers import QUANTIZERS
+from flextok.schema import to_mapping
+from flextok.tokenizers import FlexTok, FlexTokConfig, MaskGITVQGAN, TiTok
+from flextok.vae import KLVAE
 
 
 @pytest.fixture(scope="module")
@@ -128,20 +133,88 @@ def test_a_published_file_is_written_as_it_was(tmp_path, flextok_weights, golden
     assert torch.equal(*made)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"vae": {"name": "identity"}}, "no vae.name='identity', only 'kl'"),
-        ({"drop_mode": "truncate"}, "no drop_mode='truncate'"),
-        ({"prediction": "x0"}, "no prediction='x0'"),
-        ({"token_grid": [4, 2]}, r"no token_grid=\[4, 2\]"),
-        ({"quantizer": {"name": "fsq", "levels": [8], "bound": "ifsq"}}, "quantizer.bound='ifsq'"),
-    ],
-)
-def test_what_the_published_layout_does_not_have_is_named(tmp_path, changes, message):
-    kl = {"name": "kl", "channels": 4, "block_channels": [8], "norm_groups": 4}
-    model = tiny_tokenizer(**{"vae": {**kl, "layers_per_block": 1}, **changes})
-    with pytest.raises(ValueError, match=message):
+def test_what_the_published_layout_does_not_have_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"no vae\.name='identity', only 'kl'"):
+        tiny_tokenizer(vae={"name": "identity"}).save_published(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+KL = {"name": "kl", "channels": 4, "block_channels": [32], "layers_per_block": 1}
+FSQ = {"name": "fsq", "levels": [8, 5]}
+# keys of FlexTokConfig, and of its VAE and quantizer: other values than in a tiny model
+KEPT = {
+    "image_size": 32,
+    "patch_size": 8,
+    "num_registers": 5,
+    "head_dim": 8,
+    "encoder_depth": 1,
+    "encoder_dim": 64,
+    "decoder_depth": 1,
+    "decoder_dim": 64,
+    "max_timestep": 7.0,
+    "vae.channels": 3,
+    "vae.block_channels": [32, 64],
+    "vae.layers_per_block": 2,
+    "vae.scaling_factor": 0.5,
+    "quantizer.levels": [4, 4, 4],
+}
+REFUSED = {
+    "shapes": [[32, 16]],
+    "token_grid": [4, 2],
+    "ordered": False,
+    "drop_mode": "truncate",
+    "prediction": "x0",
+    "drawer": DRAWER,
+    "distilled": True,
+    "vae.norm_groups": 4,
+    "vae.latents_mean": [0.1] * 4,
+    "vae.latents_std": [2.0] * 4,
+    "quantizer.eps": 0.1,
+    "quantizer.bound": "ifsq",
+    "quantizer.gain": 2.0,
+}
+LEFT_OUT = {  # they say how it began, which the tensors hold, and how it is used
+    "position_temperature": 50.0,
+    "token_std": 1.0,
+    "register_start": "spread",
+    "decode": {"num_steps": 3},
+    "length_head": {"metric": "psnr", "lengths": [1, 8]},
+    "vae.sample_posterior": True,
+    "vae.weights": None,
+    "vae.slicing": True,
+    "vae.tiling": True,
+    "vae.sample_size": 64,
+}
+
+
+def test_every_key_of_a_model_is_kept_in_a_published_file_or_refused_or_left_out():
+    keys = {field.name for field in fields(FlexTokConfig)} - {"vae", "quantizer"}
+    keys |= {f"vae.{key}" for key in signature(KLVAE).parameters}
+    keys |= {f"quantizer.{key}" for key in signature(QUANTIZERS["fsq"]).parameters}
+    assert keys == KEPT.keys() | REFUSED.keys() | LEFT_OUT.keys()
+
+
+def changed_tokenizer(key, value):
+    return tiny_tokenizer(**override({"vae": KL, "quantizer": FSQ}, {key: value}))
+
+
+@pytest.mark.parametrize("key", [*KEPT, *LEFT_OUT])
+def test_a_published_file_reads_back_as_the_same_model(tmp_path, key):
+    model = changed_tokenizer(key, (KEPT | LEFT_OUT)[key])
+    model.save_published(tmp_path)
+    again = FlexTok.from_pretrained(tmp_path)
+    if key in KEPT:
+        assert look_up(to_mapping(again.config), key) == KEPT[key]
+    written, read = model.state_dict(), again.state_dict()
+    assert all(torch.equal(read.pop(name), written[name]) for name in list(read))
+    images = torch.rand(1, 3, model.config.image_size, model.config.image_size) * 2 - 1
+    assert torch.equal(again.encode(images), model.encode(images, sample_posterior=False))
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_a_published_file_never_states_another_model(tmp_path, key):
+    model = changed_tokenizer(key, REFUSED[key])
+    with pytest.raises(ValueError, match=f"the published layout has no {key}="):
         model.save_published(tmp_path)
     assert not list(tmp_path.iterdir())
 

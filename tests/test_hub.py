@@ -167,6 +167,38 @@ def test_an_interrupted_save_leaves_the_old_file(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.parametrize(
+    ("config", "weights", "held"),
+    [
+        (None, "model.safetensors", "a model as published"),
+        (None, "pytorch_model.bin", "a model as published"),
+        ("{}", None, "another model's config.json"),
+        ('{"model_type": "bert"}', "model.safetensors", "another model's config.json"),
+    ],
+)
+def test_a_model_of_another_program_is_not_written_over(tmp_path, config, weights, held):
+    if config:
+        (tmp_path / "config.json").write_text(config)
+    if weights:
+        save_file({"a": torch.zeros(1)}, tmp_path / weights, {"format": "pt"})
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=f"holds {held}.*, which would be lost: name another"):
+        tiny_tokenizer().save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("lost", [(), ("config.json",), ("config.json", "README.md")])
+def test_a_model_is_written_again_where_it_was_written_before(tmp_path, lost):
+    """Also where a killed process wrote its weights and no config."""
+    model = tiny_tokenizer()
+    model.save_pretrained(tmp_path)
+    for name in lost:
+        (tmp_path / name).unlink()
+    model.metadata["step"] = 3
+    model.save_pretrained(tmp_path)
+    assert load(tmp_path).metadata == {"step": 3}
+
+
 def test_a_generator_finds_its_tokenizer_and_refuses_another(tmp_path):
     tokenizer, gpt = tiny_tokenizer(), tiny_gpt()
     tokenizer.save_pretrained(tmp_path / "tokenizer")

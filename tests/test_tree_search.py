@@ -1,8 +1,11 @@
 """Search over prefixes: what it finds, what it costs, what it refuses before the work."""
 
+import json
+
 import pytest
 import torch
 from helpers.models import tiny_gpt, tiny_tokenizer
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     CLIPConfig,
@@ -224,7 +227,7 @@ def test_a_classifier_scores_its_own_class():
     assert classifier(network, 8)(large, torch.tensor([0, 1]), large).shape == (2,)
 
 
-def test_an_image_text_model_scores_by_cosine(tmp_path):
+def save_clip(folder):
     letters = [*"abcdefghijklmnopqrstuvwxyz"]
     words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
@@ -234,12 +237,17 @@ def test_an_image_text_model_scores_by_cosine(tmp_path):
     vision = {**sizes, "image_size": 16, "patch_size": 8}
     torch.manual_seed(0)
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).eval()
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(folder)
     vocabulary = {word: i for i, word in enumerate(words)}
     pictures = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
     processor = CLIPProcessor(pictures, CLIPTokenizer(vocab=vocabulary, merges=[]))
     processor.tokenizer.model_max_length = 12
-    processor.save_pretrained(tmp_path)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def test_an_image_text_model_scores_by_cosine(tmp_path):
+    save_clip(tmp_path)
     score = image_text(str(tmp_path))
     images = torch.rand(3, 3, 16, 16) * 2 - 1
     scores = score(images, ["a cat", "dog", "a cat"], images)
@@ -247,8 +255,55 @@ def test_an_image_text_model_scores_by_cosine(tmp_path):
     alone = [score(images[i : i + 1], [p], images) for i, p in enumerate(["a cat", "dog", "a cat"])]
     torch.testing.assert_close(scores, torch.cat(alone))
     assert not torch.allclose(score(images, ["dog"] * 3, images)[[0, 2]], scores[[0, 2]])
-    with pytest.raises(OSError, match="nowhere"):
+    with pytest.raises(ValueError, match=r"there is no folder '.*nowhere'"):
         image_text(str(tmp_path / "nowhere"))
+
+
+def without_a_tensor(folder):
+    weights = load_file(folder / "model.safetensors")
+    del weights["visual_projection.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def truncated(folder):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+
+def with_code(folder):
+    """transformers would ask on standard input whether to run it."""
+    (folder / "code.py").write_text("raise SystemExit('code was run')")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "theirs", "auto_map": {"AutoModel": "code.Model"}}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def without_images(folder):
+    CLIPModel.from_pretrained(folder).text_model.save_pretrained(folder)
+
+
+def without_processor(folder):
+    for path in folder.glob("*processor_config.json"):
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (without_a_tensor, "lacks weights of its model: 'visual_projection.weight' for one"),
+        (truncated, "gives no model of images and texts"),
+        (with_code, "asks to run code of its own .*refused"),
+        (without_images, "does not score images by prompts"),
+        (without_processor, "no model of images and texts|does not score images by prompts"),
+    ],
+)
+def test_an_image_text_model_that_cannot_score_is_refused_at_once(
+    tmp_path, monkeypatch, damage, said
+):
+    damage(save_clip(tmp_path))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on standard input"))
+    with pytest.raises(ValueError, match=said):
+        image_text(str(tmp_path))
 
 
 def test_a_generator_without_prefixes_has_best_of_n(tokenizer):

@@ -33,6 +33,8 @@ def run_reconstruct(options: Reconstruct) -> list[dict[str, Any]]:
     lengths = check_lengths(options.num_tokens or [model.num_tokens], model.num_tokens)
     height, width = model.checked_shape(options.height, options.width)
     size = {"height": height, "width": width}
+    places = {(name, k): place_of(output, name, k) for name in sources for k in lengths}
+    spare_sources(list(places.values()), list(sources.values()))
     results, unreadable = [], 0
     for name, source in tqdm(sources.items(), unit="picture", disable=None):
         try:
@@ -48,7 +50,8 @@ def run_reconstruct(options: Reconstruct) -> list[dict[str, Any]]:
             model, images, lengths, options.seed, decoding_options(options)
         )
         for k, made in decoded.items():
-            place = write_picture(to_image(made[0]), output, f"{name}-{k}.png")
+            place = places[name, k]
+            write_picture(to_image(made[0]), place)
             quality = psnr(made.cpu(), images).item()
             results.append({"picture": source, "output": place, "num_tokens": k, "psnr": quality})
             if output != "-":
@@ -96,12 +99,30 @@ def check_output(output: str, number: int, is_json: bool) -> None:
         check_folder(output)
 
 
-def write_picture(picture: Image.Image, output: str, name: str) -> str:
-    """Write the PNG; returns where."""
-    if output == "-":
+def place_of(output: str, name: str, k: int) -> str:
+    """Where the reconstruction of a picture from k tokens is written; - for standard output."""
+    one = output == "-" or output.endswith(".png")
+    return output if one else str(Path(output) / f"{name}-{k}.png")
+
+
+def spare_sources(places: list[str], sources: list[str]) -> None:
+    """Raise ValueError where a picture would be written over one of those that are read."""
+    read = {file_id(source): source for source in sources if source != "-"}
+    for place in places:
+        if place != "-" and Path(place).exists() and (source := read.get(file_id(place))):
+            raise ValueError(f"the picture {source} would be written over: name another --output")
+
+
+def file_id(path: str) -> tuple[int, int]:
+    """The same for all names of one file."""
+    found = Path(path).stat()
+    return found.st_dev, found.st_ino
+
+
+def write_picture(picture: Image.Image, place: str) -> None:
+    if place == "-":
         buffer = io.BytesIO()
         picture.save(buffer, format="png")
         sys.stdout.buffer.write(buffer.getvalue())
-        return output
-    place = Path(output) if output.endswith(".png") else Path(output) / name
-    return str(viz.save(picture, place))
+    else:
+        viz.save(picture, place)

@@ -103,7 +103,7 @@ def make_verifier(generator: Generator | None, tokenizer: Tokenizer, options: Se
     if options.verifier != "scenes":
         try:
             return image_text(options.verifier, tokenizer.device)
-        except OSError as error:
+        except ValueError as error:
             raise ValueError(f"--verifier {options.verifier}: {error}") from None
     spec = data_spec(options.data)
     scenes = make_dataset(spec)

@@ -89,12 +89,17 @@ def to_published(config: Section, state: State) -> tuple[dict[str, Tensor], dict
         "vae.name": (vae["name"], "kl"),
         "vae.latents_mean": (vae.get("latents_mean"), None),
         "vae.latents_std": (vae.get("latents_std"), None),
+        "vae.norm_groups": (vae.get("norm_groups", 32), 32),
         "quantizer.name": (fsq["name"], "fsq"),
+        "quantizer.eps": (fsq.get("eps", 1e-3), 1e-3),
         "quantizer.bound": (fsq.get("bound", "tanh"), "tanh"),
         "quantizer.gain": (fsq.get("gain", 1.0), 1.0),
         **{key: (config[key], None) for key in ("token_grid", "drawer")},
         "drop_mode": (config["drop_mode"], "mask"),
         "prediction": (config["prediction"], "velocity"),
+        "ordered": (config["ordered"], True),
+        "distilled": (config["distilled"], False),
+        "shapes": (config["shapes"], []),
     }
     for key, (found, wanted) in needed.items():
         if found != wanted:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor
 
-from flextok.generators.text import resolved_revision
+from flextok.generators.text import refuse_code, resolved_revision
 from flextok.losses.perceptual import LPIPS, load_network
 from flextok.nn.efficientnet import efficientnet_lite0, weights_path
 from flextok.places import hub_folder
@@ -201,6 +201,7 @@ class CLIP(Transformer):
 
         super().__init__(CLIPModel, path, device, dtype)
         try:
+            refuse_code(self.folder)
             self.tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
         except (OSError, ValueError) as error:
             raise ValueError(

@@ -306,15 +306,20 @@ def encoder_folder(model: str, revision: str | None = None, config_only: bool = 
     try:
         if config_only:
             return hub_folder(model, "config.json", revision=revision)
-        folder = hub_folder(model, *_FILES, _WEIGHTS, revision=revision)
-        if list(folder.glob(_WEIGHTS)):
-            return folder
-        return hub_folder(model, *_FILES, _OLD_WEIGHTS, revision=revision)
+        return transformers_snapshot(model, revision)
     except CheckpointError as error:
         raise CheckpointError(
             f"text encoder: {error}. Without any download works "
             "model.conditioner.encoder={name: bytes}, which is trained along"
         ) from error
+
+
+def transformers_snapshot(model: str, revision: str | None = None) -> Path:
+    """The hub's snapshot of a model of the transformers library. Raises CheckpointError."""
+    folder = hub_folder(model, *_FILES, _WEIGHTS, revision=revision)
+    if list(folder.glob(_WEIGHTS)):
+        return folder
+    return hub_folder(model, *_FILES, _OLD_WEIGHTS, revision=revision)
 
 
 def read_config(folder: Path) -> Any:
@@ -333,7 +338,7 @@ def refuse_code(folder: Path) -> None:
         if found := read_json(path).get("auto_map"):
             raise CheckpointError(
                 f"{path} asks to run code of its own (auto_map: {found!r}): refused. Nothing was "
-                "run; take a text encoder that transformers itself implements"
+                "run; take a model that transformers itself implements"
             )
 
 

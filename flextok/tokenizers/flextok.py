@@ -339,9 +339,12 @@ class FlexTok(Tokenizer):
 
     def save_published(self, folder: str | Path) -> Path:
         """Write model.safetensors as the published FlexTok code reads it, its config in the file's
-        metadata, for others' programs, but no length head. Raises ValueError for what that layout
-        does not have: VAEs other than AutoencoderKL, iFSQ's bound, drop_mode "truncate", a drawer.
-        And for a folder with a config.json, another model's, whose weights would be lost."""
+        metadata, for others' programs. What only says how it is used is left out: the options of
+        `decode`, a length head, the VAE's sample_posterior, slicing and tiling; so is how it began.
+        Raises ValueError for what that layout does not have: VAEs other than AutoencoderKL with 32
+        norm_groups, FSQ's other bounds and eps, drop_mode "truncate", a drawer, a few-step decoder,
+        tokens without order, shapes. And for a folder with a config.json, another model's, whose
+        weights would be lost."""
         state = {k: v for k, v in self.state_dict().items() if not k.startswith("length_head.")}
         tensors, metadata = to_published(self.written_config(None), state)
         folder = Path(folder)
