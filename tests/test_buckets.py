@@ -86,7 +86,7 @@ def test_batches_are_the_same_for_any_processes_workers_and_restarts(folder):
         found = {}
         for rank in range(ranks):
             samples = stream(folder)
-            sampler = PositionSampler(samples, 2, start, rank, ranks)
+            sampler = PositionSampler(samples, 2, 2 * start, rank, ranks)
             loader = DataLoader(
                 samples, batch_sampler=sampler, collate_fn=collate, num_workers=workers
             )
@@ -99,6 +99,14 @@ def test_batches_are_the_same_for_any_processes_workers_and_restarts(folder):
     others = images(12, ranks=2), images(4) + images(8, start=4), images(12, workers=2)
     for other in others:
         assert all(torch.equal(a, b) for a, b in zip(plain, other, strict=True))
+
+
+def test_batches_of_another_size_go_on_at_about_the_same_place(folder):
+    samples = stream(folder)
+    assert samples.resized(33, 3, 3) == 33
+    # an epoch has 5 batches of 3, and 6 of 2
+    assert samples.resized(3 * (2 * 5 + 3), 3, 2) == 2 * (2 * 6 + 3)
+    assert samples.resized(3 * 5, 3, 2) == 2 * 6
 
 
 def test_what_stands_in_for_a_damaged_picture_has_its_shape(folder, tmp_path, caplog):

@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ from helpers.runs import (
 
 from flextok.cli import main
 from flextok.config import load_experiment
+from flextok.data.stream import Stream
 from flextok.hub import CheckpointError
 from flextok.objectives import OBJECTIVES
 from flextok.pipeline import load
@@ -34,6 +36,7 @@ from flextok.schema import ConfigError
 from flextok.tokenizers import FlexTok
 from flextok.training.callbacks import NonFiniteLoss
 from flextok.training.checkpoints import find_checkpoint, list_checkpoints, verify
+from flextok.training.record import check_changes
 from flextok.training.run import train
 from flextok.training.saving import Interrupted
 
@@ -224,6 +227,29 @@ def test_a_run_continues_with_other_accumulation_of_the_same_batch(run, die_at, 
         torch.testing.assert_close(found[key], value, atol=1e-5, rtol=0, msg=key)
     assert validated(folder) == validated(whole) == [3, 6, 8]
     assert logged_losses(folder).keys() == set(range(8))
+
+
+def test_a_run_of_another_batch_size_goes_on_with_the_next_sample(run, monkeypatch):
+    run("trainer.max_steps=4")  # batches of 4
+    positions, plain = [], Stream.__getitem__
+
+    def noting(self, position):
+        positions.append(position)
+        return plain(self, position)
+
+    monkeypatch.setattr(Stream, "__getitem__", noting)
+    run("trainer.max_steps=6", "data.batch_size=3", "trainer.num_pictures=0")
+    assert positions[:6] == [16, 17, 18, 19, 20, 21]
+
+
+def test_a_run_that_goes_on_is_told_of_other_devices(run):
+    folder = run("trainer.max_steps=2")
+    there = load_experiment(folder / "config.yaml")
+    for steps in (2, 4):  # a finished one is not refused
+        trainer = replace(there.trainer, devices=8, num_nodes=2, max_steps=steps)
+        found = check_changes(folder / "config.yaml", replace(there, trainer=trainer), 2)
+        assert found["trainer.devices"] == (1, 8)
+        assert found["trainer.num_nodes"] == (1, 2)
 
 
 def test_the_first_weights_do_not_depend_on_what_the_token_cache_drew(run, place, picture_folder):

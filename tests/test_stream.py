@@ -1,12 +1,14 @@
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
 from flextok.data.augmentation import Augmentation
+from flextok.data.datamodule import DataModule
 from flextok.data.datasets import ImageFolder
-from flextok.data.stream import EvaluationSet, PositionSampler, Stream, collate
+from flextok.data.stream import EvaluationSet, PositionSampler, Stream, as_it_is, collate
 from flextok.data.transforms import ImageTransform
 from flextok.draws import derived_generator
 from flextok.images import to_tensor, to_uint8
@@ -37,7 +39,7 @@ def test_workers_and_restarts_see_the_same_batches(picture_folder):
         samples = stream(picture_folder)
         loader = DataLoader(
             samples,
-            batch_sampler=PositionSampler(samples, 4, start),
+            batch_sampler=PositionSampler(samples, 4, 4 * start),
             collate_fn=collate,
             num_workers=workers,
         )
@@ -58,6 +60,45 @@ def test_ranks_share_a_global_batch_without_overlap(picture_folder):
     joined = [a + b for a, b in zip(first(0, 4), first(1, 4), strict=True)]
     whole = [batch for batch, _ in zip(PositionSampler(samples, 6), range(4), strict=False)]
     assert joined == whole
+
+
+def taken(folder, state=None, step=0, steps=1, batch_size=4, processes=1, accumulate=1):
+    """The positions that these steps take, in order, and the state of the data after them."""
+    found = []
+    for rank in range(processes):
+        data = DataModule(ImageFolder(folder), None, as_it_is, batch_size)
+        data.trainer = SimpleNamespace(
+            global_step=step,
+            accumulate_grad_batches=accumulate,
+            global_rank=rank,
+            world_size=processes,
+        )
+        if state is not None:
+            data.load_state_dict(state)
+        sampler = data.train_dataloader().batch_sampler
+        found.append([batch for batch, _ in zip(sampler, range(steps * accumulate), strict=False)])
+        data.trainer.global_step += steps
+    return [
+        n for turn in zip(*found, strict=True) for batch in turn for n in batch
+    ], data.state_dict()
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"processes": 2}, {}, {"processes": 4}, {"batch_size": 8}, {"batch_size": 3, "accumulate": 2}],
+    ids=str,
+)
+def test_a_run_goes_on_after_the_samples_it_had_whatever_takes_them_now(picture_folder, changed):
+    positions, state = taken(picture_folder, steps=10, processes=2)
+    assert positions == list(range(80))
+    now, state = taken(picture_folder, state, step=10, steps=3, **changed)
+    assert now == list(range(80, 80 + len(now)))
+    later, _ = taken(picture_folder, state, step=13, steps=2, processes=2)
+    assert later == list(range(80 + len(now), 80 + len(now) + 16))
+
+
+def test_a_checkpoint_without_the_number_of_samples_goes_on_as_before(picture_folder):
+    assert taken(picture_folder, step=10, processes=2, accumulate=3)[0][0] == 10 * 24
 
 
 def test_corrupt_pictures_are_skipped_and_counted(picture_folder, caplog):

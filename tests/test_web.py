@@ -77,7 +77,7 @@ def epochs(folder, count=1, batch=1, ranks=1, workers=0, start=0, **options) -> 
         stream = Stream(data, number_of, seed=5)
         loader = DataLoader(
             stream,
-            batch_sampler=PositionSampler(stream, batch, start, rank, ranks),
+            batch_sampler=PositionSampler(stream, batch, start * batch * ranks, rank, ranks),
             num_workers=workers,
             collate_fn=collate,
         )

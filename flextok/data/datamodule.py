@@ -63,12 +63,37 @@ class DataModule(L.LightningDataModule):
         if validation is not None and len(validation) == 0:
             raise ValueError("the validation set is empty: name another, or data.validation=null")
         self.batch_size, self.num_workers = batch_size, num_workers
+        self.restored: dict[str, int] = {}  # of a checkpoint: its samples, and their batch size
+        self.begun = 0, 0  # the step at which training began or went on, and the samples before it
+
+    def state_dict(self) -> dict[str, int]:
+        """The samples that the steps so far have taken: a run may go on with other processes, other
+        batches and another accumulation."""
+        assert self.trainer is not None, "the data module is driven by a Trainer"
+        step, samples = self.begun
+        samples += (self.trainer.global_step - step) * self.step_size
+        return {"samples": samples, "batch_size": self.batch_size}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self.restored = state_dict
+
+    @property
+    def step_size(self) -> int:
+        """The samples of a step, of all processes."""
+        trainer = self.trainer
+        assert trainer is not None, "the data module is driven by a Trainer"
+        return self.batch_size * trainer.accumulate_grad_batches * trainer.world_size
 
     def train_dataloader(self) -> DataLoader:
         trainer = self.trainer
         assert trainer is not None, "the data module is driven by a Trainer"
-        # batches already consumed: with a resumed run Lightning restores global_step before this
-        start = trainer.global_step * trainer.accumulate_grad_batches
+        # of a resumed run Lightning restores the state and global_step before this
+        step = trainer.global_step
+        start = step * self.step_size  # a checkpoint of an older version states no samples
+        if self.restored:
+            before = self.restored["samples"], self.restored["batch_size"]
+            start = self.stream.resized(*before, self.batch_size)
+        self.begun = step, start
         ranks = (trainer.global_rank, trainer.world_size)
         sampler = PositionSampler(self.stream, self.batch_size, start, *ranks)
         options = self._loader_options()

@@ -132,15 +132,15 @@ class Stream(Dataset):
         draws = derived_generator(self.seed, BLOCK, epoch, number)
         return indices[torch.randperm(len(rows), generator=draws).numpy()]
 
-    def batch(self, number: int, size: int) -> list[int]:
-        """The positions of a batch of `size` samples: those in sequence or, with buckets, some of
-        an epoch's that share a shape, in the epoch's order. The last batch of each bucket is filled
-        up with samples that the epoch has had."""
+    def batch(self, number: int, size: int, start: int = 0) -> list[int]:
+        """The positions of a batch of `size` samples, the `number`th after `start` samples: those
+        in sequence or, with buckets, some of an epoch's that share a shape, in the epoch's order.
+        The last batch of each bucket is filled up with samples that the epoch has had."""
         if self.buckets is None:
-            return list(range(number * size, (number + 1) * size))
-        length = len(self.dataset)
-        counts = np.bincount(self.buckets.numbers)
-        epoch, place = divmod(number, int((-(-counts // size)).sum()))
+            first = start + number * size
+            return list(range(first, first + size))
+        length, counts = len(self.dataset), np.bincount(self.buckets.numbers)
+        epoch, place = divmod(start // size + number, self._batches_an_epoch(size))
         if self._batches is None or self._batches[0] != (epoch, size):
             numbers = self.buckets.numbers[self._indices(epoch, 0)]
             places = [np.flatnonzero(numbers == bucket) for bucket in range(len(counts))]
@@ -148,6 +148,20 @@ class Stream(Dataset):
             batches = np.concatenate(whole)
             self._batches = (epoch, size), batches[np.argsort(batches[:, 0])]
         return (epoch * length + self._batches[1][place]).tolist()
+
+    def _batches_an_epoch(self, size: int) -> int:
+        assert self.buckets is not None, "without buckets an epoch may end within a batch"
+        return int((-(-np.bincount(self.buckets.numbers) // size)).sum())
+
+    def resized(self, samples: int, before: int, size: int) -> int:
+        """After how many samples batches of `size` go on, when there were `samples` in batches of
+        `before`. With buckets an epoch's batches are others: they go on where the same share of
+        them is behind, so that some samples near there may come again or be left out."""
+        if self.buckets is None or before == size:
+            return samples
+        epoch, place = divmod(samples // before, self._batches_an_epoch(before))
+        count = self._batches_an_epoch(size)
+        return (epoch * count + place * count // self._batches_an_epoch(before)) * size
 
     def __getitem__(self, position: int) -> Item:
         size, shape = len(self.dataset), None
@@ -190,7 +204,7 @@ class EvaluationSet(Dataset):
 
 
 class PositionSampler(Sampler[list[int]]):
-    """Endless batches of a stream's positions for one process, from `start` batches on."""
+    """Endless batches of a stream's positions for one process, after `start` samples of all."""
 
     def __init__(
         self,
@@ -204,8 +218,8 @@ class PositionSampler(Sampler[list[int]]):
         self.rank, self.world_size = rank, world_size
 
     def __iter__(self) -> Iterator[list[int]]:
-        for batch in itertools.count(self.start):
-            yield self.stream.batch(batch * self.world_size + self.rank, self.batch_size)
+        for number in itertools.count(self.rank, self.world_size):
+            yield self.stream.batch(number, self.batch_size, self.start)
 
 
 def collate(items: Sequence[Item | None]) -> Any:

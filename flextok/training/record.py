@@ -71,6 +71,8 @@ IDLE = (
         )
     ),
 )
+# Those of them of which a run that goes on is told.
+TOLD = tuple(f"trainer.{key}" for key in ("max_steps", "devices", "num_nodes"))
 MEASURED = ("latents_mean", "latents_std")  # settings of a model that Objective.finish fills in
 Differences = dict[str, tuple[Any, Any]]  # dotted key -> what config.yaml has, what is asked for
 
@@ -186,7 +188,7 @@ def compare(
             f"{folder} is trained to its end, step {step}, and {describe(effective)} would "
             f"change nothing: raise trainer.max_steps to train on, {over}"
         )
-    return {k: v for k, v in changes.items() if k in effective or k == "trainer.max_steps"}
+    return {k: v for k, v in changes.items() if k in effective or k in TOLD}
 
 
 class Record(L.Callback):
