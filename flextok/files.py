@@ -65,6 +65,23 @@ def write_text(path: Path, text: str) -> None:
     atomic_write(path, lambda place: place.write_text(text, encoding="utf-8"))
 
 
+def check_writable(path: str | Path, name: str, folder: bool = False) -> None:
+    """Raise ValueError where nothing can be written at a path: it is a folder, or, asked for a
+    folder, a file; or what it would lie in is no folder, or may not be written. name: of the path,
+    in the error."""
+    place = Path(path)
+    if folder and place.exists() and not place.is_dir():
+        raise ValueError(f"{name} {path} is a file: name a folder")
+    if not folder and place.is_dir():
+        raise ValueError(f"{name} {path} is a folder: name a file")
+    above = (place, *place.absolute().parents) if folder else place.absolute().parents
+    nearest = next(p for p in above if os.path.lexists(p))
+    if not nearest.is_dir():
+        raise ValueError(f"{name} {path} cannot be written: {nearest} is no folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ValueError(f"{name} {path} cannot be written: you may not write in {nearest}")
+
+
 def read_mapping(path: Path, **types: type) -> dict[str, Any]:
     """The mapping in a JSON file. Raises ValueError when it is damaged, or
     lacks one of the keys in `types`, or has it of another type."""

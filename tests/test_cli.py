@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -383,3 +384,65 @@ def test_options_of_a_generator_are_refused_for_a_tokenizer(tmp_path, capsys, gi
     assert main(["evaluate", *arguments, "--output", str(tmp_path / "out")]) == 1
     assert f"is a tokenizer: leave {option} out" in capsys.readouterr().err
     assert not (tmp_path / "out" / "report.json").exists()
+
+
+OUTPUTS = [
+    *(("evaluate", "x", "emoji:validation", option) for option in ("--output", "--json")),
+    ("evaluate", "x", "emoji:validation", "--save-reference"),
+    *(("sweep", "x", option) for option in ("--output", "--json")),
+    *(("adaptive", "x", "--target", "psnr=9", option) for option in ("--output", "--json")),
+    *(("probe", "x", option) for option in ("--output", "--json")),
+    *(("align", "x", option) for option in ("--probe", "--json")),
+    *(("search", "x", "--prompt", "a", o) for o in ("--output", "--probe", "--json")),
+    *(("sample", "x", option) for option in ("--output", "--json")),
+    *(("reconstruct", "file", "--model", "x", option) for option in ("--output", "--json")),
+    ("convert", "x"),
+]
+ENDINGS = {"--json": ".json", "--save-reference": ".npz"}
+
+
+@pytest.mark.parametrize("fault", ["in a file", "other kind", "locked"])
+@pytest.mark.parametrize("command", OUTPUTS, ids=lambda command: f"{command[0]} {command[-1]}")
+def test_what_cannot_be_written_is_found_before_the_work(
+    tmp_path, monkeypatch, capsys, command, fault
+):
+    """It was found after it, and the error was an errno."""
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("mine")
+
+    def load(*arguments, **options):
+        pytest.fail("a model was loaded")
+
+    for place in ("common.load_token_model", "measure.load_token_model", "sample.load_token_model",
+                  "search.load_token_model", "models.load"):  # fmt: skip
+        monkeypatch.setattr(f"flextok.cli.{place}", load)
+    ending = ENDINGS.get(command[-1], ".png" if command[0] == "sample" else "")
+    if fault == "in a file":
+        target = f"file/sub/x{ending}"
+        said = f"{target} cannot be written: {tmp_path / 'file'} is no folder"
+    elif fault == "locked":
+        access, locked = os.access, tmp_path / "locked"
+        locked.mkdir()
+        monkeypatch.setattr(
+            "os.access", lambda path, mode, **how: path != locked and access(path, mode, **how)
+        )
+        target = f"locked/sub/x{ending}"
+        said = f"{target} cannot be written: you may not write in {locked}"
+    elif ending or command[-1] == "--probe":
+        target = f"folder{ending}"
+        Path(target).mkdir()
+        said = f"{target} is a folder: name a file"
+    else:
+        target = "file"
+        said = "file is a file: name a folder"
+    assert main([*command, target]) == 1
+    assert said in capsys.readouterr().err
+    assert Path("file").read_text() == "mine"
+    assert {path.name for path in tmp_path.iterdir()} <= {"file", "locked", f"folder{ending}"}
+
+
+def test_one_scene_is_too_few_to_align_and_that_is_said_at_once(monkeypatch, capsys):
+    """It ran to its end, printed an error of nan and had no JSON."""
+    monkeypatch.setattr("flextok.cli.measure.load_token_model", lambda *_: pytest.fail("loaded"))
+    assert main(["align", "x", "--limit", "1"]) == 1
+    assert "1 scene has no other one's prompt as control" in capsys.readouterr().err

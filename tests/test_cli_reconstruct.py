@@ -153,8 +153,14 @@ def test_unreadable_pictures_are_skipped_and_the_exit_code_says_so(
     model, picture_folder, tmp_path, capsys, caplog
 ):
     (picture_folder / "cats" / "1.png").write_text("no picture")
-    assert reconstruct(model, picture_folder / "cats", "--output", tmp_path / "out") == 1
+    place = ("--output", tmp_path / "out", "--json", tmp_path / "out.json")
+    assert reconstruct(model, picture_folder / "cats", *place) == 1
     assert len(list((tmp_path / "out").iterdir())) == 2
+    first, lost, last = json.loads((tmp_path / "out.json").read_text())  # it was not written
+    assert Path(first["output"]).is_file()
+    assert Path(last["output"]).is_file()
+    assert lost["picture"] == str(picture_folder / "cats" / "1.png")
+    assert "1.png" in lost["error"]
     assert "1 of 3 pictures could not be read" in capsys.readouterr().err
     assert "cats/1.png" in caplog.text
 
@@ -169,7 +175,7 @@ def test_unreadable_pictures_are_skipped_and_the_exit_code_says_so(
         (["{cats}/0.png", "--num-tokens", "1", "2", "--output", "-"], "holds one picture, not 2"),
         (["{cats}/0.png", "--output", "-", "--json"], "name a file for one"),
         (["{cats}/0.png", "--num-tokens", "9"], "--num-tokens 9 must be in [1, 8]"),
-        (["{cats}/0.png", "--output", "{cats}/0.png/under"], "Not a directory"),
+        (["{cats}/0.png", "--output", "{cats}/0.png/under"], "0.png is no folder"),
     ],
 )
 def test_mistakes_are_told_in_one_line(model, picture_folder, capsys, arguments, message):

@@ -135,6 +135,17 @@ def test_pictures_are_decoded_in_batches_and_the_grid_is_bounded(folder, monkeyp
     assert "7 images do not fit one grid of 6" in capsys.readouterr().err
 
 
+def test_an_unreadable_picture_does_not_cost_the_report(folder, capsys):
+    draw_pictures(folder / "pictures", ["a.png", "c.png"])
+    (folder / "pictures" / "b.png").write_text("no picture")
+    place = ("--json", folder / "facts.json")
+    assert sample(folder, "tokenizer", "--images", folder / "pictures", *FEW, *place) == 1
+    assert "1 of 3 images could not be read" in capsys.readouterr().err
+    found = json.loads((folder / "facts.json").read_text())
+    assert (found["count"], found["unreadable"], found["num_tokens"]) == (2, 1, [8])
+    assert Path(found["output"]).is_file()
+
+
 def test_a_picture_is_drawn_several_times_side_by_side(folder, capsys):
     draw_pictures(folder / "pictures", ["a.png", "b.png"])
     asked = ("--images", folder / "pictures", "--steps", "2", "--num-tokens", "1", "8")

@@ -15,7 +15,8 @@ from types import FrameType
 
 from flextok import __version__
 from flextok.cli.arguments import COMMANDS
-from flextok.cli.options import AnyOrder, add_command, write_json
+from flextok.cli.options import AnyOrder, Incomplete, add_command, write_json
+from flextok.files import check_writable
 from flextok.printing import PrintableFormatter, one_line
 
 DESCRIPTION = "Images as short, ordered token sequences."
@@ -74,16 +75,24 @@ def interruptible_imports() -> Iterator[None]:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Run the command; with --json write what it returns. JSON on standard output stands there
-    alone: what people read goes to standard error."""
+    """Run the command; with --json write what it returns, or what an Incomplete reports. JSON on
+    standard output stands there alone: what people read goes to standard error."""
     asked = vars(options).get("json")
+    if asked not in (None, "-"):
+        check_writable(asked, "--json")
+    failure: Incomplete | None = None
     with warnings.catch_warnings():
         # a command reads its images in [-1, 1], so a guess that bright ones are not would be wrong
         warnings.filterwarnings("ignore", message="images span .* all bright")
         with contextlib.redirect_stdout(sys.stderr if asked == "-" else sys.stdout):
-            report = options.run(options)
+            try:
+                report = options.run(options)
+            except Incomplete as error:
+                report, failure = error.report, error
     if asked is not None and report is not None:  # None: another process writes it
         write_json(asked, report)
+    if failure:
+        raise failure
 
 
 def make_parser() -> argparse.ArgumentParser:

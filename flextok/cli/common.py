@@ -10,6 +10,7 @@ import yaml
 from flextok.config import load_experiment
 from flextok.data.datasets import EXTENSIONS
 from flextok.data.processes import local_device
+from flextok.files import check_writable
 from flextok.pipeline import decodable_lengths, load_token_model
 from flextok.places import list_models
 from flextok.registry import make_dataset
@@ -45,11 +46,10 @@ def check_lengths(lengths: list[int], total: int) -> list[int]:
 
 
 def check_folder(output: str | Path) -> None:
-    """Raise ValueError for a place, given as --output, that cannot be a folder or looks like an
-    image's."""
+    """Raise ValueError for a place, given as --output, that cannot be a folder, cannot be
+    written or looks like an image's."""
     place = Path(output)
-    if place.is_file():
-        raise ValueError(f"--output {output} is a file: name a folder")
+    check_writable(output, "--output", folder=True)
     if place.suffix.lower() in EXTENSIONS and not place.is_dir():
         raise ValueError(f"--output {output} ends as an image does: name a folder")
 

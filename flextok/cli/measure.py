@@ -13,7 +13,7 @@ from flextok.cli.common import data_of, data_spec, open_data, pick_device, token
 from flextok.cli.options import decoding_options, refuse_given
 from flextok.data.sets import take
 from flextok.emoji import probe as scene_probe
-from flextok.emoji.alignment import alignment, check_probe, format_report
+from flextok.emoji.alignment import alignment, check_probe, check_scenes, format_report
 from flextok.emoji.scenes import EmojiScenes
 from flextok.evaluation import Cell, Options, evaluate, processes
 from flextok.evaluation.adaptive import Target, fit_length_head, relate
@@ -24,6 +24,7 @@ from flextok.evaluation.probe import linear_probe
 from flextok.evaluation.report import check_output, write_report
 from flextok.evaluation.sweep import format_table as sweep_table
 from flextok.evaluation.sweep import offline_network, sweep
+from flextok.files import check_writable
 from flextok.generators import Generator
 from flextok.pipeline import load_token_model, load_tokenizer_of
 from flextok.places import list_models
@@ -174,6 +175,9 @@ def run_probe(options: Probe) -> dict[str, Any]:
 
 
 def run_align(options: Align) -> dict[str, Any]:
+    number = options.limit or 256
+    check_scenes(number)
+    check_probe_file(options)
     spec = data_spec(options.data or "emoji_scenes:validation")
     scenes = make_dataset(spec)
     if not isinstance(scenes, EmojiScenes):
@@ -192,12 +196,18 @@ def run_align(options: Align) -> dict[str, Any]:
         probe,
         scenes,
         lengths,
-        options.limit or 256,
+        number,
         options.seed,
         decoding=decoding,
     )
     print(format_report(report))
     return {"model": options.model, "data": spec, **asdict(report)}
+
+
+def check_probe_file(options: Align | Search) -> None:
+    """Raise ValueError where --probe is neither a file nor can become one."""
+    if options.probe and not Path(options.probe).is_file():
+        check_writable(options.probe, "--probe")
 
 
 def probe_for(

@@ -6,6 +6,7 @@ from typing import Any
 
 from flextok.card import model_facts, summary
 from flextok.cli.arguments import Convert, Info, Models
+from flextok.files import check_writable
 from flextok.generators import Generator
 from flextok.pipeline import load, load_tokenizer_of
 from flextok.places import check_layout, list_models
@@ -39,6 +40,7 @@ def run_info(options: Info) -> dict[str, Any]:
 
 
 def run_convert(options: Convert) -> dict[str, Any]:
+    check_writable(options.output, "output", folder=True)
     overrides = {}
     for entry in options.overrides:
         key, equals, text = entry.partition("=")

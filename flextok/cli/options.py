@@ -238,6 +238,15 @@ def refuse_given(options: object, names: Iterable[str], reason: str) -> None:
         raise ValueError(f"{reason}: leave --{given[0].replace('_', '-')} out")
 
 
+class Incomplete(ValueError):
+    """Some of what a command was given could not be read. report: what --json writes of the rest,
+    and of what failed."""
+
+    def __init__(self, message: str, report: Any):
+        super().__init__(message)
+        self.report = report
+
+
 def write_json(path: str, content: Any) -> None:
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     if path == "-":

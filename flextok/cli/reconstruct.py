@@ -13,10 +13,11 @@ from tqdm import tqdm
 from flextok import viz
 from flextok.cli.arguments import RECONSTRUCTED, Reconstruct
 from flextok.cli.common import check_folder, check_lengths, load_tokenizer
-from flextok.cli.options import decoding_options
+from flextok.cli.options import Incomplete, decoding_options
 from flextok.data.datasets import EXTENSIONS
 from flextok.data.pictures import CorruptPicture, list_pictures, load_picture
 from flextok.evaluation.metrics import psnr
+from flextok.files import check_writable
 from flextok.images import MAX_FILE_BYTES, to_image
 from flextok.pipeline import reconstruct_prefixes
 from flextok.printing import printable
@@ -35,7 +36,8 @@ def run_reconstruct(options: Reconstruct) -> list[dict[str, Any]]:
     size = {"height": height, "width": width}
     places = {(name, k): place_of(output, name, k) for name in sources for k in lengths}
     spare_sources(list(places.values()), list(sources.values()))
-    results, unreadable = [], 0
+    results: list[dict[str, Any]] = []
+    unreadable = 0
     for name, source in tqdm(sources.items(), unit="picture", disable=None):
         try:
             piped = source == "-"
@@ -43,6 +45,7 @@ def run_reconstruct(options: Reconstruct) -> list[dict[str, Any]]:
             picture = load_picture(content, source)
         except CorruptPicture as error:
             log.warning("skipped %s", error)
+            results.append({"picture": source, "error": str(error)})
             unreadable += 1
             continue
         images = model.transform(picture, **size)[None]
@@ -57,7 +60,8 @@ def run_reconstruct(options: Reconstruct) -> list[dict[str, Any]]:
             if output != "-":
                 print(f"wrote {printable(place)}  ({k} token{'s' * (k > 1)}, {quality:.2f} dB)")
     if unreadable:
-        raise ValueError(f"{unreadable} of {len(sources)} pictures could not be read, see above")
+        message = f"{unreadable} of {len(sources)} pictures could not be read, see above"
+        raise Incomplete(message, results)
     return results
 
 
@@ -95,6 +99,7 @@ def check_output(output: str, number: int, is_json: bool) -> None:
     if output.endswith(".png"):
         if Path(output).is_dir():
             raise ValueError(f"--output {output} is a folder: name one that does not end in .png")
+        check_writable(output, "--output")
     elif output != "-":
         check_folder(output)
 

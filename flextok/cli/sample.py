@@ -19,6 +19,7 @@ from flextok.cli.options import (
     BY_PROMPT,
     SAMPLING,
     TOKENIZER,
+    Incomplete,
     chosen,
     decoding_options,
     refuse_given,
@@ -28,6 +29,7 @@ from flextok.data.pictures import CorruptPicture, decode_text
 from flextok.data.sets import take
 from flextok.data.stream import collate
 from flextok.evaluation.sources import Images, skipping
+from flextok.files import check_writable
 from flextok.generators import Generator
 from flextok.generators.conditioning import (
     NULL_CLASS,
@@ -70,6 +72,7 @@ def run_sample(options: Sample) -> dict[str, Any]:
     if output.is_dir():
         raise ValueError(f"--output {output} is a folder: name a file, such as grid.png in it")
     viz.image_format(output)
+    check_writable(output, "--output")
     if not options.model:
         by_prompt = options.prompt or options.prompts_file
         by_class = options.classes is not None
@@ -107,11 +110,15 @@ def run_sample(options: Sample) -> dict[str, Any]:
         picture = viz.samples(grid[lengths[0]], shown_names, options.num_samples)
     beyond = f", which shows the first {len(shown_names)} of {done} images"
     print(f"wrote {viz.save(picture, output)}{beyond if len(shown_names) < done else ''}")
-    if options.images and (lost := len(names) - done):
-        raise ValueError(f"{lost} of {len(names)} images could not be read, see above")
-    found = {"count": done} if reconstructs else {"conditions": names, "files": files}
-    report = {"model": options.model, "seed": options.seed, "output": options.output}
-    return {**report, "num_tokens": lengths, **found}
+    lost = len(names) - done
+    found: dict[str, Any] = {"count": done, "unreadable": lost}
+    if not reconstructs:
+        found = {"conditions": names, "files": files}
+    asked = {"model": options.model, "seed": options.seed, "output": options.output}
+    report = {**asked, "num_tokens": lengths, **found}
+    if options.images and lost:
+        raise Incomplete(f"{lost} of {len(names)} images could not be read, see above", report)
+    return report
 
 
 def collect(

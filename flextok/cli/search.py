@@ -11,7 +11,7 @@ from tqdm import tqdm
 from flextok import viz
 from flextok.cli.arguments import Search
 from flextok.cli.common import check_folder, data_spec, pick_device
-from flextok.cli.measure import probe_for
+from flextok.cli.measure import check_probe_file, probe_for
 from flextok.cli.options import SAMPLING, chosen, decoding_options
 from flextok.emoji.alignment import caption_facts, scene_verifier
 from flextok.emoji.probe import fact_sizes, packaged_probe
@@ -37,6 +37,7 @@ def run_search(options: Search) -> dict[str, Any]:
     if bool(options.prompt) == bool(options.classes):
         raise ValueError("name what to search for: either --prompt or --classes")
     check_folder(options.output)
+    check_probe_file(options)
     names = options.prompt or options.classes or []
     model = load_token_model(options.model, pick_device(options.device))
     generator = model if isinstance(model, Generator) else None

@@ -59,6 +59,7 @@ def alignment(
 ) -> AlignmentReport:
     """Generate from the first `number` captions (or classes) of `scenes`, decode each length with
     the same noise, score. Raises ValueError when generator, probe and scenes do not fit."""
+    check_scenes(number)
     check_probe(probe, scenes, tokenizer.image_size)
     images, facts, captions = read_scenes(scenes, tokenizer.image_size, number)
     count = facts[:, 0] + 1
@@ -97,6 +98,12 @@ def alignment(
         )
     real = agreement(probe.read(images), facts).nanmean(1).mean().item()
     return AlignmentReport(number, real, results)
+
+
+def check_scenes(number: int) -> None:
+    """Raises ValueError for too few scenes to have a control and an error."""
+    if number < 2:
+        raise ValueError(f"{number} scene has no other one's prompt as control: take 2 at least")
 
 
 def check_probe(probe: Probe, scenes: EmojiScenes, image_size: int) -> None:

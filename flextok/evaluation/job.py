@@ -10,6 +10,7 @@ import torch
 import flextok
 from flextok.evaluation.evaluators import Evaluator, FeatureDistances, Setting, load_evaluators
 from flextok.evaluation.reference import check_suffix
+from flextok.files import check_writable
 from flextok.generators.base import Generator
 from flextok.generators.conditioning import TextConditioner
 from flextok.hub import fingerprint
@@ -47,7 +48,7 @@ class Options:
             if value is not None and value < least:
                 raise ValueError(f"{name}={value} must be at least {least}")
         if self.save_reference:
-            check_suffix(self.save_reference)
+            check_writable(check_suffix(self.save_reference), "save_reference")
 
 
 @dataclass(frozen=True)

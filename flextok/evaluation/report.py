@@ -16,7 +16,7 @@ from flextok.evaluation import processes
 from flextok.evaluation.evaluators import FAITHFUL, PLAUSIBLE, Rows
 from flextok.evaluation.job import Job
 from flextok.evaluation.reference import hash_of_images
-from flextok.files import read_mapping, write_text
+from flextok.files import check_writable, read_mapping, write_text
 from flextok.generators.conditioning import ClassConditioner
 from flextok.schema import NotFinite
 
@@ -187,8 +187,10 @@ def write_report(report: dict[str, Any], folder: Path) -> Path:
 
 def check_output(folder: Path) -> Path:
     """The place of the report in an output folder. Raises ValueError where a report.json lies that
-    this package did not write: it would be lost."""
+    this package did not write, which would be lost, or none can be written."""
+    check_writable(folder, "the output folder", folder=True)
     path = folder / REPORT
+    check_writable(path, "the report")
     if not path.exists():
         return path
     with contextlib.suppress(ValueError):
