@@ -28,7 +28,7 @@ from flextok.evaluation.report import (
     make_report,
     write_report,
 )
-from flextok.evaluation.sources import Batch, Images, Prompts, Show, skipping
+from flextok.evaluation.sources import Batch, Images, Prompts, Show, readable
 from flextok.files import only_one, read_mapping
 from flextok.generators.base import Generator
 from flextok.generators.conditioning import NULL_CLASS, ClassConditioner
@@ -138,7 +138,8 @@ def measured_rows(job: Job, show: Show, batch: Batch) -> parts.Rows:
 
 def has_captions(images: Images) -> bool:
     """Whether any image has one: if no other has, all are read."""
-    return any(item and item["caption"] for item in chain(images.few(), skipping(images)))
+    every = (item for i in range(len(images)) for item in readable(images, [i]))
+    return any(item["caption"] for item in chain(images.few(), every))
 
 
 def load_references(job: Job, stored: str | None) -> None:
