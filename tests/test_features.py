@@ -1,7 +1,9 @@
 """Feature networks: the right weights under the right name, or a message that helps."""
 
 import importlib.util
+import json
 import pickle
+import shutil
 
 import pytest
 import torch
@@ -259,6 +261,16 @@ def test_the_clip_score_is_the_cosine_of_image_and_caption(clip, monkeypatch):
     scores = evaluator.scores(Rows(some.__getitem__, None, paired=True))
     expected = 100 * float(cosine[[0, 2]].clamp_min(0).mean())
     assert scores == {"clip_score": pytest.approx(expected, abs=1e-2)}
+
+
+def test_a_clip_with_code_of_its_own_is_refused(clip, tmp_path, monkeypatch):
+    folder = shutil.copytree(clip[0], tmp_path / "clip")
+    place = folder / "tokenizer_config.json"
+    document = json.loads(place.read_text()) | {"auto_map": {"AutoTokenizer": ["code.T", None]}}
+    place.write_text(json.dumps(document))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on standard input"))
+    with pytest.raises(ValueError, match=r"asks to run code of its own .*refused"):
+        load(f"clip:{folder}", torch.float32)
 
 
 def test_a_report_holds_both(clip, dinov2):
