@@ -373,8 +373,9 @@ def image_text(path: str, device: Device = "cpu") -> Verifier:
         texts = F.normalize(found.text_embeds, dim=1)[[prompts.index(one) for one in cond]]
         return (F.normalize(found.image_embeds, dim=1) * texts).sum(dim=1)
 
+    black: Any = torch.zeros(1, 3, 16, 16)
     try:
-        score(torch.zeros(1, 3, 16, 16).to(device), ["a"], torch.zeros(1, 1))
+        score(black.to(device), ["a"], torch.zeros(1, 1))
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(

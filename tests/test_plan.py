@@ -74,6 +74,7 @@ def test_recomputing_costs_a_forward_pass_and_saves_most_of_the_memory(tmp_path)
 def real_step(config, registry, count) -> tuple[float, float]:
     model = build_model(registry, config.model).train()
     objective = make_objective(model, config.objective, starts(model, config.objective)).train()
+    objective.prepare()
     draws = torch.Generator().manual_seed(0)
     if config.task != "generator":
         batch = {"image": torch.rand(count, 3, model.image_size, model.image_size, generator=draws)}
@@ -127,6 +128,16 @@ def test_the_plan_agrees_with_a_step_really_taken(tmp_path, kind):
     assert step.trained + step.frozen == sum(p.numel() for p in model.parameters())
     assert step.flops == pytest.approx((flops_2 - flops_1) / 8, rel=0.1)
     assert step.saved == pytest.approx((saved_2 - saved_1) / 8, rel=0.15)
+
+
+def test_the_alignment_of_the_prefixes_counts(tmp_path):
+    """It was left out: for a small model it is most of the arithmetic."""
+    asked = {"prefix_alignment": {"size": 64}}
+    config = experiment(tmp_path, SMALL["flextok"], objective=asked)
+    (one, _), (two, _) = (real_step(config, TASKS["tokenizer"], n) for n in (8, 16))
+    plain = measure(experiment(tmp_path, SMALL["flextok"])).flops
+    assert measure(config).flops == pytest.approx((two - one) / 8, rel=0.1)
+    assert measure(config).flops > 2 * plain
 
 
 COUNTED = json.loads((Path(__file__).parent / "golden" / "plan.json").read_text())

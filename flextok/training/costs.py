@@ -131,7 +131,13 @@ class Formulas:
                 for n in (patches + model.num_tokens, patches + 1)  # one token stands for all: null
             )
             yield self.walking(objective, full, null)
-        elif objective.alignment is not None:
+            return
+        if (prefixes := objective.prefix_alignment) is not None:
+            yield self.run(lambda: prefixes.targets(images), 1)
+            codes = images.new_empty(1, model.num_tokens, prefixes.embed.in_features)
+            targets = images.new_empty(1, prefixes.head[-1].out_features)
+            yield self.run(lambda: prefixes(codes, targets), 3)
+        if objective.alignment is not None:
             alignment, side = objective.alignment, decoder.grid
             yield self.run(lambda: alignment.backbone.network(images, side, side), 1)
             shape = (decoder.head.in_features, side, side) if alignment.spatial else (patches, -1)
