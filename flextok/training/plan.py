@@ -118,7 +118,7 @@ def plan(config: ExperimentConfig, gpus: int, assumptions: Assumptions | None = 
     card = GPUS[assumed.gpu]
     step, devices = measure(config), named_devices(config, gpus)
     accumulate = config.trainer.accumulate * max(1, math.ceil(devices / gpus))
-    width = 2 if is_half(config) else 4  # bytes of a gathered weight
+    width = 2 if is_half(config) else 4  # bytes of a gathered weight of a block
     sharded = config.trainer.strategy == "fsdp2"
     share = gpus if sharded else 1
     # fp32: weight, gradient, AdamW's two moments (Muon has one), average
@@ -132,8 +132,8 @@ def plan(config: ExperimentConfig, gpus: int, assumptions: Assumptions | None = 
     }
     ring = (gpus - 1) / gpus  # so much of its data does a process send in gathering or reducing
     if sharded:  # the block at work, the next one, what lies outside of blocks; their gradients too
-        memory["gathered"] = 2 * width * (step.rest + 2 * step.block)
-        gathered = width * (step.trained + step.frozen)
+        memory["gathered"] = 2 * (4 * step.rest + width * 2 * step.block)
+        gathered = width * (step.trained + step.frozen - step.rest) + 4 * step.rest
         traffic = ring * accumulate * (2 * gathered + 4 * step.trained)
     else:
         memory["buckets"] = (4 if gpus > 1 else 0) * step.trained  # DDP's, of gradients
