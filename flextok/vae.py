@@ -111,6 +111,7 @@ class KLVAE(NeedsWeights):
         self.channels, self.downsample = channels, 2 ** (len(block_channels) - 1)
         self.scaling_factor, self.sample_posterior = scaling_factor, sample_posterior
         self.latents_mean, self.latents_std = latents_mean, latents_std
+        self.vae.register_to_config(**{name: getattr(self, name) for name in UNSCALED})
         self.weights = weights
         self.requires_grad_(False)
 
