@@ -41,7 +41,7 @@ UNREADABLE = (ValueError, SyntaxError, TypeError, MemoryError, RecursionError)
 LONGEST_LITERAL = 100_000  # characters of one section of a published config
 SAFETENSORS = (WEIGHTS, DIFFUSERS_WEIGHTS)
 USUAL_WEIGHTS = (*SAFETENSORS, *(name + INDEX for name in SAFETENSORS), OLD_WEIGHTS)
-WRITTEN = {"format": "pt", "written_by": "flextok"}  # metadata of our weights
+WRITTEN = {"written_by": "flextok"}  # metadata of our weights; of two keys the order would vary
 PIPELINE = "model_index.json"  # of diffusers: its models lie in folders
 PARTS = ("transformer", "autoencoder")  # of a pipeline of ours; the first that there is counts
 # models of flextok.integrations.diffusers by class: how their tensors' names begin
