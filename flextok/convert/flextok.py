@@ -85,7 +85,7 @@ def to_published(config: Section, state: State) -> tuple[dict[str, Tensor], dict
     """A FlexTok of ours, its config as saved, as a published file holds it: tensors, and the config
     tree as safetensors metadata. Raises ValueError for what published modules do not have."""
     fsq, vae = config["quantizer"], config["vae"]
-    needed = {
+    needed: dict[str, tuple[Any, Any]] = {
         "vae.name": (vae["name"], "kl"),
         "vae.latents_mean": (vae.get("latents_mean"), None),
         "vae.latents_std": (vae.get("latents_std"), None),
