@@ -200,6 +200,10 @@ class Pretrained(nn.Module):
         content = report if isinstance(report, Mapping) else read_json(Path(report))
         self.metadata["evaluation"] = evaluation_rows(content)
 
+    def check_place(self, folder: Path) -> None:
+        """Raise ValueError where save_pretrained would."""
+        check_layout(folder, self.layout if self.adapters is None else "adapters")
+
     def save_pretrained(
         self,
         folder: str | Path,
@@ -213,7 +217,7 @@ class Pretrained(nn.Module):
         (those of a sharded model, gathered). Returns the folder. Raises ValueError for a folder
         that holds a model in another layout, or another program's."""
         folder = Path(folder)
-        check_layout(folder, self.layout if self.adapters is None else "adapters")
+        self.check_place(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {
             key: value.detach().contiguous().cpu()

@@ -211,6 +211,16 @@ def test_fit_returns_the_model_and_leaves_a_folder_that_loads(tmp_path):
     assert checkpoints == {p: p.stat().st_mtime_ns for p in checkpoints}
 
 
+def test_a_folder_with_another_program_s_model_is_refused_before_the_first_step(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    objective = make("flow")
+    before = [p.clone() for p in objective.parameters()]
+    with pytest.raises(ValueError, match="would be lost: name another folder"):
+        fit(objective, Drawn("flow"), options=options(tmp_path))
+    assert all(map(torch.equal, before, objective.parameters()))
+    assert not list_checkpoints(tmp_path / "checkpoints")
+
+
 def test_a_run_of_another_objective_is_passed_over_and_then_refused(tmp_path):
     fit(make("flow"), Drawn("flow"), options=options(tmp_path))
     smaller = make_objective(FlexTok(FlexTokConfig(**{**TINY, "decoder_depth": 1})))

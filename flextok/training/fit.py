@@ -108,6 +108,7 @@ def fit(
         if newest and is_finished(folder, newest, options.max_steps, validates):
             log.warning(NOTHING_TO_DO, folder, newest)
             return take_over(objective.model, folder)
+        objective.model.check_place(folder)
         if leads:
             check_warmup(options)
         L.seed_everything(options.seed, verbose=False)
