@@ -10,6 +10,7 @@ import functools
 import inspect
 import math
 import numbers
+import operator
 import re
 import types
 import typing
@@ -79,6 +80,14 @@ def unknown_key(kind: str, key: str, known: list[str], where: str = "") -> Confi
     hint = f" Did you mean {guess[0]!r}?" if guess else ""
     place = f" in {where!r}" if where else ""
     return ConfigError(f"unknown {kind} {key!r}{place}.{hint} Known: {', '.join(sorted(known))}.")
+
+
+def whole_number(label: object) -> int | None:
+    """A label of any integer type, such as a tensor's; None for what is no whole number."""
+    try:
+        return operator.index(label)  # type: ignore[arg-type]
+    except TypeError:
+        return None
 
 
 def find_class(table: Mapping[str, int], label: int | str) -> int | None:

@@ -2,7 +2,6 @@
 file calls a class is looked up by name first and by number second, and data sets are joined and
 compared by name."""
 
-import operator
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -26,14 +25,6 @@ def as_label(value: object) -> int | str:
     if isinstance(value, int | str):
         return value
     raise ValueError(f"label {value!r} is neither a name nor a whole number")
-
-
-def whole_number(label: object) -> int | None:
-    """A label of any integer type, such as a tensor's; None for what is no whole number."""
-    try:
-        return operator.index(label)  # type: ignore[arg-type]
-    except TypeError:
-        return None
 
 
 def check_names(class_names: Sequence[str] | int) -> list[str]:

@@ -8,8 +8,9 @@ from typing import Any, Protocol, runtime_checkable
 from PIL import Image
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
-from flextok.data.labels import captioned, check_names, renumbering, whole_number
+from flextok.data.labels import captioned, check_names, renumbering
 from flextok.data.pictures import UNLABELLED, CorruptPicture
+from flextok.schema import whole_number
 
 
 @runtime_checkable

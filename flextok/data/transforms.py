@@ -10,7 +10,6 @@ from PIL import Image
 from torch import Tensor
 
 from flextok.data.augmentation import Augmentation
-from flextok.data.labels import whole_number
 from flextok.images import (
     Picture,
     as_picture,
@@ -20,7 +19,7 @@ from flextok.images import (
     resized_crop,
     to_tensor,
 )
-from flextok.schema import from_mapping
+from flextok.schema import from_mapping, whole_number
 
 
 def random_crop(

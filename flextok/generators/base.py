@@ -6,11 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flextok.data.labels import whole_number
 from flextok.draws import Rng
 from flextok.generators.conditioning import Cond, Conditioner, class_label
 from flextok.hub import Pretrained
-from flextok.schema import ConfigError, with_options
+from flextok.schema import ConfigError, whole_number, with_options
 from flextok.tokenizers.base import Callback
 
 Asked = Cond | str | int | Sequence[int]  # one condition, or one for each image

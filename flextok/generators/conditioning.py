@@ -16,11 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from flextok.data.labels import whole_number
 from flextok.generators.text import ByteEncoder, PretrainedEncoder, Text, check_prompts
 from flextok.generators.words import WordEncoder
 from flextok.nn.devices import span, to_device
-from flextok.schema import ConfigError, Many, Size, build, find_class
+from flextok.schema import ConfigError, Many, Size, build, find_class, whole_number
 
 Cond = Tensor | Sequence[str] | Text  # (B,) labels, B prompts, or what `prepare` made of them
 NULL_CLASS = -1  # as a label: no condition
