@@ -11,7 +11,7 @@ from flextok.autoencoder import AUTOENCODERS
 from flextok.cpu import accelerate
 from flextok.draws import CODES, NOISE, row_generators
 from flextok.generators import GENERATORS, Generator
-from flextok.generators.base import Asked
+from flextok.generators.base import Asked, as_batch
 from flextok.hub import Dtype, Pretrained
 from flextok.nn.devices import Device
 from flextok.places import HubOptions, find_reference, read_model, resolve
@@ -132,7 +132,7 @@ def expected_codes(record: Mapping[str, Any]) -> str:
 def generate_images(
     generator: Generator,
     tokenizer: Tokenizer,
-    cond: Any,
+    cond: Asked,
     num_tokens: list[int] | None = None,
     seed: int = 0,
     sampling: Options = None,
@@ -148,14 +148,14 @@ def generate_images(
     lengths = sorted(set(num_tokens or [generator.num_tokens]))
     options = generator.generate_options(sampling or {})
     tokenizer.decode_options(decoding or {})  # raises before the work, not after it
-    cond = [cond] if isinstance(cond, str | int) else cond
-    if not len(cond):
+    several = as_batch(cond)
+    if not len(several):
         raise ValueError("there is nothing to generate from: give one condition at least")
     made = []
-    for some in batches_of(len(cond), batch_size):
+    for some in batches_of(len(several), batch_size):
         numbers = some if rows is None else rows[some.start : some.stop]
         indices = generator.generate(
-            cond[some.start : some.stop],
+            several[some.start : some.stop],
             num_tokens=lengths[-1],
             options=options,
             generator=row_generators(seed, CODES, numbers),

@@ -1,6 +1,5 @@
 """`flextok sample`: images by class or prompt, and coarse-to-fine grids."""
 
-import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,9 +24,9 @@ from flextok.cli.options import (
     refuse_given,
 )
 from flextok.data.datasets import PictureFiles
-from flextok.data.pictures import CorruptPicture, decode_text
+from flextok.data.pictures import decode_text
 from flextok.data.sets import take
-from flextok.data.stream import collate
+from flextok.data.stream import EvaluationSet, as_it_is, collate
 from flextok.evaluation.sources import Images, skipping
 from flextok.files import check_writable
 from flextok.generators import Generator
@@ -47,8 +46,6 @@ from flextok.pipeline import (
 )
 from flextok.schema import check_number
 from flextok.tokenizers import Tokenizer
-
-log = logging.getLogger(__name__)
 
 MOST_PIXELS = 2**26  # of a grid
 MOST_IMAGES = 1_000_000
@@ -230,13 +227,9 @@ def read_prompts(options: Sample) -> list[str]:
 
 def captions_of(dataset: Any) -> list[str]:
     """Those of the images that can be read and have one."""
-    found = []
-    for i in range(len(dataset)):
-        try:
-            found.append(dataset[i].get("caption") or "")
-        except CorruptPicture as error:
-            log.warning("left out: %s", error)
-    return [caption for caption in found if caption]
+    read = EvaluationSet(dataset, as_it_is)
+    items = (read[i] for i in range(len(read)))
+    return [item["caption"] for item in items if item and item["caption"]]
 
 
 def read_lines(path: Path) -> list[str]:

@@ -23,6 +23,12 @@ ELSEWHERE = {  # what other libraries' generate() takes -> what it is called her
 }
 
 
+def as_batch(cond: Asked) -> Any:
+    """One condition, a text or a whole number, as a batch of one; a batch as it is."""
+    one = isinstance(cond, str) or (not isinstance(cond, Tensor) and whole_number(cond) is not None)
+    return [cond] if one else cond
+
+
 class Generator(Pretrained):
     """Generates the indices of a tokenizer for a batch of conditions."""
 
@@ -62,8 +68,7 @@ class Generator(Pretrained):
     def prepare(self, cond: Asked) -> Any:
         """cond: as in generate. Returns it as the conditioner's forward takes it. Raises
         ValueError."""
-        one = not isinstance(cond, Tensor) and whole_number(cond) is not None
-        several: Any = [cond] if one or isinstance(cond, str) else cond
+        several = as_batch(cond)
         if self.conditioner.num_classes and not isinstance(several, Tensor):
             names = self.class_names
             several = torch.tensor([class_label(one, names) for one in several])

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from flextok.draws import Rng
 from flextok.generators import GENERATORS, Generator
-from flextok.generators.base import Asked
+from flextok.generators.base import Asked, as_batch
 from flextok.images import Pictures
 from flextok.schema import check_number, from_mapping
 from flextok.tokenizers import FlexTok, FlexTokConfig
@@ -184,7 +184,7 @@ class FlexTokPipeline(DiffusionPipeline):
         follow each other; generator: one, or one for each image, draws the indices, then the
         decoder's noise. Returns `.images`, as FlexTokReconstructionPipeline does."""
         check_number("num_images_per_prompt", num_images_per_prompt, 1, 10_000, whole=True)
-        prompts: Any = [prompt] if isinstance(prompt, str | int) else prompt
+        prompts = as_batch(prompt)
         if num_images_per_prompt > 1:
             prompts = [prompt for prompt in prompts for _ in range(num_images_per_prompt)]
         how = {"num_tokens": num_tokens, "guidance_scale": guidance_scale}

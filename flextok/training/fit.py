@@ -48,12 +48,7 @@ from flextok.training.record import (
 )
 from flextok.training.saving import Checkpoints
 from flextok.training.sharding import compile_blocks, is_sharded
-from flextok.training.trainer import (
-    check_devices,
-    count_devices,
-    device_type,
-    make_trainer,
-)
+from flextok.training.trainer import check_devices, count_devices, device_type, make_trainer
 from flextok.training.validation import (
     Export,
     Images,
