@@ -97,6 +97,14 @@ class TrainerConfig:
     checkpoint_blocks: bool = False  # recompute activations in the backward pass: less memory
     revive_every: CountOrZero = 0  # steps between revivals of a VQ's unused codes; 0 = never
 
+    def count_devices(self, auto: int) -> int:
+        """How many `devices` a machine has: a number of them, or the numbers of some, such as
+        "0,2"; auto: how many are all."""
+        text = str(self.devices)
+        if text == "auto":
+            return auto
+        return int(text) if text.isdigit() else len(text.split(","))
+
 
 @dataclass
 class EvaluationConfig:

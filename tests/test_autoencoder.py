@@ -24,8 +24,8 @@ from flextok.data.transforms import ImageTransform
 from flextok.draws import BatchDraws
 from flextok.losses import perceptual
 from flextok.objectives import AutoencoderObjective, AutoencoderObjectiveConfig, make_objective
-from flextok.objectives.autoencoder import kl_to_normal
 from flextok.pipeline import load
+from flextok.quantizers.kl import kl_to_normal
 from flextok.schema import ConfigError, from_mapping
 from flextok.training.optim import make_optimizer
 from flextok.training.run import train

@@ -198,6 +198,9 @@ def test_the_hours_are_those_of_the_batch_that_the_config_means(tmp_path):
     assert (more.batch_size, more.config_batch_size) == (4 * 64 * 3, 192)
     assert "a batch of 768; the config's own is 192, whose steps take 0.25 times" in as_text(more)
     assert plan(gpt(tmp_path, "trainer.devices='4'"), 2).batch_size == 16
+    listed = ("trainer.devices='0,1'", "trainer.num_nodes=2")  # two GPUs of each machine
+    assert plan(gpt(tmp_path, *listed), 1).batch_size == 16
+    assert plan(gpt(tmp_path, "trainer.devices=auto", "trainer.num_nodes=2"), 3).batch_size == 12
     uneven = plan(gpt(tmp_path, "trainer.devices=8"), 3)
     assert (uneven.batch_size, uneven.config_batch_size) == (4 * 3 * 3, 32)
 

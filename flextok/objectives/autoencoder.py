@@ -23,6 +23,7 @@ from flextok.losses.perceptual import PerceptualLoss
 from flextok.nn.devices import to_device
 from flextok.objectives.adversarial import Adversarial, PatchDiscriminatorConfig
 from flextok.objectives.base import draws_of, need, take_over, train_only
+from flextok.quantizers.kl import kl_to_normal
 from flextok.schema import Bounds, ConfigError, Share
 from flextok.tokenizers.base import check_images
 
@@ -139,8 +140,3 @@ class AutoencoderObjective(Adversarial):
         encoder = (*model.encoder.parameters(), *model.quant_conv.parameters())
         if model.config.latents_mean is None or any(p.requires_grad for p in encoder):
             model.measure(to_device(batch["image"], model.device) for batch in batches)
-
-
-def kl_to_normal(mean: Tensor, logvar: Tensor) -> Tensor:
-    """The KL divergence of N(mean, exp(logvar)) from N(0, 1), of each value, in nats."""
-    return (mean.square() + logvar.exp() - 1 - logvar) / 2

@@ -43,6 +43,11 @@ def moments(z: Tensor) -> tuple[Tensor, Tensor]:
     return mean, logvar.clamp(-30.0, 20.0)
 
 
+def kl_to_normal(mean: Tensor, logvar: Tensor) -> Tensor:
+    """The KL divergence of N(mean, exp(logvar)) from N(0, 1), of each value, in nats."""
+    return (mean.square() + logvar.exp() - 1 - logvar) / 2
+
+
 def kl_divergence(mean: Tensor, logvar: Tensor) -> Tensor:
     """mean, logvar: (B, K, C). Returns KL to N(0, 1), (B, K), summed over channels."""
-    return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).sum(dim=-1)
+    return kl_to_normal(mean, logvar).sum(dim=-1)

@@ -48,7 +48,7 @@ from flextok.training.record import (
 )
 from flextok.training.saving import Checkpoints
 from flextok.training.sharding import compile_blocks, is_sharded
-from flextok.training.trainer import check_devices, count_devices, device_type, make_trainer
+from flextok.training.trainer import all_devices, check_devices, device_type, make_trainer
 from flextok.training.validation import (
     Export,
     Images,
@@ -198,7 +198,8 @@ def check_sharding(objective: Objective, options: FitOptions, cached: bool = Fal
         raise ConfigError(
             f"trainer.strategy=fsdp2 shards the model, and {name} needs it whole: take ddp"
         )
-    processes = count_devices(options, device_type(options.accelerator)) * options.num_nodes
+    here = options.count_devices(all_devices(device_type(options.accelerator)))
+    processes = here * options.num_nodes
     lengths = getattr(objective, "nested_dropout", None)
     if cached and "keep" in objective.frozen_columns():  # the lengths are the cache's
         lengths = None

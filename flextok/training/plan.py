@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from flextok.autoencoder import Autoencoder
+from flextok.card import count_parameters
 from flextok.config import ExperimentConfig
 from flextok.data.latents import check_cacheable, row_bytes
 from flextok.generators import GENERATORS
@@ -175,10 +176,8 @@ def plan(config: ExperimentConfig, gpus: int, assumptions: Assumptions | None = 
 
 def named_devices(config: ExperimentConfig, gpus: int) -> int:
     """How many GPUs the config's devices and num_nodes are; those asked for where it has auto."""
-    devices = config.trainer.devices
-    if isinstance(devices, str) and not devices.isdecimal():
-        return gpus
-    return int(devices) * config.trainer.num_nodes
+    trainer = config.trainer
+    return trainer.count_devices(auto=0) * trainer.num_nodes or gpus
 
 
 def is_half(config: ExperimentConfig) -> bool:
@@ -196,23 +195,19 @@ def measure(config: ExperimentConfig) -> Step:
             network.to(torch.bfloat16)
     sizes = [(p.numel(), p.requires_grad) for p in objective.parameters()]
     total, trained = sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
-    parts = [size_of(block) for block in transformer_blocks(objective.model)]
+    parts = [count_parameters(block) for block in transformer_blocks(objective.model)]
     frozen = total - trained
     outside = total - sum(parts)
     cached = config.data.latent_variants > 0
     formulas = Formulas(is_half(config), config.trainer.checkpoint_blocks, cached)
     cost = formulas.step(objective)
-    around = sum(size_of(network) for network in beside)
+    around = sum(count_parameters(network) for network in beside)
     front, row = 0.0, 0
     if objective.frozen_columns():
         costs = formulas.front(objective, an_image(objective.model))
         front, row = sum(cost.flops for cost in costs), row_bytes(objective)
     largest = max(parts, default=0)
     return Step(cost.flops, cost.saved, trained, frozen, around, largest, outside, front, row)
-
-
-def size_of(network: nn.Module) -> int:
-    return sum(p.numel() for p in network.parameters())
 
 
 META = torch.device("meta")

@@ -84,20 +84,22 @@ def check_devices(options: TrainerConfig) -> None:
     device, cores = device_type(options.accelerator), os.cpu_count() or 1
     if options.accelerator in ("gpu", "cuda", "mps") and device_type("gpu") not in ("cuda", "mps"):
         raise ConfigError(f"trainer.accelerator={options.accelerator}: there is none, take auto")
-    asked = int(options.devices) if str(options.devices).isdigit() else 1
+    if device == "cpu" and "," in str(options.devices):
+        raise ConfigError(
+            f"trainer.devices={options.devices} numbers GPUs: for a CPU give a number of processes"
+        )
+    asked = options.count_devices(auto=1)
     if device == "cpu" and asked > cores and this_process().world_size == 1:
         raise ConfigError(
             f"trainer.devices={asked} must be at most {cores} on this CPU, the number of its "
             "cores: each device is a process"
         )
-    if device == "cpu" and "," in str(options.devices):
-        raise ConfigError(
-            f"trainer.devices={options.devices} numbers GPUs: for a CPU give a number of processes"
-        )
     for kind in (TorchElasticEnvironment, SLURMEnvironment):
         if kind.detect():
             try:
-                kind().validate_settings(count_devices(options, device), options.num_nodes)
+                kind().validate_settings(
+                    options.count_devices(all_devices(device)), options.num_nodes
+                )
             except ValueError as error:
                 raise ConfigError(
                     f"trainer.devices={options.devices}, trainer.num_nodes={options.num_nodes} "
@@ -122,12 +124,9 @@ def check_devices(options: TrainerConfig) -> None:
         raise ConfigError(f"trainer.precision=16-mixed does not work {where}: take bf16-mixed")
 
 
-def count_devices(options: TrainerConfig, device: str) -> int:
-    """How many trainer.devices are on a machine of this type of device."""
-    text = str(options.devices)
-    if text == "auto":
-        return torch.cuda.device_count() if device == "cuda" else 1
-    return int(text) if text.isdigit() else len(text.split(","))
+def all_devices(device: str) -> int:
+    """How many of this type a run takes for trainer.devices=auto."""
+    return torch.cuda.device_count() if device == "cuda" else 1
 
 
 def device_type(accelerator: str) -> str:
