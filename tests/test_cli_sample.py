@@ -146,6 +146,15 @@ def test_an_unreadable_picture_does_not_cost_the_report(folder, capsys):
     assert Path(found["output"]).is_file()
 
 
+@pytest.mark.parametrize("option", ["--images", "--data"])
+def test_no_grid_is_written_over_a_picture_that_it_shows(folder, capsys, option):
+    draw_pictures(folder / "out", ["grid.png", "b.png"])
+    before = (folder / "out" / "grid.png").read_bytes()
+    assert sample(folder, "tokenizer", option, folder / "out", *FEW) == 1
+    assert f"{folder / 'out' / 'grid.png'} would be written over" in capsys.readouterr().err
+    assert (folder / "out" / "grid.png").read_bytes() == before
+
+
 def test_a_picture_is_drawn_several_times_side_by_side(folder, capsys):
     draw_pictures(folder / "pictures", ["a.png", "b.png"])
     asked = ("--images", folder / "pictures", "--steps", "2", "--num-tokens", "1", "8")

@@ -73,6 +73,15 @@ def test_the_packages_classifier_reads_scenes_of_its_size(folder, monkeypatch):
         run(folder, "tokenizer", *PROMPT, *FEW)  # of 16 x 16 pixels
 
 
+@pytest.mark.parametrize(
+    "option", [("--probe", "a.safetensors"), ("--probe-steps", 3), ("--data", "emoji_scenes")]
+)
+def test_options_of_the_classifier_are_refused_where_there_is_none(folder, option, capsys):
+    command = ("class", "--classes", "dog", "--verifier", "likelihood", *FEW, *option)
+    assert run(folder, *command) == 1
+    assert f"likelihood reads no scenes: leave {option[0]} out" in capsys.readouterr().err
+
+
 def test_classes_are_searched_for_by_likelihood(folder, capsys):
     likely = ("--verifier", "likelihood")
     assert run(folder, "class", "--classes", "dog", 3, *likely, *FEW) == 0

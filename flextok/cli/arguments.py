@@ -30,6 +30,7 @@ from flextok.schema import Bounds
 
 MOST_CLASSES = 16  # in a grid whose classes nobody named
 RECONSTRUCTED = "outputs/reconstructed"
+PROBE_STEPS = 1500
 # scenes of the emoji that `emoji-text` generates best
 WELL_KNOWN = "{name: emoji_scenes, max_objects: 2, vocabulary: basic}"
 
@@ -206,14 +207,18 @@ class Search(Decoding, Sampling, Seed, Device, Json):
         int, Bounds(0, 64), "score a candidate by its continuation so many lengths further on"
     ] = 0
     tokenizer: ItsTokenizer = None
-    data: Annotated[str, "the scenes that the scenes' verifier is trained on"] = WELL_KNOWN
+    data: Annotated[
+        str | None, f"the scenes that the scenes' verifier is trained on; default: {WELL_KNOWN}"
+    ] = None
     probe: Annotated[
         str | None,
         "a file to keep the classifier in, or take it from; default: the package's, where it fits",
     ] = None
     probe_steps: Annotated[
-        int, Bounds(1, 1_000_000), "of the classifier's training, where there is none yet"
-    ] = 1500
+        int | None,
+        Bounds(1, 1_000_000),
+        f"of the classifier's training, where there is none yet; default {PROBE_STEPS}",
+    ] = None
     output: Annotated[str, "the folder to write; default outputs/search"] = "outputs/search"
 
 
@@ -385,7 +390,7 @@ class Align(Decoding, Seed, Device, Json):
     probe: Annotated[str | None, "a file to keep the classifier in, or take it from"] = None
     probe_steps: Annotated[
         int, Bounds(1, 1_000_000), "of the classifier's training, where there is none yet"
-    ] = 1500
+    ] = PROBE_STEPS
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """What the commands share when they run: devices, tokenizers, data sets, folders."""
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,20 @@ def check_folder(output: str | Path) -> None:
     check_writable(output, "--output", folder=True)
     if place.suffix.lower() in EXTENSIONS and not place.is_dir():
         raise ValueError(f"--output {output} ends as an image does: name a folder")
+
+
+def spare_sources(places: Iterable[str | Path], sources: Iterable[str | Path]) -> None:
+    """Raise ValueError where a picture would be written over one of those that are read."""
+    read = {file_id(source): source for source in sources if os.path.exists(source)}
+    for place in places:
+        if str(place) != "-" and Path(place).exists() and (source := read.get(file_id(place))):
+            raise ValueError(f"the picture {source} would be written over: name another --output")
+
+
+def file_id(path: str | Path) -> tuple[int, int]:
+    """The same for all names of one file."""
+    found = Path(path).stat()
+    return found.st_dev, found.st_ino
 
 
 def data_of(asked: str | None, model: str, part: str = "validation") -> Any:

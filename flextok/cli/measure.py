@@ -8,7 +8,16 @@ from typing import Any
 
 import torch
 
-from flextok.cli.arguments import Adaptive, Align, Evaluate, Measuring, Probe, Search, Sweep
+from flextok.cli.arguments import (
+    PROBE_STEPS,
+    Adaptive,
+    Align,
+    Evaluate,
+    Measuring,
+    Probe,
+    Search,
+    Sweep,
+)
 from flextok.cli.common import data_of, data_spec, open_data, pick_device, token_lengths
 from flextok.cli.options import decoding_options, refuse_given
 from flextok.data.sets import take
@@ -222,7 +231,7 @@ def probe_for(
     probe = scene_probe.train_probe(
         make_dataset({**spec, **known}),
         tokenizer.image_size,
-        options.probe_steps,
+        options.probe_steps or PROBE_STEPS,
         device=tokenizer.device,
     )
     if options.probe:

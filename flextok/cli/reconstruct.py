@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from flextok import viz
 from flextok.cli.arguments import RECONSTRUCTED, Reconstruct
-from flextok.cli.common import check_folder, check_lengths, load_tokenizer
+from flextok.cli.common import check_folder, check_lengths, load_tokenizer, spare_sources
 from flextok.cli.options import Incomplete, decoding_options
 from flextok.data.datasets import EXTENSIONS
 from flextok.data.pictures import CorruptPicture, list_pictures, load_picture
@@ -35,7 +35,7 @@ def run_reconstruct(options: Reconstruct) -> list[dict[str, Any]]:
     height, width = model.checked_shape(options.height, options.width)
     size = {"height": height, "width": width}
     places = {(name, k): place_of(output, name, k) for name in sources for k in lengths}
-    spare_sources(list(places.values()), list(sources.values()))
+    spare_sources(places.values(), sources.values())
     results: list[dict[str, Any]] = []
     unreadable = 0
     for name, source in tqdm(sources.items(), unit="picture", disable=None):
@@ -108,20 +108,6 @@ def place_of(output: str, name: str, k: int) -> str:
     """Where the reconstruction of a picture from k tokens is written; - for standard output."""
     one = output == "-" or output.endswith(".png")
     return output if one else str(Path(output) / f"{name}-{k}.png")
-
-
-def spare_sources(places: list[str], sources: list[str]) -> None:
-    """Raise ValueError where a picture would be written over one of those that are read."""
-    read = {file_id(source): source for source in sources if source != "-"}
-    for place in places:
-        if place != "-" and Path(place).exists() and (source := read.get(file_id(place))):
-            raise ValueError(f"the picture {source} would be written over: name another --output")
-
-
-def file_id(path: str) -> tuple[int, int]:
-    """The same for all names of one file."""
-    found = Path(path).stat()
-    return found.st_dev, found.st_ino
 
 
 def write_picture(picture: Image.Image, place: str) -> None:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from flextok import viz
 from flextok.cli.arguments import MOST_CLASSES, Sample
-from flextok.cli.common import data_of, open_data, pick_device, token_lengths
+from flextok.cli.common import data_of, open_data, pick_device, spare_sources, token_lengths
 from flextok.cli.options import (
     BY_CLASS,
     BY_PROMPT,
@@ -170,9 +170,13 @@ def reconstruction(
     if number > 1 and not model.stochastic:
         raise ValueError(f"{options.model} decodes to one image: leave --num-samples out")
     if options.images:
-        data = take(PictureFiles(options.images), options.limit)
+        data, limit = PictureFiles(options.images), options.limit
     else:
-        data = take(data_of(options.data, options.model), options.limit or 8)
+        data, limit = data_of(options.data, options.model), options.limit or 8
+    # those of other data sets are in no files of their own
+    files = [getattr(data, "root", Path()) / path for path in getattr(data, "paths", ())]
+    spare_sources([options.output], files)
+    data = take(data, limit)
     dataset = skipping(Images(data, model.checked_shape(options.height, options.width)))
 
     def batches() -> Batches:

@@ -9,10 +9,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flextok import viz
-from flextok.cli.arguments import Search
+from flextok.cli.arguments import WELL_KNOWN, Search
 from flextok.cli.common import check_folder, data_spec, pick_device
 from flextok.cli.measure import check_probe_file, probe_for
-from flextok.cli.options import SAMPLING, chosen, decoding_options
+from flextok.cli.options import SAMPLING, chosen, decoding_options, refuse_given
 from flextok.emoji.alignment import caption_facts, scene_verifier
 from flextok.emoji.probe import fact_sizes, packaged_probe
 from flextok.emoji.scenes import EmojiScenes
@@ -95,6 +95,9 @@ def run_search(options: Search) -> dict[str, Any]:
 
 
 def make_verifier(generator: Generator | None, tokenizer: Tokenizer, options: Search) -> Verifier:
+    if options.verifier != "scenes":
+        other = f"--verifier {options.verifier} reads no scenes"
+        refuse_given(options, ("data", "probe", "probe_steps"), other)
     if options.verifier == "likelihood":
         if not isinstance(generator, GPT):
             raise ValueError(f"--verifier likelihood needs a GPT, not {options.model}")
@@ -106,7 +109,7 @@ def make_verifier(generator: Generator | None, tokenizer: Tokenizer, options: Se
             return image_text(options.verifier, tokenizer.device)
         except ValueError as error:
             raise ValueError(f"--verifier {options.verifier}: {error}") from None
-    spec = data_spec(options.data)
+    spec = data_spec(options.data or WELL_KNOWN)
     scenes = make_dataset(spec)
     if not isinstance(scenes, EmojiScenes):
         raise ValueError("--data must be emoji_scenes: the scenes' verifier reads those")
