@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from flextok.draws import NOISE, SEARCH, derived_generator, row_generators, uniforms
 from flextok.generators import GPT, Generator
 from flextok.generators.base import Asked
-from flextok.generators.text import Text, refuse_code, transformers_snapshot
+from flextok.generators.text import Text, check_vocabulary, refuse_code, transformers_snapshot
 from flextok.images import to_image
 from flextok.nn.attention import KVCache
 from flextok.nn.devices import Device, to_device
@@ -407,4 +407,6 @@ def load_image_text(path: str) -> tuple[Any, Any]:
         ) from error
     if missing := sorted(found["missing_keys"]):
         raise CheckpointError(f"{folder} lacks weights of its model: {missing[0]!r} for one")
+    if tokenizer := getattr(processor, "tokenizer", None):
+        check_vocabulary(tokenizer, folder)
     return model, processor

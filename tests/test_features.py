@@ -273,6 +273,14 @@ def test_a_clip_with_code_of_its_own_is_refused(clip, tmp_path, monkeypatch):
         load(f"clip:{folder}", torch.float32)
 
 
+def test_a_clip_without_words_is_refused(clip, tmp_path):
+    folder = shutil.copytree(clip[0], tmp_path / "clip")
+    for path in folder.glob("tokenizer*.json"):
+        path.unlink()
+    with pytest.raises(ValueError, match=r"clip: .*has no vocabulary"):
+        load(f"clip:{folder}", torch.float32)
+
+
 def test_a_report_holds_both(clip, dinov2):
     data = take(Emoji("validation"), 8)
     places = (f"clip:{clip[0]}", f"dinov2:{dinov2[0]}")

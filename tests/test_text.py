@@ -186,6 +186,8 @@ def test_trained_encoder_ignores_padding(make):
         (lambda f: (f / "model.safetensors").unlink(), "gives no text encoder"),
         (lambda f: (f / "config.json").unlink(), "does not state the width"),
         (lambda f: shutil.copy(f / "bert.safetensors", f / "model.safetensors"), "lacks weights"),
+        # it then was a T5's without words, and all prompts were the same
+        (lambda f: (f / "tokenizer_config.json").unlink(), "has no vocabulary"),
     ],
 )
 def test_damaged_encoders_are_refused(t5_folder, tmp_path, damage, message):

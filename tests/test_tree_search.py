@@ -287,9 +287,15 @@ def without_processor(folder):
         path.unlink()
 
 
+def without_words(folder):
+    for path in folder.glob("tokenizer*.json"):
+        path.unlink()
+
+
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
+        (without_words, "has no vocabulary"),
         (without_a_tensor, "lacks weights of its model: 'visual_projection.weight' for one"),
         (truncated, "gives no model of images and texts"),
         (with_code, "asks to run code of its own .*refused"),

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor
 
-from flextok.generators.text import refuse_code, resolved_revision
+from flextok.generators.text import check_vocabulary, refuse_code, resolved_revision
 from flextok.losses.perceptual import LPIPS, load_network
 from flextok.nn.efficientnet import efficientnet_lite0, weights_path
 from flextok.places import hub_folder
@@ -203,6 +203,7 @@ class CLIP(Transformer):
         try:
             refuse_code(self.folder)
             self.tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+            check_vocabulary(self.tokenizer, self.folder)
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"clip: {self.folder} holds no tokenizer for captions: {error}"

@@ -281,12 +281,24 @@ def load_encoder(model: str, revision: str | None) -> tuple[Any, Any]:
     # what only pools plays no part in the embeddings
     if missing := sorted(key for key in report["missing_keys"] if "pool" not in key):
         raise CheckpointError(f"{folder} lacks weights of its text encoder: {missing[0]!r} for one")
+    check_vocabulary(tokenizer, folder)
     if config.is_encoder_decoder and not known:
         network = network.get_encoder()
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = tokenizer.truncation_side = "right"
     return network.eval().requires_grad_(False), tokenizer
+
+
+def check_vocabulary(tokenizer: Any, folder: Path) -> None:
+    """Raise CheckpointError where the tokenizer's files are not in the folder that it was loaded
+    from: transformers makes one without words, to which all texts are unknown."""
+    names = dict.fromkeys(tokenizer.vocab_files_names.values())  # none of a tokenizer of bytes
+    if names and not any((folder / name).is_file() for name in names):
+        raise CheckpointError(
+            f"{folder} has no vocabulary ({' or '.join(names)}): put the tokenizer's files there, "
+            "as its save_pretrained writes them"
+        )
 
 
 def encoder_folder(model: str, revision: str | None = None, config_only: bool = False) -> Path:
