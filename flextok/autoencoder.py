@@ -53,7 +53,7 @@ class Autoencoder(Pretrained):
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
-        self.config = config
+        self.config = config = self.checked(config)
         vae = make_kl(
             config.channels,
             config.block_channels,

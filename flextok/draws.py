@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from flextok.nn.devices import to_device, widest
+from flextok.schema import whole_number
 
 Rng = torch.Generator | Sequence[torch.Generator] | None  # one for a batch, or one for each row
 
@@ -31,13 +32,20 @@ SEARCH = 13  # of a candidate in a search
 def derived_generator(*key: int) -> torch.Generator:
     """A torch.Generator seeded by a tuple of integers, well mixed (SplitMix64)."""
     state = 0x9E3779B97F4A7C15
-    for part in key:
+    for part in map(whole, key):
         if not -(2**63) <= part < 2**64:
             raise ValueError(f"seed={part} must be a whole number of at most 64 bits")
         state = (state ^ (part & 0xFFFFFFFFFFFFFFFF)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
         state = (state ^ (state >> 27)) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
         state ^= state >> 31
     return torch.Generator().manual_seed(state >> 1)
+
+
+def whole(part: object) -> int:
+    """A whole number of any type, NumPy's or a tensor's too. Raises ValueError."""
+    if (number := whole_number(part)) is None:
+        raise ValueError(f"seed={part!r} must be a whole number of at most 64 bits")
+    return number
 
 
 def row_generators(seed: int, purpose: int, rows: Iterable[int] | Tensor) -> list[torch.Generator]:
@@ -48,8 +56,10 @@ def row_generators(seed: int, purpose: int, rows: Iterable[int] | Tensor) -> lis
 def draw(
     sampler: Callable[..., Tensor], shape: tuple[int, ...], generator: Rng, device: torch.device
 ) -> Tensor:
-    """torch.rand or torch.randn of shape (B, ...) on the generator's device, moved to `device`. Of
-    several generators, each draws its row."""
+    """torch.rand or torch.randn of shape (B, ...) on the generator's device, moved to `device`,
+    of fp32 always. Of several generators, each draws its row."""
+    if sampler in (torch.rand, torch.randn):
+        sampler = functools.partial(sampler, dtype=torch.float32)
     if isinstance(generator, Sequence):
         if len(generator) != shape[0]:
             raise ValueError(f"{len(generator)} generators for {shape[0]} rows: give one for each")
@@ -106,7 +116,7 @@ class BatchDraws:
         numbers in the step's batch, 0 .. batch-1 by default."""
         self.seed = base_seed(generator)
         numbers = range(batch) if rows is None else rows
-        self.rows = numbers.tolist() if isinstance(numbers, Tensor) else list(numbers)
+        self.rows = numbers.tolist() if isinstance(numbers, Tensor) else [int(n) for n in numbers]
         if len(self.rows) != batch:
             raise ValueError(f"{len(self.rows)} row numbers for {batch} rows: give one for each")
         self.generators = [derived_generator(self.seed, ROW, row) for row in self.rows]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flextok.draws import CODES, row_generators
 from flextok.generators import Generator
-from flextok.generators.base import Asked
+from flextok.generators.base import Asked, as_batch
 from flextok.pipeline import Options
 from flextok.schema import check_number
 from flextok.tokenizers import Tokenizer
@@ -77,7 +77,7 @@ def vary(
             f"prefix has shape {tuple(kept.shape)}, expected (1, k) with k at most {total}"
         )
     return generator.generate(
-        repeated([cond] if isinstance(cond, str | int) else cond, number),
+        repeated(as_batch(cond), number),
         num_tokens=total,
         options=generator.generate_options(sampling or {}),
         generator=row_generators(seed, CODES, range(number)),

@@ -5,6 +5,7 @@ import copy
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -32,7 +33,7 @@ from flextok.places import (
     read_model,
     written_reference,
 )
-from flextok.schema import ConfigError, from_mapping, to_mapping
+from flextok.schema import ConfigError, from_mapping, merged, to_mapping
 from flextok.storage import CheckpointError, read_json
 
 if TYPE_CHECKING:
@@ -63,7 +64,14 @@ class Pretrained(nn.Module):
     resizable: tuple[tuple[str, "Resize"], ...] = ()
     local_paths: tuple[str, ...] = ()  # config keys that may name a folder; dots descend
     home: Path | None = None  # the folder that metadata's relative paths start from
+    held: tuple[nn.Parameter, ...] = ()  # that the objective which trains it has frozen
     adapters: Adapters | None = None  # in training by LoRA: what is saved in place of the weights
+
+    @classmethod
+    def checked(cls, config: Any) -> Any:
+        """A config whose values and mappings are read as those of a file are. Raises ConfigError
+        for what does not fit."""
+        return from_mapping(cls.config_class, to_mapping(config))
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -313,7 +321,8 @@ class SkipNormal(TorchFunctionMode):
 
 
 def override(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of config with values replaced; dots in a key descend."""
+    """A copy of config with values replaced; dots in a key descend, and a mapping is merged into
+    the one that is there, as in a config file."""
     result = copy.deepcopy(dict(config))
     for key, value in changes.items():
         *parents, last = key.split(".")
@@ -322,7 +331,7 @@ def override(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
             place = place.setdefault(parent, {})
             if not isinstance(place, dict):
                 raise ValueError(f"override {key!r}: {parent!r} is no mapping of keys")
-        place[last] = value
+        place[last] = merged(last, place.get(last), value)
     return result
 
 
@@ -340,10 +349,14 @@ def without_paths(value: Any) -> Any:
         return {key: without_paths(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [without_paths(item) for item in value]
-    if isinstance(value, str) and value.startswith("~"):
+    if isinstance(value, str) and re.match(r"~[\w.-]*([\\/]|$)", value):
         return Path(value).name
     kinds = (PurePosixPath, PureWindowsPath) if isinstance(value, str) else ()
-    return next((kind(value).name for kind in kinds if kind(value).is_absolute()), value)
+    for path in (kind(value) for kind in kinds if kind(value).is_absolute()):
+        # "/255 levels" is a text: the folders at the top of a disk have no spaces in their names
+        if path.drive or (path.name and not re.search(r"\s", path.parts[1])):
+            return path.name
+    return value
 
 
 def describe(tensor: Tensor) -> str:

@@ -10,6 +10,7 @@ import io
 import logging
 import os
 import stat
+import warnings
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import IO
@@ -19,7 +20,7 @@ import torch
 from PIL import ExifTags, Image, ImageCms, ImageFile, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from flextok.nn.devices import check_finite
+from flextok.nn.devices import check_finite, span
 
 # Raster formats by Pillow's names. No other decoder sees a file, whatever the file is called: one
 # for PostScript, say, would start another program.
@@ -250,8 +251,11 @@ def image_tensor(picture: Picture, height: int, width: int) -> Tensor:
 def as_picture(picture: Picture) -> Image.Image:
     """A path, the bytes of a picture, a binary file, a PIL picture, an array (H, W), (H, W, 3) or
     (H, W, 4) uint8, or a tensor (3, H, W), uint8 or float in [-1, 1] -> PIL picture in mode RGB.
-    Raises CorruptPicture, and ValueError for another tensor."""
+    Raises CorruptPicture, and ValueError for another tensor; warns once of one that is likely to
+    be in [0, 1]."""
     if isinstance(picture, Tensor):
+        if picture.is_floating_point() and picture.numel():
+            warn_of_bright(*check_range(picture), stacklevel=3)
         return to_image(picture)
     if isinstance(picture, np.ndarray):
         if picture.dtype != np.uint8 or picture.shape[2:] not in ((), (3,), (4,)):
@@ -264,6 +268,30 @@ def as_picture(picture: Picture) -> Image.Image:
             "no picture: give a path, bytes, a binary file, a PIL picture, an array or a tensor",
         )
     return load_picture(picture)
+
+
+def check_range(images: Tensor) -> tuple[float, float]:
+    """The least and the greatest value. Raises ValueError outside [-1, 1]."""
+    low, high = span(images)
+    if not (low >= -1.001 and high <= 1.001):  # NaN fails too
+        raise ValueError(
+            f"images span [{low:.4g}, {high:.4g}], expected [-1, 1]: scale uint8 images with "
+            "x / 127.5 - 1"
+        )
+    return low, high
+
+
+def warn_of_bright(low: float, high: float, stacklevel: int) -> bool:
+    """Warn of images whose values span [low, high], where they are likely to be in [0, 1]. Returns
+    whether they are."""
+    if low < 0 or high <= 0:
+        return False
+    warnings.warn(
+        f"images span [{low:.4g}, {high:.4g}], all bright: if they are in [0, 1], scale them "
+        "to [-1, 1] with 2 * x - 1",
+        stacklevel=stacklevel + 1,
+    )
+    return True
 
 
 def several(pictures: Pictures) -> list[Picture] | None:

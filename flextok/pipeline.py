@@ -18,7 +18,7 @@ from flextok.places import HubOptions, find_reference, read_model, resolve
 from flextok.schema import check_number
 from flextok.storage import CheckpointError
 from flextok.tokenizers import TOKENIZERS, Tokenizer
-from flextok.tokenizers.base import decode_rows, encode_rows, same_codes
+from flextok.tokenizers.base import decode_rows, encode_rows, in_shape_of, same_codes
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -210,7 +210,8 @@ def reconstruct_prefixes(
     """images: (B, 3, H, W) in [-1, 1]; rows: their numbers, 0 .. B-1 by default. Encodes them once
     and decodes as decode_prefixes does, batch by batch. A continuous tokenizer, which has no
     indices, decodes its codes."""
-    tokenizer.decode_options(decoding or {})  # raises before the work, not after it
+    decoding = in_shape_of(tokenizer, images, decoding)
+    tokenizer.decode_options(decoding)  # raises before the work, not after it
     if not len(images):
         raise ValueError("there is no image to reconstruct: give at least one")
     made = []
@@ -232,6 +233,7 @@ def decode_prefixes(
     """encoded: indices (B, k), or codes (B, k, C) of a continuous tokenizer. Decodes every prefix
     length with the same initial noise, which depends on seed and the image's number alone. rows:
     the numbers, 0 .. B-1 by default. Returns prefix length -> (B, 3, H, W) in [-1, 1]."""
+    lengths = [int(k) for k in lengths]
     if bad := [k for k in lengths if not 1 <= k <= encoded.shape[1]]:
         raise ValueError(f"num_tokens={bad} must be in [1, {encoded.shape[1]}]")
     options = tokenizer.decode_options(decoding or {})

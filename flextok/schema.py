@@ -69,7 +69,7 @@ def check_number(
 ) -> None:
     """Raises ConfigError unless the value is a number, a whole one if asked, in [low, high]."""
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)  # NumPy's, too
-    if not is_number or not low <= value <= high or (whole and value != int(value)):
+    if not is_number or not low <= value <= high or (whole and whole_number(value) is None):
         kind = "a whole number" if whole else "a number"
         found = f"{where}{' ' if where.startswith('--') else '='}{value!r}"
         raise ConfigError(f"{found} must be {kind} from {low:g} to {high:g}{hint}.")

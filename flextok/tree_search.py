@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from flextok.draws import NOISE, SEARCH, derived_generator, row_generators, uniforms
 from flextok.generators import GPT, Generator
-from flextok.generators.base import Asked
+from flextok.generators.base import Asked, as_batch
 from flextok.generators.text import Text, check_vocabulary, refuse_code, transformers_snapshot
 from flextok.images import to_image
 from flextok.nn.attention import KVCache
@@ -134,7 +134,7 @@ def grow_trees(
     """The work of search(), with its arguments and errors. Yields after each batch of decodes the
     number of its first condition, the tree of its conditions so far, whose last level may still
     lack candidates, and the images (n, 3, H, W) of the batch."""
-    rows: Any = [cond] if isinstance(cond, str | int) else cond
+    rows = as_batch(cond)
     lengths = check_lengths(lengths, generator, tokenizer)
     counts = check_budget(budget, beams, lookahead, len(lengths))
     check_number("batch_size", batch_size, 1, 2**31, whole=True)

@@ -78,7 +78,7 @@ class Guard:
         host, origin = headers.get("host", ""), headers.get("origin")
         if not self.answers_to(host):
             return 403, "this page is served to this machine's own names only"
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and origin not in (f"http://{host}", f"https://{host}"):
             return 403, "this request comes from another page"
         if "transfer-encoding" in headers:
             return 411, "this request does not state its length"

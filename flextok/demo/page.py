@@ -87,7 +87,8 @@ class Draw:
         except TimeoutError:
             return PlainTextResponse("the request did not arrive in time", 408)
         except (ValueError, RecursionError) as error:  # a mistake of the client
-            return PlainTextResponse(str(error)[:LONGEST_ERROR], 400)
+            reason = str(error)[:LONGEST_ERROR].encode("utf-8", "backslashreplace")
+            return PlainTextResponse(reason, 400)
         return StreamingResponse(self.lines(first, steps), media_type="application/x-ndjson")
 
     async def lines(

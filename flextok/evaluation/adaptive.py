@@ -26,7 +26,7 @@ from flextok.evaluation.job import Options
 from flextok.nn.devices import check_finite
 from flextok.pipeline import decode_prefixes, prefix_lengths
 from flextok.tokenizers import FlexTok, LengthHeadConfig, Tokenizer
-from flextok.tokenizers.base import encode_rows
+from flextok.tokenizers.base import encode_rows, in_shape_of
 from flextok.tokenizers.length import HIGHER_IS_BETTER, Adaptive, LengthHead, Target
 
 Compare = Callable[[Tensor, Tensor], Tensor]  # decoded, images (B, 3, H, W) -> (B,)
@@ -63,7 +63,7 @@ def encode(
     images = images.to(parameter.device)
     compare = compare or comparison(target.metric, parameter.device, parameter.dtype)
     numbers = torch.arange(len(images)) if rows is None else torch.as_tensor(rows)
-    options = tokenizer.decode_options(decoding or {})
+    options = tokenizer.decode_options(in_shape_of(tokenizer, images, decoding))
     indices = encode_rows(tokenizer, images, seed, numbers)
     lengths = torch.tensor(prefix_lengths(tokenizer.num_tokens))
     # the answer is in [low, high]; high = number of candidates means that none does

@@ -25,6 +25,7 @@ from flextok.generators.sampling import MAX_SCALE, check_temperature, pick
 from flextok.nn.attention import KVCache
 from flextok.nn.blocks import Block, LayerNorm
 from flextok.nn.devices import check_finite, to_device
+from flextok.nn.frozen import in_eval
 from flextok.schema import ConfigError, Depth, Many, Share, Size, check_number
 from flextok.tokenizers.base import Callback, check_indices
 
@@ -88,7 +89,7 @@ class GPT(Generator):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.config = config
+        self.config = config = self.checked(config)
         sizes = [1] * config.num_tokens if config.groups is None else config.groups
         self.grouped = sizes[-1] > 1
         # of each index: the size of its group, and the number of indices up to the group's end
@@ -178,6 +179,7 @@ class GPT(Generator):
         ends = torch.tensor(self.group_ends[first:end], device=device)
         return torch.arange(end, device=device) < ends[:, None]
 
+    @in_eval
     @torch.no_grad()
     def generate(
         self,
@@ -224,9 +226,9 @@ class GPT(Generator):
         caches: list[KVCache] | None = None,
         **asked: Any,
     ) -> Iterator[Tensor]:
-        """As generate, but yields the first indices (B, k) as soon as they are there: k = p + 1,
-        ..., num_tokens, or only the prefix itself where it has all. With groups, k grows by a group
-        in each step."""
+        """As generate, but in the mode that the model is in, and yields the first indices (B, k) as
+        soon as they are there: k = p + 1, ..., num_tokens, or only the prefix itself where it has
+        all. With groups, k grows by a group in each step."""
         chosen = self.generate_options(asked, options)
         scale = chosen.guidance_scale
         total = self.check_num_tokens(num_tokens)

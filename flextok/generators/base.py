@@ -90,7 +90,7 @@ class Generator(Pretrained):
         default. options: of `generate_options`, or single ones by name. generator: one, or one for
         each row, which makes a row independent of its batch. prefix: (B, p) indices to continue
         from, part of the result, where the generator streams. callback: called after each step
-        with the number of steps done and the indices so far."""
+        with the number of steps done and the indices so far. It runs in eval mode."""
         raise NotImplementedError
 
     def check_num_tokens(self, num_tokens: int | None) -> int:

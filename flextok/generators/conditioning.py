@@ -64,7 +64,12 @@ class NoConditioner(Conditioner):
 
     def prepare(self, cond: Cond, device: torch.device) -> Tensor:
         if not isinstance(cond, Tensor):
-            raise ValueError(f"this generator takes no condition, not {cond!r}: give a (B,) tensor")
+            if any(isinstance(cond, Text) or one not in ("none", "", NULL_CLASS) for one in cond):
+                raise ValueError(
+                    f"this generator takes no condition, not {cond!r}: give a (B,) tensor, or "
+                    '"none" for each image'
+                )
+            cond = torch.full((len(cond),), NULL_CLASS)
         return to_device(cond, device)
 
     def forward(self, cond: Tensor, drop: Tensor | None = None) -> Condition:

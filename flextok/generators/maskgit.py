@@ -18,6 +18,7 @@ from flextok.generators.base import Asked, Generator
 from flextok.generators.conditioning import Cond, Condition, NoConditioner, make_conditioner
 from flextok.generators.sampling import MAX_SCALE, check_temperature, pick
 from flextok.nn.devices import check_finite
+from flextok.nn.frozen import in_eval
 from flextok.nn.vit import ViTBlock
 from flextok.schema import Bounds, Depth, Many, Share, Size, check_number
 from flextok.tokenizers.base import Callback
@@ -81,7 +82,7 @@ class MaskGIT(Generator):
 
     def __init__(self, config: MaskGITConfig):
         super().__init__()
-        self.config = config
+        self.config = config = self.checked(config)
         dim, half = config.dim, config.depth // 2
         self.is_uvit = config.backbone == "uvit"
         if self.is_uvit and config.depth % 2 == 0:
@@ -155,6 +156,7 @@ class MaskGIT(Generator):
             x = self.norm(x)
         return self.head(x[:, 1 : 1 + k])
 
+    @in_eval
     @torch.no_grad()
     def generate(
         self,

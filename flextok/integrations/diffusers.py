@@ -24,7 +24,8 @@ from flextok.generators.base import Asked, as_batch
 from flextok.images import Pictures
 from flextok.schema import check_number, from_mapping
 from flextok.tokenizers import FlexTok, FlexTokConfig
-from flextok.tokenizers.base import as_images, images_to_encode
+from flextok.tokenizers.base import as_images, images_to_encode, in_shape_of
+from flextok.tree_search import repeated
 
 
 @dataclass
@@ -94,7 +95,8 @@ class AutoencoderFlexTok(ModelMixin, ConfigMixin):  # type: ignore[misc]
     ) -> DecoderOutput | tuple[Tensor]:
         """sample: (B, 3, H, W) float in [-1, 1]. Returns its reconstruction from all tokens."""
         z = self.encode(sample, return_dict=False)[0]
-        return self.decode(z, return_dict=return_dict, generator=generator)
+        shape = in_shape_of(self.tokenizer, sample, None)
+        return self.decode(z, return_dict=return_dict, generator=generator, **shape)
 
 
 class FlexTokGenerator(ModelMixin, ConfigMixin):  # type: ignore[misc]
@@ -147,8 +149,9 @@ class FlexTokReconstructionPipeline(DiffusionPipeline):
         model = self.autoencoder
         if num_tokens is not None:
             check_number("num_tokens", num_tokens, 1, model.tokenizer.num_tokens, whole=True)
-        size = {"height": height, "width": width}
-        z = model.encode(image, **size).latents[:, :num_tokens]
+        images = images_to_encode(model.tokenizer, image, height, width)
+        size = in_shape_of(model.tokenizer, images, {"height": height, "width": width})
+        z = model.encode(images).latents[:, :num_tokens]
         how = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
         made = model.decode(z, generator=generator, **how, **size).sample
         images = self.image_processor.postprocess(made, output_type=output_type)
@@ -186,7 +189,7 @@ class FlexTokPipeline(DiffusionPipeline):
         check_number("num_images_per_prompt", num_images_per_prompt, 1, 10_000, whole=True)
         prompts = as_batch(prompt)
         if num_images_per_prompt > 1:
-            prompts = [prompt for prompt in prompts for _ in range(num_images_per_prompt)]
+            prompts = repeated(prompts, num_images_per_prompt)
         how = {"num_tokens": num_tokens, "guidance_scale": guidance_scale}
         indices = self.transformer.model.generate(prompts, generator=generator, **how)
         made = self.autoencoder.decode(

@@ -1,9 +1,13 @@
 """Trained networks: those that another model looks at in training, and those it is made of."""
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class NeedsWeights(nn.Module):
@@ -22,6 +26,22 @@ def note_weights(module: nn.Module, found: Any) -> None:
     assert isinstance(module, NeedsWeights), "it registered this"
     if not found.missing_keys:
         module.has_weights = True
+
+
+def in_eval(method: F) -> F:
+    """A network's method, run in eval mode; afterwards each module is in its own mode again."""
+
+    @functools.wraps(method)
+    def run(network: nn.Module, *args: Any, **options: Any) -> Any:
+        training = [module for module in network.modules() if module.training]
+        network.eval()
+        try:
+            return method(network, *args, **options)
+        finally:
+            for module in training:
+                module.training = True
+
+    return cast(F, run)
 
 
 class Frozen:

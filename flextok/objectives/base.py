@@ -52,7 +52,12 @@ class Objective(nn.Module):
                     f"unknown model to start from {name!r}: {type(self).__name__} takes {known}."
                 )
         self.model, self.config = model, self.config_class() if config is None else config
+        for parameter in model.held:  # by an earlier objective of the same model
+            parameter.requires_grad_(True)
+        model.held = ()
         self.begin(**start)
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ConfigError("nothing of the model is trained: its parameters require no gradient")
 
     def begin(self) -> None:
         """Set up what training needs; parameters are the trained models that `starts` lists."""
@@ -216,7 +221,7 @@ def interpolated(old: Tensor, new: Tensor, how: str) -> Tensor:
     return torch.cat([old[:1], grid.flatten(2)[0].T])
 
 
-def train_only(model: nn.Module, parts: list[str] | None) -> None:
+def train_only(model: Pretrained, parts: list[str] | None) -> None:
     """Freeze all parameters outside of these parts, named by their place; None = train all."""
     if parts is None:
         return
@@ -225,6 +230,11 @@ def train_only(model: nn.Module, parts: list[str] | None) -> None:
     if unknown or not parts:
         names = [name for name, _ in model.named_children()]
         raise ConfigError(f"objective.train={unknown} names no part of the model: {names}")
-    learn = {p for part in parts for p in known[part].parameters() if p.requires_grad}
-    for parameter in model.parameters():
-        parameter.requires_grad_(parameter in learn)
+    learn = {p for part in parts for p in known[part].parameters()}
+    hold(model, (p for p in model.parameters() if p not in learn))
+
+
+def hold(model: Pretrained, parameters: Iterable[nn.Parameter]) -> None:
+    """Freeze those of a model that are trained, until another objective takes it."""
+    frozen = [p.requires_grad_(False) for p in parameters if p.requires_grad]
+    model.held = (*model.held, *frozen)

@@ -20,7 +20,7 @@ from flextok.draws import BatchDraws
 from flextok.flow.path import flow_error, x0_of
 from flextok.hub import Pretrained
 from flextok.nn.frozen import Frozen
-from flextok.objectives.base import Objective, draws_of, need
+from flextok.objectives.base import Objective, draws_of, hold, need
 from flextok.objectives.flow import begin_as, nested_dropout
 from flextok.objectives.nested_dropout import PrefixConfig, as_one, take_rows
 from flextok.schema import Bounds, ConfigError
@@ -101,8 +101,8 @@ class DistillationObjective(Objective):
                 "{name: drawing_distillation}"
             )
         begin_student(model, trained, config.num_steps)
-        model.encoder.requires_grad_(False)
-        model.decoder.null_token.requires_grad_(False)  # guidance is the teacher's
+        hold(model, model.encoder.parameters())
+        hold(model, [model.decoder.null_token])  # guidance is the teacher's
         self.teacher = Frozen(trained)
         self.nested_dropout = nested_dropout(model, config)
 

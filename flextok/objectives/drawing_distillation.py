@@ -21,7 +21,7 @@ from flextok.losses.adversarial import FeatureDiscriminator
 from flextok.nn.devices import to_device
 from flextok.nn.frozen import Frozen
 from flextok.objectives.adversarial import Adversarial, DiscriminatorConfig
-from flextok.objectives.base import need, train_only
+from flextok.objectives.base import hold, need, train_only
 from flextok.objectives.distillation import Steps, Stretch, begin_student
 from flextok.objectives.drawing import DrawingConfig, DrawingObjective
 from flextok.objectives.flow import nested_dropout
@@ -64,7 +64,7 @@ class DrawingDistillationObjective(Adversarial, DrawingObjective):
             )
         begin_student(model, trained, config.num_steps)
         train_only(model, ["drawer"])
-        model.drawer.null_draft.requires_grad_(False)  # guidance is the teacher's
+        hold(model, [model.drawer.null_draft])  # guidance is the teacher's
         self.teacher = Frozen(trained)
         self.nested_dropout = nested_dropout(model, config)
         if config.weight:

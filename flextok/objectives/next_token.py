@@ -69,6 +69,9 @@ class NextTokenObjective(Objective):
 
 
 def indices_and_condition(batch: Mapping[str, Any], num_tokens: int) -> tuple[Tensor, Any]:
-    """A generator's batch: indices (B, k), of which it may generate the first ones only, and their
-    prompts or labels."""
-    return batch["indices"][:, :num_tokens], batch["text"] if "text" in batch else batch["label"]
+    """A generator's batch: indices (B, k), integers of any type, of which it may generate the first
+    ones only, as long; and their prompts or labels."""
+    indices = batch["indices"][:, :num_tokens]
+    if not (indices.is_floating_point() or indices.dtype == torch.bool):  # which are refused
+        indices = indices.long()
+    return indices, batch["text"] if "text" in batch else batch["label"]

@@ -93,9 +93,10 @@ class VQ(nn.Module):
 
 def nearest(z: Tensor, codebook: Tensor) -> Tensor:
     """z: (..., C); codebook: (V, C). Returns the indices (...) long of the nearest codes."""
-    # |z - e|^2 without |z|^2, which is the same for every code
-    distance = codebook.square().sum(dim=-1) - 2 * z @ codebook.T
-    return distance.argmin(dim=-1)
+    with torch.autocast(z.device.type, enabled=False):  # fp32 island
+        # |z - e|^2 without |z|^2, which is the same for every code
+        distance = codebook.square().sum(dim=-1) - 2 * z @ codebook.T
+        return distance.argmin(dim=-1)
 
 
 def count_codes(indices: Tensor, codebook_size: int) -> Tensor:

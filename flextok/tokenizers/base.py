@@ -4,7 +4,6 @@ of its decoder, checks of what goes in and comes out."""
 import functools
 import hashlib
 import json
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -17,7 +16,14 @@ from torch import Tensor, nn
 
 from flextok.draws import NOISE, POSTERIOR, Rng, row_generators
 from flextok.hub import Pretrained, fingerprint
-from flextok.images import Pictures, image_tensor, several, to_image
+from flextok.images import (
+    Pictures,
+    check_range,
+    image_tensor,
+    several,
+    to_image,
+    warn_of_bright,
+)
 from flextok.nn.devices import check_finite, span, to_device
 from flextok.quantizers import QUANTIZERS
 from flextok.schema import check_number, defaults_of, to_mapping, with_options
@@ -189,6 +195,7 @@ class Tokenizer(Pretrained):
         check_number("num_tokens", k, 1, self.num_tokens, whole=True)
         options = self.decode_options(asked)  # raises before the work, not after it
         batch = images_to_encode(self, images, asked.get("height"), asked.get("width"), level=3)
+        options = self.decode_options(in_shape_of(self, batch, asked))
         encoded = encode_rows(self, batch, seed, range(len(batch)))[:, :k]
         noise = row_generators(seed, NOISE, range(len(batch)))
         made = [to_image(image) for image in decode_rows(self, encoded, options, noise)]
@@ -243,37 +250,39 @@ def images_to_encode(
     if not isinstance(images, Tensor) or not images.is_floating_point():
         pictures = several(images)
         pictures = [images] if pictures is None else pictures  # type: ignore[list-item]
-        floats = [x for x in pictures if isinstance(x, Tensor) and x.is_floating_point()]
+        is_float = [isinstance(x, Tensor) and x.is_floating_point() for x in pictures]
         if not pictures:
             raise ValueError("there is no image to encode: give at least one")
-        for one in floats:
+        if not all(is_float):  # those beside pictures, which are resized to it, have this shape
+            is_asked = True
+        made: list[Any] = [
+            x if done else image_tensor(x, *shape)
+            for x, done in zip(pictures, is_float, strict=True)
+        ]
+        for one in made:
+            check_images(one[None], *([shape] if is_asked else tokenizer.shapes))
             check_range(one)
-        if len(floats) < len(pictures):
-            resized = [image_tensor(picture, *shape) for picture in pictures]
-            return to_device(torch.stack(resized), tokenizer.device)
-        images = torch.stack(floats)
+        if not any(is_float):
+            return to_device(torch.stack(made), tokenizer.device)
+        images = torch.stack([one.float() for one in made])
     images = images[None] if images.ndim == 3 else images
     check_images(images, *([shape] if is_asked else tokenizer.shapes))
     low, high = check_range(images)
-    if low >= 0 and high > 0 and tokenizer not in _warned:
+    if tokenizer not in _warned and warn_of_bright(low, high, level):
         _warned.add(tokenizer)
-        warnings.warn(
-            f"images span [{low:.4g}, {high:.4g}], all bright: if they are in [0, 1], scale them "
-            "to [-1, 1] with 2 * x - 1",
-            stacklevel=level,
-        )
     return to_device(images, tokenizer.device)
 
 
-def check_range(images: Tensor) -> tuple[float, float]:
-    """The least and the greatest value. Raises ValueError outside [-1, 1]."""
-    low, high = span(images)
-    if not (low >= -1.001 and high <= 1.001):  # NaN fails too
-        raise ValueError(
-            f"images span [{low:.4g}, {high:.4g}], expected [-1, 1]: scale uint8 images with "
-            "x / 127.5 - 1"
-        )
-    return low, high
+def in_shape_of(
+    tokenizer: Tokenizer, images: Tensor, asked: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Options of decode() by name, with the height and width of the images (B, 3, H, W) where they
+    name none and these are another shape of the tokenizer than the square."""
+    asked, shape = dict(asked or {}), (images.shape[-2], images.shape[-1])
+    named = asked.get("height") is not None or asked.get("width") is not None
+    if named or shape not in tokenizer.shapes[1:]:
+        return asked
+    return {**asked, "height": shape[0], "width": shape[1]}
 
 
 def check_images(images: Tensor, *shapes: tuple[int, int]) -> None:

@@ -107,11 +107,16 @@ class FlexTok(Tokenizer):
 
     def __init__(self, config: FlexTokConfig):
         super().__init__()
+        config = self.checked(config)
         drawer = config.drawer and replace(config.drawer, vae=with_sizes(config.drawer.vae))
         config = replace(config, vae=with_sizes(config.vae), drawer=drawer)
         self.config, self.ordered = config, config.ordered
         self.vae = build(VAES, config.vae, "vae")
         self.quantizer = build(QUANTIZERS, config.quantizer, "quantizer")
+        if not self.quantizer.codebook_size:
+            raise ConfigError(
+                f"quantizer={config.quantizer}: a FlexTok has indices, take fsq, or a TiTok"
+            )
         stride = self.vae.downsample * config.patch_size
         if config.image_size % stride:
             raise ValueError(f"image_size={config.image_size} must be a multiple of {stride}")
@@ -384,7 +389,6 @@ class FlexTok(Tokenizer):
             lambda x, t: self.velocity(x, t, null_registers, null_mask),
         )
 
-    @torch.no_grad()
     def draft(self, codes: Tensor, keep: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """What the drawer draws around: the first decoder's images (B, 3, H, W) in [-1, 1], from
         the same noise for every row, so that they depend on nothing but the codes."""
@@ -392,7 +396,7 @@ class FlexTok(Tokenizer):
             raise ValueError("this model has no drawer: decode() is what its one decoder returns")
         generator = torch.Generator("cpu").manual_seed(0)
         shape = (1, *latent_shape(self.vae, *(size or self.shapes[0])))
-        noise = torch.randn(shape, generator=generator, device="cpu")
+        noise = draw(torch.randn, shape, generator, torch.device("cpu"))
         noise = to_device(noise, self.device).expand(len(codes), -1, -1, -1)
         options = self.config.drawer.draft
         noise = options.scaled(noise, keep, self.num_tokens)

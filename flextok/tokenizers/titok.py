@@ -92,7 +92,8 @@ class TiTok(Tokenizer, NeedsWeights):
 
     def __init__(self, config: TiTokConfig):
         super().__init__()
-        self.config, self.ordered = config, config.ordered
+        self.config = config = self.checked(config)
+        self.ordered = config.ordered
         if config.image_size % config.patch_size:
             raise ValueError(
                 f"image_size={config.image_size} must be a multiple of "

@@ -134,7 +134,9 @@ class MaskGITVQGAN(Tokenizer):
 
     def __init__(self, config: VQGANConfig):
         super().__init__()
-        self.config = config
+        self.config = config = self.checked(config)
+        if config.quantizer["name"] == "kl":
+            raise ConfigError(f"quantizer={config.quantizer}: a VQGAN has indices, take vq")
         self.downsample = 2 ** (len(config.multipliers) - 1)
         if config.image_size % self.downsample:
             raise ValueError(
