@@ -273,7 +273,8 @@ def read_override(text: str, hint: Any) -> Any:
         return None
     is_open = Any in kinds or (str in kinds and kinds - {str, Path, type(None)})
     is_yaml = text[0] in "{[\"'" or re.fullmatch(NUMBER, text) is not None
-    if (str in kinds or is_open) and not (is_open and is_yaml):
+    holds = any(typing.get_origin(kind) in (dict, list) for kind in kinds)  # or a folder's name
+    if (str in kinds or is_open or holds) and not ((is_open or holds) and is_yaml):
         return text
     return OmegaConf.from_dotlist([f"value={text}"]).value
 

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -97,6 +97,24 @@ def read_mapping(path: Path, **types: type) -> dict[str, Any]:
         if not right or isinstance(value, bool) != (kind is bool):
             raise ValueError(f"{path} is damaged ({key}={value!r} must be of type {kind.__name__})")
     return found
+
+
+Differences = dict[str, tuple[Any, Any]]  # dotted key -> what is there, what is asked for
+
+
+def differences(there: Any, now: Any, key: str = "") -> Differences:
+    if isinstance(there, Mapping) and isinstance(now, Mapping):
+        found: Differences = {}
+        for name in {**there, **now}:
+            found |= differences(there.get(name), now.get(name), f"{key}.{name}".lstrip("."))
+        return found
+    return {} if there == now or same_file(there, now) else {key: (there, now)}
+
+
+def same_file(there: Any, now: Any) -> bool:
+    """Whether two texts name one file or folder, such as a relative and an absolute path."""
+    both = isinstance(there, str) and isinstance(now, str)
+    return both and os.path.exists(there) and os.path.exists(now) and os.path.samefile(there, now)
 
 
 @contextmanager

@@ -111,6 +111,8 @@ def decode(image: Image.Image) -> Image.Image:
         if image.format not in (*FORMATS, "MPO"):  # MPO: JPEGs in a row, the first one counts
             raise ValueError(f"format {image.format} is not read: convert it to PNG")
         check_size(image)
+        if image.format == "TIFF" and image.mode == "I":
+            raise ValueError("grey of 32 bits has no agreed range; convert it to 8 or 16 bits")
         key = transparent_value(image)
         image.load()
         if key is not None:

@@ -100,7 +100,8 @@ def load_tokenizer_of(
     raise CheckpointError(
         f"tokenizer {str(place)!r} (codes {tokenizer.codes_id}) is not the one that this "
         f"generator was trained on ({expected_codes(record)}), nor one of the same codes: its "
-        "indices would mean other images. Train the generator again, or name the right tokenizer"
+        "indices would mean other images. Train the generator again (resume=false), or name the "
+        "right tokenizer"
     )
 
 

@@ -14,6 +14,7 @@ import operator
 import re
 import types
 import typing
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -90,12 +91,21 @@ def whole_number(label: object) -> int | None:
         return None
 
 
+def find_name(table: Mapping[str, int], text: str) -> int | None:
+    """The number of a name in a table of them, however its accents are encoded (Unicode's forms: a
+    Mac writes others than most); None where it is not there."""
+    if text in table or text.isascii():
+        return table.get(text)
+    same = {unicodedata.normalize("NFC", name): number for name, number in table.items()}
+    return same.get(unicodedata.normalize("NFC", text))
+
+
 def find_class(table: Mapping[str, int], label: int | str) -> int | None:
     """The number of a class by its name, else by its number; None where it has neither. table: the
     number of each name."""
     text = str(label)
-    if text in table:
-        return table[text]
+    if (named := find_name(table, text)) is not None:
+        return named
     is_number = re.fullmatch("[0-9]{1,18}", text)
     number = int(text) if is_number else {"false": 0, "true": 1}.get(text, len(table))
     return number if number < len(table) else None

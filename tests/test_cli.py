@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from helpers.files import write_shard
 from helpers.models import tiny_gpt, tiny_tokenizer
 from PIL import Image
@@ -446,3 +447,24 @@ def test_one_scene_is_too_few_to_align_and_that_is_said_at_once(monkeypatch, cap
     monkeypatch.setattr("flextok.cli.measure.load_token_model", lambda *_: pytest.fail("loaded"))
     assert main(["align", "x", "--limit", "1"]) == 1
     assert "1 scene has no other one's prompt as control" in capsys.readouterr().err
+
+
+def test_a_library_that_cannot_be_imported_is_named(monkeypatch):
+    """Any ImportError of a command's module became an AttributeError of flextok.cli."""
+    monkeypatch.setitem(sys.modules, "flextok.tree_search", None)
+    monkeypatch.delitem(sys.modules, "flextok.cli.search", raising=False)
+    monkeypatch.delattr("flextok.cli.search", raising=False)
+    with pytest.raises(ImportError, match=r"flextok\.tree_search"):
+        main(["search", "emoji-text", "--prompt", "x"])
+
+
+def test_the_data_of_a_model_that_lie_elsewhere_are_asked_for(tmp_path, monkeypatch, capsys):
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    config = yaml.safe_load(Path("configs/quickstart_tokenizer.yaml").read_text())
+    config["data"] = {"train": {"name": "folder", "root": "mine"}}
+    config["data"]["validation"] = config["data"]["train"]
+    (tmp_path / "model" / "config.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.chdir(tmp_path)
+    assert main(["sample", "model", "--output", "grid.png"]) == 1
+    assert "root='mine' is not a folder" in (said := capsys.readouterr().err)
+    assert "name them with --data" in said

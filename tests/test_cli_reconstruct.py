@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.files import draw_pictures
 from helpers.models import tiny_gpt, tiny_tokenizer
 from PIL import Image
 
@@ -235,3 +236,17 @@ def test_an_output_of_another_kind_is_refused_before_the_model_loads(
     assert main(["reconstruct", picture, "--model", "gone/model", "--output", place]) == 1
     assert f"--output {place} {fault}" in capsys.readouterr().err
     assert (tmp_path / "notes").read_text() == "mine"
+
+
+def test_pictures_of_one_stem_keep_their_endings(model, tmp_path):
+    draw_pictures(tmp_path / "in", ["IMG_1.jpg", "IMG_1.png", "IMG_2.png"])
+    assert reconstruct(model, tmp_path / "in", "--num-tokens", 1, "--output", tmp_path / "out") == 0
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["IMG_1.jpg-1.png", "IMG_1.png-1.png", "IMG_2-1.png"]
+
+
+def test_earlier_reconstructions_inside_the_folder_are_not_reconstructed_again(model, tmp_path):
+    draw_pictures(tmp_path, ["a.png"])
+    for _ in range(2):
+        assert reconstruct(model, tmp_path, "--num-tokens", 1, "--output", tmp_path / "out") == 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a-1.png"]

@@ -215,3 +215,17 @@ def test_a_key_in_the_wrong_section_is_told_its_place(tmp_path, section, key, me
     path.write_text(yaml.safe_dump(values))
     with pytest.raises(ConfigError, match=message):
         load_experiment(path)
+
+
+def test_a_folder_with_a_hash_in_its_name_is_that_folder(tmp_path, monkeypatch):
+    """YAML took what is behind it for a comment, and the folder before it was trained on."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("set", "set #2"):
+        (tmp_path / name).mkdir()
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({k: v for k, v in MINIMAL.items() if k != "evaluation"}))
+    data = load_experiment(path, ["data.train=set #2", "data.validation=null"]).data
+    assert data.train == {"name": "folder", "root": "set #2"}
+    assert data.validation is None
+    both = load_experiment(path, ["data.train=[{name: emoji}, {name: emoji_scenes}]"]).data.train
+    assert len(both) == 2

@@ -564,3 +564,13 @@ def test_a_text_of_gigabytes_is_no_caption(tmp_path):
 def test_prompts_lose_their_byte_order_mark(tmp_path, encoding):
     (tmp_path / "prompts.txt").write_bytes("a red heart\r\n\r\n  \r\na bomb\r\n".encode(encoding))
     assert read_lines(tmp_path / "prompts.txt") == ["a red heart", "a bomb"]
+
+
+def test_grey_of_32_bits_is_refused_and_of_16_read(tmp_path):
+    """200 of a file of 32 bits was taken for 200 of 65,535: black."""
+    Image.fromarray(np.full((4, 4), 200, np.int32)).save(tmp_path / "deep.tif")
+    with pytest.raises(CorruptPicture, match="grey of 32 bits has no agreed range"):
+        load_picture(tmp_path / "deep.tif")
+    for name in ("a.tif", "a.png", "a.ppm"):
+        Image.fromarray(np.full((4, 4), 200 * 257, np.uint16)).save(tmp_path / name)
+        assert load_picture(tmp_path / name).getpixel((0, 0)) == (200, 200, 200)

@@ -14,11 +14,12 @@ from PIL import Image
 from flextok.cli import main
 from flextok.config import ExperimentConfig
 from flextok.data.datasets import HuggingFaceImages, ImageFolder
-from flextok.data.labels import balanced, index_labels
+from flextok.data.labels import balanced, index_labels, renumbering
 from flextok.data.pictures import CorruptPicture
 from flextok.data.sets import by_name
 from flextok.data.web import WebDatasetImages, WebDatasetStream
 from flextok.evaluation import Cell, Options, evaluate
+from flextok.generators.conditioning import class_label
 from flextok.registry import make_dataset
 from flextok.schema import ConfigError, from_mapping
 from flextok.training.prepare import prepare as prepare_run
@@ -345,3 +346,17 @@ def test_measuring_asks_for_the_datas_classes_by_name(tmp_path):
     generator.metadata["class_names"] = ["bee", "cat", "emu"]
     with pytest.raises(ValueError, match=r"the 1 classes ant, .* \(labels=balanced\)"):
         evaluate(generator, data, cells, options, tokenizer=tiny_tokenizer())
+
+
+def test_accents_are_the_same_in_both_forms_of_unicode(tmp_path):
+    """An archive that was made on a Mac decomposes them."""
+    composed, apart = "\u00e9l\u00e9phant", "e\u0301le\u0301phant"
+    draw_pictures(tmp_path / "mac", [f"{apart}/1.png", f"{composed}/2.png", "owl/1.png"])
+    found = ImageFolder(tmp_path / "mac")
+    assert found.class_names == ["owl", composed]
+    assert found.labels.count(1) == 2
+    assert ImageFolder(tmp_path / "mac", class_names=["owl", apart]).labels.count(1) == 2
+    assert renumbering([apart], ["owl", composed]) == [1]
+    assert class_label(composed, ["owl", apart]) == 1
+    with pytest.raises(ValueError, match="unknown class"):
+        class_label("ele\u0301phant", ["owl", composed])

@@ -6,11 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from helpers.files import draw_pictures
 from helpers.runs import Stop, interrupt_after
 
 from flextok.cli import main, make_parser
 from flextok.cli.training import run_train
 from flextok.config import ExperimentConfig, load_experiment
+from flextok.data.datasets import ImageFolder
 from flextok.pipeline import load, load_tokenizer_of
 from flextok.schema import ConfigError, from_mapping
 from flextok.training.fit import check_warmup
@@ -140,3 +142,37 @@ def test_held_out_pictures_and_a_single_class(tmp_path, picture_folder):
     assert load_experiment(tokenizer).trainer.precision == quick.trainer.precision
     assert [spec["root"][-5:] for spec in (data.train, data.validation)] == ["train", "t/val"]
     assert load_experiment(generator).model["conditioner"] == {"name": "none"}
+
+
+def test_classes_that_validation_adds_are_named_before_a_tokenizer_is_trained(tmp_path):
+    draw_pictures(
+        tmp_path / "set", ["train/a/1.png", "train/b/1.png", "val/a/1.png", "val/c/1.png"]
+    )
+    with pytest.raises(ConfigError, match="val: the data has the 1 classes c, which are none"):
+        write_recipe(tmp_path / "set", tmp_path / "out", 32)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("other", ["test", "valid", "Val"])
+def test_parts_of_a_data_set_are_no_classes(tmp_path, other):
+    """The images of train/ and test/ were trained on together, as two classes of these names."""
+    draw_pictures(tmp_path / "set", ["train/a/1.png", f"{other}/a/1.png"])
+    with pytest.raises(ConfigError, match="which are parts of a data set and no classes"):
+        write_recipe(tmp_path / "set", tmp_path / "out", 32)
+
+
+def test_validation_is_val(tmp_path):
+    draw_pictures(tmp_path / "set", ["train/a/1.png", "validation/a/1.png", "test/a/1.png"])
+    data = load_experiment(write_recipe(tmp_path / "set", tmp_path / "out", 32)[0]).data
+    assert Path(data.validation["root"]).name == "validation"
+
+
+def test_what_a_run_draws_is_none_of_the_data(picture_folder, caplog):
+    """`flextok train --data .` trained its generator on the grids of its tokenizer."""
+    run = picture_folder / "outputs" / "mine" / "tokenizer"
+    draw_pictures(run / "pictures", ["step-1.png"])
+    (run / "starts").mkdir()
+    (run / "checkpoints").mkdir()
+    assert ImageFolder(picture_folder).class_names == ["cats", "dogs"]
+    assert "1 folders of training runs" in caplog.text
+    assert len(ImageFolder(run / "pictures")) == 1  # asked for by name

@@ -261,6 +261,18 @@ def test_data_may_be_a_spec(command, picture_folder, tmp_path):
     assert manifest["data"]["label_from"] == "none"
 
 
+def test_a_folder_is_the_same_however_its_path_is_written(
+    command, picture_folder, tmp_path, capsys
+):
+    arguments = [str(a) for a in command(tmp_path / "out")]
+    assert main(arguments) == 0
+    arguments[2] = f"{picture_folder}/../{picture_folder.name}/"
+    assert main(arguments) == 0
+    arguments[2] = str(picture_folder / "cats")
+    assert main(arguments) == 1
+    assert "was made from something else (" in capsys.readouterr().err
+
+
 # --- what a cache must notice ---------------------------------------------------------------------
 
 

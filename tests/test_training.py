@@ -224,6 +224,39 @@ def test_a_finished_run_started_again_changes_nothing(uninterrupted):
     assert all(torch.equal(before[k], after[k]) for k in before)
 
 
+def test_a_generator_does_not_go_on_over_codes_that_have_changed(uninterrupted, tmp_path):
+    """The tokenizer was trained on in its place; the generator then said "nothing to do", or went
+    on, its embeddings those of the old codes."""
+    for name in ("tokenizer", "generator"):
+        shutil.copytree(uninterrupted / name, tmp_path / name)
+        path = tmp_path / name / "config.yaml"
+        text = path.read_text().replace(f"{uninterrupted}/{name}", f"{tmp_path}/{name}")
+        path.write_text(text.replace(f"{uninterrupted}/tokenizer", f"{tmp_path}/tokenizer"))
+    config = load_experiment(tmp_path / "generator" / "config.yaml")
+    assert train(config) == tmp_path / "generator"  # there is nothing to do
+    tokenizer = load(tmp_path / "tokenizer")
+    with torch.no_grad():
+        tokenizer.encoder.head.weight.neg_()
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    for steps in (config.trainer.max_steps, config.trainer.max_steps + 1):
+        more = replace(config, trainer=replace(config.trainer, max_steps=steps))
+        with pytest.raises(ConfigError, match=r"of other codes than .*pass resume=false"):
+            train(more)
+
+
+@pytest.mark.parametrize("images", [2, 3])
+def test_an_evaluation_of_too_few_images_is_refused_before_the_first_step(
+    uninterrupted, tmp_path, images
+):
+    overrides = [
+        f"output_dir={tmp_path / 'run'}",
+        f"evaluation={{networks: [efficientnet_lite0_native], limit: {images}}}",
+    ]
+    with pytest.raises(ValueError, match=f"{images} images are too few to compare as sets"):
+        train(load_experiment(uninterrupted / "tokenizer.yaml", overrides))
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
 def test_another_model_does_not_continue_a_run(uninterrupted):
     with pytest.raises(ConfigError, match="run of another model"):
         train(load_experiment(uninterrupted / "tokenizer.yaml", ["model.decoder_depth=1"]))

@@ -80,12 +80,17 @@ def data_of(asked: str | None, model: str, part: str = "validation") -> Any:
     config = Path(model) / "config.yaml"
     data = load_experiment(config).data if config.is_file() else None
     spec = data and (data.train if part == "train" else data.validation)
+    option = "--train" if part == "train" else "--data"
     if not spec or (isinstance(spec, dict) and spec.get("name") == "tokens"):
-        option = "--train" if part == "train" else "--data"
         raise ValueError(
             f"{model} does not state which images it belongs to: name them with {option}"
         )
-    return make_dataset(spec)
+    try:
+        return make_dataset(spec)
+    except ValueError as error:  # such as a folder relative to another working directory
+        raise ValueError(
+            f"the images that {model} belongs to cannot be read ({error}): name them with {option}"
+        ) from None
 
 
 def open_data(name: str) -> Any:

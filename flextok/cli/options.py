@@ -126,7 +126,8 @@ def run_command(kind: type, work: str, parsed: argparse.Namespace) -> Any:
     values = {field.name: vars(parsed)[field.name] for field in dataclasses.fields(kind)}
     options: object = from_mapping(kind, values)
     try:
-        return pkgutil.resolve_name(f"flextok.cli.{work}")(options)
+        module, name = work.split(".")
+        return pkgutil.resolve_name(f"flextok.cli.{module}:{name}")(options)
     except NotFinite as error:
         model = values.get("model")
         raise NotFinite(f"{model}: {error}" if model else str(error)) from error

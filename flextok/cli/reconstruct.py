@@ -3,6 +3,7 @@
 import io
 import logging
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,9 @@ log = logging.getLogger(__name__)
 
 
 def run_reconstruct(options: Reconstruct) -> list[dict[str, Any]]:
-    sources = dict(list_sources(options.pictures))
-    number = len(sources) * len(set(options.num_tokens or [0]))
     output = options.output or ("-" if options.pictures == ["-"] else RECONSTRUCTED)
+    sources = dict(list_sources(options.pictures, Path(output).resolve()))
+    number = len(sources) * len(set(options.num_tokens or [0]))
     check_output(output, number, options.json == "-")
     model = load_tokenizer(options.model, options.device)
     lengths = check_lengths(options.num_tokens or [model.num_tokens], model.num_tokens)
@@ -65,9 +66,9 @@ def run_reconstruct(options: Reconstruct) -> list[dict[str, Any]]:
     return results
 
 
-def list_sources(pictures: list[str]) -> Iterator[tuple[str, str]]:
+def list_sources(pictures: list[str], output: Path) -> Iterator[tuple[str, str]]:
     """(name of the output without ending, path or -) of each picture; those of a folder keep their
-    place in it."""
+    place in it, and what lies in an output folder inside of it is left out."""
     taken: dict[str, str] = {}
     for entry in pictures:
         place = Path(entry)
@@ -76,10 +77,14 @@ def list_sources(pictures: list[str]) -> Iterator[tuple[str, str]]:
         found = {Path("stdin" if entry == "-" else place.name): entry}
         if place.is_dir():
             found = {p.relative_to(place): str(p) for p in list_pictures(place, EXTENSIONS)}
+            if place.resolve() in output.parents:  # of an earlier command
+                found = {k: v for k, v in found.items() if output not in Path(v).resolve().parents}
             if not found:
                 raise ValueError(f"no pictures in {entry!r}")
+        stems = Counter(path.with_suffix("") for path in found)
         for path, source in found.items():
-            name = path.with_suffix("").as_posix()
+            stem = path.with_suffix("")  # of a.jpg beside a.png the names stay whole
+            name = (stem if stems[stem] == 1 else path).as_posix()
             if name in taken:
                 raise ValueError(
                     f"{taken[name]} and {source} would be written to the same file: reconstruct "

@@ -72,11 +72,11 @@ def configs_for(options: Train, pictures: str) -> list[Path]:
         raise ValueError(
             f"--gpu-memory {options.gpu_memory:g}: this machine has no GPU, leave it out for a CPU"
         )
-    memory = options.gpu_memory or here
+    memory = here if options.gpu_memory is None else options.gpu_memory
     if not os.path.isdir(pictures):
         raise ValueError(f"--data {pictures!r} is not a folder: give that of the pictures")
     output = options.output or Path("outputs") / Path(pictures).resolve().name
-    files = write_recipe(pictures, output, options.size or 64, memory)
+    files = write_recipe(pictures, output, 64 if options.size is None else options.size, memory)
     for path in files:
         config, takes = load_experiment(path), ""
         if memory is not None:

@@ -22,10 +22,10 @@ class Shares(Dataset):
     def __init__(self, samples: EvaluationSet):
         self.samples = samples
 
-    def __getitem__(self, position: int) -> tuple[Item, bool]:
-        """The sample at a position, and whether it counts: a stand-in does not."""
+    def __getitem__(self, position: int) -> tuple[int, Item, bool]:
+        """A position, the sample there, and whether it counts: a stand-in does not."""
         item = self.samples[position] if position < len(self.samples) else None
-        return (self.stand_in, False) if item is None else (item, True)
+        return (position, self.stand_in, False) if item is None else (position, item, True)
 
     @cached_property
     def stand_in(self) -> Item:
@@ -37,11 +37,12 @@ class Shares(Dataset):
         raise ValueError(f"none of the {len(self.samples)} validation samples can be read")
 
 
-def collate_shares(pairs: list[tuple[Item, bool]]) -> dict[str, Any]:
-    """A batch of the samples that count, with their number as "count": 0 where a stand-in is all
-    that there is."""
-    counted = [item for item, counts in pairs if counts]
-    return {**collate(counted or [pairs[0][0]]), "count": len(counted)}
+def collate_shares(shares: list[tuple[int, Item, bool]]) -> dict[str, Any]:
+    """A batch of the samples that count, with their positions as "row" and their number as "count":
+    0 where a stand-in is all that there is."""
+    counted = [(position, item) for position, item, counts in shares if counts]
+    rows, items = zip(*(counted or [shares[0][:2]]), strict=True)
+    return {**collate(list(items)), "row": list(rows), "count": len(counted)}
 
 
 class DataModule(L.LightningDataModule):

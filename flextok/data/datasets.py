@@ -5,6 +5,7 @@ read raises CorruptPicture; training skips and counts it. state() yields a line 
 is read, with its size and time: a cache is refused when they change.
 """
 
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from flextok.data.pictures import (
 )
 from flextok.data.shards import state_of
 from flextok.data.web import WebDatasetImages, WebDatasetStream
+from flextok.schema import find_name
 
 
 class ImageFolder(Dataset[dict[str, Any]]):
@@ -63,16 +65,20 @@ class ImageFolder(Dataset[dict[str, Any]]):
                 f"root={str(root)!r} holds pictures beside its class folders, {loose[0]} for one; "
                 "move them into a folder or set label_from=none"
             )
-        labels = [UNLABELLED if flat else path.parts[0] for path in self.paths]
+        # accents in one form, in which most systems write them
+        folders = [unicodedata.normalize("NFC", path.parts[0]) for path in self.paths]
+        labels = [UNLABELLED] * len(folders) if flat else folders
         # a folder's name is a name, even if it looks like a number
         names = sorted(set(labels)) if class_names is None else check_names(class_names)
-        if unknown := [label for label in dict.fromkeys(labels) if label not in names]:
+        known = label_table(names)
+        table = {label: find_name(known, label) for label in dict.fromkeys(labels)}
+        if unknown := [label for label, number in table.items() if number is None]:
             raise ValueError(
                 f"root={str(root)!r}: the folder {unknown[0]!r} is none of the "
                 f"{list_names(names)}; rename or move it, or add it to class_names"
             )
-        self.class_names, table = names, label_table(names)
-        self.labels = [table[label] for label in labels]
+        self.class_names = names
+        self.labels: list[int] = [table[label] for label in labels]  # type: ignore[misc]
 
     def __len__(self) -> int:
         return len(self.paths)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from flextok.data.pictures import UNLABELLED, clean_text
-from flextok.schema import find_class
+from flextok.schema import find_class, find_name
 
 MAX_CLASSES = 1_000_000
 NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")  # as a label is written: 7, and not 007
@@ -101,12 +101,13 @@ def renumbering(found: Sequence[str], wanted: Sequence[str]) -> list[int]:
     """For each of the classes `found`, the number that it has among `wanted`, by name. Raises
     ValueError naming the classes that `wanted` lacks."""
     table = label_table(wanted)
-    if unknown := [name for name in found if name not in table]:
+    numbers = {name: find_name(table, name) for name in found}
+    if unknown := [name for name, number in numbers.items() if number is None]:
         raise ValueError(
             f"the data has the {list_names(unknown)}, which are none of the model's "
             f"{list_names(wanted)}: leave them out, or mend their names"
         )
-    return [table[name] for name in found]
+    return [numbers[name] for name in found]  # type: ignore[misc]
 
 
 def texts_of(value: object) -> list[str]:

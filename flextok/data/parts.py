@@ -39,7 +39,7 @@ from flextok.data.loading import failures_in_one_line, make_loader
 from flextok.data.pictures import CorruptPicture
 from flextok.data.processes import Process, this_process
 from flextok.data.stream import Item, collate, counter_of
-from flextok.files import atomic_write, clear_leftovers, read_mapping, write_text
+from flextok.files import atomic_write, clear_leftovers, differences, read_mapping, write_text
 from flextok.storage import checksum
 
 MANIFEST = "manifest.json"
@@ -118,8 +118,8 @@ class PartStore:
         if not (self.folder / MANIFEST).exists():
             return self._write_manifest()
         found = _read_manifest(self.folder, self.what)
-        keys = self.manifest.keys() | found.keys()
-        if different := sorted(k for k in keys if found.get(k) != self.manifest.get(k)):
+        # a folder is the same one however its path is written
+        if different := sorted({k.partition(".")[0] for k in differences(found, self.manifest)}):
             raise ValueError(
                 f"the {self.what} {self.folder} was made from something else "
                 f"({', '.join(different)} differ): delete it, or name another folder"

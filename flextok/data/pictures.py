@@ -72,12 +72,16 @@ def clean_text(text: str) -> str:
     return lines.replace("\ufeff", "").strip()
 
 
+RUN = {"starts", "checkpoints"}  # folders that every run's output_dir has
+
+
 def list_pictures(root: Path, extensions: Sequence[str] = EXTENSIONS) -> list[Path]:
     """Pictures under root, at any depth, sorted by their relative path; hidden ones left out.
 
     Links to folders are followed, each folder is listed once, under its own name if it lies under
     root. One warning counts what is left out: pictures of other formats, what is no regular file,
-    links to a folder that is listed already or holds root, and folders that cannot be read.
+    links to a folder that is listed already or holds root, folders that cannot be read, and the
+    output folders of training runs, whose pictures are none of the data's.
     """
     endings = tuple(extensions)
     others = (OTHER_PICTURES | set(Image.registered_extensions())) - set(EXTENSIONS)
@@ -97,6 +101,9 @@ def list_pictures(root: Path, extensions: Sequence[str] = EXTENSIONS) -> list[Pa
             entries = list(os.scandir(folder))
         except OSError:
             left_out.setdefault("folders that cannot be read", []).append(folder)
+            continue
+        if folder != root and {entry.name for entry in entries} >= RUN:
+            left_out.setdefault("folders of training runs, which draw pictures", []).append(folder)
             continue
         for entry in entries:
             name = entry.name.lower()

@@ -34,6 +34,7 @@ from flextok.evaluation.features import (
     FeatureNetwork,
     Inception,
     load_lpips,
+    vgg_file,
 )
 from flextok.evaluation.metrics import (
     cosine_distance,
@@ -335,6 +336,11 @@ def load_evaluators(
     left_out: list[str] = []
     wanted = [] if networks is not None else ["inception", "lpips"]
     for name in wanted:
+        if name == "lpips" and not vgg_file().is_file():  # torchvision would download it
+            left_out.append(
+                f"lpips is left out: {vgg_file()} is not here (--networks lpips gets it)"
+            )
+            continue
         try:
             found.append(EVALUATORS[name](setting))
         except ValueError as error:

@@ -223,13 +223,18 @@ class CLIP(Transformer):
         return F.cosine_similarity(found.image_embeds, found.text_embeds)
 
 
+def vgg_file() -> Path:
+    """Where torchvision keeps the weights that LPIPS reads."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / "vgg16-397923af.pth"
+
+
 def load_lpips(device: str | torch.device, dtype: torch.dtype) -> LPIPS:
     try:
         network = load_network("lpips")
     except ValueError as error:
         raise ValueError(
             "LPIPS needs torchvision's VGG-16, whose weights are not here "
-            f"({error.__cause__}): put vgg16-397923af.pth into {torch.hub.get_dir()}/checkpoints, "
+            f"({error.__cause__}): put {vgg_file().name} into {vgg_file().parent}, "
             "or leave lpips out of --networks"
         ) from error
     assert isinstance(network, LPIPS)

@@ -17,6 +17,7 @@ from flextok.data.processes import Process
 from flextok.data.sets import by_name
 from flextok.evaluation import processes, sources
 from flextok.evaluation.distances import NEIGHBOURS, statistics
+from flextok.evaluation.evaluators import NETWORKS
 from flextok.evaluation.job import Cell, Job, Options, make_job
 from flextok.evaluation.reference import MeasuredReference, Reference, save_reference
 from flextok.evaluation.report import (
@@ -34,6 +35,7 @@ from flextok.generators.base import Generator
 from flextok.generators.conditioning import NULL_CLASS, ClassConditioner
 from flextok.tokenizers.base import Tokenizer
 
+SETS = set(NETWORKS) - {"lpips", "clip"}  # networks of which features are compared as sets
 PART = 64  # images: the unit of work that an interruption may lose, and that processes share
 
 
@@ -57,34 +59,23 @@ def evaluate(
     networks' arithmetic. Returns the report, on every process. Raises ValueError for missing
     weights, a reference that does not fit, options that the models do not have, and where no image
     can be read."""
-    job = make_job(model, cells, options, tokenizer)
+    options = options or Options()
     stored = str(data) if isinstance(data, str | Path) else None
+    asked = None if stored is not None else len(data)
+    if options.networks is None or SETS & {name.partition(":")[0] for name in options.networks}:
+        check_enough(options, asked)  # before networks are loaded
+    job = make_job(model, cells, options, tokenizer)
+    if job.networks:
+        check_enough(options, asked)
     load_references(job, stored)
     images = None
     if stored is None:
         images = Images(in_classes_of(job, data), job.tokenizer.image_size)
-    asked = 0 if images is None else len(images)
-    number = (job.generator and job.options.num_samples) or asked
+    number = (job.generator and job.options.num_samples) or asked or 0
     other = None
     if job.options.reference is not None and not isinstance(job.options.reference, str | Path):
         other = Images(job.options.reference, job.tokenizer.image_size)
-    enough = min(number, asked or number, number if other is None else len(other))
-    if job.networks and enough <= NEIGHBOURS:
-        raise ValueError(
-            f"{enough} images are too few to compare as sets: give at least {NEIGHBOURS + 1}, or "
-            "no --networks"
-        )
-    compared = [e.name for e in job.evaluators if "captions" in e.needs]
-    if compared and job.generator is not None and not job.reads_prompts:
-        raise ValueError(f"{compared[0]} compares images with prompts, which this generator lacks")
-    if images and (compared or job.reads_prompts) and not has_captions(images):
-        reader = (
-            "this generator reads prompts" if job.reads_prompts else f"{compared[0]} reads them"
-        )
-        raise ValueError(
-            f"{reader}, and the images have no captions: give DATA with captions (.txt files "
-            "beside images, a caption column or key)"
-        )
+    check_captions(job, images)
     with folder_of(output) as folder:
         started, real, reference = time.perf_counter(), None, None
         if other is not None:
@@ -102,7 +93,36 @@ def evaluate(
             made = measure(job, "generated", prompts, sources.generated, folder)
         seconds = time.perf_counter() - started
         return finish(
-            job, Measured(job, made, real, reference, asked, seconds), folder, names or {}
+            job, Measured(job, made, real, reference, asked or 0, seconds), folder, names or {}
+        )
+
+
+def check_enough(options: Options, asked: int | None) -> None:
+    """Raise ValueError where there are too few images to compare as sets; asked: how many the data
+    has, None where it is a reference file."""
+    sizes = [asked, options.num_samples]
+    if options.reference is not None and not isinstance(options.reference, str | Path):
+        sizes.append(len(options.reference))
+    enough = min((size for size in sizes if size is not None), default=0)
+    if enough <= NEIGHBOURS:
+        raise ValueError(
+            f"{enough} images are too few to compare as sets: give at least {NEIGHBOURS + 1}, or "
+            "name no network that does (--networks with nothing behind it)"
+        )
+
+
+def check_captions(job: Job, images: Images | None) -> None:
+    """Raise ValueError where captions are compared, or generated from, and there are none."""
+    compared = [e.name for e in job.evaluators if "captions" in e.needs]
+    if compared and job.generator is not None and not job.reads_prompts:
+        raise ValueError(f"{compared[0]} compares images with prompts, which this generator lacks")
+    if images and (compared or job.reads_prompts) and not has_captions(images):
+        reader = (
+            "this generator reads prompts" if job.reads_prompts else f"{compared[0]} reads them"
+        )
+        raise ValueError(
+            f"{reader}, and the images have no captions: give DATA with captions (.txt files "
+            "beside images, a caption column or key)"
         )
 
 

@@ -61,11 +61,9 @@ class TrainingModule(L.LightningModule):
         return losses["loss"]
 
     def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
-        # the same draws at every validation, so that the curve shows the model and not the noise
-        draws = derived_generator(self.options.seed, VALIDATION, batch_index)
-        first = self.global_rank * self.options.batch_size
-        rows = range(first, first + max(1, batch["count"]))  # a stand-in does not count
-        losses = self.objective({**batch, "row": rows}, draws)
+        # the same draws at every validation, so that the curve shows the model and not the noise,
+        # and of each sample the same in any batch
+        losses = self.objective(batch, derived_generator(self.options.seed, VALIDATION))
         # Lightning averages the processes' counts in whole numbers: let these divide without rest
         self.log_losses("val", losses, batch["count"] * self.trainer.world_size)
 

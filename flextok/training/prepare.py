@@ -35,6 +35,8 @@ from flextok.data.tokens import (
 from flextok.data.transforms import ImageTransform
 from flextok.evaluation import Cell, Options, evaluate
 from flextok.evaluation.job import make_job
+from flextok.evaluation.runner import check_captions, check_enough
+from flextok.evaluation.sources import Images as EvaluationImages
 from flextok.generators import GENERATORS
 from flextok.generators.conditioning import CONDITIONERS, TextConditioner
 from flextok.generators.text import Text, load_encoder
@@ -296,7 +298,10 @@ def evaluation(config: ExperimentConfig, tokenizer: Any, generator: Any | None) 
     options = Options(networks=tuple(asked.networks), batch_size=asked.batch_size, seed=config.seed)
     trained = generator or tokenizer
     cells = [Cell(k) for k in asked.num_tokens or [trained.num_tokens]]
-    make_job(trained, cells, options, tokenizer)  # raises for mistakes and missing weights
+    job = make_job(trained, cells, options, tokenizer)  # raises for mistakes and missing weights
+    if job.networks:
+        check_enough(options, len(images))
+    check_captions(job, EvaluationImages(images, job.tokenizer.image_size))
     names = {"model": config.output_dir, "data": json.dumps(config.data.validation)}
 
     def measure(model: Any, folder: Path) -> dict[str, Any]:

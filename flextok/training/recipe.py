@@ -13,6 +13,7 @@ import torch
 
 from flextok.config import ExperimentConfig, load_experiment, save_experiment
 from flextok.data.datasets import ImageFolder
+from flextok.data.labels import renumbering
 from flextok.schema import ConfigError, check_number, from_mapping
 from flextok.training.plan import plan
 
@@ -38,6 +39,7 @@ GPU = [  # the largest first
     Sizes((4, 256), (6, 384), (8, 384), 16, 256, [8, 8, 8, 8]),
 ]
 BATCHES = (256, 128, 64)
+PARTS = ("train", "training", "val", "valid", "validation", "dev", "eval", "test", "testing")
 
 
 def write_recipe(
@@ -48,16 +50,19 @@ def write_recipe(
     the two sets; else the pictures are validated on, too. Returns the files. Raises ConfigError,
     also for files of these names with other settings."""
     check_number("size", size, 16, 1024, whole=True)
-    root = Path(pictures)
-    held_out = (root / "train").is_dir() and (root / "val").is_dir()
-    train, val = (root / "train", root / "val") if held_out else (root, root)
-    classes = len(ImageFolder(train).class_names)
+    train, val = parts_of(Path(pictures))
+    names = ImageFolder(train).class_names
+    if val != train and len(names) > 1:
+        try:
+            renumbering(ImageFolder(val).class_names, names)
+        except ValueError as error:
+            raise ConfigError(f"{val}: {error}") from None
     data = {
         "train": {"name": "folder", "root": str(train)},
         "validation": {"name": "folder", "root": str(val)},
         **{"crop": "random", "flip": True, "num_workers": 0 if gpu_memory is None else 4},
     }
-    found = choose(data, classes, Path(output), size, gpu_memory)
+    found = choose(data, len(names), Path(output), size, gpu_memory)
     files = []
     for name, values in found.items():
         config, path = from_mapping(ExperimentConfig, values), Path(output) / f"{name}.yaml"
@@ -70,6 +75,23 @@ def write_recipe(
         save_experiment(config, path)
         files.append(path)
     return files
+
+
+def parts_of(root: Path) -> tuple[Path, Path]:
+    """The folders to train and to validate on: `train` and `val`, or `validation`, in the folder;
+    else both are the folder itself. Raises ConfigError where other parts of a data set would be
+    taken for classes."""
+    names = [path.name for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
+    held_out = [name for name in ("val", "validation") if name in names]
+    if "train" in names and held_out:
+        return root / "train", root / held_out[0]
+    parts = sorted(name for name in names if name.lower() in PARTS)
+    if len(parts) > 1 or (parts and parts[0].lower() == "train"):
+        raise ConfigError(
+            f"{root} has the folders {' and '.join(parts)}, which are parts of a data set and no "
+            "classes: name them train and val, or give the one to train on"
+        )
+    return root, root
 
 
 def choose(

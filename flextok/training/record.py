@@ -30,8 +30,9 @@ from flextok.config import (
 from flextok.convert.autoencoder import OURS
 from flextok.data.augmentation import Augmentation
 from flextok.data.datamodule import DataModule
-from flextok.files import atomic_write, read_mapping, write_text
+from flextok.files import Differences, atomic_write, differences, read_mapping, write_text
 from flextok.generators import Generator
+from flextok.generators.conditioning import TextConditioner
 from flextok.hub import look_up
 from flextok.objectives import OBJECTIVES, Objective
 from flextok.places import CONFIG, find_weights
@@ -74,22 +75,6 @@ IDLE = (
 # Those of them of which a run that goes on is told.
 TOLD = tuple(f"trainer.{key}" for key in ("max_steps", "devices", "num_nodes"))
 MEASURED = ("latents_mean", "latents_std")  # settings of a model that Objective.finish fills in
-Differences = dict[str, tuple[Any, Any]]  # dotted key -> what config.yaml has, what is asked for
-
-
-def differences(there: Any, now: Any, key: str = "") -> Differences:
-    if isinstance(there, Mapping) and isinstance(now, Mapping):
-        found: Differences = {}
-        for name in {**there, **now}:
-            found |= differences(there.get(name), now.get(name), f"{key}.{name}".lstrip("."))
-        return found
-    return {} if there == now or same_file(there, now) else {key: (there, now)}
-
-
-def same_file(there: Any, now: Any) -> bool:
-    """Whether two texts name one file or folder, such as a relative and an absolute path."""
-    both = isinstance(there, str) and isinstance(now, str)
-    return both and os.path.exists(there) and os.path.exists(now) and os.path.samefile(there, now)
 
 
 def within(key: str, parts: tuple[str, ...]) -> bool:
@@ -274,6 +259,8 @@ def end_message(model: Any, folder: Path, step: int, checkpoints: Checkpoints) -
         )
     typed = shlex.quote(str(folder))
     following = f"flextok sample {typed}"
+    if isinstance(model, Generator) and isinstance(model.conditioner, TextConditioner):
+        following += " --prompt TEXT"
     if isinstance(model, Tokenizer):
         following = f"flextok reconstruct PICTURE --model {typed}, or a generator with tokenizer="
         following += typed

@@ -8,12 +8,13 @@ from pathlib import Path
 from flextok.config import ExperimentConfig, LoadingConfig, check_places
 from flextok.data.processes import is_first
 from flextok.files import only_one
-from flextok.schema import from_mapping, to_mapping
-from flextok.storage import CheckpointError
+from flextok.places import CONFIG
+from flextok.schema import ConfigError, from_mapping, to_mapping
+from flextok.storage import CheckpointError, read_json
 from flextok.training.checkpoints import list_checkpoints, load_checkpoint
 from flextok.training.fit import fit
 from flextok.training.options import FitOptions
-from flextok.training.prepare import fill_auto, prepare
+from flextok.training.prepare import fill_auto, load_tokenizer, prepare
 from flextok.training.record import NOTHING_TO_DO, check_changes, describe, is_finished
 from flextok.training.trainer import check_devices
 
@@ -34,6 +35,7 @@ def train(config: ExperimentConfig, only_caches: bool = False) -> Path:
     config = fill_auto(config, stored if newest else None)
     if newest:
         changes = check_changes(stored, config, newest)
+        check_codes(folder, config)
         if is_finished(folder, newest, steps, config.data.validation is not None):
             log.info(NOTHING_TO_DO, folder, newest)
             return folder
@@ -53,6 +55,20 @@ def train(config: ExperimentConfig, only_caches: bool = False) -> Path:
             experiment=config,
         )
     return folder
+
+
+def check_codes(folder: Path, config: ExperimentConfig) -> None:
+    """Raises ConfigError for a generator that goes on over a tokenizer whose codes have changed, by
+    further training, say: its embeddings are those of the old ones."""
+    if config.task != "generator" or not (folder / CONFIG).is_file():
+        return
+    trained_on = read_json(folder / CONFIG).get("metadata", {}).get("codes_id")
+    if trained_on is not None and trained_on != load_tokenizer(config).codes_id:
+        raise ConfigError(
+            f"{folder} holds a generator of other codes than those that the tokenizer in "
+            f"{config.tokenizer} has now: pass resume=false to train it anew, or name another "
+            "output_dir"
+        )
 
 
 def newest_step(folder: Path) -> int:
