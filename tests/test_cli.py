@@ -5,13 +5,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 from helpers.files import write_shard
 from helpers.models import tiny_gpt, tiny_tokenizer
 from PIL import Image
 
 from flextok import viz
 from flextok.cli import main, make_parser
+from flextok.config import load_experiment, save_experiment
 from flextok.pipeline import load, remember_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -460,10 +460,9 @@ def test_a_library_that_cannot_be_imported_is_named(monkeypatch):
 
 def test_the_data_of_a_model_that_lie_elsewhere_are_asked_for(tmp_path, monkeypatch, capsys):
     tiny_tokenizer().save_pretrained(tmp_path / "model")
-    config = yaml.safe_load(Path("configs/quickstart_tokenizer.yaml").read_text())
-    config["data"] = {"train": {"name": "folder", "root": "mine"}}
-    config["data"]["validation"] = config["data"]["train"]
-    (tmp_path / "model" / "config.yaml").write_text(yaml.safe_dump(config))
+    config = load_experiment(ROOT / "configs" / "quickstart_tokenizer.yaml")
+    config.data.validation = {"name": "folder", "root": "mine"}
+    save_experiment(config, tmp_path / "model" / "config.yaml")
     monkeypatch.chdir(tmp_path)
     assert main(["sample", "model", "--output", "grid.png"]) == 1
     assert "root='mine' is not a folder" in (said := capsys.readouterr().err)

@@ -5,7 +5,7 @@ import json
 import re
 import shutil
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -255,6 +255,18 @@ def test_an_evaluation_of_too_few_images_is_refused_before_the_first_step(
     with pytest.raises(ValueError, match=f"{images} images are too few to compare as sets"):
         train(load_experiment(uninterrupted / "tokenizer.yaml", overrides))
     assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+def test_the_validation_loss_does_not_depend_on_the_batch_size(uninterrupted, tmp_path):
+    """Noise and lengths of a sample were those of its place in its batch."""
+    losses = []
+    for size in (2, 3, 5):
+        folder = tmp_path / str(size)
+        overrides = [f"data.batch_size={size}", f"output_dir={folder}", "optim.lr=1e-12"]
+        overrides += ["trainer.max_steps=1", "trainer.validate_every=1"]
+        train(load_experiment(uninterrupted / "tokenizer.yaml", overrides))
+        losses.append(json.loads((folder / "checkpoints" / "best.json").read_text())["loss"])
+    assert losses == pytest.approx(losses[:1] * 3, rel=1e-5)
 
 
 def test_another_model_does_not_continue_a_run(uninterrupted):

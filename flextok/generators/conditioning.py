@@ -64,7 +64,7 @@ class NoConditioner(Conditioner):
 
     def prepare(self, cond: Cond, device: torch.device) -> Tensor:
         if not isinstance(cond, Tensor):
-            if any(isinstance(cond, Text) or one not in ("none", "", NULL_CLASS) for one in cond):
+            if isinstance(cond, Text) or any(c not in ("none", "", NULL_CLASS) for c in cond):
                 raise ValueError(
                     f"this generator takes no condition, not {cond!r}: give a (B,) tensor, or "
                     '"none" for each image'

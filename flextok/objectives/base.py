@@ -236,5 +236,7 @@ def train_only(model: Pretrained, parts: list[str] | None) -> None:
 
 def hold(model: Pretrained, parameters: Iterable[nn.Parameter]) -> None:
     """Freeze those of a model that are trained, until another objective takes it."""
-    frozen = [p.requires_grad_(False) for p in parameters if p.requires_grad]
+    frozen = [parameter for parameter in parameters if parameter.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
     model.held = (*model.held, *frozen)

@@ -72,8 +72,9 @@ def fit(
     """Train objective.model, or continue where options.output_dir has a run of it. Returns it.
 
     Of a tokenizer, the data sets' items are {"image": ...}, (image, label) or images, which are
-    what ImageTransform takes: PIL images, files, tensors (3, H, W); a LatentDataset may be trained
-    on, but not validated on, since validation also draws images. Of a generator they are
+    what ImageTransform takes: PIL images, files, tensors (3, H, W), uint8 or float in [-1, 1]; a
+    LatentDataset may be trained on, but not validated on, since validation also draws images. Of a
+    generator they are
     {"indices": (k,), "label": ...} or {"indices": ..., "text": ...}, such as a TokenDataset's.
 
     options.output_dir becomes a model folder for from_pretrained. It also holds checkpoints/,
