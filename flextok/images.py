@@ -256,8 +256,8 @@ def as_picture(picture: Picture) -> Image.Image:
     Raises CorruptPicture, and ValueError for another tensor; warns once of one that is likely to
     be in [0, 1]."""
     if isinstance(picture, Tensor):
-        if picture.is_floating_point() and picture.numel():
-            warn_of_bright(*check_range(picture), stacklevel=3)
+        if picture.is_floating_point() and picture.numel() and is_bright(*check_range(picture)):
+            warnings.warn(f"images are {BRIGHT}", stacklevel=2)  # one text, so it is shown once
         return to_image(picture)
     if isinstance(picture, np.ndarray):
         if picture.dtype != np.uint8 or picture.shape[2:] not in ((), (3,), (4,)):
@@ -272,6 +272,9 @@ def as_picture(picture: Picture) -> Image.Image:
     return load_picture(picture)
 
 
+BRIGHT = "all bright: if they are in [0, 1], scale them to [-1, 1] with 2 * x - 1"
+
+
 def check_range(images: Tensor) -> tuple[float, float]:
     """The least and the greatest value. Raises ValueError outside [-1, 1]."""
     low, high = span(images)
@@ -283,17 +286,9 @@ def check_range(images: Tensor) -> tuple[float, float]:
     return low, high
 
 
-def warn_of_bright(low: float, high: float, stacklevel: int) -> bool:
-    """Warn of images whose values span [low, high], where they are likely to be in [0, 1]. Returns
-    whether they are."""
-    if low < 0 or high <= 0:
-        return False
-    warnings.warn(
-        f"images span [{low:.4g}, {high:.4g}], all bright: if they are in [0, 1], scale them "
-        "to [-1, 1] with 2 * x - 1",
-        stacklevel=stacklevel + 1,
-    )
-    return True
+def is_bright(low: float, high: float) -> bool:
+    """Whether images whose values span [low, high] are likely to be in [0, 1]."""
+    return low >= 0 and high > 0
 
 
 def several(pictures: Pictures) -> list[Picture] | None:

@@ -83,7 +83,7 @@ def run(options: argparse.Namespace) -> None:
     failure: Incomplete | None = None
     with warnings.catch_warnings():
         # a command reads its images in [-1, 1], so a guess that bright ones are not would be wrong
-        warnings.filterwarnings("ignore", message="images span .* all bright")
+        warnings.filterwarnings("ignore", message="images (are|span .*) all bright")
         with contextlib.redirect_stdout(sys.stderr if asked == "-" else sys.stdout):
             try:
                 report = options.run(options)

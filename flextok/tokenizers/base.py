@@ -4,6 +4,7 @@ of its decoder, checks of what goes in and comes out."""
 import functools
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -17,12 +18,13 @@ from torch import Tensor, nn
 from flextok.draws import NOISE, POSTERIOR, Rng, row_generators
 from flextok.hub import Pretrained, fingerprint
 from flextok.images import (
+    BRIGHT,
     Pictures,
     check_range,
     image_tensor,
+    is_bright,
     several,
     to_image,
-    warn_of_bright,
 )
 from flextok.nn.devices import check_finite, span, to_device
 from flextok.quantizers import QUANTIZERS
@@ -268,8 +270,9 @@ def images_to_encode(
     images = images[None] if images.ndim == 3 else images
     check_images(images, *([shape] if is_asked else tokenizer.shapes))
     low, high = check_range(images)
-    if tokenizer not in _warned and warn_of_bright(low, high, level):
+    if is_bright(low, high) and tokenizer not in _warned:
         _warned.add(tokenizer)
+        warnings.warn(f"images span [{low:.4g}, {high:.4g}], {BRIGHT}", stacklevel=level)
     return to_device(images, tokenizer.device)
 
 
