@@ -60,6 +60,7 @@ class Setting(NamedTuple):
     vocab_size: int = 0  # of the tokenizer
     inception_weights: str | None = None  # a file; by default torch's hub cache
     weights: str | None = None  # of a network that is named with a place, such as dinov2:FOLDER
+    download: bool = True  # whether weights may be, which a network that nobody named may not
 
 
 @dataclass(frozen=True)
@@ -290,6 +291,8 @@ def entropy(counts: Tensor) -> Tensor:
 
 
 def perceptual(setting: Setting) -> Comparison:
+    if not setting.download and not vgg_file().is_file():
+        raise ValueError(f"there is no {vgg_file()} (--networks lpips downloads it)")
     network = load_lpips(setting.device, setting.dtype)
     facts = {"weights": "VGG-16, LPIPS 0.1", "preprocessing": "none: own size"}
     return Comparison("lpips", partial(lpips, network), facts)
@@ -336,13 +339,8 @@ def load_evaluators(
     left_out: list[str] = []
     wanted = [] if networks is not None else ["inception", "lpips"]
     for name in wanted:
-        if name == "lpips" and not vgg_file().is_file():  # torchvision would download it
-            left_out.append(
-                f"lpips is left out: {vgg_file()} is not here (--networks lpips gets it)"
-            )
-            continue
         try:
-            found.append(EVALUATORS[name](setting))
+            found.append(EVALUATORS[name](setting._replace(download=False)))
         except ValueError as error:
             if name == "inception" and setting.inception_weights is not None:
                 raise  # the file was named, so it must be there

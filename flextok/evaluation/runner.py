@@ -17,7 +17,6 @@ from flextok.data.processes import Process
 from flextok.data.sets import by_name
 from flextok.evaluation import processes, sources
 from flextok.evaluation.distances import NEIGHBOURS, statistics
-from flextok.evaluation.evaluators import NETWORKS
 from flextok.evaluation.job import Cell, Job, Options, make_job
 from flextok.evaluation.reference import MeasuredReference, Reference, save_reference
 from flextok.evaluation.report import (
@@ -35,7 +34,6 @@ from flextok.generators.base import Generator
 from flextok.generators.conditioning import NULL_CLASS, ClassConditioner
 from flextok.tokenizers.base import Tokenizer
 
-SETS = set(NETWORKS) - {"lpips", "clip"}  # networks of which features are compared as sets
 PART = 64  # images: the unit of work that an interruption may lose, and that processes share
 
 
@@ -59,15 +57,12 @@ def evaluate(
     networks' arithmetic. Returns the report, on every process. Raises ValueError for missing
     weights, a reference that does not fit, options that the models do not have, and where no image
     can be read."""
-    options = options or Options()
     stored = str(data) if isinstance(data, str | Path) else None
-    asked = None if stored is not None else len(data)
-    if options.networks is None or SETS & {name.partition(":")[0] for name in options.networks}:
-        check_enough(options, asked)  # before networks are loaded
     job = make_job(model, cells, options, tokenizer)
-    if job.networks:
-        check_enough(options, asked)
     load_references(job, stored)
+    asked = None if stored is not None else len(data)
+    if job.networks:
+        check_enough(job.options, asked)
     images = None
     if stored is None:
         images = Images(in_classes_of(job, data), job.tokenizer.image_size)
