@@ -136,6 +136,8 @@ class KLVAE(NeedsWeights):
             raise ValueError(f"weights {source!r} do not fit the configured VAE: {error}") from None
         for name, unstated in UNSCALED.items():
             if (needed := stated[name]) != unstated == getattr(self, name):
+                if isinstance(needed, list):
+                    needed = f"[{', '.join(f'{value:.9g}' for value in needed)}]"
                 raise ValueError(
                     f"{source!r} states {name}={needed}, the model's VAE has {unstated}: state "
                     f"model.vae.{name}={needed}, or only the VAE's folder and none of its sizes"

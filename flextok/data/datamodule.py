@@ -22,10 +22,11 @@ class Shares(Dataset):
     def __init__(self, samples: EvaluationSet):
         self.samples = samples
 
-    def __getitem__(self, position: int) -> tuple[int, Item, bool]:
-        """A position, the sample there, and whether it counts: a stand-in does not."""
+    def __getitem__(self, position: int) -> tuple[Item, bool, int]:
+        """The sample at a position, whether it counts, which a stand-in does not, and where it
+        is."""
         item = self.samples[position] if position < len(self.samples) else None
-        return (position, self.stand_in, False) if item is None else (position, item, True)
+        return (self.stand_in, False, position) if item is None else (item, True, position)
 
     @cached_property
     def stand_in(self) -> Item:
@@ -37,11 +38,11 @@ class Shares(Dataset):
         raise ValueError(f"none of the {len(self.samples)} validation samples can be read")
 
 
-def collate_shares(shares: list[tuple[int, Item, bool]]) -> dict[str, Any]:
+def collate_shares(shares: list[tuple[Item, bool, int]]) -> dict[str, Any]:
     """A batch of the samples that count, with their positions as "row" and their number as "count":
     0 where a stand-in is all that there is."""
-    counted = [(position, item) for position, item, counts in shares if counts]
-    rows, items = zip(*(counted or [shares[0][:2]]), strict=True)
+    counted = [share for share in shares if share[1]]
+    items, _, rows = zip(*(counted or shares[:1]), strict=True)
     return {**collate(list(items)), "row": list(rows), "count": len(counted)}
 
 
