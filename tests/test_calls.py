@@ -135,7 +135,6 @@ def test_draws_do_not_depend_on_the_default_type(tokenizer, images):
 def test_codes_have_gradients_through_a_drawer_too(images):
     model = tiny_tokenizer(drawer=DRAWER, decode=ONE_STEP)
     codes = model.quantizer(model.encoder(model.vae.encode(images * 0.1)))[0]
-    model.decode_codes(codes.detach().requires_grad_()).square().mean().backward()
     leaf = codes.detach().requires_grad_()
     model.decode_codes(leaf).square().mean().backward()
     assert leaf.grad.abs().sum() > 0

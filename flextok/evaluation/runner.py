@@ -57,12 +57,11 @@ def evaluate(
     networks' arithmetic. Returns the report, on every process. Raises ValueError for missing
     weights, a reference that does not fit, options that the models do not have, and where no image
     can be read."""
-    stored = str(data) if isinstance(data, str | Path) else None
     job = make_job(model, cells, options, tokenizer)
+    stored = str(data) if isinstance(data, str | Path) else None
     load_references(job, stored)
     asked = None if stored is not None else len(data)
-    if job.networks:
-        check_enough(job.options, asked)
+    check_enough(job, asked)
     images = None
     if stored is None:
         images = Images(in_classes_of(job, data), job.tokenizer.image_size)
@@ -92,14 +91,15 @@ def evaluate(
         )
 
 
-def check_enough(options: Options, asked: int | None) -> None:
-    """Raise ValueError where there are too few images to compare as sets; asked: how many the data
-    has, None where it is a reference file."""
+def check_enough(job: Job, asked: int | None) -> None:
+    """Raise ValueError where a network compares sets and there are too few images for it; asked:
+    how many the data has, None where it is a reference file."""
+    options = job.options
     sizes = [asked, options.num_samples]
     if options.reference is not None and not isinstance(options.reference, str | Path):
         sizes.append(len(options.reference))
     enough = min((size for size in sizes if size is not None), default=0)
-    if enough <= NEIGHBOURS:
+    if job.networks and enough <= NEIGHBOURS:
         raise ValueError(
             f"{enough} images are too few to compare as sets: give at least {NEIGHBOURS + 1}, or "
             "name no network that does (--networks with nothing behind it)"

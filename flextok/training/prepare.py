@@ -299,8 +299,7 @@ def evaluation(config: ExperimentConfig, tokenizer: Any, generator: Any | None) 
     trained = generator or tokenizer
     cells = [Cell(k) for k in asked.num_tokens or [trained.num_tokens]]
     job = make_job(trained, cells, options, tokenizer)  # raises for mistakes and missing weights
-    if job.networks:
-        check_enough(options, len(images))
+    check_enough(job, len(images))
     check_captions(job, EvaluationImages(images, job.tokenizer.image_size))
     names = {"model": config.output_dir, "data": json.dumps(config.data.validation)}
 

@@ -11,6 +11,7 @@ from flextok.files import only_one
 from flextok.places import CONFIG
 from flextok.schema import ConfigError, from_mapping, to_mapping
 from flextok.storage import CheckpointError, read_json
+from flextok.tokenizers.base import same_codes
 from flextok.training.checkpoints import list_checkpoints, load_checkpoint
 from flextok.training.fit import fit
 from flextok.training.options import FitOptions
@@ -62,8 +63,8 @@ def check_codes(folder: Path, config: ExperimentConfig) -> None:
     further training, say: its embeddings are those of the old ones."""
     if config.task != "generator" or not (folder / CONFIG).is_file():
         return
-    trained_on = read_json(folder / CONFIG).get("metadata", {}).get("codes_id")
-    if trained_on is not None and trained_on != load_tokenizer(config).codes_id:
+    record = read_json(folder / CONFIG).get("metadata", {})
+    if record.get("codes_id") is not None and not same_codes(record, load_tokenizer(config)):
         raise ConfigError(
             f"{folder} holds a generator of other codes than those that the tokenizer in "
             f"{config.tokenizer} has now: pass resume=false to train it anew, or name another "
