@@ -84,8 +84,10 @@ def open_page(server, browser):
 
 
 def finished(page):
-    page.locator("#stop[disabled]").wait_for()
+    """Wait for the images and the end of their answer: the button to stop it is disabled before
+    the page has asked, too, and the first image is not the last."""
     page.locator("#image[src]").wait_for()
+    page.locator("#stop[disabled]").wait_for()
 
 
 def draw(page, act):
