@@ -328,6 +328,7 @@ def test_classes_that_do_not_fit_are_refused_where_they_matter(tmp_path, prepare
     ):
         with pytest.raises(ValueError, match=message):
             prepare(*data, {"name": "class", **conditioner})
+        assert not (tmp_path / "run").exists()  # before anything is tokenized
     # an unconditional generator has no classes
     assert len(prepare([train, flat], other, {"name": "none"})[2]) == 4
 

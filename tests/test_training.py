@@ -244,17 +244,18 @@ def test_a_generator_does_not_go_on_over_codes_that_have_changed(uninterrupted, 
             train(more)
 
 
-@pytest.mark.parametrize("images", [2, 3])
-def test_an_evaluation_of_too_few_images_is_refused_before_the_first_step(
-    uninterrupted, tmp_path, images
+@pytest.mark.parametrize(("task", "images"), [("tokenizer", 2), ("tokenizer", 3), ("generator", 3)])
+def test_an_evaluation_of_too_few_images_is_refused_before_any_work(
+    uninterrupted, tmp_path, task, images
 ):
     overrides = [
         f"output_dir={tmp_path / 'run'}",
         f"evaluation={{networks: [efficientnet_lite0_native], limit: {images}}}",
     ]
     with pytest.raises(ValueError, match=f"{images} images are too few to compare as sets"):
-        train(load_experiment(uninterrupted / "tokenizer.yaml", overrides))
-    assert not list((tmp_path / "run").glob("checkpoints/*"))
+        train(load_experiment(uninterrupted / f"{task}.yaml", overrides))
+    for work in ("checkpoints/*", "tokens/*"):
+        assert not list((tmp_path / "run").glob(work))
 
 
 def test_the_validation_loss_does_not_depend_on_the_batch_size(uninterrupted, tmp_path):

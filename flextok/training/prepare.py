@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from flextok.config import ExperimentConfig, load_experiment
-from flextok.data.labels import balanced, list_names
+from flextok.data.labels import balanced, list_names, renumbering
 from flextok.data.latents import (
     LatentDataset,
     build_latent_cache,
@@ -111,37 +111,38 @@ def prepare_generator(config: ExperimentConfig) -> Run:
     spec = {**derived, **config.model}
     spec["conditioner"] = named_spec(spec["conditioner"], "conditioner", list(CONDITIONERS))
     check_length(model_config(GENERATORS, spec).num_tokens, tokenizer)
-    cache = Path(config.data.token_cache or folder / "tokens")
-    train_set = cached_tokens(config, tokenizer, cache / "train", config.data.train)
-    validation_set = None
+    sources = {"train": token_source(config.data.train, tokenizer)}
     if config.data.validation:
-        place, data_spec = cache / "validation", config.data.validation
-        validation_set = cached_tokens(config, tokenizer, place, data_spec, augment=False)
-    class_names = train_set.class_names
-    if spec["conditioner"]["name"] == "class":
+        sources["validation"] = token_source(config.data.validation, tokenizer)
+    class_names = list(sources["train"].class_names)
+    by_class = spec["conditioner"]["name"] == "class"
+    if by_class:
         spec["conditioner"] = {"num_classes": len(class_names), **spec["conditioner"]}
         check_classes(class_names, spec["conditioner"]["num_classes"])
-        if validation_set is not None:
-            try:
-                validation_set.count_classes_in(class_names)
-            except ValueError as error:
-                raise ConfigError(
-                    f"data.validation: {error}; or name images of the training classes, or set "
-                    "data.validation=null"
-                ) from None
+        if "validation" in sources:
+            check_known(sources["validation"], class_names)
     known = {"class_names": class_names, "codes_id": tokenizer.codes_id}
     objective = build_objective(config, spec, known)
     model = objective.model
     remember_tokenizer(model, folder, tokenizer, config.tokenizer)
+    callbacks = evaluation(config, tokenizer, model)
+    # every mistake that can be found is found by now: tokenizing may take hours
+    cache = Path(config.data.token_cache or folder / "tokens")
+    tokens = {
+        part: cached_tokens(config, tokenizer, cache / part, part, found)
+        for part, found in sources.items()
+    }
+    train_set, validation_set = tokens["train"], tokens.get("validation")
+    if by_class and validation_set is not None:
+        check_known(validation_set, class_names)
+        validation_set.count_classes_in(class_names)
     number = config.trainer.num_pictures
     if isinstance(model.conditioner, TextConditioner):
         pinned = model.conditioner.pinned(model.config.conditioner)
         model.config = replace(model.config, conditioner=pinned)
-        for part, tokens in {"train": train_set, "validation": validation_set}.items():
-            if tokens is not None:
-                add_text(model.conditioner, cache / part / "text", tokens, config)
+        for part, captioned in tokens.items():
+            add_text(model.conditioner, cache / part / "text", captioned, config)
         load_encoder.cache_clear()  # from here on the cached rows do
-    callbacks = evaluation(config, tokenizer, model)
     if validation_set is not None and number:
         cond: Tensor | Text = torch.arange(number) % max(1, len(class_names))
         names = None
@@ -224,20 +225,42 @@ def check_length(num_tokens: int, tokenizer: Any) -> None:
         )
 
 
-def cached_tokens(
-    config: ExperimentConfig, tokenizer: Any, folder: Path, spec: Any, augment: bool = True
-) -> TokenDataset:
+def token_source(spec: Any, tokenizer: Tokenizer) -> Any:
+    """The images that `spec` names; or their tokens, where it names a cache of those."""
     if isinstance(spec, dict) and spec.get("name") == "tokens":
         return ready_tokens(spec, tokenizer)
-    data = config.data
+    return make_dataset(spec)
+
+
+def check_known(source: Any, class_names: list[str]) -> None:
+    """Refuse validation images of a class that the training images lack."""
+    labels = getattr(source, "labels", None)  # of some images they are known when these are read
+    numbers = set() if labels is None else set(map(int, labels))
+    present = [source.class_names[number] for number in sorted(numbers)]
+    try:
+        renumbering(present, class_names)
+    except ValueError as error:
+        raise ConfigError(
+            f"data.validation: {error}; or name images of the training classes, or set "
+            "data.validation=null"
+        ) from None
+
+
+def cached_tokens(
+    config: ExperimentConfig, tokenizer: Tokenizer, folder: Path, part: str, source: Any
+) -> TokenDataset:
+    """The tokens of a token_source, which those of images are kept in. part: train is augmented."""
+    if isinstance(source, TokenDataset):
+        return source
+    data, spec = config.data, getattr(config.data, part)
     transform = ImageTransform(tokenizer.image_size, data)
     store = build_token_cache(
         folder,
         tokenizer,
-        make_dataset(spec),
+        source,
         transform,
         identity=cache_identity(tokenizer, spec),
-        variants=data.token_variants if augment else 1,
+        variants=data.token_variants if part == "train" else 1,
         num_workers=data.num_workers,
         seed=config.seed,
         device=cache_device(config),
