@@ -30,9 +30,12 @@ from pathlib import Path
 from threading import Thread
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from classifier import ClassDistances, ClassifierNetwork, train_classifier
+from einops import rearrange
 from omegaconf import OmegaConf
+from PIL import Image
 from study import Measure, read_result, score_tables, spread, train_and_measure, write_json
 from torch import Tensor
 
@@ -42,6 +45,7 @@ from flextok.data.fashion_mnist import FashionMNIST
 from flextok.data.transforms import ImageTransform
 from flextok.evaluation import EVALUATORS
 from flextok.files import write_text
+from flextok.images import to_image
 from flextok.pipeline import generate_images, load, reconstruct_prefixes
 from flextok.schema import from_mapping
 
@@ -51,20 +55,23 @@ PAGE = Path(__file__).parents[1] / "docs/paper.md"
 PUBLISHED = HERE / "results"  # <budget>/<recipe>/seed-<n>.json, and the budget's classifier
 SHOWN = "flextok"  # the recipe of sections 3 and 4 and of the figures
 CURVES = {  # scores that are drawn -> their names
-    "frechet_classifier": "Fréchet distance (lower is better)",
+    "frechet_classifier": "Fréchet distance, classifier (lower is better)",
     "sharpness": "sharpness (1 is right)",
     "class_kept": "class kept (higher is better)",
     "psnr": "PSNR in dB (higher is better)",
 }
-# what is drawn of test images, row by row: recipe, number of tokens
-COMPARED = [(SHOWN, 1), (SHOWN, 8), (SHOWN, 16), (SHOWN, 32), ("published", 1), ("published", 32)]
-COMPARED += [("titok_8", 8), ("titok_16", 16), ("titok_32", 32), ("grid_16", 16), ("grid_49", 49)]
-# rows of the generation table that are drawn -> numbers of tokens
+EXAMPLES = "examples.png"  # beside a run's result, see draw_examples
+STRIPS = ("near_noise", "flow", SHOWN, "drawer")  # recipes that have a figure of their own
+# what is drawn of test images, row by row: recipe -> numbers of tokens
+COMPARED = {SHOWN: [1, 8, 16, 32], "published": [1, 32], "titok_8": [8], "titok_16": [16]}
+COMPARED |= {"titok_32": [32], "titok_tail_drop": [8, 32], "grid_16": [16], "grid_49": [49]}
+# what is drawn of generated images: recipe -> the guidance of the generator, numbers of tokens
 GENERATED = {
-    "gpt_class: guidance 1.5": [1, 2, 8, 32],
-    "gpt_grid: guidance 2": [16],
-    "maskgit_titok: guidance 2": [32],
+    "gpt_class": (1.5, [1, 2, 8, 32]),
+    "gpt_grid": (2.0, [16]),
+    "maskgit_titok": (2.0, [32]),
 }
+OFF_SCALE = "published_16"  # its curves would leave no room for the others
 MARK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -268,10 +275,12 @@ def publish(study: Study, page: Path) -> None:
     for budget, (part, _) in study.parts().items():
         for recipe in RECIPES:
             for seed in part.all_seeds():
-                if (part.place(recipe, seed) / "result.json").exists():
-                    path = published_file(budget, recipe, seed)
+                place, path = part.place(recipe, seed), published_file(budget, recipe, seed)
+                if (place / "result.json").exists():
                     path.parent.mkdir(parents=True, exist_ok=True)
                     write_json(part.result(recipe, seed), path)
+                if part is study and (place / EXAMPLES).exists():
+                    shutil.copy(place / EXAMPLES, path.with_suffix(".png"))
         for path in part.folder.glob("classifier.*"):
             shutil.copy(path, PUBLISHED / budget)
 
@@ -306,6 +315,7 @@ def run(study: Study, recipe: str, seed: int) -> None:
     config = study.config(recipe, seed)
     more = study.measure(config, recipe)
     train_and_measure(config, study.lengths(recipe), study.networks(recipe), more)
+    draw_examples(study, recipe, seed)
 
 
 def end_with_parent() -> None:
@@ -510,58 +520,103 @@ def adaptive_table(study: Study) -> str:
 
 
 def draw_figures(study: Study, folder: Path) -> None:
-    """Curves over the number of tokens; strips of a test image of each class; test images that
-    share their first token, above what is decoded from it; what the tokenizers return, and what
-    the generators make. Each of what is finished."""
+    """Curves over the number of tokens; strips of a test image of each class; what the tokenizers
+    return, and what the generators make; and test images that share their first token, above what
+    is decoded from it, where that model was trained here. Each of what is finished."""
     curves: dict[str, dict[str, dict[str, list[tuple[float, float]]]]] = {}
     for name, title in (("joining", "Ways to train"), ("reconstruction", "Tokenizers")):
-        for label, runs in labelled_rows(study, name).items():
+        rows = labelled_rows(study, name)
+        rows.pop(study.file.tables[name]["rows"].get(OFF_SCALE), None)
+        for label, runs in rows.items():
             for score, y_label in CURVES.items():
                 panel = curves.setdefault(title, {}).setdefault(y_label, {})
                 panel[label] = mean_points(runs, score)
     if curves:
         viz.save(viz.curves(curves, "tokens", logarithmic=True), folder / "curves.png")
-    if generated := generated_rows(study):
-        viz.save(labelled_grid(generated), folder / "generated.png")
-    strips = ("near_noise", "flow", SHOWN, "drawer")
-    drawn = {*strips, *(recipe for recipe, _ in COMPARED)}
-    here = {name: load(study.place(name, 0)) for name in drawn if trained_here(study, name)}
-    if not here:
-        return
+    for recipe in STRIPS:
+        if made := find_examples(study, recipe):
+            originals = made.pop(0)
+            strips = viz.coarse_to_fine(originals, made, class_names(originals))
+            viz.save(strips, folder / f"strips_{recipe}.png")
+    written = {recipe: lengths for recipe, (_, lengths) in GENERATED.items()}
+    if images := labelled_examples(study, "generation", written):
+        viz.save(labelled_grid(images), folder / "generated.png")
+    if images := labelled_examples(study, "reconstruction", COMPARED):
+        originals = next(made[0] for name in COMPARED if (made := find_examples(study, name)))
+        viz.save(labelled_grid([("original", originals), *images]), folder / "tokenizers.png")
+    place = study.place(SHOWN, 0)
+    if all((place / name).exists() for name in ("result.json", "model.safetensors")):
+        images, labels = measured_images(study)
+        viz.save(first_token_figure(load(place), images, labels), folder / "first_token.png")
+
+
+def measured_images(study: Study) -> tuple[Tensor, Tensor]:
+    """The test images (N, 3, 28, 28) that are measured, and their classes (N,)."""
     dataset = FashionMNIST(study.root, "test", limit=study.budget.images)
     transform = ImageTransform(28)
-    images = torch.stack([transform(dataset[i]["image"]) for i in range(len(dataset))])
-    labels = torch.tensor(dataset.labels)
-    shown = images[[dataset.labels.index(c) for c in range(10) if c in dataset.labels]]
-    for recipe in strips:
-        if model := here.get(recipe):
-            made = reconstruct_prefixes(model, shown, study.file.lengths)
-            viz.save(viz.coarse_to_fine(shown, made), folder / f"strips_{recipe}.png")
-            if recipe == SHOWN:
-                viz.save(first_token_figure(model, images, labels), folder / "first_token.png")
-    rows = [("original", shown)]
-    for recipe, k in COMPARED:
-        if model := here.get(recipe):
-            label = short_label(study, "reconstruction", recipe, k)
-            rows.append((label, reconstruct_prefixes(model, shown, [k])[k]))
-    viz.save(labelled_grid(rows), folder / "tokenizers.png")
+    images = [transform(dataset[i]["image"]) for i in range(len(dataset))]
+    return torch.stack(images), torch.tensor(dataset.labels)
 
 
-def trained_here(study: Study, recipe: str) -> bool:
-    """Whether it is finished, and its model is here too."""
-    place = study.place(recipe, 0)
-    return all((place / name).exists() for name in ("result.json", "model.safetensors"))
+def draw_examples(study: Study, recipe: str, seed: int) -> None:
+    """Keep what the figures show of a run beside its result, a row of images for each number of
+    tokens: of a tokenizer the first test image of each class, below the original; of a generator
+    that is drawn an image of each class."""
+    place, rows = study.place(recipe, seed), dict[int, Tensor]()
+    if (place / EXAMPLES).exists():
+        return
+    config = study.config(recipe, seed)
+    if config.task == "tokenizer":
+        images, labels = measured_images(study)
+        rows[0] = images[[int((labels == label).nonzero()[0]) for label in labels.unique()]]
+        rows |= reconstruct_prefixes(load(place), rows[0], study.lengths(recipe))
+    elif recipe in GENERATED:
+        tokenizer, classes = load(str(config.tokenizer)), list(FashionMNIST.class_names)
+        guidance, lengths = GENERATED[recipe]
+        sampling = {"guidance_scale": guidance}
+        rows = generate_images(load(place), tokenizer, classes, lengths, sampling=sampling)
+    if rows:
+        tiles = torch.stack(list(rows.values()))
+        viz.save(to_image(rearrange(tiles, "r c d h w -> d (r h) (c w)")), place / EXAMPLES)
 
 
-def short_label(study: Study, table: str, recipe: str, num_tokens: int) -> str:
-    """What a table's label of a recipe begins with, and a number of tokens."""
-    begin, _, _ = study.file.tables[table]["rows"][recipe].partition(",")
-    return f"{begin}, {num_tokens}"
+def find_examples(study: Study, recipe: str) -> dict[int, Tensor]:
+    """What draw_examples kept of the first seed that has some, here or among what is published:
+    number of tokens -> (columns, 3, 28, 28) in [-1, 1]; 0 -> the originals."""
+    places = [study.place(recipe, seed) / EXAMPLES for seed in study.all_seeds()]
+    if study.published:
+        files = [published_file(study.folder.name, recipe, n) for n in study.all_seeds()]
+        places += [path.with_suffix(".png") for path in files]
+    lengths = GENERATED[recipe][1] if recipe in GENERATED else [0, *study.lengths(recipe)]
+    for path in places:
+        if path.exists():
+            pixels = torch.from_numpy(np.array(Image.open(path))) / 127.5 - 1
+            tiles = rearrange(pixels, "(r h) (c w) d -> r c d h w", h=28, w=28)
+            return dict(zip(lengths, tiles, strict=True))
+    return {}
 
 
-def labelled_grid(rows: list[tuple[str, Tensor]]) -> Any:
+def labelled_examples(
+    study: Study, table: str, wanted: dict[str, list[int]]
+) -> list[tuple[str, Tensor]]:
+    """What a table's label of a recipe begins with and a number of tokens, and such examples."""
+    rows = study.file.tables[table]["rows"]
+    return [
+        (f"{rows[recipe].partition(',')[0]}, {k}", made[k])
+        for recipe, lengths in wanted.items()
+        if (made := find_examples(study, recipe))
+        for k in lengths
+    ]
+
+
+def labelled_grid(rows: list[tuple[str, Tensor]]) -> Image.Image:
     labels, images = zip(*rows, strict=True)
-    return viz.grid(list(images), row_labels=list(labels), scale=3)
+    return viz.grid(list(images), class_names(images[0]), list(labels), scale=3)
+
+
+def class_names(images: Tensor) -> list[str] | None:
+    """The names of images of one class each; None where the few that are measured lack a class."""
+    return list(FashionMNIST.class_names) if len(images) == len(FashionMNIST.class_names) else None
 
 
 def mean_points(runs: list[dict[str, Any]], score: str) -> list[tuple[float, float]]:
@@ -571,23 +626,6 @@ def mean_points(runs: list[dict[str, Any]], score: str) -> list[tuple[float, flo
         (rows[0]["num_tokens"], sum(row["scores"][score] for row in rows) / len(rows))
         for rows in reports
     ]
-
-
-def generated_rows(study: Study) -> list[tuple[str, Tensor]]:
-    """Label -> an image of each class, of the generators that were trained here."""
-    found = []
-    for row, lengths in GENERATED.items():
-        recipe, _, variant = row.partition(": ")
-        if not trained_here(study, recipe):
-            continue
-        generator = load(study.place(recipe, 0))
-        tokenizer = load(study.place(taken(load_experiment(RECIPES[recipe]))["tokenizer"], 0))
-        sampling = study.file.variants[recipe][variant]["sampling"]
-        images = generate_images(
-            generator, tokenizer, list(FashionMNIST.class_names), lengths, sampling=sampling
-        )
-        found += [(short_label(study, "generation", recipe, k), images[k]) for k in lengths]
-    return found
 
 
 def first_token_figure(model: Any, images: Tensor, labels: Tensor, wide: int = 8) -> Any:

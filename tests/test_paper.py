@@ -193,6 +193,20 @@ def test_published_results_are_of_the_recipes_as_they_are(tmp_path):
         assert all(one["report"]["results"] for one in found)
 
 
+def test_published_examples_are_of_the_same_images(tmp_path):
+    study = paper.Study.load("full", tmp_path, "data", published=True)
+    found = {name: paper.find_examples(study, name) for name in paper.COMPARED}
+    found = {name: examples for name, examples in found.items() if examples}
+    assert len(found) >= 5
+    for name, examples in found.items():
+        assert list(examples) == [0, *study.lengths(name)]
+        assert torch.equal(examples[0], found["titok_32"][0])
+        assert (examples[0].amin(), examples[0].amax()) == (-1, 1)
+        assert 0.01 < (examples[study.lengths(name)[-1]] - examples[0]).abs().mean() < 0.4
+    for name, (_, lengths) in paper.GENERATED.items():
+        assert list(paper.find_examples(study, name)) in ([], lengths)
+
+
 def test_a_published_result_of_another_recipe_is_refused(tmp_path, monkeypatch):
     path = paper.published_file("full", "tokens_once", 0)
     result = json.loads(path.read_text("utf-8"))
@@ -296,6 +310,17 @@ def test_a_short_run_trains_measures_and_writes_the_page(tmp_path, capsys, monke
     strips = (f"strips_{paper.SHOWN}", "strips_drawer")
     for figure in ("curves", "first_token", "tokenizers", "generated", *strips):
         assert (folder / f"pictures/paper/{figure}.png").stat().st_size > 1000
+    # what the figures show is kept beside the results, so that machines may share the work
+    study = paper.Study.load("short", output, str(data))
+    model, made = paper.load(folder / "titok_8/seed-0"), paper.find_examples(study, "titok_8")
+    assert list(made) == [0, 8]
+    images, _ = paper.measured_images(study)
+    for image in made[0]:
+        assert ((images - image).abs().amax((1, 2, 3)) < 1 / 127).sum() == 1
+    again = paper.reconstruct_prefixes(model, made[0], [8])[8].clamp(-1, 1)
+    assert (again - made[8]).abs().mean() < 0.02
+    assert list(paper.find_examples(study, "gpt_class")) == [1, 2, 8, 32]
+    assert not paper.find_examples(study, "titok_16")
     # what is done is kept
     before = {name: (folder / name / "seed-0/result.json").stat().st_mtime_ns for name in runs}
     capsys.readouterr()
