@@ -108,7 +108,11 @@ def differences(there: Any, now: Any, key: str = "") -> Differences:
         for name in {**there, **now}:
             found |= differences(there.get(name), now.get(name), f"{key}.{name}".lstrip("."))
         return found
-    return {} if there == now or same_file(there, now) else {key: (there, now)}
+    if isinstance(there, list) and isinstance(now, list) and len(there) == len(now):
+        same = not any(map(differences, there, now))
+    else:
+        same = there == now or same_file(there, now)
+    return {} if same else {key: (there, now)}
 
 
 def same_file(there: Any, now: Any) -> bool:

@@ -101,6 +101,8 @@ def open_picture(source: str | os.PathLike[str] | bytes | IO[bytes]) -> ImageFil
 def header_size(source: str | os.PathLike[str]) -> tuple[int, int]:
     """Width and height of a picture turned upright, from its header. Raises as open_picture."""
     with open_picture(source) as image:
+        if image.format == "TIFF":  # whether Pillow has turned it by now depends on its version
+            return decode(image).size
         width, height = image.size
         is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
     return (height, width) if is_turned else (width, height)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.files import draw_pictures, write_shard
+from helpers.files import draw_pictures, png, write_shard
 from helpers.models import DRAWER, tiny_tokenizer
 from helpers.runs import SIX_STEPS, Stop, interrupt_after, logged_losses, same
 from PIL import Image
@@ -20,7 +20,8 @@ from flextok.data.latents import check_cacheable
 from flextok.data.sets import Joined, adapt
 from flextok.data.stream import PositionSampler, Stream, collate
 from flextok.data.transforms import ImageTransform
-from flextok.data.web import WebDatasetStream
+from flextok.data.web import WebDatasetImages, WebDatasetStream
+from flextok.images import header_size, load_picture
 from flextok.objectives import DrawingObjective
 from flextok.pipeline import load
 from flextok.schema import ConfigError
@@ -59,9 +60,12 @@ def test_each_picture_goes_to_the_nearest_proportions(folder, tmp_path, caplog):
     # a picture is as it is shown: turned by its EXIF orientation
     exif = Image.Exif()
     exif[0x0112] = 6
-    Image.new("RGB", (40, 20)).save(tmp_path / "turned.jpg", exif=exif)
+    for kind in ("jpg", "png", "tif", "webp"):
+        Image.new("RGB", (40, 20)).save(tmp_path / f"turned.{kind}", exif=exif)
+        assert header_size(tmp_path / f"turned.{kind}") == (20, 40)
+        assert load_picture(tmp_path / f"turned.{kind}").size == (20, 40)
     (tmp_path / "broken.png").write_bytes(b"not a picture")
-    assert sort_into(ImageFolder(tmp_path), SHAPES).numbers.tolist() == [0, 1]
+    assert sort_into(ImageFolder(tmp_path), SHAPES).numbers.tolist() == [0, 1, 1, 1, 1]
 
 
 def test_a_batch_has_one_shape_and_an_epoch_every_sample(folder):
@@ -128,6 +132,9 @@ def test_shapes_of_unequal_work_and_data_that_cannot_be_sorted_are_refused(folde
     shard = write_shard(tmp_path / "0.tar", {"a.png": b""})
     with pytest.raises(ConfigError, match="take a folder or a Hugging Face data set"):
         sort_into(WebDatasetStream(shard, samples=3, label_key=None), SHAPES)
+    local = WebDatasetImages(write_shard(tmp_path / "1.tar", {"a.png": png()}), label_key=None)
+    with pytest.raises(ConfigError, match="take a folder or a Hugging Face data set"):
+        sort_into(Joined([ImageFolder(folder), local]), SHAPES)
     shaped = tiny_tokenizer(shapes=[[24, 12]], drawer=DRAWER)
     objective = DrawingObjective(shaped, weights=tiny_tokenizer())
     with pytest.raises(ConfigError, match="holds latents of one shape"):

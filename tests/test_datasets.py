@@ -437,6 +437,33 @@ def test_huggingface(saved):
     assert pickle.loads(pickle.dumps(dataset))[0]["label"] == 1
 
 
+def test_the_split_of_a_saved_folder_is_the_one_that_was_named(saved):
+    """Validation ran on the training images: a folder of one split stood for any."""
+    single = str(Path(saved).parent / "single")
+    with pytest.raises(ValueError, match=r"split='test': .*single' states no split; leave split"):
+        HuggingFaceImages(single, split="test")
+    for path in (single, saved):
+        with pytest.raises(ValueError, match="config='large' is of the hub"):
+            HuggingFaceImages(path, config="large")
+    assert HuggingFaceImages(saved)[0]["key"] == HuggingFaceImages(single)[0]["key"] == "train-0"
+
+
+def test_a_saved_folder_that_is_written_again_is_another(tmp_path):
+    """Its fingerprint is of the paths, not of the pixels that it holds."""
+    datasets = pytest.importorskip("datasets")
+    found = []
+    for colour in (RED, WHITE):
+        Image.new("RGB", (8, 8), colour).save(tmp_path / "0.png")
+        table = datasets.Dataset.from_dict({"image": [str(tmp_path / "0.png")]})
+        table.cast_column("image", datasets.Image()).save_to_disk(str(tmp_path / "saved"))
+        dataset = HuggingFaceImages(str(tmp_path / "saved"), label_column=None)
+        assert list(dataset.state()) == list(dataset.state())
+        found.append((dataset[0]["image"].getpixel((0, 0)), tuple(dataset.state())))
+    assert found[0][0] == RED
+    assert found[1][0] == WHITE
+    assert found[0][1] != found[1][1]
+
+
 def test_huggingface_mistakes(saved):
     with pytest.raises(ValueError, match=r"split='validation' .* which has train, test"):
         HuggingFaceImages(saved, split="validation")

@@ -6,7 +6,7 @@ import stat
 
 import pytest
 import torch
-from helpers.files import draw_pictures
+from helpers.files import draw_pictures, write_shard
 from helpers.models import tiny_tokenizer
 from PIL import Image
 from safetensors import SafetensorError
@@ -14,7 +14,9 @@ from safetensors.torch import save_file
 
 from flextok import viz
 from flextok.cli import main
-from flextok.files import WriteError, atomic_write, only_one
+from flextok.data.sets import data_files
+from flextok.data.web import WebDatasetStream
+from flextok.files import WriteError, atomic_write, differences, only_one
 
 
 @pytest.fixture
@@ -105,3 +107,20 @@ def test_a_lock_that_was_removed_is_nobodys(tmp_path, monkeypatch):
     with only_one(tmp_path):
         pass
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_a_file_is_the_same_one_in_lists_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    one = {"train": [{"root": "a"}, {"root": str(tmp_path / "b")}], "levels": [8, 5]}
+    other = {"train": [{"root": str(tmp_path / "a")}, {"root": "b"}], "levels": [8, 5]}
+    assert differences(one, other) == {}
+    swapped = {**other, "train": other["train"][::-1]}
+    assert differences(one, swapped) == {"train": (one["train"], swapped["train"])}
+    shorter = {**other, "levels": [8]}
+    assert differences(one, shorter) == {"levels": ([8, 5], [8])}
+    write_shard(tmp_path / "0.tar", {"x.png": b""})
+    urls = ("0.tar", str(tmp_path / "0.tar"))
+    states = [data_files(WebDatasetStream(u, samples=1, label_key=None)) for u in urls]
+    assert states[0] == states[1]

@@ -235,7 +235,8 @@ def prepare(tmp_path):
     """A generator's run, prepared: its model, training set and validation set."""
     tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
 
-    def run(train, validation, conditioner=None, **data):
+    def run(train, validation, conditioner=None, stopped=None, **data):
+        """stopped: the model of a run that goes on."""
         spec = {
             "task": "generator",
             "output_dir": str(tmp_path / "run"),
@@ -246,6 +247,10 @@ def prepare(tmp_path):
         }
         spec["model"]["conditioner"] = conditioner or {"name": "class"}
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        if stopped is not None:
+            stopped.save_pretrained(tmp_path / "run")
+            (tmp_path / "run/checkpoints").mkdir()
+            (tmp_path / "run/checkpoints/step-0000003.ckpt").touch()
         config = from_mapping(ExperimentConfig, spec)
         objective, training, validating, _ = prepare_run(config)
         return objective.model, training, validating
@@ -271,6 +276,14 @@ def test_balance_repeats_the_samples_of_small_classes(balance, expected):
     assert times.min() >= 1  # every sample is there
     for label in (0, 2, 3):  # and those of a class about as often
         assert times[labels == label].max() - times[labels == label].min() <= 1
+
+
+def test_balance_prefers_no_place_in_a_class():
+    """The first ones by name were those that were repeated."""
+    labels = torch.tensor([0] * 60 + [1] * 100)
+    more = torch.tensor(balanced(labels, 1.0)).bincount()[:60] == 2
+    assert more.sum() == 40
+    assert 8 < more[:30].sum() < 32
 
 
 def test_a_generator_sees_small_classes_as_often(tmp_path, prepare):
@@ -314,6 +327,19 @@ def test_validation_labels_count_in_the_classes_of_training(tmp_path, prepare):
             assert [["ant", "bee", "cat"][label] for label in labels] == expected
 
 
+def test_a_generator_does_not_go_on_over_other_classes(tmp_path, prepare):
+    """Its rows of classes stood for others from then on, without a word."""
+    train, more = folder(tmp_path / "a", "ant", "cat"), folder(tmp_path / "b", "ant", "bee", "cat")
+    model, _, _ = prepare(train, train)
+    for data in (more, tokenized(more, tmp_path / "more", tmp_path)):
+        run = tmp_path / "run"
+        with pytest.raises(ValueError, match="generator of the 2 classes ant, cat, and the data"):
+            prepare(data, data, stopped=model)
+        assert not (run / "tokens").exists()
+    assert prepare(train, train, stopped=model)[0].metadata["class_names"] == ["ant", "cat"]
+    assert len(prepare(more, more)[1]) == 6  # another run
+
+
 def test_classes_that_do_not_fit_are_refused_where_they_matter(tmp_path, prepare):
     train, other = folder(tmp_path / "a", "ant", "cat"), folder(tmp_path / "b", "cat", "dog")
     draw_pictures(tmp_path / "flat", ["0.png", "1.png"])
@@ -322,6 +348,7 @@ def test_classes_that_do_not_fit_are_refused_where_they_matter(tmp_path, prepare
         ((train, other), {}, "the 1 classes dog, which are none of the model's 2 classes ant, cat"),
         ((train, other), {}, r"^data\.validation: .*, or set data\.validation=null$"),
         ((train, flat), {}, "the 1 classes unlabelled, which are none"),
+        ((train, [train, other]), {}, "the 1 classes dog, which are none"),
         (([train, flat], train), {}, r"some pictures of data.train have no class \(unlabelled\)"),
         ((train, train), {"num_classes": 1}, "num_classes=1, but the data has the 2 classes ant"),
         ((train, train), {"num_classes": 3}, "num_classes=3, but the data has the 2 classes ant"),

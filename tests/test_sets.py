@@ -5,12 +5,13 @@ import torch
 from helpers.files import CATS_AND_DOGS, draw_pictures
 from helpers.models import tiny_tokenizer
 from PIL import Image
-from torch.utils.data import Dataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from flextok.data.datasets import ImageFolder
+from flextok.data.labels import check_names, index_labels
 from flextok.data.pictures import CorruptPicture
 from flextok.data.sets import Joined, adapt, data_files, labels_count, take
-from flextok.data.tokens import TokenDataset, build_token_cache
+from flextok.data.tokens import TokenDataset, build_token_cache, cache_identity
 from flextok.data.transforms import ImageTransform
 from flextok.emoji.scenes import EmojiScenes
 
@@ -114,6 +115,47 @@ def test_some_items_keep_their_classes_and_their_files(tmp_path):
     assert labels_count(take(EmojiScenes(length=10), 2))
     with pytest.raises(ValueError, match="limit 0 must be at least 1"):
         take(whole, 0)
+
+
+def test_a_cache_of_some_items_is_none_of_others(tmp_path):
+    draw_pictures(tmp_path / "in", CATS_AND_DOGS)
+    whole, model = ImageFolder(tmp_path / "in"), tiny_tokenizer()
+    transform = ImageTransform(model.image_size)
+    joined = Joined([Subset(whole, [0]), Subset(whole, [3])])
+    for kept, others in (
+        (Subset(whole, [0, 1]), (Subset(whole, [2, 3]), Subset(whole, [1, 0]))),
+        (joined, (Joined([Subset(whole, [0]), Subset(whole, [4])]),)),
+    ):
+        folder = tmp_path / str(len(others))
+        for _ in range(2):  # made, then read
+            build_token_cache(folder, model, kept, transform, cache_identity(model, {}))
+        for other in others:
+            with pytest.raises(ValueError, match=r"\(items differ\)"):
+                build_token_cache(folder, model, other, transform, cache_identity(model, {}))
+
+
+def test_what_has_no_items_by_number_or_no_image_is_named():
+    class Endless(IterableDataset):
+        def __iter__(self):
+            yield RED
+
+    for data in (Endless(), DataLoader([RED]), 3):
+        with pytest.raises(ValueError, match=f"a {type(data).__name__} has no items by number"):
+            adapt(data)
+    with pytest.raises(ValueError, match=r"item 0 of Listed holds 'pixels' and no 'image'"):
+        adapt(Listed([{"pixels": RED}]))[0]
+
+
+def test_accents_of_either_form_are_one_class():
+    names = ["caf\u00e9", "tea"], ["cafe\u0301", "milk"]
+    one, two = (adapt(Listed([(RED, 0), (RED, 1)]), some) for some in names)
+    joined = Joined([one, two])
+    assert joined.class_names == ["caf\u00e9", "tea", "milk"]
+    assert [joined[i]["label"] for i in range(4)] == [0, 1, 0, 2]
+    found = index_labels(["cafe\u0301", "tea", "caf\u00e9"], None)
+    assert found == (["caf\u00e9", "tea"], [0, 1, 0])
+    with pytest.raises(ValueError, match="twice: each class has one name"):
+        check_names(["tea", "caf\u00e9", "cafe\u0301"])
 
 
 def test_data_sets_of_all_kinds_are_joined_by_name():

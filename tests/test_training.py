@@ -105,6 +105,41 @@ def test_a_generator_may_write_only_the_first_tokens(uninterrupted, tmp_path):
         train(load_experiment(path, [f"output_dir={tmp_path / 'long'}", "model.num_tokens=9"]))
 
 
+@pytest.mark.parametrize(
+    ("task", "overrides", "message"),
+    [
+        ("generator", ["optim.lr_scale={nothing: 0.1}"], "nothing"),
+        ("generator", ["trainer.revive_every=5"], r"revive_every=5 needs a codebook"),
+        ("text", ["data.train.root={bare}"], "no picture has a caption"),
+        ("text", ["data.validation.root={bare}"], "no picture has a caption"),
+        ("tokenizer", ["data.latent_variants=2", "optim.lr_scale={nothing: 0.1}"], "nothing"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_encoded(
+    uninterrupted, tmp_path, task, overrides, message
+):
+    bare = tmp_path / "bare"
+    draw_pictures(bare, ["0.png", "1.png"])  # no classes, which would be their captions
+    asked = [text.replace("{bare}", str(bare)) for text in overrides]
+    config = load_experiment(
+        uninterrupted / f"{task}.yaml", [f"output_dir={tmp_path / 'run'}", *asked]
+    )
+    with pytest.raises(ConfigError, match=message):
+        train(config)
+    for cache in ("tokens", "latents"):
+        assert not (tmp_path / "run" / cache).exists()
+
+
+def test_changes_of_images_that_one_variant_leaves_out_are_named(uninterrupted, tmp_path, caplog):
+    for variants in (1, 2):
+        caplog.clear()
+        overrides = [f"data.token_variants={variants}", "data.flip=true", "data.hue=0.1"]
+        overrides += [f"output_dir={tmp_path / str(variants)}", "trainer.max_steps=1"]
+        train(load_experiment(uninterrupted / "generator.yaml", overrides))
+        warned = "data.token_variants=1 keeps each image as it is, without flip, hue;"
+        assert (warned in caplog.text) == (variants == 1)
+
+
 @pytest.mark.parametrize("name", ["text", "frozen"])
 def test_a_text_generator_trains_on_captions(uninterrupted, name):
     folder = uninterrupted / name

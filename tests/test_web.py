@@ -1,6 +1,7 @@
 """Shards as streams: every sample once an epoch, exact continuation, and no damage stops a run."""
 
 import functools
+import gzip
 import http.server
 import io
 import json
@@ -398,3 +399,31 @@ def test_a_run_that_streams_continues_to_the_last_bit(
     assert logged_losses(again)[5] == logged_losses(whole)[5]
     one, other = weights(whole), weights(again)
     assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def plain_and_compressed(folder, members) -> list[str]:
+    """A shard that is read where it lies, and one that is copied before."""
+    place = write_shard(folder / "plain.tar", members)
+    packed = folder / "packed.tar.gz"
+    packed.write_bytes(gzip.compress(Path(place).read_bytes()))
+    return [place, str(packed)]
+
+
+def test_samples_beyond_the_stated_ones_are_mentioned_once(tmp_path, caplog):
+    """They were lost without a word: an index of before, or a wrong number."""
+    for url in plain_and_compressed(tmp_path, {f"{i}.png": encoded() for i in range(3)}):
+        caplog.clear()
+        data = WebDatasetStream(url, samples=2, label_key=None)
+        assert [Path(data[i]["key"]).name[-1] for i in (0, 1, 0)] == ["0", "1", "0"]
+        assert caplog.text.count("holds more than the 2 samples that are stated") == 1
+
+
+@pytest.mark.parametrize(("option", "value"), [("image_key", "jpgg"), ("label_key", "klass")])
+def test_a_key_that_no_sample_has_is_named_at_the_first(tmp_path, option, value):
+    """All of a data set was read, with a warning for each sample, before the mistake was named."""
+    samples = {f"{i}.png": encoded() for i in range(3)} | {f"{i}.cls": b"1" for i in range(3)}
+    members = dict(sorted(samples.items()))
+    for url in plain_and_compressed(tmp_path, members):
+        data = WebDatasetStream(url, class_names=2, **{option: value})
+        with pytest.raises(ValueError, match=rf"{option}='{value}' is in no sample of .*name"):
+            data[0]

@@ -19,6 +19,7 @@ from flextok.data.tokens import (
     cache_identity,
 )
 from flextok.data.transforms import ImageTransform
+from flextok.data.variants import warn_unused
 from flextok.registry import make_dataset
 from flextok.training.plan import Assumptions, as_text, plan
 from flextok.training.recipe import memory_here, memory_of, write_recipe
@@ -112,6 +113,7 @@ def run_tokenize(options: Tokenize) -> dict[str, Any] | None:
     tokenizer = load_tokenizer(options.model, options.device)
     spec = data_spec(options.data)
     transform = ImageTransform(tokenizer.image_size, options)
+    warn_unused(options, options.variants, "--variants")
     store = build_token_cache(
         options.output,
         tokenizer,

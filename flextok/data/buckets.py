@@ -45,6 +45,13 @@ class Proportions(Dataset[float]):
         return math.log(height / width)
 
 
+def origins(dataset: Any) -> list[Any]:
+    """The data sets that the items of joined, relabelled or taken ones come from."""
+    if isinstance(dataset, Joined):
+        return [one for part in dataset.datasets for one in origins(part)]
+    return origins(dataset.dataset) if isinstance(dataset, Relabelled | Taken) else [dataset]
+
+
 def origin(dataset: Any, index: int) -> tuple[Any, int]:
     """The data set that an item of joined, relabelled or taken ones comes from, and its index
     there."""
@@ -62,7 +69,7 @@ def origin(dataset: Any, index: int) -> tuple[Any, int]:
 def sort_into(dataset: Any, shapes: Sequence[tuple[int, int]], num_workers: int = 0) -> Buckets:
     """The shape nearest to each image's proportions. shapes: (H, W), the square first. Raises
     ConfigError for shapes whose numbers of patches differ by more than LIMITS, and for streams."""
-    if isinstance(dataset, Sharded):
+    if any(isinstance(part, Sharded) for part in origins(dataset)):
         raise ConfigError(
             "model.shapes sorts the images by their proportions before training, for which shards "
             "would be read as a whole: take a folder or a Hugging Face data set, or leave it out"

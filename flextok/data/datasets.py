@@ -127,20 +127,21 @@ class HuggingFaceImages(Dataset[dict[str, Any]]):
     def __init__(
         self,
         path: str,
-        split: str = "train",
+        split: str | None = None,
         config: str | None = None,
         image_column: str = "image",
         label_column: str | None = "label",
         caption_column: str | None = None,
     ) -> None:
-        """config: the hub's name of a variant. label_column None: a single class."""
+        """split: train by default, or the only one of a saved folder. config: the hub's name of a
+        variant. label_column None: a single class."""
         try:
             import datasets
         except ImportError as error:
             raise ValueError(
                 "Hugging Face data sets need the package datasets: pip install flextok[data]"
             ) from error
-        table = load_huggingface(datasets, path, split, config)
+        table, split = load_huggingface(datasets, path, split, config)
         for column in (image_column, label_column, caption_column):
             if column is not None and column not in table.column_names:
                 known = ", ".join(table.column_names)
@@ -187,6 +188,8 @@ class HuggingFaceImages(Dataset[dict[str, Any]]):
 
     def state(self) -> Iterator[str]:
         yield self.fingerprint
+        if Path(self.path).expanduser().is_dir():  # written again, it may keep its fingerprint
+            yield from (state_of(file["filename"]) for file in self.table.cache_files)
 
 
 DATASETS: dict[str, Callable[..., Dataset[dict[str, Any]]]] = {
@@ -197,17 +200,28 @@ DATASETS: dict[str, Callable[..., Dataset[dict[str, Any]]]] = {
 }
 
 
-def load_huggingface(datasets: Any, path: str, split: str, config: str | None) -> Any:
-    """The split of a saved folder, if path is one, else of what load_dataset finds."""
+def load_huggingface(
+    datasets: Any, path: str, split: str | None, config: str | None
+) -> tuple[Any, str]:
+    """The split of a saved folder, if path is one, else of what load_dataset finds; and its name.
+    Raises ValueError for one that is not there, or not known to be that one."""
     folder = Path(path).expanduser()
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        if config is not None:
+            raise ValueError(f"config={config!r} is of the hub: {path!r} is a saved folder of one")
         saved = datasets.load_from_disk(str(folder))
-        splits = saved if isinstance(saved, dict) else {str(saved.split or split): saved}
-        if split not in splits:
-            raise ValueError(f"split={split!r} is not in {path!r}, which has {', '.join(splits)}")
-        return splits[split]
+        if not isinstance(saved, dict):
+            known = str(saved.split or "")
+            if split not in (None, known):
+                stated = f"holds the split {known}" if known else "states no split"
+                raise ValueError(f"split={split!r}: {path!r} {stated}; leave split out to take it")
+            return saved, known or "train"
+        if (name := split or "train") not in saved:
+            raise ValueError(f"split={name!r} is not in {path!r}, which has {', '.join(saved)}")
+        return saved[name], name
+    split = split or "train"
     try:
-        return datasets.load_dataset(path, config, split=split, trust_remote_code=False)
+        return datasets.load_dataset(path, config, split=split, trust_remote_code=False), split
     except (ValueError, OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         # the library names what it knows
         raise ValueError(f"path={path!r}, split={split!r}, config={config!r}: {error}") from error

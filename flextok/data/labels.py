@@ -3,9 +3,11 @@ file calls a class is looked up by name first and by number second, and data set
 compared by name."""
 
 import re
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from flextok.data.pictures import UNLABELLED, clean_text
@@ -40,8 +42,9 @@ def check_names(class_names: Sequence[str] | int) -> list[str]:
     for name in names:
         if not isinstance(name, str):
             raise ValueError(f'class_names holds {name!r}, which is no text: write it as "{name}"')
-    if len(set(names)) < len(names):
-        twice = next(name for i, name in enumerate(names) if name in names[:i])
+    if len(different := union(names)) < len(names):
+        pairs = zip(names, [*different, None], strict=False)
+        twice = next(name for name, other in pairs if name != other)
         raise ValueError(f"class_names holds {twice!r} twice: each class has one name")
     return list(names)
 
@@ -51,13 +54,23 @@ def balanced(labels: Tensor, balance: float) -> list[int]:
     a class of n samples then has n * (largest / n)^balance. So 0 leaves the classes as they are and
     1 makes them equal; LVIS (arXiv 1908.03195) has such a rule, with 0.5."""
     indices: list[int] = []
+    rng = torch.Generator().manual_seed(0)  # which of a class are repeated once more
     counts = labels.bincount().tolist()
     largest = max(counts)
     for some in labels.argsort(stable=True).split(counts):
         if count := len(some):
             wanted = round(count * (largest / count) ** balance)
-            indices += some.repeat(-(-wanted // count))[:wanted].tolist()
+            more = some[torch.randperm(count, generator=rng)[: wanted % count]]
+            indices += [*some.tolist() * (wanted // count), *more.tolist()]
     return indices
+
+
+def union(names: Iterable[str]) -> list[str]:
+    """The different ones in their order, however their accents are encoded (see find_name)."""
+    found: dict[str, str] = {}
+    for name in names:
+        found.setdefault(unicodedata.normalize("NFC", name), name)
+    return list(found.values())
 
 
 def label_table(names: Sequence[str]) -> dict[str, int]:
@@ -73,7 +86,7 @@ def index_labels(
     if class_names is None:
         numbers = [label for label in distinct if isinstance(label, int)]
         if len(numbers) < len(distinct):
-            class_names = sorted({str(label) for label in distinct})
+            class_names = sorted({unicodedata.normalize("NFC", str(label)) for label in distinct})
         elif not 0 <= max(numbers) < MAX_CLASSES or min(numbers) < 0:
             wrong = min(numbers) if min(numbers) < 0 else max(numbers)
             raise ValueError(

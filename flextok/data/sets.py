@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from PIL import Image
-from torch.utils.data import ConcatDataset, Dataset, Subset
+from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset
 
-from flextok.data.labels import captioned, check_names, renumbering
+from flextok.data.labels import captioned, check_names, renumbering, union
 from flextok.data.pictures import UNLABELLED, CorruptPicture
 from flextok.schema import whole_number
 
@@ -52,6 +52,12 @@ def adapt(dataset: Any, class_names: Sequence[str] | int | None = None) -> Any:
         return dataset
     if isinstance(dataset, Subset):
         return Taken(adapt(dataset.dataset, class_names), dataset.indices)
+    known = all(hasattr(dataset, name) for name in ("__getitem__", "__len__"))
+    if not known or isinstance(dataset, IterableDataset):
+        raise ValueError(
+            f"a {type(dataset).__name__} has no items by number: give a map-style data set, with "
+            "__getitem__ and __len__ (of a DataLoader its dataset), or shards as webdataset_stream"
+        )
     return Adapted(dataset, class_names)
 
 
@@ -82,6 +88,12 @@ class Adapted(Dataset[dict[str, Any]]):
         if not isinstance(found, Mapping):
             several = found if isinstance(found, tuple | list) else (found,)
             found = dict(zip(("image", "label"), several, strict=False))
+        if "image" not in found:
+            keys = ", ".join(map(repr, found)) or "nothing"
+            raise ValueError(
+                f"item {index} of {type(self.dataset).__name__} holds {keys} and no 'image': name "
+                "its image so"
+            )
         item = {"label": 0, "key": str(index), **found}
         label, names = whole_number(item["label"]), self.class_names
         name = names[label] if label is not None and label in range(len(names)) else ""
@@ -114,7 +126,7 @@ class Joined(ConcatDataset[dict[str, Any]]):
 
     def __init__(self, datasets: Sequence[Any]) -> None:
         parts = [adapt(one) for one in datasets]
-        self.class_names = list(dict.fromkeys(n for part in parts for n in part.class_names))
+        self.class_names = union(name for part in parts for name in part.class_names)
         super().__init__([by_name(part, self.class_names) for part in parts])
 
     def state(self) -> Iterator[str]:
@@ -157,6 +169,14 @@ def labels_count(dataset: Any) -> bool:
 def state_of(dataset: Any) -> Iterator[str]:
     """The files behind a data set; none are known of one that was made in Python."""
     return dataset.state() if isinstance(dataset, Files) else iter(())
+
+
+def chosen_items(dataset: Any) -> str:
+    """A hash of which items of other data sets these are; "" where they are all of them."""
+    parts = dataset.datasets if isinstance(dataset, Joined) else [getattr(dataset, "dataset", None)]
+    own = [int(index) for index in dataset.indices] if isinstance(dataset, Taken) else []
+    found = [own, *(chosen_items(part) for part in parts if is_ours(part))]
+    return hashlib.sha256(repr(found).encode()).hexdigest()[:16] if any(found) else ""
 
 
 def data_files(dataset: Any) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from flextok.data.shards import SHARD_ERRORS, is_plain, state_of, stream_samples
+from flextok.data.shards import SHARD_ERRORS, TOO_MANY, is_plain, state_of, stream_samples
 from flextok.files import writing
 
 RETRY = 600  # seconds until a shard that was damaged on its way is fetched once more
@@ -87,6 +87,9 @@ class ShardCache:
                     tar.addfile(header, io.BytesIO(content))
                 if tar.offset > self.limit:
                     return f"it is larger than cache_gb={self.limit / 1e9:g}"
+        with contextlib.suppress(*SHARD_ERRORS):  # of what nobody asked for
+            if next(samples, None) is not None:
+                log.warning(TOO_MANY, shard, count)
         return ""
 
     def _make_room(self) -> None:

@@ -27,6 +27,7 @@ from flextok.data.stream import SkipCounter
 MAX_INDEX = 64 << 20  # bytes of an index file: some 600,000 shards
 MAX_SAMPLES = 10**9  # that an index may state for one shard
 MAX_SAMPLE = 128 << 20  # bytes of a streamed sample, or of a member of a local one
+TOO_MANY = "%s holds more than the %d samples that are stated: the others are never read"
 MAX_EXTENSION = 32 << 10  # bytes of a long name, or of other facts that precede a member
 EXTENDING = (  # types of tar headers whose content is read with the headers
     *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),

@@ -1,19 +1,23 @@
 """Caches of what a model makes of each image of a data set, in several augmented variants."""
 
+import logging
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Dataset
 
+from flextok.data.augmentation import Augmentation
 from flextok.data.labels import list_names
 from flextok.data.parts import Compute, PartStore
-from flextok.data.processes import Process
-from flextok.data.sets import adapt, data_files
+from flextok.data.processes import Process, is_first
+from flextok.data.sets import adapt, chosen_items, data_files
 from flextok.data.stream import Item
 from flextok.data.transforms import ImageTransform
 from flextok.draws import derived_generator
+
+log = logging.getLogger(__name__)
 
 
 class Variants(Dataset):
@@ -39,6 +43,19 @@ class Variants(Dataset):
         several = item.get("captions") or [item.get("caption", "")]
         caption = several[variant % len(several)]  # each in turn
         return {"image": image, "label": label, "caption": caption}
+
+
+def warn_unused(augmentation: Augmentation, variants: int, key: str) -> None:
+    """Warn of asked changes of images where one variant of each, which is the image as it is, is
+    kept. key: what states their number."""
+    plain = Augmentation()
+    names = [field.name for field in fields(plain)]
+    asked = [name for name in names if getattr(augmentation, name) != getattr(plain, name)]
+    if variants == 1 and asked and is_first():
+        log.warning(
+            "%s=1 keeps each image as it is, without %s; 2 or more keep it varied, too",
+            *(key, ", ".join(asked)),
+        )
 
 
 def build_cache(
@@ -79,6 +96,8 @@ def build_cache(
         "data_files": data_files(dataset),
         "class_names": list(dataset.class_names),
     }
+    if items := chosen_items(dataset):
+        made_from["items"] = items
     store = PartStore.make(folder, what, made_from, len(source), part_size, process)
     store.fill(source, compute, batch_size, num_workers, desc)
     return store

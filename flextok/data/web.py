@@ -3,6 +3,7 @@ cache first. What is damaged is counted, named and left out; it never stops a ru
 
 import contextlib
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from threading import Thread
@@ -15,6 +16,7 @@ from flextok.data.openers import is_remote, parse_fetch
 from flextok.data.pictures import EXTENSIONS, UNLABELLED, CorruptPicture, load_picture, read_text
 from flextok.data.shard_cache import ShardCache
 from flextok.data.shards import (
+    TOO_MANY,
     Table,
     expand_shards,
     read_index,
@@ -28,6 +30,7 @@ from flextok.schema import find_class
 IMAGE_KEY = ";".join(extension[1:] for extension in EXTENSIONS)
 HELD = 100_000  # samples whose places a stream holds in memory
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 
 class Shards(Sharded):
@@ -154,7 +157,7 @@ class WebDatasetImages(Shards):
 
     def state(self) -> Iterator[str]:
         for shard in self.shards:
-            yield f"{shard} {state_of(shard)}"
+            yield f"{placed(shard)} {state_of(shard)}"
 
 
 class WebDatasetStream(Shards):
@@ -203,6 +206,8 @@ class WebDatasetStream(Shards):
         if not len(self):
             raise ValueError(f"urls={urls!r} hold no sample that can be read")
         self.prefetching: Thread | None = None
+        self.begun = False  # whether a shard has been read
+        self.longer: set[int] = set()  # shards that hold more samples than stated
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "tables": {}, "prefetching": None}
@@ -222,10 +227,28 @@ class WebDatasetStream(Shards):
             self.tables[number] = read_table(path, self.extensions)
             if copied and not os.path.exists(path):
                 raise FileNotFoundError(path)
+            self._check(number, self.tables[number])
             held = sum(len(table.keys) for table in self.tables.values())
             while held > max(HELD, 4 * self.shuffle) and len(self.tables) > 1:
                 held -= len(self.tables.pop(next(iter(self.tables))).keys)
         return self.tables[number]
+
+    def _check(self, number: int, table: Table) -> None:
+        """Raises ValueError where the first shard that is read has none of the keys that were asked
+        for, and warns of samples beyond the stated ones, once."""
+        shard, held = self.shards[number], set(table.extensions)
+        if table.keys and not self.begun:
+            missing = None
+            if not held & set(self.image_keys):
+                missing = f"image_key={';'.join(self.image_keys)!r}"
+            elif self.label_key is not None and not held & self.label_keys:
+                missing = f"label_key={self.label_key!r}"
+            if missing:
+                raise ValueError(f"{missing} is in no sample of {shard}: name another")
+        self.begun = True
+        if len(table.keys) > self.counts[number] and number not in self.longer:
+            self.longer.add(number)
+            log.warning(TOO_MANY, shard, self.counts[number])
 
     def prefetch(self, shards: Sequence[int]) -> None:
         if self.prefetching is None or not self.prefetching.is_alive():
@@ -235,7 +258,12 @@ class WebDatasetStream(Shards):
 
     def state(self) -> Iterator[str]:
         for shard, count in zip(self.shards, self.counts, strict=True):
-            yield f"{shard} {count} {state_of(shard)}"
+            yield f"{placed(shard)} {count} {state_of(shard)}"
+
+
+def placed(shard: str) -> str:
+    """The address of a shard; of a local one the same however its path is written."""
+    return shard if is_remote(shard) else os.path.abspath(shard)
 
 
 def written_label(text: str) -> int | str:

@@ -21,9 +21,11 @@ from flextok.data.loading import failures_in_one_line
 from flextok.data.processes import is_first
 from flextok.data.sets import adapt
 from flextok.data.stream import Item, as_it_is, collate
+from flextok.data.tokens import TokenDataset
 from flextok.data.transforms import ImageTransform
 from flextok.files import only_one, writing
 from flextok.generators import Generator
+from flextok.generators.conditioning import ClassConditioner
 from flextok.hub import Pretrained
 from flextok.nn.adapters import remove_adapters
 from flextok.nn.blocks import recompute_blocks
@@ -89,7 +91,6 @@ def fit(
         FitOptions, {**to_mapping(options), "output_dir": str(options.output_dir)}
     )
     check_devices(options)
-    check_sharding(objective, options, isinstance(train_set, LatentDataset))
     if isinstance(validation_set, LatentDataset):
         raise ConfigError("validation_set is a LatentDataset: validation reads images, give those")
     folder = Path(options.output_dir)
@@ -111,13 +112,13 @@ def fit(
         objective.prepare()
         if isinstance(train_set, LatentDataset):
             train_set.check_made_for(objective)
+        check_fit(objective, options, isinstance(train_set, LatentDataset))  # before it writes
         objective.train()
         if options.checkpoint_blocks:
             recompute_blocks(objective.model)
         if device_type(options.accelerator) == "cpu":
             accelerate(objective)
         module = TrainingModule(objective, options)
-        make_optimizer(objective, options.optim)  # its errors come before anything is written
         model = objective.model
         data = make_data(model, train_set, validation_set, options)
         last = find_checkpoint(checkpoints, module) if options.resume else None
@@ -183,6 +184,16 @@ def merge(model: Pretrained) -> None:
     model.adapters = None
 
 
+def check_fit(objective: Objective, options: FitOptions, cached: bool = False) -> None:
+    """Raises ConfigError for what a run cannot do with an objective that is prepared. cached: the
+    training set is a LatentDataset."""
+    check_sharding(objective, options, cached)
+    make_optimizer(objective, options.optim)
+    model = objective.model
+    if options.revive_every and not (isinstance(model, Tokenizer) and model.vocab_size):
+        raise ConfigError(f"trainer.revive_every={options.revive_every} needs a codebook (vq)")
+
+
 def check_sharding(objective: Objective, options: FitOptions, cached: bool = False) -> None:
     """Refuse what a model that is shared out over processes cannot do. cached: the training set is
     a LatentDataset."""
@@ -241,6 +252,10 @@ def make_data(
         model.metadata["class_names"] = list(train_set.class_names)
         if isinstance(model, Tokenizer) and len(model.shapes) > 1:
             buckets = sort_into(train_set, model.shapes, options.num_workers)
+    elif isinstance(train_set, TokenDataset) and isinstance(model.conditioner, ClassConditioner):
+        model.metadata.setdefault("class_names", list(train_set.class_names))
+        if isinstance(validation_set, TokenDataset):  # its labels may count in other names
+            validation_set.count_classes_in(train_set.class_names)
     return DataModule(
         train_set,
         validation_set,
@@ -260,8 +275,6 @@ def image_callbacks(model: Any, data: DataModule, options: FitOptions) -> list[L
         found.append(
             CodebookUsage(model.quantizer, every, bool(options.revive_every), options.seed)
         )
-    elif options.revive_every:
-        raise ConfigError(f"trainer.revive_every={options.revive_every} needs a codebook (vq)")
     samples = data.evaluation
     if samples is not None and options.num_pictures and not isinstance(model, Generator):
         count = min(options.num_pictures, len(samples))

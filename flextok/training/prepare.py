@@ -4,7 +4,7 @@ read, once, into caches: a step of its own, with a progress bar, before training
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ from flextok.data.latents import (
 from flextok.data.pictures import UNLABELLED
 from flextok.data.pixels import measure_pixels
 from flextok.data.processes import local_device
-from flextok.data.sets import take
+from flextok.data.sets import Joined, Relabelled, take
 from flextok.data.text import build_text_cache
 from flextok.data.tokens import (
     TokenDataset,
@@ -33,9 +33,10 @@ from flextok.data.tokens import (
     cache_identity,
 )
 from flextok.data.transforms import ImageTransform
+from flextok.data.variants import warn_unused
 from flextok.evaluation import Cell, Options, evaluate
 from flextok.evaluation.job import make_job
-from flextok.evaluation.runner import check_captions, check_enough
+from flextok.evaluation.runner import check_captions, check_enough, has_captions
 from flextok.evaluation.sources import Images as EvaluationImages
 from flextok.generators import GENERATORS
 from flextok.generators.conditioning import CONDITIONERS, TextConditioner
@@ -43,11 +44,13 @@ from flextok.generators.text import Text, load_encoder
 from flextok.hub import fingerprint
 from flextok.objectives import Objective, make_objective
 from flextok.pipeline import expected_codes, load, remember_tokenizer
+from flextok.places import CONFIG
 from flextok.registry import TASKS, build_model, like_start, make_dataset, model_config
 from flextok.schema import ConfigError, build, named_spec
-from flextok.storage import CheckpointError
+from flextok.storage import CheckpointError, read_json
 from flextok.tokenizers import TOKENIZERS, FlexTokConfig, TiTokConfig
 from flextok.tokenizers.base import Tokenizer, same_codes
+from flextok.training.checkpoints import list_checkpoints
 from flextok.training.validation import Evaluation, Images, draw_generations
 
 log = logging.getLogger(__name__)
@@ -62,26 +65,35 @@ class Run(NamedTuple):
     callbacks: list[L.Callback]
 
 
-def prepare(config: ExperimentConfig) -> Run:
-    """Build the model, its objective and the data sets of an experiment, and fill the caches."""
-    return prepare_generator(config) if config.task == "generator" else prepare_images(config)
+Check = Callable[[Objective], None]  # raises for what a run of this objective cannot do
 
 
-def prepare_images(config: ExperimentConfig) -> Run:
+def prepare(config: ExperimentConfig, check: Check = lambda objective: None) -> Run:
+    """Build the model, its objective and the data sets of an experiment, and fill the caches. That
+    may take hours: what can be known to be wrong is named before, also by `check`."""
+    make = prepare_generator if config.task == "generator" else prepare_images
+    return make(config, check)
+
+
+def prepare_images(config: ExperimentConfig, check: Check) -> Run:
     """As prepare, for what trains on images: an autoencoder or a tokenizer."""
     objective = build_objective(config, config.model)
     validation_set = make_dataset(config.data.validation) if config.data.validation else None
     callbacks = evaluation(config, objective.model, None)
     train_set = make_dataset(config.data.train)
     if config.data.latent_variants:
-        train_set = cached_latents(config, objective, train_set)
+        train_set = cached_latents(config, objective, train_set, check)
     return Run(objective, train_set, validation_set, callbacks)
 
 
-def cached_latents(config: ExperimentConfig, objective: Objective, dataset: Any) -> LatentDataset:
+def cached_latents(
+    config: ExperimentConfig, objective: Objective, dataset: Any, check: Check
+) -> LatentDataset:
     check_cacheable(objective)
     torch.manual_seed(config.seed)  # as fit() does: a cache changes no first weights
     objective.prepare()
+    check(objective)
+    warn_unused(config.data, config.data.latent_variants, "data.latent_variants")
     data, model = config.data, objective.model.eval()
     folder = Path(data.latent_cache or Path(config.output_dir) / "latents")
     store = build_latent_cache(
@@ -100,7 +112,7 @@ def cached_latents(config: ExperimentConfig, objective: Objective, dataset: Any)
     return LatentDataset(folder, verify=False)  # just made or checked
 
 
-def prepare_generator(config: ExperimentConfig) -> Run:
+def prepare_generator(config: ExperimentConfig, check: Check) -> Run:
     assert config.tokenizer is not None, "the config is checked"
     tokenizer, folder = load_tokenizer(config), Path(config.output_dir)
     derived: dict[str, Any] = {
@@ -119,6 +131,7 @@ def prepare_generator(config: ExperimentConfig) -> Run:
     if by_class:
         spec["conditioner"] = {"num_classes": len(class_names), **spec["conditioner"]}
         check_classes(class_names, spec["conditioner"]["num_classes"])
+        check_classes_of_run(config, class_names)
         if "validation" in sources:
             check_known(sources["validation"], class_names)
     known = {"class_names": class_names, "codes_id": tokenizer.codes_id}
@@ -126,7 +139,12 @@ def prepare_generator(config: ExperimentConfig) -> Run:
     model = objective.model
     remember_tokenizer(model, folder, tokenizer, config.tokenizer)
     callbacks = evaluation(config, tokenizer, model)
-    # every mistake that can be found is found by now: tokenizing may take hours
+    if isinstance(model.conditioner, TextConditioner):
+        for found in sources.values():
+            check_any_captions(found, tokenizer.image_size)
+    torch.manual_seed(config.seed)
+    objective.prepare()
+    check(objective)
     cache = Path(config.data.token_cache or folder / "tokens")
     tokens = {
         part: cached_tokens(config, tokenizer, cache / part, part, found)
@@ -141,7 +159,7 @@ def prepare_generator(config: ExperimentConfig) -> Run:
         pinned = model.conditioner.pinned(model.config.conditioner)
         model.config = replace(model.config, conditioner=pinned)
         for part, captioned in tokens.items():
-            add_text(model.conditioner, cache / part / "text", captioned, config)
+            add_text(model.conditioner, cache / part / "text", captioned, cache_device(config))
         load_encoder.cache_clear()  # from here on the cached rows do
     if validation_set is not None and number:
         cond: Tensor | Text = torch.arange(number) % max(1, len(class_names))
@@ -233,17 +251,56 @@ def token_source(spec: Any, tokenizer: Tokenizer) -> Any:
 
 
 def check_known(source: Any, class_names: list[str]) -> None:
-    """Refuse validation images of a class that the training images lack."""
-    labels = getattr(source, "labels", None)  # of some images they are known when these are read
-    numbers = set() if labels is None else set(map(int, labels))
-    present = [source.class_names[number] for number in sorted(numbers)]
+    """Refuse validation images of a class that the training images lack, where their classes are
+    known before they are read."""
     try:
-        renumbering(present, class_names)
+        renumbering(list(classes_in(source)), class_names)
     except ValueError as error:
         raise ConfigError(
             f"data.validation: {error}; or name images of the training classes, or set "
             "data.validation=null"
         ) from None
+
+
+def classes_in(source: Any) -> dict[str, None]:
+    """The names of the classes that a data set's items have, as far as it knows without reading
+    them."""
+    if isinstance(source, Joined):
+        return {name: None for part in source.datasets for name in classes_in(part)}
+    if isinstance(source, Relabelled):
+        return classes_in(source.dataset)
+    labels = getattr(source, "labels", None)
+    numbers = set() if labels is None else set(map(int, labels))
+    return dict.fromkeys(source.class_names[number] for number in sorted(numbers))
+
+
+def check_classes_of_run(config: ExperimentConfig, class_names: list[str]) -> None:
+    """Refuse to go on with a generator over other classes than it was trained on: its rows would
+    stand for others."""
+    folder = Path(config.output_dir)
+    goes_on = config.resume and list_checkpoints(folder / "checkpoints")
+    if not goes_on or not (folder / CONFIG).is_file():
+        return
+    known = read_json(folder / CONFIG).get("metadata", {}).get("class_names")
+    if known is not None and known != class_names:
+        raise ConfigError(
+            f"{folder} holds a generator of the {list_names(known)}, and the data has the "
+            f"{list_names(class_names)}: pass resume=false to train it anew, or name another "
+            "output_dir"
+        )
+
+
+def check_any_captions(source: Any, size: int) -> None:
+    """Refuse images without captions for a generator that reads them."""
+    if isinstance(source, TokenDataset):
+        found = any(source.captions)
+    else:
+        found = has_captions(EvaluationImages(source, size))
+    if not found:
+        raise ConfigError(
+            "no picture has a caption: a text conditioner needs them (.txt files beside pictures, "
+            "a caption column or key), or choose conditioner {name: class}"
+        )
 
 
 def cached_tokens(
@@ -252,6 +309,8 @@ def cached_tokens(
     """The tokens of a token_source, which those of images are kept in. part: train is augmented."""
     if isinstance(source, TokenDataset):
         return source
+    if part == "train":
+        warn_unused(config.data, config.data.token_variants, "data.token_variants")
     data, spec = config.data, getattr(config.data, part)
     transform = ImageTransform(tokenizer.image_size, data)
     store = build_token_cache(
@@ -290,23 +349,15 @@ def cache_device(config: ExperimentConfig) -> str:
     return "cpu" if config.trainer.accelerator == "cpu" else local_device()
 
 
-def add_text(
-    conditioner: TextConditioner, folder: Path, tokens: TokenDataset, config: ExperimentConfig
-) -> None:
+def add_text(conditioner: TextConditioner, folder: Path, tokens: TokenDataset, device: str) -> None:
     """Give a token data set the rows of its captions, cached in `folder`."""
-    without = tokens.captions.count("")
-    if without == len(tokens):
-        raise ConfigError(
-            "no picture has a caption: a text conditioner needs them (.txt files beside pictures, "
-            "a caption column or key), or choose conditioner {name: class}"
-        )
-    if without:
+    if without := tokens.captions.count(""):
         log.warning("%d of %d pictures have no caption: null text", without, len(tokens))
     sided = sum(bool(re.search(r"\b(left|right)\b", caption)) for caption in tokens.captions)
-    if config.data.flip and sided:
+    mirrored = tokens.manifest["augmentation"].get("flip") and tokens.manifest["variants"] > 1
+    if mirrored and sided:
         log.warning("data.flip=true mirrors pictures, and %d captions say left or right", sided)
-    encoder = conditioner.encoder
-    tokens.text = build_text_cache(folder, encoder, tokens.captions, cache_device(config))
+    tokens.text = build_text_cache(folder, conditioner.encoder, tokens.captions, device)
     conditioner.null_row = tokens.text[""]
 
 

@@ -1,5 +1,6 @@
 """One training run from an experiment: prepare its data and model, then fit()."""
 
+import functools
 import logging
 from contextlib import nullcontext, suppress
 from dataclasses import fields
@@ -13,7 +14,7 @@ from flextok.schema import ConfigError, from_mapping, to_mapping
 from flextok.storage import CheckpointError, read_json
 from flextok.tokenizers.base import same_codes
 from flextok.training.checkpoints import list_checkpoints, load_checkpoint
-from flextok.training.fit import fit
+from flextok.training.fit import check_fit, fit
 from flextok.training.options import FitOptions
 from flextok.training.prepare import fill_auto, load_tokenizer, prepare
 from flextok.training.record import NOTHING_TO_DO, check_changes, describe, is_finished
@@ -42,16 +43,18 @@ def train(config: ExperimentConfig, only_caches: bool = False) -> Path:
             return folder
         if changes:
             log.info("with other settings from here on: %s", describe(changes))
+    options, cached = fit_options(config), bool(config.data.latent_variants)
+    check = functools.partial(check_fit, options=options, cached=cached)
     if only_caches:
-        prepare(config)
+        prepare(config, check)
         return folder
     with only_one(folder) if is_first() else nullcontext():  # before the caches are filled
-        objective, train_set, validation_set, callbacks = prepare(config)
+        objective, train_set, validation_set, callbacks = prepare(config, check)
         fit(
             objective,
             train_set,
             validation_set,
-            options=fit_options(config),
+            options=options,
             callbacks=callbacks,
             experiment=config,
         )
