@@ -9,10 +9,12 @@ from PIL import ImageFilter
 from flextok.data.transforms import ImageTransform
 from flextok.emoji.datasets import Emoji
 from flextok.evaluation.distances import (
+    ADM_CHUNK,
     Statistics,
     frechet_distance,
     inception_score,
     kernel_distance,
+    mixed,
     precision_recall,
     statistics,
     thinned,
@@ -144,8 +146,25 @@ def test_statistics_refuse_nan_and_a_single_image(features):
 
 
 def test_large_sets_are_thinned_evenly_for_precision():
-    assert thinned(torch.arange(10.0)[:, None], 5).flatten().tolist() == [0, 2, 4, 6, 8]
+    """Every fifth row of images that go through the classes over and over are a fifth of these."""
+    found = thinned(torch.arange(10.0)[:, None], 5).flatten()
+    assert (found // 2).tolist() == [0, 1, 2, 3, 4]
+    assert torch.equal(found, thinned(torch.arange(10.0)[:, None], 5).flatten())
     assert thinned(torch.arange(3), 5).tolist() == [0, 1, 2]
+    for rows, classes, size in ((50_000, 100, 10_000), (20_000, 10, 10_000), (5_000, 5, 1_000)):
+        for labels in (torch.arange(rows) % classes, torch.arange(rows) * classes // rows):
+            counts = thinned(labels, size).bincount(minlength=classes)
+            assert counts.sum() == size
+            assert counts.min() > 0.6 * size / classes
+            assert counts.max() < 1.4 * size / classes
+
+
+def test_the_class_score_of_chunks_is_of_images_in_no_order():
+    """A chunk of a folder that is sorted by class has few of the classes."""
+    logits = 20 * torch.eye(10)[torch.arange(2 * ADM_CHUNK) * 10 // (2 * ADM_CHUNK)].double()
+    assert inception_score(logits, shuffle=False)[0] == pytest.approx(5, rel=0.01)
+    assert inception_score(mixed(logits), shuffle=False)[0] == pytest.approx(10, rel=0.01)
+    assert torch.equal(mixed(logits).sum(0), logits.sum(0))
 
 
 def test_the_network_sees_what_is_on_the_photographs(network):

@@ -34,7 +34,7 @@ from flextok.evaluation.evaluators import FeatureDistances
 from flextok.evaluation.features import EfficientNetLite0, Features
 from flextok.evaluation.metrics import cosine_distance, psnr, sharpness, to_8_bit
 from flextok.evaluation.reference import Reference, save_reference
-from flextok.evaluation.runner import PART, spread
+from flextok.evaluation.runner import PART, each_class, spread
 from flextok.files import only_one
 from flextok.generators import GPT, MaskGIT, MaskGITConfig
 from flextok.schema import NotFinite
@@ -159,7 +159,7 @@ def test_a_text_generator_is_evaluated_by_the_pictures_captions(monkeypatch, tmp
     report = evaluate(
         gpt, data, [Cell(8, 1)], options(num_samples=7), tmp_path, tokenizer=tokenizer()
     )
-    names = [Emoji("validation")[i]["caption"] for i in (0, 2, 3, 4, 0, 2, 3)]
+    names = [Emoji("validation")[i]["caption"] for i in (0, 0, 2, 2, 3, 3, 4)]
     assert prompts == names
     assert report["results"][0]["count"] == 7
     assert {"gfid", "kid"} <= set(report["results"][0]["scores"])
@@ -374,6 +374,60 @@ def run_until(stop_after, output, monkeypatch, **changes):
         except Stop:
             report = None
     return report, len(seen)
+
+
+def test_an_earlier_report_stays_until_there_is_another(tmp_path):
+    """It was removed first, and a mistake in the second command lost it."""
+    evaluate(tokenizer(), emoji(), [Cell(1, 1)], options(), tmp_path)
+    before = (tmp_path / "report.json").read_text()
+    broken = tokenizer()
+    broken.get_parameter("decoder.head.weight").data.fill_(torch.nan)
+    with pytest.raises(NotFinite):
+        evaluate(broken, emoji(), [Cell(1, 1)], options(), tmp_path)
+    assert (tmp_path / "report.json").read_text() == before
+    evaluate(tokenizer(), emoji(), [Cell(8, 1)], options(), tmp_path)
+    assert json.loads((tmp_path / "report.json").read_text())["results"][0]["num_tokens"] == 8
+
+
+def test_evaluators_of_a_users_own_do_not_mix(monkeypatch):
+    """The last one's column stood for both."""
+
+    class Least(Evaluator):
+        name = "least"
+
+        def measure(self, images):
+            return {"pixel": images.amin((1, 2, 3))}
+
+        def scores(self, rows):
+            return {"least": float(rows.made("pixel").min())}
+
+    class Most(Least):
+        name = "most"
+
+    class Tokens(Evaluator):
+        name, needs = "tokens", ("indices",)
+
+        def measure(self, indices):
+            return {"first": indices[:, 0]}
+
+        def scores(self, rows):
+            return {"largest_first": int(rows.made("first").max())}
+
+    class Both(Tokens):
+        name, needs = "both", ("images", "indices")
+
+    def measured(*kinds):
+        with monkeypatch.context() as patch:
+            for kind in kinds:
+                patch.setitem(EVALUATORS, kind.name, lambda setting, kind=kind: kind())
+            return evaluate(tokenizer(), emoji(), [Cell(1, 1)], options())
+
+    assert measured(Least)["results"][0]["scores"]["least"] == -1
+    with pytest.raises(ValueError, match="evaluator most measures 'pixel', and so does another"):
+        measured(Least, Most)
+    assert measured(Tokens)["codes"]["largest_first"] >= 0
+    with pytest.raises(ValueError, match="evaluator both needs images, indices: indices come"):
+        measured(Both)
 
 
 def test_an_interrupted_evaluation_continues_after_its_last_part(whole, tmp_path, monkeypatch):
@@ -775,11 +829,17 @@ def test_fewer_samples_than_classes_are_evenly_spread_and_told(monkeypatch):
         (4, 5, [0, 1, 2, 3]),
         (2, 5, [0, 2]),
         (5, 5, [0, 1, 2, 3, 4]),
-        (7, 3, [0, 1, 2, 0, 1, 2, 0]),
+        (7, 3, [0, 0, 0, 1, 1, 2, 2]),
+        (15, 10, [0, 0, 1, 2, 2, 3, 4, 4, 5, 6, 6, 7, 8, 8, 9]),
     ],
 )
 def test_items_are_evenly_spread(number, total, expected):
     assert spread(number, total) == expected
+
+
+def test_each_class_comes_as_often():
+    assert each_class(7, 3) == [0, 1, 2, 0, 1, 2, 0]
+    assert each_class(2, 4) == [0, 2]
 
 
 def test_fewer_samples_than_images_take_labels_and_captions_from_all_of_them(monkeypatch):
@@ -789,7 +849,7 @@ def test_fewer_samples_than_images_take_labels_and_captions_from_all_of_them(mon
     assert report["settings"]["labels"]["fewest"] == 0  # of the fifth class
     assert not any("have none" in warning for warning in report["warnings"])
     asked, _ = labels_drawn(monkeypatch, 14, sorted_by_class, labels="data")
-    assert asked == [*sorted_by_class.labels, 0, 0]
+    assert [asked.count(label) for label in range(4)] == [4, 3, 4, 3]
     encoder = {"name": "bytes", "dim": 16, "depth": 1, "num_heads": 2, "max_length": 64}
     gpt = tiny_gpt(conditioner={"name": "text", "encoder": encoder}).double()
     prompts, generate = [], gpt.generate

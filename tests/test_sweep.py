@@ -219,6 +219,16 @@ def test_probe_reads_the_class_where_it_is(monkeypatch):
             linear_probe(Coded(), Levels(alike), Levels(levels), Options())
 
 
+def test_a_probe_that_is_tested_on_what_it_learned_says_so(caplog):
+    def probe(train, test):
+        caplog.clear()
+        linear_probe(tiny_tokenizer(), Levels(train), Levels(test), Options(), [1])
+        return caplog.text
+
+    assert "4 of the 6 test images are training images, too" in probe([0, 9, 9], [0, 0, 9, 9, 3, 5])
+    assert "training images" not in probe([0, 9, 9], [3, 5])
+
+
 # --- sweep --------------------------------------------------------------------------------------
 
 

@@ -69,7 +69,7 @@ def kernel_distance(
 def precision_recall(generated: Tensor, real: Tensor) -> tuple[float, float]:
     """Kynkaanniemi et al. (arXiv 1904.06991): the share of generated images within the real ones'
     manifold, and of real ones within the generated ones'; an image covers the ball that reaches
-    its third neighbour. Larger sets are thinned evenly to MANIFOLD."""
+    its third neighbour. Larger sets are thinned to MANIFOLD."""
     from torch_fidelity.metric_prc import (
         KEY_METRIC_PRECISION,
         KEY_METRIC_RECALL,
@@ -90,9 +90,18 @@ def precision_recall(generated: Tensor, real: Tensor) -> tuple[float, float]:
 
 
 def thinned(rows: Tensor, size: int) -> Tensor:
-    """At most `size` of the rows, evenly spread: a folder may be sorted by class."""
-    number = min(size, len(rows))
-    return rows[torch.arange(number) * len(rows) // number]
+    """At most `size` of the rows: one at random of each of so many stretches, since a folder may be
+    sorted by class, and generated images go through the classes over and over."""
+    if len(rows) <= size:
+        return rows
+    ends = torch.arange(size + 1) * len(rows) // size
+    places = torch.rand(size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return rows[ends[:-1] + (places * ends.diff()).long()]
+
+
+def mixed(rows: Tensor) -> Tensor:
+    """The rows in a random order, always the same one."""
+    return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
 
 
 def inception_score(logits: Tensor, shuffle: bool) -> tuple[float, float]:

@@ -20,10 +20,12 @@ from torch import Tensor
 
 from flextok.evaluation.distances import (
     KID_SUBSET,
+    MANIFOLD,
     Statistics,
     frechet_distance,
     inception_score,
     kernel_distance,
+    mixed,
     precision_recall,
     statistics,
 )
@@ -191,7 +193,8 @@ class FeatureDistances(Evaluator):
             logits = rows.made(f"{self.name}/logits")
             shuffled = inception_score(logits, shuffle=True)
             found["class_score_10_shuffled"], found["class_score_10_shuffled_std"] = shuffled
-            found["class_score_chunks_of_5000"], _ = inception_score(logits, shuffle=False)
+            # ADM's images are in no order, where ours may be sorted by class
+            found["class_score_chunks_of_5000"], _ = inception_score(mixed(logits), shuffle=False)
         names: dict[str, str] = {}
         if self.name.startswith("dinov2"):
             ends = ("", "_to_reference")
@@ -208,8 +211,11 @@ class FeatureDistances(Evaluator):
         if rows.real is not None:
             sets["real images"] = rows.real(self.name)
         found = [few_images(name, *features.shape) for name, features in sets.items()]
-        if min(map(len, sets.values())) < KID_SUBSET:
-            found.append(f"kernel distance over all images: fewer than a subset of {KID_SUBSET}")
+        if (least := min(map(len, sets.values()))) < KID_SUBSET:
+            subset = f"fewer than a subset of {KID_SUBSET}"
+            found.append(f"kernel distance over {least} images a side: {subset}")
+        if max(map(len, sets.values())) > MANIFOLD:
+            found.append(f"precision and recall by {MANIFOLD} images a side, drawn evenly")
         if self.name.startswith("inception_"):
             found.append(f"{self.name}: not the weights that FID is defined on")
         return [*filter(None, found), *(self.reference.warnings if self.reference else [])]

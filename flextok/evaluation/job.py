@@ -114,6 +114,12 @@ def make_job(
     dtype = next(tokenizer.parameters()).dtype
     setting = Setting(tokenizer.device, dtype, tokenizer.vocab_size, options.inception_weights)
     evaluators = load_evaluators(options.networks, setting)
+    for evaluator in evaluators[0]:
+        if "indices" in evaluator.needs and len(evaluator.needs) > 1:
+            raise ValueError(
+                f"evaluator {evaluator.name} needs {', '.join(evaluator.needs)}: indices come "
+                "without the images, so one evaluator is for these and another for those"
+            )
     job = Job(tokenizer, generator, cells, decoding, sampling, options, *evaluators)
     if options.save_reference and len(job.networks) != 1:
         raise ValueError("a reference file holds one network's features: choose one of --networks")

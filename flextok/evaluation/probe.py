@@ -4,6 +4,7 @@ Multinomial logistic regression on the code vectors of a prefix, standardised an
 an L2 penalty, fitted to its optimum (L-BFGS, float64): nothing is drawn.
 """
 
+import logging
 from typing import Any
 
 import torch
@@ -11,11 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flextok.evaluation.job import Options
+from flextok.evaluation.metrics import image_hashes
 from flextok.evaluation.sources import Images, batches
 from flextok.pipeline import prefix_lengths
 from flextok.tokenizers.base import Tokenizer, encode_rows
 
 L2 = 1e-2  # of the mean loss, on standardised codes
+ONE_CLASS = (
+    "the {} training images are all of one class: nothing to predict; give images of two classes "
+    "at least (folders, labels)"
+)
+log = logging.getLogger(__name__)
 
 
 def linear_probe(
@@ -34,13 +41,17 @@ def linear_probe(
     if names[0] != names[1]:
         raise ValueError(f"train and test have different classes: {names[0][:5]}, {names[1][:5]}")
     lengths = lengths or prefix_lengths(tokenizer.num_tokens)
-    train_codes, train_labels = codes_of(tokenizer, train, options)
+    if len(set(getattr(train, "labels", None) or (0, 1))) < 2:  # where they are known
+        raise ValueError(ONE_CLASS.format(len(train)))
+    train_codes, train_labels, seen = codes_of(tokenizer, train, options)
     if len(train_labels.unique()) < 2:
-        raise ValueError(
-            f"the {len(train_labels)} training images are all of one class: nothing to predict; "
-            "give images of two classes at least (folders, labels)"
+        raise ValueError(ONE_CLASS.format(len(train_labels)))
+    test_codes, test_labels, held_out = codes_of(tokenizer, test, options)
+    if shared := int(torch.isin(held_out, seen).sum()):
+        log.warning(
+            "%d of the %d test images are training images, too: the accuracy is too high",
+            *(shared, len(held_out)),
         )
-    test_codes, test_labels = codes_of(tokenizer, test, options)
     order = torch.randperm(len(train_labels), generator=torch.Generator().manual_seed(options.seed))
     results = []
     for k in lengths:
@@ -68,9 +79,9 @@ def linear_probe(
     }
 
 
-def codes_of(tokenizer: Tokenizer, dataset: Any, options: Options) -> tuple[Tensor, Tensor]:
-    """Code vectors (n, K, C) float64 and labels (n,) of all readable images."""
-    codes, labels = [], []
+def codes_of(tokenizer: Tokenizer, dataset: Any, options: Options) -> tuple[Tensor, Tensor, Tensor]:
+    """Code vectors (n, K, C) float64, labels (n,) and hashes (n,) of all readable images."""
+    codes, labels, hashes = [], [], []
     source = Images(dataset, tokenizer.image_size)
     for batch in batches(source, options, "encoding"):
         found = encode_rows(tokenizer, batch["image"], options.seed, batch["index"])
@@ -78,7 +89,8 @@ def codes_of(tokenizer: Tokenizer, dataset: Any, options: Options) -> tuple[Tens
             found = tokenizer.quantizer.indices_to_codes(found)
         codes.append(found.cpu().double())
         labels.append(batch["label"])
-    return torch.cat(codes), torch.cat(labels)
+        hashes.append(image_hashes(batch["image"]))
+    return torch.cat(codes), torch.cat(labels), torch.cat(hashes)
 
 
 def fit(x: Tensor, labels: Tensor) -> Tensor:

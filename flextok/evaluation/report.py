@@ -55,7 +55,7 @@ def make_report(measured: Measured, names: Mapping[str, str]) -> dict[str, Any]:
     codes = None
     for evaluator in job.evaluators:
         if "indices" in evaluator.needs:
-            codes = evaluator.scores(measured.rows("codes"))
+            codes = {**(codes or {}), **evaluator.scores(measured.rows("codes"))}
     settings = job.settings()
     return {
         "settings": {
@@ -98,7 +98,7 @@ def result(measured: Measured, number: int, codes: dict[str, Any] | None) -> dic
         if not math.isfinite(score):
             raise NotFinite(f"{name} is {score} at {cell.num_tokens} tokens: no score to report")
     decoding, rate, seconds = vars(job.decoding[number]), {}, rows.made("seconds")
-    if codes is not None:
+    if codes is not None and "vocab_size" in codes:
         pixels = job.tokenizer.image_size**2
         bits = cell.num_tokens * math.log2(codes["vocab_size"])
         entropy = sum(codes["entropy_bits_per_position"][: cell.num_tokens])

@@ -146,7 +146,13 @@ def measured_rows(job: Job, show: Show, batch: Batch) -> parts.Rows:
         columns = {key: shown[key] for key in shown if key in ("hash", "seconds")}
         for evaluator in job.evaluators:
             if all(need in shown for need in evaluator.needs):
-                columns |= evaluator.measure(*(shown[need] for need in evaluator.needs))
+                found = evaluator.measure(*(shown[need] for need in evaluator.needs))
+                if twice := columns.keys() & found.keys():
+                    raise ValueError(
+                        f"evaluator {evaluator.name} measures {min(twice)!r}, and so does another: "
+                        f"give it a name of its own, such as {evaluator.name}/{min(twice)}"
+                    )
+                columns |= found
         rows |= {f"{side}/{name}": column for name, column in columns.items()}
     return rows
 
@@ -213,13 +219,21 @@ def prompts_of(job: Job, number: int, real: PartStore | None) -> Prompts:
         chosen = [captioned[i] for i in spread(number, len(captioned))]
         return Prompts([captions[i] for i in chosen], known[chosen])
     classes = classes_of(job)
-    labels = torch.tensor(spread(number, classes) if classes else [NULL_CLASS] * number)
+    labels = torch.tensor(each_class(number, classes) if classes else [NULL_CLASS] * number)
     return Prompts(labels, labels)
 
 
 def spread(number: int, total: int) -> list[int]:
-    """`number` of `total` items, evenly spread; more than there are take them over and over."""
-    return [i * total // number if number < total else i % total for i in range(number)]
+    """`number` of `total` items, each as often as the others or once more, and those that are taken
+    more often evenly spread: images may be sorted by class."""
+    return [i * total // number for i in range(number)]
+
+
+def each_class(number: int, classes: int) -> list[int]:
+    """The classes of `number` images: over and over, or evenly spread where there are fewer."""
+    if number < classes:
+        return spread(number, classes)
+    return [i % classes for i in range(number)]
 
 
 @contextmanager
@@ -229,8 +243,8 @@ def folder_of(output: str | Path | None) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         first = processes.rank() == 0
         with only_one(folder, leave=False) if first else nullcontext():
-            if first:  # what lies there until this one is done would be another's
-                check_output(folder).unlink(missing_ok=True)
+            if first:  # an earlier report stays until this one is done
+                check_output(folder)
             processes.barrier()  # before that the folder may be another evaluation's
             yield folder
     elif processes.count() > 1:

@@ -146,9 +146,13 @@ def shown_scores(report: dict[str, Any]) -> dict[str, dict[str, str]]:
             for network in networks if by_network else [""]:
                 end = f"_{network}" if network else ""
                 title = f"{label} ({network})" if network and len(networks) > 1 else label
-                for name in (f"{score}{end}", f"{score}_to_reference{end}"):
-                    if name in result[group]:
-                        shown[group][title] = name
+                apart = f"{score}_to_reference{end}"
+                if apart in result[group]:
+                    shown[group][title] = apart
+                elif (name := f"{score}{end}") in result[group]:
+                    compared = network and report["settings"].get("stored_reference")
+                    beside = compared and group == PLAUSIBLE  # the reference has statistics only
+                    shown[group][f"{title} to the originals" if beside else title] = name
     return shown
 
 
