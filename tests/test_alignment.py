@@ -1,10 +1,13 @@
 """The probe reads scenes, and the alignment score tells a generator that obeys from one that does
 not, more tokens from fewer, and chance from both."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
-from helpers.models import tiny_gpt
+from helpers.models import tiny_gpt, tiny_tokenizer
 
+from flextok.cli import measure
 from flextok.emoji.alignment import (
     alignment,
     caption_facts,
@@ -22,6 +25,7 @@ from flextok.emoji.probe import (
     train_probe,
 )
 from flextok.emoji.scenes import EmojiScenes
+from flextok.registry import make_dataset
 
 OPTIONS = {"max_objects": 2, "vocabulary": "basic"}
 SIZE, NUMBER = 32, 64
@@ -219,3 +223,13 @@ def test_nobody_gets_his_own_prompt_as_control(number):
         others = derangement(number, seed)
         assert sorted(others.tolist()) == list(range(number))
         assert not (others == torch.arange(number)).any()
+
+
+@pytest.mark.parametrize("prompts", ["all", "train", "held_out"])
+def test_the_classifier_learns_from_other_scenes_than_it_reads(monkeypatch, prompts):
+    monkeypatch.setattr(measure.scene_probe, "train_probe", lambda data, *rest, **how: data)
+    spec = {"name": "emoji_scenes", **OPTIONS, "prompts": prompts, "length": 5}
+    scenes, options = make_dataset(spec), SimpleNamespace(probe=None, probe_steps=None)
+    learned = measure.probe_for(scenes, spec, tiny_tokenizer(), options)
+    keys = [{data[i]["key"] for i in range(5)} for data in (scenes, learned)]
+    assert len(keys[0] | keys[1]) == 10

@@ -227,7 +227,10 @@ def probe_for(
         probe = scene_probe.Probe.load(options.probe).to(tokenizer.device)
         check_probe(probe, scenes, tokenizer.image_size)
         return probe
-    known = {"split": "train", "prompts": "train" if scenes.prompts == "held_out" else "all"}
+    prompts = "train" if scenes.prompts == "held_out" else "all"
+    known: dict[str, Any] = {"split": "train", "prompts": prompts}
+    if scenes.split == "train":  # others than those that it is to read
+        known["seed"] = scenes.seed + 1
     probe = scene_probe.train_probe(
         make_dataset({**spec, **known}),
         tokenizer.image_size,
