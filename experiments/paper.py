@@ -633,12 +633,15 @@ def first_token_figure(model: Any, images: Tensor, labels: Tensor, wide: int = 8
     below it as many decodes of this token alone from other noise."""
     first = torch.cat([model.encode(some)[:, 0] for some in images.split(100)])
     rows, names = [], []
-    frequent = [int(first[labels == c].mode().values) for c in labels.unique()]
-    for value in dict.fromkeys(frequent):
+    classes: dict[int, list[str]] = {}  # of which a code is the most frequent first token
+    for c in labels.unique():
+        value = int(first[labels == c].mode().values)
+        classes.setdefault(value, []).append(FashionMNIST.class_names[c])
+    for value, of in classes.items():
         same = images[first == value][:wide]
         rngs = [torch.Generator().manual_seed(i) for i in range(wide)]
         rows += [same, model.decode(torch.full((wide, 1), value), generator=rngs)]
-        names += [f"code {value}", "decoded"]
+        names += [f"{', '.join(of)}: code {value}", "decoded"]
     return viz.grid(rows, row_labels=names, scale=2)
 
 

@@ -31,7 +31,8 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:
     """Structural similarity (Wang et al. 2004) with its Gaussian window of 11 pixels and sigma 1.5,
-    the channels averaged."""
+    the channels averaged; as torchmetrics does it since 1.5, also of windows that reach over the
+    border, where the image is reflected: of small images it is higher than that of whole ones."""
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     scores = structural_similarity_index_measure(
