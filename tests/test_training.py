@@ -112,7 +112,6 @@ def test_a_generator_may_write_only_the_first_tokens(uninterrupted, tmp_path):
         ("generator", ["trainer.revive_every=5"], r"revive_every=5 needs a codebook"),
         ("text", ["data.train.root={bare}"], "no picture has a caption"),
         ("text", ["data.validation.root={bare}"], "no picture has a caption"),
-        ("tokenizer", ["data.latent_variants=2", "optim.lr_scale={nothing: 0.1}"], "nothing"),
     ],
 )
 def test_mistakes_are_named_before_anything_is_encoded(
@@ -126,8 +125,7 @@ def test_mistakes_are_named_before_anything_is_encoded(
     )
     with pytest.raises(ConfigError, match=message):
         train(config)
-    for cache in ("tokens", "latents"):
-        assert not (tmp_path / "run" / cache).exists()
+    assert not (tmp_path / "run" / "tokens").exists()
 
 
 def test_changes_of_images_that_one_variant_leaves_out_are_named(uninterrupted, tmp_path, caplog):
