@@ -236,15 +236,6 @@ def test_latents_too_large_for_fp16_make_no_cache(picture_folder, tmp_path):
         cache(tmp_path, objective, picture_folder)
 
 
-def test_mistakes_of_the_run_are_named_before_latents_are_encoded(picture_folder, tmp_path):
-    overrides = [f"model.vae={json.dumps({'name': 'kl', **KL})}", "model.patch_size=2"]
-    overrides += ["data.latent_variants=1", "optim.lr_scale={nothing: 0.1}"]
-    config = load_experiment(tokenizer_yaml(tmp_path, picture_folder), overrides)
-    with pytest.raises(ConfigError, match="nothing"):
-        train(config)
-    assert not (Path(config.output_dir) / "latents").exists()
-
-
 def test_the_plan_counts_what_a_cache_spares_and_takes(picture_folder, tmp_path):
     path = tokenizer_yaml(tmp_path, picture_folder)
     overrides = [f"model.vae={json.dumps({'name': 'kl', **KL})}", "model.patch_size=2"]
@@ -283,6 +274,14 @@ def experiment(tmp_path):
     spec["data"] |= {"flip": False, "batch_size": 3}
     path.write_text(yaml.safe_dump(spec))
     return path
+
+
+def test_mistakes_of_the_run_are_named_before_latents_are_encoded(experiment, tmp_path):
+    overrides = ["data.latent_variants=1", "optim.lr_scale={nothing: 0.1}"]
+    overrides += [f"output_dir={tmp_path / 'run'}"]
+    with pytest.raises(ConfigError, match="nothing"):
+        train(load_experiment(experiment, overrides))
+    assert not (tmp_path / "run" / "latents").exists()
 
 
 def test_a_run_from_a_cache_is_the_run_from_images(experiment, tmp_path, monkeypatch):
