@@ -41,7 +41,8 @@ def linear_probe(
     if names[0] != names[1]:
         raise ValueError(f"train and test have different classes: {names[0][:5]}, {names[1][:5]}")
     lengths = lengths or prefix_lengths(tokenizer.num_tokens)
-    if len(set(getattr(train, "labels", None) or (0, 1))) < 2:  # where they are known
+    known = getattr(train, "labels", None)
+    if known is not None and len(set(map(str, known))) < 2:
         raise ValueError(ONE_CLASS.format(len(train)))
     train_codes, train_labels, seen = codes_of(tokenizer, train, options)
     if len(train_labels.unique()) < 2:
