@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from flextok.data.datasets import ImageFolder
 from flextok.data.loading import make_loader
-from flextok.data.sets import Joined, Relabelled, Taken
+from flextok.data.sets import Joined, Relabelled, Taken, origins
 from flextok.data.stream import Buckets, Sharded
 from flextok.images import as_picture, header_size
 from flextok.schema import ConfigError
@@ -43,13 +43,6 @@ class Proportions(Dataset[float]):
         except Exception:  # a decoder may raise anything on a damaged file
             return 0.0
         return math.log(height / width)
-
-
-def origins(dataset: Any) -> list[Any]:
-    """The data sets that the items of joined, relabelled or taken ones come from."""
-    if isinstance(dataset, Joined):
-        return [one for part in dataset.datasets for one in origins(part)]
-    return origins(dataset.dataset) if isinstance(dataset, Relabelled | Taken) else [dataset]
 
 
 def origin(dataset: Any, index: int) -> tuple[Any, int]:

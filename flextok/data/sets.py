@@ -145,6 +145,13 @@ class Taken(Subset[dict[str, Any]]):
         return state_of(self.dataset)
 
 
+def origins(dataset: Any) -> list[Any]:
+    """The data sets that the items of joined, relabelled or taken ones come from."""
+    if isinstance(dataset, Joined):
+        return [one for part in dataset.datasets for one in origins(part)]
+    return origins(dataset.dataset) if isinstance(dataset, Relabelled | Taken) else [dataset]
+
+
 def by_name(dataset: Any, class_names: Sequence[str]) -> Any:
     """The data set with labels that count in class_names. Raises ValueError as renumbering."""
     dataset = adapt(dataset)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from flextok.config import ExperimentConfig, load_experiment
-from flextok.data.labels import balanced, list_names, renumbering
+from flextok.data.labels import balanced, list_names, renumbering, union
 from flextok.data.latents import (
     LatentDataset,
     build_latent_cache,
@@ -25,7 +25,7 @@ from flextok.data.latents import (
 from flextok.data.pictures import UNLABELLED
 from flextok.data.pixels import measure_pixels
 from flextok.data.processes import local_device
-from flextok.data.sets import Joined, Relabelled, take
+from flextok.data.sets import origins, take
 from flextok.data.text import build_text_cache
 from flextok.data.tokens import (
     TokenDataset,
@@ -254,7 +254,7 @@ def check_known(source: Any, class_names: list[str]) -> None:
     """Refuse validation images of a class that the training images lack, where their classes are
     known before they are read."""
     try:
-        renumbering(list(classes_in(source)), class_names)
+        renumbering(classes_in(source), class_names)
     except ValueError as error:
         raise ConfigError(
             f"data.validation: {error}; or name images of the training classes, or set "
@@ -262,16 +262,15 @@ def check_known(source: Any, class_names: list[str]) -> None:
         ) from None
 
 
-def classes_in(source: Any) -> dict[str, None]:
+def classes_in(source: Any) -> list[str]:
     """The names of the classes that a data set's items have, as far as it knows without reading
     them."""
-    if isinstance(source, Joined):
-        return {name: None for part in source.datasets for name in classes_in(part)}
-    if isinstance(source, Relabelled):
-        return classes_in(source.dataset)
-    labels = getattr(source, "labels", None)
-    numbers = set() if labels is None else set(map(int, labels))
-    return dict.fromkeys(source.class_names[number] for number in sorted(numbers))
+    found: list[str] = []
+    for part in origins(source):
+        labels = getattr(part, "labels", None)
+        numbers = set() if labels is None else set(map(int, labels))
+        found += [part.class_names[number] for number in sorted(numbers)]
+    return union(found)
 
 
 def check_classes_of_run(config: ExperimentConfig, class_names: list[str]) -> None:
