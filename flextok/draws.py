@@ -27,6 +27,7 @@ NOISE, CODES, SPREAD, POSTERIOR = 5, 6, 7, 8  # of an image
 REVIVE, PROBE, BLOCK = 9, 10, 11  # of a codebook, a scene probe, a block of a stream
 ROW = 12  # of a training batch
 SEARCH = 13  # of a candidate in a search
+AGAIN = 14  # of a row that a training batch has several times
 
 
 def derived_generator(*key: int) -> torch.Generator:
@@ -138,3 +139,10 @@ class BatchDraws:
         taken.rows = [self.rows[i] for i in order]
         taken.generators = [self.generators[i] for i in order]
         return taken
+
+    def repeat(self, times: int) -> "BatchDraws":
+        """The draws of a batch that has each row so many times, one after the other."""
+        again = copy.copy(self)
+        again.rows = [row * times + i for row in self.rows for i in range(times)]
+        again.generators = [derived_generator(self.seed, AGAIN, row) for row in again.rows]
+        return again

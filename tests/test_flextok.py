@@ -463,6 +463,36 @@ def encoded(objective, images):
 
 
 @pytest.mark.parametrize("drop_mode", ["mask", "truncate"])
+def test_each_draw_of_an_image_has_a_prefix_a_time_and_a_noise_of_its_own(
+    images, drop_mode, monkeypatch
+):
+    model = tiny_tokenizer(drop_mode=drop_mode)
+    options = {"nested_dropout": "uniform", "loss_space": "x0"}
+    plain, objective = flow(model, **options), flow(model, **options, draws_per_image=4)
+    seen = []
+    noised = objective.noised
+    monkeypatch.setattr(objective, "noised", lambda *a: seen.append(noised(*a)) or seen[-1])
+    whole = objective.train()({"image": images}, seeded())["loss"]
+    (drawn,) = seen
+    for image in images:
+        rows = [i for i, some in enumerate(drawn.x0) if torch.equal(some, image)]
+        keep = torch.cat([group.keep for group in drawn.groups])[rows]
+        assert len(rows) == 4
+        assert len(set(keep.tolist())) >= 2
+    assert len(drawn.t.unique()) == len(drawn.noise.flatten(1)[:, 0].unique()) == 4 * len(images)
+    # what a step draws does not depend on how its images are shared out
+    shares = [
+        objective({"image": images[rows], "row": torch.tensor(rows)}, seeded())["loss"]
+        for rows in ([2], [0, 1])
+    ]
+    torch.testing.assert_close(whole, (shares[0] + 2 * shares[1]) / 3)
+    # validation draws once
+    plain.eval(), objective.eval()
+    once = [some({"image": images}, seeded())["loss"] for some in (plain, objective)]
+    torch.testing.assert_close(*once)
+
+
+@pytest.mark.parametrize("drop_mode", ["mask", "truncate"])
 def test_cross_length_training_decodes_the_prefix_and_all_tokens_alike(images, drop_mode):
     options = {"null_prob": 0.0, "nested_dropout": "uniform"}
     model = tiny_tokenizer(drop_mode=drop_mode).train()

@@ -68,9 +68,12 @@ def files(folder):
     [
         *({}, {"repa": REPA}, {"prefix_alignment": {**REPA, "size": 32}}),
         *({"name": "cross_length"}, {"name": "cross_length", "prefix_alignment": REPA}),
-        {"nested_dropout": "none"},
+        *({"nested_dropout": "none"}, {"draws_per_image": 3, "repa": REPA}),
     ],
-    ids=["flow", "repa", "prefixes", "cross_length", "cross_length and prefixes", "all tokens"],
+    ids=[
+        *("flow", "repa", "prefixes", "cross_length", "cross_length and prefixes", "all tokens"),
+        "three draws",
+    ],
 )
 def test_the_losses_of_latents_are_those_of_their_images(spec):
     objective = objective_on_latents(**spec).train()

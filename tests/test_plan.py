@@ -103,6 +103,7 @@ SMALL = {
     # dropout keeps floats on a CPU, bools elsewhere
     "maskgit": {**GPT, **CLASSES, "name": "maskgit", "dropout": 0.0},
     "flextok": {"name": "flextok", **TINY},
+    "three draws": {"name": "flextok", **TINY},
     "drawer": {"name": "flextok", **TINY, "drawer": DRAWER},
     "student": {"name": "flextok", **TINY, "drawer": DRAWER},
     "titok": {"name": "titok", **TITOK},
@@ -113,6 +114,7 @@ SMALL = {
 
 
 ASKED = {
+    "three draws": {"draws_per_image": 3},
     "student": {"name": "drawing_distillation", "num_steps": 1},
     "decoder": {"train": ["post_quant_conv", "decoder"], "latent_noise": 0.2},
 }

@@ -28,7 +28,7 @@ from flextok.objectives.nested_dropout import (
     as_one,
     take_rows,
 )
-from flextok.schema import ConfigError, Share, build
+from flextok.schema import ConfigError, Share, Size, build
 from flextok.tokenizers import FlexTok
 from flextok.tokenizers.base import check_images
 from flextok.tokenizers.networks import DecoderOutput
@@ -45,6 +45,9 @@ class FlowConfig(PrefixConfig):
     repa: dict[str, Any] | None = None  # see losses.RepresentationAlignment
     prefix_alignment: dict[str, Any] | None = None  # see losses.PrefixAlignment
     train: list[str] | None = None  # parts of the model that learn, such as [decoder]; None = all
+    # how many times a step decodes each image, with a prefix, time and noise of its own (as MAR,
+    # arXiv 2406.11838, does with its diffusion loss)
+    draws_per_image: Size = 1
 
 
 class Noised(NamedTuple):
@@ -114,8 +117,9 @@ class FlowObjective(Objective):
                 "the VAE has random weights: set model.vae.weights and call prepare(), or load a "
                 "trained model, before training"
             )
+        self.check(batch)
         key = "latents" if "latents" in batch else "image"
-        noised = self.noised(batch, draws_of(batch, key, generator))
+        noised = self.noised(*self.drawn_again(batch, draws_of(batch, key, generator)))
         codes, aux = self.encode(noised)
         seen = [some[:, : g.length] for g, some in zip(noised.groups, codes, strict=True)]
         if self.training:
@@ -174,8 +178,8 @@ class FlowObjective(Objective):
         latents = self.model.vae.encode(batch["image"], generator=draws.generators)
         return {"latents": latents} | ({"image": batch["image"]} if self.aligned() else {})
 
-    def noised(self, batch: Mapping[str, Any], draws: BatchDraws) -> Noised:
-        """batch: "image" (B, 3, H, W) in [-1, 1], or what `frozen` makes of it."""
+    def check(self, batch: Mapping[str, Any]) -> None:
+        """Raises ValueError where its images or latents are not of the model's shapes."""
         images, latents = batch.get("image"), batch.get("latents")
         if images is not None:
             check_images(images, *self.model.shapes)
@@ -184,6 +188,21 @@ class FlowObjective(Objective):
                 f"latents have shape {tuple(latents.shape)}, expected (B, "
                 f"{', '.join(map(str, self.model.noise_shape))}): they are another VAE's"
             )
+
+    def drawn_again(
+        self, batch: Mapping[str, Any], draws: BatchDraws
+    ) -> tuple[Mapping[str, Any], BatchDraws]:
+        """Training's batch with each row as often as config.draws_per_image asks, but for what the
+        VAE encodes, once."""
+        times = self.config.draws_per_image
+        if times == 1 or not self.training:
+            return batch, draws
+        made = batch if "latents" in batch else self.frozen(batch, draws)
+        held = [key for key in ("image", "latents") if key in made]
+        return {key: made[key].repeat_interleave(times, 0) for key in held}, draws.repeat(times)
+
+    def noised(self, batch: Mapping[str, Any], draws: BatchDraws) -> Noised:
+        """batch: "image" (B, 3, H, W) in [-1, 1], or what `frozen` makes of it."""
         order, groups = self.nested_dropout.groups(draws)
         draws = draws.take(order)
         taken = {key: take_rows(batch[key], order) for key in ("image", "latents") if key in batch}

@@ -110,8 +110,6 @@ class Formulas:
             yield Cost(6 * context * matrices(model.conditioner, but="embed"))
 
     def flextok(self, objective: Any, model: FlexTok, images: Tensor) -> Iterator[Cost]:
-        encoder, decoder = model.encoder, model.decoder
-        patches = decoder.grid**2
         if not self.cached:
             yield from self.front(objective, images)
         if isinstance(objective, DrawingObjective):
@@ -123,6 +121,14 @@ class Formulas:
                 velocity += around.flops / 3
                 yield self.walking(objective, velocity, velocity)
             return
+        times = getattr(objective.config, "draws_per_image", 1)
+        for cost in self.flow(objective, model, images):
+            yield Cost(times * cost.flops, times * cost.saved)
+
+    def flow(self, objective: Any, model: FlexTok, images: Tensor) -> Iterator[Cost]:
+        """What a FlexTok's decoder learns from, for each draw of an image."""
+        encoder, decoder = model.encoder, model.decoder
+        patches = decoder.grid**2
         yield from self.coded(model, 2 if isinstance(objective, CrossLengthObjective) else 1)
         yield from (self.edges(encoder, patches), self.edges(decoder, patches))
         if isinstance(objective, DistillationObjective):
