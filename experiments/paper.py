@@ -61,7 +61,7 @@ CURVES = {  # scores that are drawn -> their names
     "psnr": "PSNR in dB (higher is better)",
 }
 EXAMPLES = "examples.png"  # beside a run's result, see draw_examples
-STRIPS = ("near_noise", "flow", SHOWN, "drawer")  # recipes that have a figure of their own
+STRIPS = ("near_noise", "flow", SHOWN)  # recipes that have a figure of their own
 # what is drawn of test images, row by row: recipe -> numbers of tokens
 COMPARED = {SHOWN: [1, 8, 16, 32], "published": [1, 32], "titok_8": [8], "titok_16": [16]}
 COMPARED |= {"titok_32": [32], "titok_tail_drop": [8, 32], "grid_16": [16], "grid_49": [49]}

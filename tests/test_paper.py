@@ -275,7 +275,7 @@ def test_a_short_run_trains_measures_and_writes_the_page(tmp_path, capsys, monke
     write_idx(data, {"train": 128, "test": 40}, packed=True)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     command = ["--budget", "short", "--root", str(data), "--output", str(output)]
-    asked = ["flextok", "drawer", "titok_8", "gpt_class"]
+    asked = ["flextok", "near_noise", "titok_8", "gpt_class"]
     paper.main([*command, "--only", *asked])
     runs = set(paper.with_needed(asked))
     folder = output / "short"
@@ -284,10 +284,10 @@ def test_a_short_run_trains_measures_and_writes_the_page(tmp_path, capsys, monke
     assert json.loads((folder / "classifier.json").read_text())["accuracy"] > 0.5
     # tokens first: what comes after it leaves the encoder as it is, and the codes with it
     weights = {n: load_file(folder / n / "seed-0/model.safetensors") for n in runs - {"gpt_class"}}
-    stages = {"flextok": "tokens", "flextok_once": "tokens_once", "drawer": "tokens_once"}
+    stages = {"flextok": "tokens", "flextok_once": "tokens_once"}
     for name, start in stages.items():
         for key, value in weights[start].items():
-            frozen = name == "drawer" or not key.startswith("decoder.")
+            frozen = not key.startswith("decoder.")
             assert torch.equal(weights[name][key], value) or not frozen, (name, key)
         assert results[name]["report"]["codes"] == results[start]["report"]["codes"]
     head = "decoder.head.weight"
@@ -306,8 +306,8 @@ def test_a_short_run_trains_measures_and_writes_the_page(tmp_path, capsys, monke
     begin, end = "| our recipe | 1 |", f" {row['psnr']:.2f} |"
     (line,) = {s for s in page.splitlines() if s.startswith(begin) and s.endswith(end)}
     assert line.count("|") == 9
-    assert "Not yet run: near-noise times alone; flow alone; both times mixed" in page
-    strips = (f"strips_{paper.SHOWN}", "strips_drawer")
+    assert "; flow alone; both times mixed" in page
+    strips = (f"strips_{paper.SHOWN}", "strips_near_noise")
     for figure in ("curves", "first_token", "tokenizers", "generated", *strips):
         assert (folder / f"pictures/paper/{figure}.png").stat().st_size > 1000
     # what the figures show is kept beside the results, so that machines may share the work
