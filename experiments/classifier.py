@@ -1,19 +1,22 @@
 """A small convolutional classifier of Fashion-MNIST, whose features and classes measure images."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from flextok.data.fashion_mnist import FashionMNIST
 from flextok.evaluation.evaluators import FAITHFUL, FeatureDistances, Rows
 from flextok.evaluation.features import Features, file_hash
-from flextok.files import atomic_write
+from flextok.files import atomic_write, read_mapping, write_text
 
+log = logging.getLogger(__name__)
 BATCH = 128
 
 
@@ -80,9 +83,13 @@ def train_classifier(root: str, steps: int, folder: Path, seed: int = 0) -> dict
     folder.mkdir(parents=True, exist_ok=True)
     path, facts = folder / "classifier.safetensors", folder / "classifier.json"
     if facts.exists() and path.exists():
-        found: dict[str, Any] = json.loads(facts.read_text("utf-8"))
-        if (found["steps"], found["seed"]) == (steps, seed):
-            return found
+        try:
+            found = read_mapping(facts, accuracy=float, steps=int, seed=int)
+            Classifier().load_state_dict(load_file(path))
+            if (found["steps"], found["seed"]) == (steps, seed):
+                return found
+        except (ValueError, SafetensorError, RuntimeError) as error:
+            log.warning("%s and .json are damaged (%s): made again", path, error)
     images, labels = tensors(FashionMNIST(root))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -106,5 +113,5 @@ def train_classifier(root: str, steps: int, folder: Path, seed: int = 0) -> dict
     accuracy = float((guesses == labels).double().mean())
     atomic_write(path, lambda place: save_file(model.state_dict(), place))
     found = {"steps": steps, "accuracy": accuracy, "seed": seed}
-    facts.write_text(json.dumps(found) + "\n", "utf-8")
+    write_text(facts, json.dumps(found) + "\n")
     return found

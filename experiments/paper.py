@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from graphlib import TopologicalSorter
-from multiprocessing import get_context, parent_process
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from threading import Thread
 from typing import Any, NamedTuple
@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from classifier import ClassDistances, ClassifierNetwork, train_classifier
-from einops import rearrange
+from einops import EinopsError, rearrange
 from omegaconf import OmegaConf
 from PIL import Image
 from study import Measure, read_result, score_tables, spread, train_and_measure, write_json
@@ -44,14 +44,16 @@ from flextok.config import ExperimentConfig, load_experiment
 from flextok.data.fashion_mnist import FashionMNIST
 from flextok.data.transforms import ImageTransform
 from flextok.evaluation import EVALUATORS
-from flextok.files import write_text
+from flextok.evaluation.features import file_hash
+from flextok.files import WriteError, atomic_write, read_mapping, write_text
 from flextok.images import to_image
 from flextok.pipeline import generate_images, load, reconstruct_prefixes
-from flextok.schema import from_mapping
+from flextok.schema import ConfigError, from_mapping
 
 HERE = Path(__file__).parent / "fashion_mnist"
 RECIPES = {path.stem: path for path in sorted((HERE / "recipes").glob("*.yaml"))}
 PAGE = Path(__file__).parents[1] / "docs/paper.md"
+DEFAULT_ROOT = "data"  # FashionMNIST's root where none is named
 PUBLISHED = HERE / "results"  # <budget>/<recipe>/seed-<n>.json, and the budget's classifier
 SHOWN = "flextok"  # the recipe of sections 3 and 4 and of the figures
 CURVES = {  # scores that are drawn -> their names
@@ -127,9 +129,11 @@ class Study(NamedTuple):
         values: Any = OmegaConf.to_container(OmegaConf.load(HERE / "study.yaml"))
         file = from_mapping(StudyFile, values)
         if budget not in file.budgets:
-            raise ValueError(f"budget {budget!r} must be one of {', '.join(file.budgets)}")
+            raise ConfigError(f"budget {budget!r} must be one of {', '.join(file.budgets)}")
         sized = from_mapping(Budget, file.budgets[budget])
-        return cls(file, sized, output / budget, root, {}, published, accelerator)
+        if root != DEFAULT_ROOT:
+            root = str(Path(root).expanduser().resolve())
+        return cls(file, sized, output.resolve() / budget, root, {}, published, accelerator)
 
     def of(self, table: str) -> "Study":
         """This study, or the one with the budget that fills a table."""
@@ -164,7 +168,7 @@ class Study(NamedTuple):
             f"optim.warmup_steps={round(scale * plain.optim.warmup_steps)}",
             f"data.validation.limit={self.budget.images}",
         ]
-        if self.root != "data":
+        if self.root != DEFAULT_ROOT:
             asked += [f"data.{part}.root={self.root}" for part in ("train", "validation")]
         for name, other in taken(plain).items():
             asked.append(f"{name}={self.place(other, seed)}")
@@ -213,31 +217,50 @@ class Study(NamedTuple):
             found = read_result(PUBLISHED / self.folder.name / "classifier.json")
         return found
 
+    def classifier_weights(self) -> Path:
+        """Of the classifier that measured."""
+        path = self.folder / "classifier.safetensors"
+        stored = PUBLISHED / self.folder.name / path.name
+        return stored if self.published and not path.exists() else path
+
     def result(self, recipe: str, seed: int) -> dict[str, Any]:
         """Of one run, as it would be wherever it was made; {} where there is none. Raises
-        ValueError where it is not of the recipe as it is now."""
+        ConfigError where it is not of the recipe as it is now, or was measured with another
+        classifier, or goes on from another model than the one that is there."""
         path, published = self.place(recipe, seed) / "result.json", False
-        found = self.known.get(path) or read_result(path)
+        found = self.known.get(path) or read_result(path, config=dict, report=dict)
         if not found and self.published:
             path, published = published_file(self.folder.name, recipe, seed), True
-            found = self.known.get(path) or read_result(path)
+            found = self.known.get(path) or read_published(path)
         if not found or path in self.known:
             return found
         plain = self.elsewhere()
         if not published:
-            text = json.dumps(found)
-            for folder in (self.folder.resolve(), self.folder):
-                text = text.replace(str(folder), str(plain.folder))
+            text = json.dumps(found).replace(str(self.folder), str(plain.folder))
             for quote in ('"', '\\"'):  # a report holds JSON within JSON
                 text = text.replace(quote + self.root + quote, f"{quote}{plain.root}{quote}")
             found = json.loads(text)
-            for part in ("train", "validation"):
-                found["config"]["data"][part].pop("root", None)  # the default one is not named
+            sets = {**found.get("measure", {}), **found["config"]["data"]}
+            for part in ("train", "validation", "data", "probe"):
+                (sets.get(part) or {}).pop("root", None)  # the default one is not named
         accelerator = found["config"]["trainer"]["accelerator"]
         now = plain._replace(accelerator=accelerator).config(recipe, seed)
+        remedy = f"remove {path if published else path.parent}, and run it again"
         if from_mapping(ExperimentConfig, found["config"]) != now:
-            raise ValueError(f"{path} is not of recipes/{recipe}.yaml as it is now: remove it")
+            raise ConfigError(f"{path} is not of recipes/{recipe}.yaml as it is now: {remedy}")
+        used = found["report"]["settings"]["networks"]["classifier"]["weights"]
+        weights = self.classifier_weights()
+        if weights.exists() and file_hash(weights) != used:
+            raise ConfigError(
+                f"{path} was measured with another classifier than {weights}, so it cannot be "
+                f"compared with what that one measures: put back its own, or {remedy}"
+            )
         self.known[path] = found
+        for other, model in found.get("taken", {}).items():
+            if (start := self.result(other, seed)) and model_hash(start) != model:
+                raise ConfigError(
+                    f"{path} goes on from another {other} than the one that is there: {remedy}"
+                )
         return found
 
     def elsewhere(self) -> "Study":
@@ -266,12 +289,26 @@ def published_file(budget: str, recipe: str, seed: int) -> Path:
     return PUBLISHED / budget / recipe / f"seed-{seed}.json"
 
 
+def read_published(path: Path) -> dict[str, Any]:
+    """A published result; {} where there is none. Raises ConfigError where it is damaged, since
+    nothing makes it again."""
+    try:
+        return read_mapping(path, config=dict, report=dict) if path.exists() else {}
+    except ValueError as error:
+        raise ConfigError(f"{error}: put it back, by `git checkout`") from None
+
+
+def model_hash(result: dict[str, Any]) -> str:
+    return str(result["report"]["settings"]["model_hash"])
+
+
 def publish(study: Study, page: Path) -> None:
     """Put each result that is here among what the repository holds; of the full budget also the
     page and its figures."""
     if study.folder.name == "full":
-        shutil.copy(page, PAGE)
-        shutil.copytree(page.parent / "pictures", PAGE.parent / "pictures", dirs_exist_ok=True)
+        copy(page, PAGE)
+        for path in (page.parent / "pictures/paper").glob("*.png"):
+            copy(path, PAGE.parent / "pictures/paper" / path.name)
     for budget, (part, _) in study.parts().items():
         for recipe in RECIPES:
             for seed in part.all_seeds():
@@ -280,9 +317,14 @@ def publish(study: Study, page: Path) -> None:
                     path.parent.mkdir(parents=True, exist_ok=True)
                     write_json(part.result(recipe, seed), path)
                 if part is study and (place / EXAMPLES).exists():
-                    shutil.copy(place / EXAMPLES, path.with_suffix(".png"))
+                    copy(place / EXAMPLES, path.with_suffix(".png"))
         for path in part.folder.glob("classifier.*"):
-            shutil.copy(path, PUBLISHED / budget)
+            copy(path, PUBLISHED / budget / path.name)
+
+
+def copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(target, lambda place: shutil.copy(source, place))
 
 
 def taken(config: ExperimentConfig) -> dict[str, str]:
@@ -314,7 +356,13 @@ def run(study: Study, recipe: str, seed: int) -> None:
     )
     config = study.config(recipe, seed)
     more = study.measure(config, recipe)
-    train_and_measure(config, study.lengths(recipe), study.networks(recipe), more)
+    fresh = study._replace(known={})
+    fresh.result(recipe, seed)  # raises where a model that it goes on from was made again
+    others = taken(load_experiment(RECIPES[recipe])).values()
+    models = {other: model_hash(fresh.result(other, seed)) for other in others}
+    found = train_and_measure(config, study.lengths(recipe), study.networks(recipe), more)
+    if models and "taken" not in found:
+        write_json({**found, "taken": models}, study.place(recipe, seed) / "result.json")
     draw_examples(study, recipe, seed)
 
 
@@ -353,19 +401,36 @@ def run_all(study: Study, recipes: list[str], jobs: int) -> Iterator[tuple[str, 
             while ready and len(running) < jobs:
                 seed, recipe = ready.pop(0)
                 running[pool.submit(run, study, recipe, seed)] = (seed, recipe)
-            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            try:
+                done, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    future.result()  # raises what the run raised
+            except BaseException:
+                for process in active_children():
+                    process.terminate()  # a training saves first
+                raise
             for future in done:
                 seed, recipe = running.pop(future)
-                future.result()  # raises what the run raised
                 graph.done((seed, recipe))
                 yield recipe, seed
 
 
 def run_parts(study: Study, only: list[str] | None, jobs: int) -> None:
     """Run what the study's tables show, each part with a classifier of its own."""
-    torch.set_num_threads(jobs)
-    for budget, (part, recipes) in study.parts().items():
-        if asked := [name for name in recipes if only is None or name in with_needed(only)]:
+    torch.set_num_threads(1)  # the classifier is another one with more
+    chosen = {
+        budget: recipes if only is None else [name for name in only if name in with_needed(recipes)]
+        for budget, (_, recipes) in study.parts().items()
+    }
+    for name in only or []:
+        if not any(name in asked for asked in chosen.values()):
+            raise ConfigError(f"no table of budget {study.folder.name} needs recipe {name!r}")
+    for budget, (part, _) in study.parts().items():  # what does not fit is told before the work
+        for name in with_needed(chosen[budget]):
+            for seed in part.seeds(name):
+                part.result(name, seed)
+    for budget, (part, _) in study.parts().items():
+        if asked := chosen[budget]:
             facts = train_classifier(part.root, part.budget.classifier_steps, part.folder)
             print(f"{budget}: classifier: {facts['accuracy']:.1%} of the test set", flush=True)
             for recipe, seed in run_all(part, asked, jobs):
@@ -388,9 +453,13 @@ def write_page(study: Study) -> Path:
     def filled(match: re.Match[str]) -> str:
         return f"{match[1]}\n{made[match[2]].strip()}\n\n{match[3]}"
 
-    page = study.folder / "paper.md"
+    page, text = study.folder / "paper.md", PAGE.read_text("utf-8")
+    if lost := made.keys() - {mark[2] for mark in MARK.finditer(text)}:
+        raise ConfigError(
+            f"{PAGE} has no place for the table {min(lost)}: put back the page, by `git checkout`"
+        )
     page.parent.mkdir(parents=True, exist_ok=True)
-    write_text(page, MARK.sub(filled, PAGE.read_text("utf-8")))
+    write_text(page, MARK.sub(filled, text))
     draw_figures(study, study.folder / "pictures/paper")
     return page
 
@@ -462,17 +531,18 @@ def by_length_table(rows: dict[str, list[list[dict[str, Any]]]], key: str) -> st
 
 
 def own_tokens(study: Study) -> dict[str, list[dict[str, Any]]]:
-    """labelled_rows of tokenizers, without those that have the tokens of another row: a second
-    stage does not change those of the first one where it trains the decoder alone."""
-    found = labelled_rows(study, "joining", "reconstruction")
-    configs = {label: runs[0]["config"] for label, runs in found.items()}
-    frozen = [
-        start
-        for config in configs.values()
-        if config["objective"].get("train") == ["decoder"]
-        for start in config["start"].values()
-    ]
-    return {k: runs for k, runs in found.items() if configs[k]["output_dir"] not in frozen}
+    """labelled_rows of tokenizers, of those with the same tokens the first: a second stage does not
+    change those of the first one where it trains the decoder alone."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    seen = set()
+    for label, runs in labelled_rows(study, "joining", "reconstruction").items():
+        config = runs[0]["config"]
+        frozen = config["objective"].get("train") == ["decoder"]
+        tokens = config["start"]["weights"] if frozen else config["output_dir"]
+        if tokens not in seen:
+            found[label] = runs
+        seen.add(tokens)
+    return found
 
 
 def probe_table(study: Study) -> str:
@@ -590,9 +660,12 @@ def find_examples(study: Study, recipe: str) -> dict[int, Tensor]:
     lengths = GENERATED[recipe][1] if recipe in GENERATED else [0, *study.lengths(recipe)]
     for path in places:
         if path.exists():
-            pixels = torch.from_numpy(np.array(Image.open(path))) / 127.5 - 1
-            tiles = rearrange(pixels, "(r h) (c w) d -> r c d h w", h=28, w=28)
-            return dict(zip(lengths, tiles, strict=True))
+            try:
+                pixels = torch.from_numpy(np.array(Image.open(path))) / 127.5 - 1
+                tiles = rearrange(pixels, "(r h) (c w) d -> r c d h w", h=28, w=28)
+                return dict(zip(lengths, tiles, strict=True))
+            except (OSError, ValueError, EinopsError) as error:
+                raise ConfigError(f"{path} is damaged ({error}): remove it") from None
     return {}
 
 
@@ -659,16 +732,37 @@ def main(arguments: list[str] | None = None) -> None:
         "--publish", action="store_true", help="keep the results, and docs/paper.md of `full`"
     )
     options = parser.parse_args(arguments)
-    study = Study.load(
-        options.budget, options.output, options.root, options.page, options.accelerator
-    )._replace(chosen=options.seeds)
+    try:
+        make(options)
+    except (ConfigError, WriteError) as error:
+        parser.error(str(error))
+
+
+def make(options: argparse.Namespace) -> None:
+    """What the command line asks for."""
+    if options.jobs < 1:
+        raise ConfigError(f"--jobs {options.jobs} must be at least 1")
+    if options.accelerator == "gpu" and not torch.cuda.is_available():
+        raise ConfigError("--accelerator gpu: PyTorch finds no GPU here")
+    if options.output.exists() and not options.output.is_dir():
+        raise ConfigError(f"--output {options.output} is a file: name a folder")
     for name in options.only or []:
         if name not in RECIPES:
-            parser.error(f"no recipe {name!r}; known: {', '.join(RECIPES)}")
+            raise ConfigError(f"no recipe {name!r}; known: {', '.join(RECIPES)}")
+    study = Study.load(
+        options.budget, options.output, options.root, options.page, options.accelerator
+    )
+    for seed in options.seeds or []:
+        if seed not in study.budget.seeds:
+            known = ", ".join(map(str, study.budget.seeds))
+            raise ConfigError(f"--seeds {seed}: budget {options.budget} has {known}")
+    chosen = [seed for seed in study.budget.seeds if seed in (options.seeds or study.budget.seeds)]
     if not options.page:
-        run_parts(study, options.only, options.jobs)
+        run_parts(study._replace(chosen=chosen), options.only, options.jobs)
     elif not study.classifier():
-        parser.error(f"no results of budget {options.budget} in {study.folder}, {PUBLISHED}")
+        raise ConfigError(f"no results of budget {options.budget} in {study.folder}, {PUBLISHED}")
+    # what is published is a page of all that is there, of all seeds
+    study = study._replace(**({"published": True} if options.publish else {"chosen": chosen}))
     page = write_page(study)
     if options.publish:
         publish(study, page)

@@ -14,7 +14,7 @@ from flextok.config import ExperimentConfig, load_experiment
 from flextok.evaluation import Cell, Options, evaluate
 from flextok.evaluation.adaptive import Target, relate
 from flextok.evaluation.probe import linear_probe
-from flextok.files import read_mapping, write_text
+from flextok.files import differences, read_mapping, write_text
 from flextok.pipeline import load
 from flextok.registry import make_dataset
 from flextok.schema import ConfigError, from_mapping, to_mapping
@@ -70,13 +70,17 @@ def train_and_measure(
         raise ConfigError("a study measures on data.validation: name the pictures there")
     folder, more = Path(config.output_dir), more or Measure()
     if (folder / "config.yaml").exists() and load_experiment(folder / "config.yaml") != config:
-        raise ConfigError(f"{folder} holds a run with other settings: choose another output_dir")
+        there = to_mapping(load_experiment(folder / "config.yaml"))
+        other = ", ".join(differences(there, to_mapping(config)))
+        raise ConfigError(
+            f"{folder} holds a run with other settings ({other}): choose another output folder, "
+            "or remove this one"
+        )
     asked = {"config": to_mapping(config), "lengths": lengths, "networks": networks}
     asked |= {"measure": found} if (found := to_mapping(more)) != to_mapping(Measure()) else {}
-    if (folder / "result.json").exists():
-        found = read_result(folder / "result.json")
+    if found := read_result(folder / "result.json", config=dict, report=dict):
         # of an older run, whose config lacks newer keys
-        whole = to_mapping(from_mapping(ExperimentConfig, found.get("config", {})))
+        whole = to_mapping(from_mapping(ExperimentConfig, found["config"]))
         if {key: found.get(key) for key in asked} | {"config": whole} == asked:
             return found
     cost = train_timed(config, folder)
@@ -186,12 +190,13 @@ def score_row(
     return f"| {name} | {len(runs)} | {' | '.join(cells)} |"
 
 
-def read_result(path: Path) -> dict[str, Any]:
-    """What an earlier session wrote; {} where there is nothing, or it is damaged and told."""
+def read_result(path: Path, **kinds: type) -> dict[str, Any]:
+    """What an earlier session wrote; {} where there is nothing, or it is damaged and told. kinds:
+    of keys that it must have."""
     if not path.exists():
         return {}
     try:
-        return read_mapping(path)
+        return read_mapping(path, **kinds)
     except ValueError as error:
         log.warning("%s: made again", error)
         return {}

@@ -3,6 +3,7 @@ files of the same layout."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from flextok.config import load_experiment
 from flextok.generators import GENERATORS
 from flextok.objectives import make_objective
 from flextok.registry import build_model
+from flextok.schema import ConfigError
 from flextok.tokenizers import TOKENIZERS
 
 sys.path.append(str(Path(__file__).parent.parent / "experiments"))
@@ -149,6 +151,8 @@ def test_tokens_that_a_second_stage_keeps_have_one_row(tmp_path):
     assert rows[first][0]["report"]["codes"] == rows[second][0]["report"]["codes"]
     assert second in own
     assert first not in own
+    assert "our recipe" in own
+    assert not any("in place of two prefixes" in label for label in own)
     assert "decoded once, the encoder not frozen" in own
 
 
@@ -235,6 +239,194 @@ def test_unknown_names_are_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         paper.main(["--budget", "short", "--only", "flextoc"])
     assert "no recipe 'flextoc'; known: adamw, " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (["--jobs", "0"], "--jobs 0 must be at least 1"),
+        (["--budget", "tiny"], "budget 'tiny' must be one of short, small, half, full"),
+        (["--seeds", "5"], "--seeds 5: budget full has 0, 1"),
+        (["--seeds", "-1"], "--seeds -1: budget full has 0, 1"),
+        (["--output", __file__], "is a file: name a folder"),
+        pytest.param(
+            ["--accelerator", "gpu"],
+            "PyTorch finds no GPU here",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+    ],
+)
+def test_wrong_options_are_refused_before_the_work(tmp_path, monkeypatch, capsys, asked, message):
+    monkeypatch.setattr(paper, "train_classifier", lambda *_: pytest.fail("work has begun"))
+    with pytest.raises(SystemExit) as error:
+        paper.main(["--output", str(tmp_path / "out"), *asked])
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def asked_runs(study, monkeypatch, only):
+    """What run_parts runs, by budget."""
+    found = {}
+    monkeypatch.setattr(paper, "train_classifier", lambda *_: {"accuracy": 1.0})
+    monkeypatch.setattr(
+        paper, "run_all", lambda part, asked, _: found.update({part.folder.name: asked}) or []
+    )
+    paper.run_parts(study, only, 1)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("only", "found"),
+    [
+        (["flextok"], {"full": ["flextok"]}),
+        (["tokens_early"], {"full": ["tokens_early"]}),  # in no table, but a row needs it
+        (["adamw"], {"half": ["adamw"]}),
+        (["no_prefix_alignment_once"], {"half": ["no_prefix_alignment_once"]}),
+        (["tokens", "titok_8"], {"full": ["tokens", "titok_8"], "half": ["tokens"]}),
+    ],
+)
+def test_what_is_asked_for_is_run(full, monkeypatch, only, found):
+    """By each budget whose tables need it, and by no other."""
+    assert asked_runs(full, monkeypatch, only) == found
+
+
+def test_a_recipe_that_no_table_needs_is_refused(full, monkeypatch):
+    tables = {name: table for name, table in full.file.tables.items() if name == "semantics"}
+    study = full._replace(file=replace(full.file, tables=tables))
+    with pytest.raises(ConfigError, match="no table of budget full needs recipe 'titok_8'"):
+        asked_runs(study, monkeypatch, ["titok_8"])
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch):
+    """A copy of what is published, which may be written to."""
+    for name in ("PAGE", "PUBLISHED"):
+        monkeypatch.setattr(paper, name, tmp_path / "repository" / getattr(paper, name).name)
+    shutil.copytree(paper.HERE / "results", paper.PUBLISHED)
+    shutil.copy(Path(paper.__file__).parents[1] / "docs/paper.md", paper.PAGE)
+    return tmp_path / "out"
+
+
+def as_run(output, recipe, seed, **changes):
+    """A published result where the run that made it would have put it."""
+    text = paper.published_file("full", recipe, seed).read_text("utf-8")
+    found = json.loads(text.replace("outputs/paper/full", str(output / "full")))
+    place = output / "full" / recipe / f"seed-{seed}/result.json"
+    place.parent.mkdir(parents=True)
+    place.write_text(json.dumps(found | changes))
+    return place
+
+
+@pytest.mark.parametrize("options", [["--page"], ["--only", "titok_8"], ["--page", "--seeds", "0"]])
+def test_publishing_a_run_keeps_all_the_others(published, monkeypatch, options):
+    """By --only the page had lost all other rows, and by --seeds the other seeds."""
+    monkeypatch.setattr(paper, "run_parts", lambda *_: None)
+    before = {path: path.read_bytes() for path in paper.PUBLISHED.rglob("*.json")}
+    page = paper.PAGE.read_text("utf-8")
+    as_run(published, "titok_8", 1)
+    shutil.copy(paper.PUBLISHED / "full/classifier.safetensors", published / "full")
+    paper.main([*options, "--publish", "--output", str(published)])
+    assert paper.PAGE.read_text("utf-8") == page
+    assert {path: path.read_bytes() for path in paper.PUBLISHED.rglob("*.json")} == before
+    assert (paper.PAGE.parent / "pictures/paper/curves.png").stat().st_size > 1000
+
+
+def test_a_budget_that_was_never_published_gets_a_folder(published):
+    place = published / "short/classifier.json"
+    place.parent.mkdir(parents=True)
+    place.write_text(json.dumps({"steps": 20, "accuracy": 0.5, "seed": 0}))
+    paper.main(["--budget", "short", "--page", "--publish", "--output", str(published)])
+    assert (paper.PUBLISHED / "short/classifier.json").read_text() == place.read_text()
+
+
+def test_a_page_that_lost_a_table_is_left_alone(published, capsys):
+    half = paper.PAGE.read_text("utf-8").partition("<!-- table: guidance -->")[0]
+    paper.PAGE.write_text(half, "utf-8")
+    with pytest.raises(SystemExit):
+        paper.main(["--page", "--publish", "--output", str(published)])
+    assert "paper.md has no place for the table " in capsys.readouterr().err
+    assert paper.PAGE.read_text("utf-8") == half
+
+
+def test_results_of_different_classifiers_are_not_mixed(published, capsys):
+    as_run(published, "titok_8", 0)
+    (published / "full/classifier.safetensors").write_bytes(b"another")
+    with pytest.raises(SystemExit):
+        paper.main(["--page", "--publish", "--output", str(published)])
+    assert "was measured with another classifier than" in capsys.readouterr().err
+    kept = paper.HERE / "results/full/classifier.safetensors"
+    assert (paper.PUBLISHED / "full/classifier.safetensors").read_bytes() == kept.read_bytes()
+
+
+def test_a_model_that_goes_on_from_another_one_is_refused(published):
+    as_run(published, "tokens_once", 0)
+    first = paper.Study.load("full", published, "data").result("tokens_once", 0)
+    made_from = paper.model_hash(first)
+    place = as_run(published, "flextok_once", 0, taken={"tokens_once": made_from})
+    assert paper.Study.load("full", published, "data").result("flextok_once", 0)
+    place.write_text(place.read_text().replace(made_from, "0123456789abcdef"))
+    with pytest.raises(ConfigError, match=r"goes on from another tokens_once .* remove .*seed-0,"):
+        paper.Study.load("full", published, "data").result("flextok_once", 0)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"config": 3}', '{"config": {}}'])
+def test_a_damaged_result_is_made_again_or_named(published, text):
+    place = as_run(published, "titok_8", 0)
+    place.write_text(text)
+    assert paper.Study.load("full", published, "data").result("titok_8", 0) == {}
+    path = paper.published_file("full", "titok_16", 0)
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"titok_16/seed-0.json is damaged .* `git checkout`"):
+        paper.Study.load("full", published, "data", published=True).result("titok_16", 0)
+    example = paper.published_file("full", "titok_32", 0).with_suffix(".png")
+    example.write_bytes(example.read_bytes()[:300])
+    study = paper.Study.load("full", published, "data", published=True)
+    with pytest.raises(ConfigError, match=r"titok_32/seed-0.png is damaged .* remove it"):
+        paper.find_examples(study, "titok_32")
+
+
+@pytest.mark.parametrize("damage", ["classifier.json", "classifier.safetensors"])
+def test_a_damaged_classifier_is_trained_again(tmp_path, damage, caplog):
+    write_idx(tmp_path / "data", {"train": 64, "test": 20}, packed=True)
+    arguments = (str(tmp_path / "data"), 2, tmp_path / "out")
+    torch.set_num_threads(1)
+    facts = paper.train_classifier(*arguments)
+    weights = (tmp_path / "out/classifier.safetensors").read_bytes()
+    path = tmp_path / "out" / damage
+    for content in (b"", b"{", b"[]", path.read_bytes()[:20]):
+        path.write_bytes(content)
+        caplog.clear()
+        assert paper.train_classifier(*arguments) == facts
+        assert "damaged" in caplog.text
+        assert (tmp_path / "out/classifier.safetensors").read_bytes() == weights
+
+
+def test_a_failing_run_ends_the_others(tmp_path):
+    """So does an interrupt that the parent alone gets: an hour of work went on."""
+    script = tmp_path / "parent.py"
+    script.write_text(
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "import paper\n"
+        "def run(study, recipe, seed):\n"
+        "    if recipe == 'titok_8':\n"
+        "        while not Path(sys.argv[1]).exists():\n"
+        "            time.sleep(0.05)\n"
+        "        raise ValueError('this one fails')\n"
+        "    Path(sys.argv[1]).touch()\n"
+        "    time.sleep(600)\n"
+        "paper.run = run\n"
+        "if __name__ == '__main__':\n"
+        "    study = paper.Study.load('short', Path(sys.argv[1] + '.out'), 'data')\n"
+        "    list(paper.run_all(study, ['titok_8', 'titok_16'], 2))\n"
+    )
+    folders = [str(Path(paper.__file__).parent), *sys.path]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
+    command = [sys.executable, str(script), str(tmp_path / "begun")]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
+    assert done.returncode == 1
+    assert "ValueError: this one fails" in done.stderr
 
 
 def test_runs_end_with_the_process_that_started_them(tmp_path):

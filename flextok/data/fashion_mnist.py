@@ -3,6 +3,7 @@ grey, 28 px, ten classes, MIT licence."""
 
 import gzip
 import math
+import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,7 +77,8 @@ def split_files(folder: Path, split: str) -> list[Path]:
     names = (f"{PREFIX[split]}-images-idx3-ubyte", f"{PREFIX[split]}-labels-idx1-ubyte")
     found = []
     for name in names:
-        found += [path for end in ("", ".gz") if (path := folder / f"{name}{end}").is_file()][:1]
+        both = (folder / name, folder / f"{name}.gz")
+        found += [path for path in both if os.path.isfile(path)][:1]  # False where it may not look
     return found
 
 
@@ -116,8 +118,10 @@ def read_idx(path: Path, item_shape: tuple[int, ...]) -> np.ndarray:
     sizes = tuple(np.frombuffer(data[4:start].ljust(4 * ndim, b"\0"), ">u4").tolist())
     whole = data[:4] == bytes((0, 0, 8, ndim)) and sizes[1:] == item_shape
     if not whole or not sizes[0] or len(data) != start + math.prod(sizes):
+        packed = path.with_name(f"{path.name}.gz")
+        remedy = f"remove it, and {packed.name} is read" if packed.exists() else "get it again"
         raise ValueError(
             f"{path} is no whole idx file of bytes in the shape (n, "
-            f"{', '.join(map(str, item_shape))}): get it again"
+            f"{', '.join(map(str, item_shape))}): {remedy}"
         )
     return np.frombuffer(data, np.uint8, offset=start).reshape(sizes)
