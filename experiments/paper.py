@@ -255,12 +255,12 @@ class Study(NamedTuple):
                 f"{path} was measured with another classifier than {weights}, so it cannot be "
                 f"compared with what that one measures: put back its own, or {remedy}"
             )
-        self.known[path] = found
         for other, model in found.get("taken", {}).items():
             if (start := self.result(other, seed)) and model_hash(start) != model:
                 raise ConfigError(
                     f"{path} goes on from another {other} than the one that is there: {remedy}"
                 )
+        self.known[path] = found
         return found
 
     def elsewhere(self) -> "Study":

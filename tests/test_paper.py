@@ -366,8 +366,10 @@ def test_a_model_that_goes_on_from_another_one_is_refused(published):
     place = as_run(published, "flextok_once", 0, taken={"tokens_once": made_from})
     assert paper.Study.load("full", published, "data").result("flextok_once", 0)
     place.write_text(place.read_text().replace(made_from, "0123456789abcdef"))
-    with pytest.raises(ConfigError, match=r"goes on from another tokens_once .* remove .*seed-0,"):
-        paper.Study.load("full", published, "data").result("flextok_once", 0)
+    study = paper.Study.load("full", published, "data")
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=r"goes on from another tokens_once .* remove .*-0,"):
+            study.result("flextok_once", 0)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"config": 3}', '{"config": {}}'])
