@@ -404,37 +404,53 @@ def test_a_damaged_classifier_is_trained_again(tmp_path, damage, caplog):
         assert (tmp_path / "out/classifier.safetensors").read_bytes() == weights
 
 
-def test_a_failing_run_ends_the_others(tmp_path):
-    """So does an interrupt that the parent alone gets: an hour of work went on."""
+def started(tmp_path, text, *arguments):
+    """A process that runs this with the study's modules at hand."""
     script = tmp_path / "parent.py"
-    script.write_text(
-        "import sys, time\n"
+    script.write_text(text)
+    folders = [str(Path(paper.__file__).parent), *sys.path]
+    return subprocess.Popen(
+        [sys.executable, str(script), *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(folders)},
+    )
+
+
+@pytest.mark.parametrize("told", ["ValueError: this one fails", "KeyboardInterrupt"])
+def test_a_failing_run_and_an_interrupt_end_the_others(tmp_path, told):
+    """Also an interrupt that the parent alone gets: the runs went on for as long as they took."""
+    text = (
+        "import os, signal, sys, time\n"
         "from pathlib import Path\n"
         "import paper\n"
+        "begun = Path(sys.argv[1])\n"
         "def run(study, recipe, seed):\n"
-        "    if recipe == 'titok_8':\n"
-        "        while not Path(sys.argv[1]).exists():\n"
-        "            time.sleep(0.05)\n"
-        "        raise ValueError('this one fails')\n"
-        "    Path(sys.argv[1]).touch()\n"
-        "    time.sleep(600)\n"
+        "    if recipe == 'titok_16':\n"
+        "        begun.touch()\n"
+        "        time.sleep(600)\n"
+        "    while not begun.exists():\n"
+        "        time.sleep(0.05)\n"
+        "    if sys.argv[2] == 'KeyboardInterrupt':\n"
+        "        os.kill(os.getppid(), signal.SIGINT)\n"
+        "        time.sleep(600)\n"
+        "    raise ValueError('this one fails')\n"
         "paper.run = run\n"
         "if __name__ == '__main__':\n"
-        "    study = paper.Study.load('short', Path(sys.argv[1] + '.out'), 'data')\n"
+        "    signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "    study = paper.Study.load('short', begun.parent, 'data')\n"
         "    list(paper.run_all(study, ['titok_8', 'titok_16'], 2))\n"
     )
-    folders = [str(Path(paper.__file__).parent), *sys.path]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
-    command = [sys.executable, str(script), str(tmp_path / "begun")]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
-    assert done.returncode == 1
-    assert "ValueError: this one fails" in done.stderr
+    with started(tmp_path, text, tmp_path / "begun", told) as parent:
+        _, errors = parent.communicate(timeout=120)
+    assert parent.returncode != 0
+    assert told in errors
 
 
 def test_runs_end_with_the_process_that_started_them(tmp_path):
     """Also where it is killed: a run that stays would take a core, and write to its folder."""
-    script = tmp_path / "parent.py"
-    script.write_text(
+    text = (
         "import os, sys, time\n"
         "from multiprocessing import get_context\n"
         "from concurrent.futures import ProcessPoolExecutor\n"
@@ -446,10 +462,7 @@ def test_runs_end_with_the_process_that_started_them(tmp_path):
         "    pool.submit(time.sleep, 600)\n"
         "    time.sleep(600)\n"
     )
-    folders = [str(Path(paper.__file__).parent), *sys.path]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
-    command = [sys.executable, str(script)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as parent:
+    with started(tmp_path, text) as parent:
         assert parent.stdout is not None
         child = int(parent.stdout.readline())
         os.kill(child, 0)  # it is there
