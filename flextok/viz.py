@@ -261,9 +261,9 @@ def curve_figure(
             axes.set_axis_off()
         for axes, (y_label, lines) in zip(places, panels.items(), strict=False):
             for name, points in lines.items():
-                (drawn[name],) = axes.plot(
-                    *zip(*points, strict=True), f"C{some.index(name)}o-", markersize=4
-                )
+                turn, colour = divmod(some.index(name), 10)  # of ten colours
+                style = f"C{colour}o{('-', '--', ':')[turn % 3]}"
+                (drawn[name],) = axes.plot(*zip(*points, strict=True), style, markersize=4)
             if logarithmic:
                 ticks = sorted({x for points in lines.values() for x, _ in points})
                 axes.set_xscale("log", base=2)

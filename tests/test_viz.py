@@ -100,6 +100,14 @@ def test_labels_keep_what_can_be_drawn_and_spell_the_rest(monkeypatch):
     assert viz.lettering("قط")[0].split() == ["qaf", "tah"]
 
 
+def test_no_two_lines_of_a_plot_look_alike():
+    """There are ten colours: the eleventh line had the first one's."""
+    names = [f"line {i}" for i in range(25)]
+    rows = {"row": {"y": {name: [(1, i), (2, i + 1)] for i, name in enumerate(names)}}}
+    lines = viz.curve_figure(rows, "x", False).subfigs[0].axes[0].lines
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 25
+
+
 @pytest.mark.parametrize("length", [4, 24, 75])
 def test_legends_of_curves_lie_below_the_panels_and_in_the_figure(length):
     names = [f"{number} ".ljust(length, "m") for number in range(8)]
