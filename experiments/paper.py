@@ -45,7 +45,7 @@ from flextok.data.fashion_mnist import FashionMNIST
 from flextok.data.transforms import ImageTransform
 from flextok.evaluation import EVALUATORS
 from flextok.evaluation.features import file_hash
-from flextok.files import WriteError, atomic_write, read_mapping, write_text
+from flextok.files import atomic_write, check_writable, read_mapping, write_text
 from flextok.images import to_image
 from flextok.pipeline import generate_images, load, reconstruct_prefixes
 from flextok.schema import ConfigError, from_mapping
@@ -734,7 +734,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         make(options)
-    except (ConfigError, WriteError) as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
 
 
@@ -744,8 +744,7 @@ def make(options: argparse.Namespace) -> None:
         raise ConfigError(f"--jobs {options.jobs} must be at least 1")
     if options.accelerator == "gpu" and not torch.cuda.is_available():
         raise ConfigError("--accelerator gpu: PyTorch finds no GPU here")
-    if options.output.exists() and not options.output.is_dir():
-        raise ConfigError(f"--output {options.output} is a file: name a folder")
+    check_writable(options.output, "--output", folder=True)
     for name in options.only or []:
         if name not in RECIPES:
             raise ConfigError(f"no recipe {name!r}; known: {', '.join(RECIPES)}")

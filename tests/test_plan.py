@@ -142,6 +142,18 @@ def test_the_alignment_of_the_prefixes_counts(tmp_path):
     assert measure(config).flops > 2 * plain
 
 
+@pytest.mark.parametrize("recomputes", ["false", "true"])
+def test_each_draw_of_an_image_costs_and_keeps_as_much(tmp_path, recomputes):
+    """Of a model in pixels, which has no VAE that runs once."""
+    asked = [f"trainer.checkpoint_blocks={recomputes}"]
+    one, three = (
+        measure(experiment(tmp_path, SMALL["flextok"], asked, objective={"draws_per_image": n}))
+        for n in (1, 3)
+    )
+    assert three.flops == pytest.approx(3 * one.flops)
+    assert three.saved == pytest.approx(3 * one.saved)
+
+
 COUNTED = json.loads((Path(__file__).parent / "golden" / "plan.json").read_text())
 SLOW = ("d18", "stage2", "bl128", "ll32", "sl256", "vqgan")  # the networks of convolutions
 

@@ -124,6 +124,7 @@ class Formulas:
         times = getattr(objective.config, "draws_per_image", 1)
         for cost in self.flow(objective, model, images):
             yield Cost(times * cost.flops, times * cost.saved)
+        self.recomputed *= times
 
     def flow(self, objective: Any, model: FlexTok, images: Tensor) -> Iterator[Cost]:
         """What a FlexTok's decoder learns from, for each draw of an image."""
