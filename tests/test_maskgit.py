@@ -62,9 +62,9 @@ def test_golden_loss(name):
     masked = sample_mask(torch.rand(2, generator=draws), torch.rand(2, 16, generator=draws))
     assert torch.equal(masked, io["mask_seed77_masks"])
     ids = io["input_ids"]
-    losses = MaskedTokensObjective(model).losses(
-        model(ids, io["labels"]), io["mlm_targets"], ids == model.mask_index
-    )
+    features = model.features(ids, model.condition(io["labels"]))
+    masked = ids == model.mask_index
+    losses = MaskedTokensObjective(model).losses(features, io["mlm_targets"], masked)
     losses["loss"].backward()
     norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
     assert losses["loss"].item() == pytest.approx(golden()[name]["mlm_loss"], rel=1e-6)

@@ -15,6 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from flextok.config import TrainerConfig, load_experiment
 from flextok.generators import MaskGIT, MaskGITConfig
+from flextok.nn.attention import attend
 from flextok.nn.blocks import transformer_blocks
 from flextok.objectives import make_objective
 from flextok.schema import ConfigError
@@ -285,3 +286,28 @@ def test_the_residual_stream_is_float32_in_mixed_precision(alone, make, spec, sh
         error = (results[-1][1][name] - gradient).norm() / gradient.norm().clamp(min=1e-6)
         assert error < 0.05, (name, error)
     assert {p.dtype for p in objective.parameters()} == {torch.float32}  # what is exported
+
+
+@pytest.mark.parametrize("learning", [True, False])
+@pytest.mark.parametrize("mask", ["none", "bool", "additive", "causal"])
+def test_attention_in_bf16_is_that_of_fp32_with_its_gradient(mask, learning):
+    """Trained on a CPU it is computed in fp32, so it differs by the rounding of what enters and
+    leaves it."""
+    torch.manual_seed(0)
+    exact = [torch.randn(2, 3, 7, 8).bfloat16().float().requires_grad_(learning) for _ in range(3)]
+    half = [x.detach().bfloat16().requires_grad_(learning) for x in exact]
+    seen = torch.rand(7, 7) < 0.7
+    seen.fill_diagonal_(True)
+    masks = {"bool": seen, "additive": torch.randn(7, 7).bfloat16()}
+    options = {"mask": masks.get(mask), "is_causal": mask == "causal", "scale": 0.5}
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attend(*half, **options)
+    if mask == "additive":
+        options["mask"] = masks[mask].float()
+    wanted = attend(*exact, **options)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), wanted, rtol=0.02, atol=0.02)
+    if learning:
+        grads = torch.autograd.grad(found.sum(), half)
+        for ours, theirs in zip(grads, torch.autograd.grad(wanted.sum(), exact), strict=True):
+            torch.testing.assert_close(ours.float(), theirs, rtol=0.02, atol=0.02)

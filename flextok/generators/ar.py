@@ -134,6 +134,10 @@ class GPT(Generator):
         """indices: (B, k) long, 0 <= k < num_tokens; cond: what the conditioner takes, (B,) labels
         or B prompts; drop: (B,) bool, True = null condition. Returns logits (B, k+1, V) of indices
         0..k."""
+        return self.head(self.features(indices, cond, drop))
+
+    def features(self, indices: Tensor, cond: Cond, drop: Tensor | None = None) -> Tensor:
+        """As forward; returns what enters the head, (B, k+1, D)."""
         condition = self.condition(cond, drop)
         x = self.join_start(indices, condition)
         groups, mask = self.group_mask(0, x.shape[1]), context_mask(condition)
@@ -141,7 +145,7 @@ class GPT(Generator):
         context = None if condition.context is None else condition.context.values
         for block in self.blocks:
             x = block(x, groups, is_causal=True, context=context, context_mask=mask)
-        return self.head(self.norm(x[:, : indices.shape[1] + 1]))
+        return self.norm(x[:, : indices.shape[1] + 1])
 
     def condition(self, cond: Cond, drop: Tensor | None = None) -> Condition:
         return self.conditioner(self.conditioner.prepare(cond, self.start.device), drop)

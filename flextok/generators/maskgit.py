@@ -129,11 +129,17 @@ class MaskGIT(Generator):
         """indices: (B, k) long, k <= num_tokens, masked ones equal to `mask_index`; cond: what the
         conditioner takes, (B,) labels; drop: (B,) bool, True = null condition. Returns logits
         (B, k, V)."""
-        cond = self.conditioner.prepare(cond, self.positions.device)
-        return self.logits(indices, self.conditioner(cond, drop))
+        return self.logits(indices, self.condition(cond, drop))
+
+    def condition(self, cond: Cond, drop: Tensor | None = None) -> Condition:
+        return self.conditioner(self.conditioner.prepare(cond, self.positions.device), drop)
 
     def logits(self, indices: Tensor, condition: Condition) -> Tensor:
         """indices: as in `forward`. Returns logits (B, k, V)."""
+        return self.head(self.features(indices, condition))
+
+    def features(self, indices: Tensor, condition: Condition) -> Tensor:
+        """indices: as in `forward`. Returns what enters the head, (B, k, D)."""
         k, mask = indices.shape[1], None
         start = condition.start.to(self.positions.dtype)
         x = torch.cat([start[:, None], self.embedding(indices)], dim=1)
@@ -154,7 +160,7 @@ class MaskGIT(Generator):
                     skips.append(x)
         if self.is_uvit:
             x = self.norm(x)
-        return self.head(x[:, 1 : 1 + k])
+        return x[:, 1 : 1 + k]
 
     @in_eval
     @torch.no_grad()

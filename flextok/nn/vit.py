@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from flextok.nn.attention import attend
+
 
 class WideLayerNorm(nn.LayerNorm):
     """Takes float32 with weights in half precision, too, as sharded blocks gather them: a CPU's
@@ -33,7 +35,7 @@ class BiasedAttention(nn.Module):
         Returns (B, N, D)."""
         q, k, v = rearrange(self.qkv(x), "b n (s h d) -> s b h n d", s=3, h=self.num_heads)
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        y = attend(q, k, v, mask, dropout=dropout)
         return self.proj(rearrange(y, "b h n d -> b n (h d)"))
 
 

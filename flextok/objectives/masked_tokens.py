@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from flextok.generators import MaskGIT
 from flextok.hub import Pretrained
 from flextok.nn.adapters import LoraOptions
+from flextok.nn.cross_entropy import cross_entropy
 from flextok.objectives.base import Objective, begin_with, choose_trained, draws_of, need
 from flextok.objectives.next_token import indices_and_condition
 from flextok.schema import Share
@@ -58,23 +58,19 @@ class MaskedTokensObjective(Objective):
         drop = None
         if self.model.training and self.config.cond_drop > 0:
             drop = draws(torch.rand, (), device) < self.config.cond_drop
-        logits = self.model(indices.masked_fill(masked, self.model.mask_index), cond, drop)
-        return self.losses(logits, indices, masked)
+        condition = self.model.condition(cond, drop)
+        hidden = indices.masked_fill(masked, self.model.mask_index)
+        return self.losses(self.model.features(hidden, condition), indices, masked)
 
-    def losses(self, logits: Tensor, indices: Tensor, masked: Tensor) -> dict[str, Tensor]:
-        """logits: (B, k, V); indices: (B, k) long, the truth; masked: (B, k) bool."""
-        nats = F.cross_entropy(
-            logits.flatten(0, 1).float(),
-            indices.flatten(),
-            reduction="none",
-            label_smoothing=self.config.label_smoothing,
-        )
+    def losses(self, features: Tensor, indices: Tensor, masked: Tensor) -> dict[str, Tensor]:
+        """features: (B, k, D), the model's; indices: (B, k) long, the truth; masked: (B, k)
+        bool."""
         weights = torch.where(masked.flatten(), 1.0, self.config.unmasked_weight)
-        right = (logits.argmax(dim=-1) == indices) & masked
-        return {
-            "loss": (nats * weights).sum() / weights.sum(),
-            "accuracy": right.sum() / masked.sum(),
-        }
+        x, truth = features.flatten(0, 1), indices.flatten()
+        smoothing = self.config.label_smoothing
+        loss, right = cross_entropy(self.model.head, x, truth, weights, smoothing)
+        right = right & masked.flatten()
+        return {"loss": loss, "accuracy": right.sum() / masked.sum()}
 
 
 def sample_mask(u_ratio: Tensor, u_order: Tensor) -> Tensor:

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from flextok.generators import GPT
 from flextok.hub import Pretrained
 from flextok.nn.adapters import LoraOptions
+from flextok.nn.cross_entropy import cross_entropy
 from flextok.objectives.base import Objective, begin_with, choose_trained, draws_of, need
 from flextok.schema import Bounds, Share
 from flextok.tokenizers.base import check_indices
@@ -64,8 +64,9 @@ class NextTokenObjective(Objective):
                 any_index = functools.partial(torch.randint, model.vocab_size)
                 replaced = draws(torch.rand, shape, device) < config.context_noise
                 context = torch.where(replaced, draws(any_index, shape, device), context)
-        logits = model(context, cond, drop)
-        return {"loss": F.cross_entropy(logits.flatten(0, 1).float(), indices.flatten())}
+        features = model.features(context, cond, drop).flatten(0, 1)
+        weights = features.new_ones(len(features), dtype=torch.float32)
+        return {"loss": cross_entropy(model.head, features, indices.flatten(), weights)[0]}
 
 
 def indices_and_condition(batch: Mapping[str, Any], num_tokens: int) -> tuple[Tensor, Any]:

@@ -16,7 +16,6 @@ from flextok.cpu import multiplies_bf16
 
 # Jordan's coefficients: after five iterations all singular values lie between about 0.7 and 1.2
 COEFFICIENTS, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
-ONE_BY_ONE = ("cpu",)  # devices that multiply several matrices at once no faster
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:
@@ -40,7 +39,8 @@ def wide(matrix: Tensor) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum, orthogonalised; scaled to AdamW's size (Moonlight, arXiv 2502.16982,
     section 2.2), so AdamW's learning rate and weight decay hold. All matrices of one shape or its
-    transpose are multiplied at once on a GPU, which else waits for the starts of small products."""
+    transpose are multiplied at once, which saves the starts of small products; one by one on a
+    CPU that multiplies them in fp32, since they then stay in its cache."""
 
     def __init__(self, groups: list[dict[str, Any]], momentum: float = 0.95):
         super().__init__(groups, {"momentum": momentum})
@@ -55,7 +55,9 @@ class Muon(torch.optim.Optimizer):
                     size = wide(parameter.flatten(1)).shape
                     alike.setdefault(size, []).append(parameter)
             for size, parameters in alike.items():
-                count = 1 if parameters[0].device.type in ONE_BY_ONE else len(parameters)
+                device = parameters[0].device.type
+                at_once = device != "cpu" or multiplies_bf16(device)
+                count = len(parameters) if at_once else 1
                 for start in range(0, len(parameters), count):
                     self._update(parameters[start : start + count], max(size), group)
         return loss

@@ -152,7 +152,7 @@ def tokenizer_of(
     return {
         **{"task": "tokenizer", "output_dir": str(output / "tokenizer"), "model": model},
         **{"objective": objective, "data": data, "optim": optim},
-        # as the quickstart's: bf16 takes longer for a model of this size
+        # as the quickstart's: bf16 is no faster for a model of this size
         "trainer": trainer(steps) | ({"precision": "32-true"} if on_cpu else {}),
     }
 

@@ -1,0 +1,88 @@
+"""The cross-entropy of a generator's indices, from the features that enter its last layer.
+
+A CPU takes most of a small generator's step for the logits of a large vocabulary: they are
+converted, exponentiated and stored many times. There both they and their gradient are computed for
+a few rows at a time, which stay in its cache (for GPUs see Cut Cross-Entropy, arXiv 2411.09009).
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.func import functional_call
+
+LOGITS = 2**21  # at once, on a CPU
+
+
+def cross_entropy(
+    head: nn.Linear, x: Tensor, truth: Tensor, weights: Tensor, smoothing: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """head: makes logits (N, V) of x (N, D); truth: (N,) long; weights: (N,), at least 0;
+    smoothing: the share of the target that is spread over all V (label smoothing). Returns the
+    weighted mean of the cross-entropy, () in nats, and whether no logit is larger than that of the
+    truth, (N,) bool."""
+    weights = weights / weights.sum()
+    if x.is_cpu:
+        learning = [p for p in head.parameters() if p.requires_grad]
+        if not torch.is_grad_enabled():
+            x, learning = x.detach(), []
+        return _ByRows.apply(head, truth, weights, smoothing, x, *learning)
+    logits = head(x).to(weights.dtype)
+    nats = F.cross_entropy(logits, truth, reduction="none", label_smoothing=smoothing)
+    right = logits.gather(1, truth[:, None])[:, 0] >= logits.amax(dim=1)
+    return (nats * weights).sum(), right
+
+
+class _ByRows(torch.autograd.Function):
+    """`cross_entropy`, with its gradient, LOGITS logits at a time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        head: nn.Linear,
+        truth: Tensor,
+        weights: Tensor,
+        smoothing: float,
+        x: Tensor,
+        *learning: nn.Parameter,
+    ) -> tuple[Tensor, Tensor]:
+        learns = any(ctx.needs_input_grad)
+        # twins of the parameters: their gradients must not reach these, and their hooks, by now
+        twins: dict[str, Tensor] = {
+            name: nn.Parameter(p.detach(), p.requires_grad) for name, p in head.named_parameters()
+        }
+        x_grad = torch.zeros_like(x) if learns else None
+        loss, right = weights.new_zeros(()), []
+        size = max(1, LOGITS // head.out_features)
+        for start in range(0, len(x), size):
+            part = slice(start, start + size)
+            target, weight = truth[part, None], weights[part, None]
+            with torch.set_grad_enabled(learns):
+                rows = x[part].detach().requires_grad_(learns)
+                logits = functional_call(head, twins, (rows,))
+            scores = logits.detach().to(weights.dtype)
+            top = scores.amax(dim=1, keepdim=True)
+            wanted, mean = scores.gather(1, target), scores.mean(dim=1, keepdim=True)
+            right.append(wanted >= top)
+            shares = (scores - top).exp_()
+            total = shares.sum(dim=1, keepdim=True)
+            loss += (weight * (top + total.log() - wanted.lerp(mean, smoothing))).sum()
+            if x_grad is not None:  # that of a row's logits: probabilities less what they aim at
+                shares.mul_(weight / total).sub_(weight * (smoothing / shares.shape[1]))
+                shares.scatter_add_(1, target, weight * (smoothing - 1))
+                logits.backward(shares.to(logits.dtype))
+                assert rows.grad is not None
+                x_grad[part] = rows.grad
+        if x_grad is not None:
+            learned = (twin.grad for twin in twins.values() if twin.requires_grad)
+            ctx.save_for_backward(x_grad, *learned)
+        found = torch.cat(right)[:, 0]
+        ctx.mark_non_differentiable(found)
+        return loss, found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        return (None,) * 4 + tuple(found * grad for found in ctx.saved_tensors)
