@@ -41,6 +41,7 @@ from torch import Tensor
 
 from flextok import viz
 from flextok.config import ExperimentConfig, load_experiment
+from flextok.cpu import multiplies_bf16
 from flextok.data.fashion_mnist import FashionMNIST
 from flextok.data.transforms import ImageTransform
 from flextok.evaluation import EVALUATORS
@@ -115,6 +116,7 @@ class Study(NamedTuple):
     known: dict[Path, dict[str, Any]]  # results that were read and checked
     published: bool = False  # whether published results stand in for runs that are not here
     accelerator: str = "cpu"  # that trains and measures
+    precision: str = "32-true"  # of the trainings
     chosen: list[int] | None = None  # seeds, in place of the budget's
 
     @classmethod
@@ -126,6 +128,8 @@ class Study(NamedTuple):
         published: bool = False,
         accelerator: str = "cpu",
     ) -> "Study":
+        """Of a budget that study.yaml states; on a CPU trained in bf16 where it multiplies that
+        fast."""
         values: Any = OmegaConf.to_container(OmegaConf.load(HERE / "study.yaml"))
         file = from_mapping(StudyFile, values)
         if budget not in file.budgets:
@@ -133,7 +137,11 @@ class Study(NamedTuple):
         sized = from_mapping(Budget, file.budgets[budget])
         if root != DEFAULT_ROOT:
             root = str(Path(root).expanduser().resolve())
-        return cls(file, sized, output.resolve() / budget, root, {}, published, accelerator)
+        # on a GPU it is the capture of its steps that makes models of this size fast, in fp32
+        half = accelerator == "cpu" and multiplies_bf16("cpu")
+        precision = "bf16-mixed" if half else "32-true"
+        folder = output.resolve() / budget
+        return cls(file, sized, folder, root, {}, published, accelerator, precision)
 
     def of(self, table: str) -> "Study":
         """This study, or the one with the budget that fills a table."""
@@ -163,6 +171,7 @@ class Study(NamedTuple):
             f"seed={seed}",
             f"output_dir={self.place(recipe, seed)}",
             f"trainer.accelerator={self.accelerator}",
+            f"trainer.precision={self.precision}",
             f"trainer.cuda_graphs={self.accelerator == 'gpu'}",
             f"trainer.max_steps={steps}",
             f"optim.warmup_steps={round(scale * plain.optim.warmup_steps)}",
@@ -243,8 +252,8 @@ class Study(NamedTuple):
             sets = {**found.get("measure", {}), **found["config"]["data"]}
             for part in ("train", "validation", "data", "probe"):
                 (sets.get(part) or {}).pop("root", None)  # the default one is not named
-        accelerator = found["config"]["trainer"]["accelerator"]
-        now = plain._replace(accelerator=accelerator).config(recipe, seed)
+        how = {key: found["config"]["trainer"][key] for key in ("accelerator", "precision")}
+        now = plain._replace(**how).config(recipe, seed)
         remedy = f"remove {path if published else path.parent}, and run it again"
         if from_mapping(ExperimentConfig, found["config"]) != now:
             raise ConfigError(f"{path} is not of recipes/{recipe}.yaml as it is now: {remedy}")
@@ -491,7 +500,7 @@ def budget_facts(study: Study) -> str:
         if facts
         else "",
         "",
-        "| run | parameters | steps | batch | trained on | CPU s a step | seeds |",
+        "| run | parameters | steps | batch | trained on | CPU s a step, by seed | seeds |",
         "|---|---|---|---|---|---|---|",
     ]
     missing: dict[str, list[dict[str, Any]]] = {}
@@ -501,18 +510,27 @@ def budget_facts(study: Study) -> str:
             if not (runs := part.results(recipe)):
                 missing[name] = []
                 continue
-            trained, data = runs[0]["config"]["trainer"], runs[0]["config"]["data"]
-            seconds = [s for one in runs if (s := one["cpu_seconds_per_step"]) is not None]
+            trainers, data = [one["config"]["trainer"] for one in runs], runs[0]["config"]["data"]
+            seconds = [
+                f"{one['cpu_seconds_per_step']:.2f}"
+                for one, trainer in zip(runs, trainers, strict=True)
+                if trainer["accelerator"] == "cpu" and one["cpu_seconds_per_step"] is not None
+            ]
             cells = [
                 f"{runs[0]['parameters'] / 1e6:.2f}M",
-                str(trained["max_steps"]),
+                str(trainers[0]["max_steps"]),
                 str(data["batch_size"]),
-                trained["accelerator"].upper(),
-                spread(seconds, 2) if seconds and trained["accelerator"] == "cpu" else "",
+                ", ".join(dict.fromkeys(map(trained_on, trainers))),
+                ", ".join(seconds),
                 str(len(runs)),
             ]
             lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", not_run(missing)])
+
+
+def trained_on(trainer: dict[str, Any]) -> str:
+    half = "" if trainer["precision"] == "32-true" else " in bf16"
+    return trainer["accelerator"].upper() + half
 
 
 def by_length_table(rows: dict[str, list[list[dict[str, Any]]]], key: str) -> str:

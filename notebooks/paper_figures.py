@@ -134,15 +134,13 @@ assert probe[-1]["accuracy"] > probe[-1]["shuffled_accuracy"]
 # ## Generation by the number of tokens
 #
 # A generator predicts 32 tokens for each class, and each column decodes the first ones of them. A class is a simple
-# condition, so the paper finds that few tokens suffice for it. The generator of `make paper` was trained with the tokens of
-# another recipe than the sections above, `flextok_once`.
+# condition, so the paper finds that few tokens suffice for it.
 
 # %%
 if ready and (RUNS / "gpt_class/seed-0/model.safetensors").exists():
     generator = flextok.load(RUNS / "gpt_class/seed-0")
-    decoder = flextok.load(RUNS / "flextok_once/seed-0")
     generated = generate_images(
-        generator, decoder, classes, LENGTHS, sampling={"guidance_scale": 1.5}
+        generator, tokenizer, classes, LENGTHS, sampling={"guidance_scale": 1.5}
     )
     display(viz.coarse_to_fine(None, generated, classes))
 else:

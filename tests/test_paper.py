@@ -99,6 +99,7 @@ def full_chain(recipe: str) -> list[str]:
 def test_comparisons_have_two_seeds(full):
     compared = {*paper.recipes_of(full.file, "reconstruction")}
     compared |= {*paper.recipes_of(full.file, "generation")}
+    compared -= {paper.OFF_SCALE}  # whose distance from the others is far beyond their spread
     assert all(full.seeds(recipe) == [0, 1] for recipe in compared)
     for part, recipes in full.parts().values():
         assert all(part.seeds(recipe) == [0] for recipe in part.budget.once)
@@ -476,13 +477,32 @@ def test_runs_end_with_the_process_that_started_them(tmp_path):
     pytest.fail(f"process {child} is still there")
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_cpu_trains_in_bf16_where_it_multiplies_that_fast(tmp_path, monkeypatch, fast):
+    monkeypatch.setattr(paper, "multiplies_bf16", lambda device: fast)
+    study = paper.Study.load("full", tmp_path, "data", published=True)
+    asked = "bf16-mixed" if fast else "32-true"
+    assert study.config("tokens", 0).trainer.precision == asked
+    on_gpu = paper.Study.load("full", tmp_path, "data", accelerator="gpu")
+    assert on_gpu.config("tokens", 0).trainer.precision == "32-true"  # which CUDA graphs need
+    # a result counts whatever it was trained in
+    result = study.result("tokens", 0)
+    assert result
+    for precision in ("bf16-mixed", "32-true"):
+        result["config"]["trainer"]["precision"] = precision
+        place = study.place("tokens", 0)
+        place.mkdir(parents=True, exist_ok=True)
+        (place / "result.json").write_text(json.dumps(result))
+        assert study._replace(known={}).result("tokens", 0)["config"] == result["config"]
+
+
 @pytest.mark.slow
 def test_a_short_run_trains_measures_and_writes_the_page(tmp_path, capsys, monkeypatch):
     data, output = tmp_path / "data", tmp_path / "out"
     write_idx(data, {"train": 128, "test": 40}, packed=True)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     command = ["--budget", "short", "--root", str(data), "--output", str(output)]
-    asked = ["flextok", "near_noise", "titok_8", "gpt_class"]
+    asked = ["flextok", "flextok_once", "near_noise", "titok_8", "gpt_class"]
     paper.main([*command, "--only", *asked])
     runs = set(paper.with_needed(asked))
     folder = output / "short"
@@ -506,7 +526,7 @@ def test_a_short_run_trains_measures_and_writes_the_page(tmp_path, capsys, monke
         assert all(0 <= row["faithful"]["class_kept"] <= 1 for row in rows)
         counts = results[name]["adaptive"]["images_by_tokens"].values()
         assert sum(counts) == 30
-    assert set(results["gpt_class"]["variants"]) == {"guidance 1.5", "guidance 2"}
+    assert set(results["gpt_class"]["variants"]) == {"guidance 1.5", "guidance 2", "guidance 3"}
     # the page has their numbers, and says of the others that they were not run
     page = (folder / "paper.md").read_text("utf-8")
     row = results["flextok"]["report"]["results"][5]["scores"]
