@@ -363,6 +363,8 @@ def run(study: Study, recipe: str, seed: int) -> None:
     EVALUATORS["classifier"] = lambda setting: ClassDistances(
         ClassifierNetwork(weights, setting.device, setting.dtype)
     )
+    if (begun := study.place(recipe, seed) / "config.yaml").exists():  # it ends as it began
+        study = study._replace(precision=load_experiment(begun).trainer.precision)
     config = study.config(recipe, seed)
     more = study.measure(config, recipe)
     fresh = study._replace(known={})
@@ -511,17 +513,17 @@ def budget_facts(study: Study) -> str:
                 missing[name] = []
                 continue
             trainers, data = [one["config"]["trainer"] for one in runs], runs[0]["config"]["data"]
-            seconds = [
-                f"{one['cpu_seconds_per_step']:.2f}"
-                for one, trainer in zip(runs, trainers, strict=True)
-                if trainer["accelerator"] == "cpu" and one["cpu_seconds_per_step"] is not None
+            seconds = [one["cpu_seconds_per_step"] for one in runs]
+            known = [
+                f"{cost:.2f}" if trainer["accelerator"] == "cpu" and cost is not None else "-"
+                for cost, trainer in zip(seconds, trainers, strict=True)
             ]
             cells = [
                 f"{runs[0]['parameters'] / 1e6:.2f}M",
                 str(trainers[0]["max_steps"]),
                 str(data["batch_size"]),
                 ", ".join(dict.fromkeys(map(trained_on, trainers))),
-                ", ".join(seconds),
+                ", ".join(known),
                 str(len(runs)),
             ]
             lines.append(f"| {name} | {' | '.join(cells)} |")

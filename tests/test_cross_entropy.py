@@ -5,13 +5,13 @@ import torch
 import torch.nn.functional as F
 
 from flextok.nn import cross_entropy as module
-from flextok.nn.cross_entropy import cross_entropy
+from flextok.nn.cross_entropy import cross_entropy, pays_by_rows
 
 
 def reference(head, x, truth, weights, smoothing):
     logits = head(x).to(weights.dtype)
     nats = F.cross_entropy(logits, truth, reduction="none", label_smoothing=smoothing)
-    return (nats * weights).sum() / weights.sum(), logits.argmax(dim=1) == truth
+    return (nats * weights).sum() / weights.sum(), logits.argmax(dim=1)
 
 
 def inputs(rows=23, dim=8, codes=50, dtype=torch.float32, bias=True):
@@ -32,17 +32,17 @@ def gradients(loss, head, x):
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("at_once", [1, 4 * 50, 23 * 50, 2**21])
+@pytest.mark.parametrize("at_once", [8 * 50, 9 * 50, 23 * 50, 2**21])
 def test_loss_and_gradient_are_torchs_however_many_rows_at_once(
     smoothing, bias, at_once, monkeypatch
 ):
     monkeypatch.setattr(module, "LOGITS", at_once)
     head, x, truth, weights = inputs(dtype=torch.float64, bias=bias)
-    loss, right = cross_entropy(head, x, truth, weights, smoothing)
-    wanted, wanted_right = reference(head, x, truth, weights, smoothing)
+    loss, guesses = cross_entropy(head, x, truth, weights, smoothing, guess=True)
+    wanted, wanted_guesses = reference(head, x, truth, weights, smoothing)
     torch.testing.assert_close(loss, wanted)
-    assert right.equal(wanted_right)
-    assert 0 < right.sum() < len(right)
+    assert guesses.equal(wanted_guesses)
+    assert 0 < (guesses == truth).sum() < len(truth)
     torch.testing.assert_close(gradients(loss, head, x), gradients(wanted, head, x))
 
 
@@ -89,3 +89,37 @@ def test_the_largest_logits_do_not_overflow():
     loss, _ = cross_entropy(head, 1e4 * x, truth, weights)
     assert loss.isfinite()
     assert all(g.isfinite().all() for g in gradients(loss, head, x))
+
+
+def test_a_large_head_is_left_to_torch(monkeypatch):
+    """Of which a few rows at a time would add up the whole gradient too often."""
+    head, x, truth, weights = inputs()
+    assert pays_by_rows(head, x)
+    assert not pays_by_rows(head.bfloat16(), x)  # whose gradient is too coarse to add up
+    monkeypatch.setattr(module, "LOGITS", 7 * 50)
+    head.float()
+    assert not pays_by_rows(head, x)
+    loss, guesses = cross_entropy(head, x, truth, weights, 0.1)
+    wanted, _ = reference(head, x, truth, weights, 0.1)
+    torch.testing.assert_close(loss, wanted)
+    assert guesses is None
+    torch.testing.assert_close(gradients(loss, head, x), gradients(wanted, head, x))
+
+
+def test_parts_that_the_head_does_not_use_have_no_gradient():
+    head, x, truth, weights = inputs()
+    head.unused = torch.nn.Parameter(torch.ones(3))
+    loss, _ = cross_entropy(head, x, truth, weights)
+    loss.backward()
+    assert head.unused.grad is None
+    assert head.weight.grad.abs().sum() > 0
+
+
+def test_an_excluded_index_costs_nothing():
+    head, x, truth, weights = inputs()
+    with torch.no_grad():
+        head.bias[49] = -torch.inf
+    truth = truth.clamp_max(48)
+    loss, _ = cross_entropy(head, x, truth, weights)
+    torch.testing.assert_close(loss, reference(head, x, truth, weights, 0.0)[0])
+    assert loss.isfinite()

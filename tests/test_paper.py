@@ -15,7 +15,7 @@ import torch
 from helpers.files import write_idx
 from safetensors.torch import load_file
 
-from flextok.config import load_experiment
+from flextok.config import load_experiment, save_experiment
 from flextok.generators import GENERATORS
 from flextok.objectives import make_objective
 from flextok.registry import build_model
@@ -494,6 +494,30 @@ def test_a_cpu_trains_in_bf16_where_it_multiplies_that_fast(tmp_path, monkeypatc
         place.mkdir(parents=True, exist_ok=True)
         (place / "result.json").write_text(json.dumps(result))
         assert study._replace(known={}).result("tokens", 0)["config"] == result["config"]
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_run_ends_in_the_precision_that_it_began_in(tmp_path, monkeypatch, fast):
+    monkeypatch.setattr(paper, "multiplies_bf16", lambda device: fast)
+    begun = "32-true" if fast else "bf16-mixed"
+    study = paper.Study.load("short", tmp_path, "data")
+    config = study._replace(precision=begun).config("tokens", 0)
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True)
+    save_experiment(config, folder / "config.yaml")
+    asked = []
+
+    def train(config, *more):
+        asked.append(config.trainer.precision)
+        return {}
+
+    monkeypatch.setattr(paper, "train_and_measure", train)
+    monkeypatch.setattr(paper, "draw_examples", lambda *run: None)
+    monkeypatch.setattr("torch.set_num_threads", lambda number: None)
+    monkeypatch.setitem(paper.EVALUATORS, "classifier", None)
+    paper.run(study, "tokens", 0)
+    paper.run(study, "titok_8", 0)
+    assert asked == [begun, "bf16-mixed" if fast else "32-true"]
 
 
 @pytest.mark.slow

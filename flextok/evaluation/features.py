@@ -113,8 +113,6 @@ class EfficientNetLite0:
         self.preprocessing = f"{size}; (x - 127.5) / 127.5"
         self.dtype = torch.float64 if is_double(dtype) else torch.float32
         self.network = network.to(device, self.dtype)
-        if self.dtype is torch.float64:  # there a CPU takes twice as long for channels_last
-            self.network.to(memory_format=torch.contiguous_format)
         self.weights = file_hash(path)
 
     @torch.no_grad()

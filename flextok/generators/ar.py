@@ -134,11 +134,10 @@ class GPT(Generator):
         """indices: (B, k) long, 0 <= k < num_tokens; cond: what the conditioner takes, (B,) labels
         or B prompts; drop: (B,) bool, True = null condition. Returns logits (B, k+1, V) of indices
         0..k."""
-        return self.head(self.features(indices, cond, drop))
+        return self.head(self.features(indices, self.condition(cond, drop)))
 
-    def features(self, indices: Tensor, cond: Cond, drop: Tensor | None = None) -> Tensor:
-        """As forward; returns what enters the head, (B, k+1, D)."""
-        condition = self.condition(cond, drop)
+    def features(self, indices: Tensor, condition: Condition) -> Tensor:
+        """indices: as in `forward`. Returns what enters the head, (B, k+1, D)."""
         x = self.join_start(indices, condition)
         groups, mask = self.group_mask(0, x.shape[1]), context_mask(condition)
         # values and no keys: sharded, a block has its weights in its own forward alone

@@ -16,6 +16,9 @@ def register_mask(num_patches: int, num_registers: int, device: torch.device) ->
     return torch.ones(num_registers, n, dtype=torch.bool, device=device).tril(num_patches)
 
 
+SHORT = 128  # positions, up to which a CPU is faster so; from 256 on it is not
+
+
 def attend(
     q: Tensor,
     k: Tensor,
@@ -26,10 +29,11 @@ def attend(
     dropout: float = 0.0,
 ) -> Tensor:
     """torch's scaled_dot_product_attention. q: (B, heads, N, head_dim); k, v: (B, heads, M,
-    head_dim); mask: see Attention. Trained in bf16 on a CPU, it is computed in fp32: its gradient
-    takes there 3 to 7 times as long in bf16."""
+    head_dim); mask: see Attention. Where a CPU trains short sequences in bf16 it is computed in
+    fp32: of some dozens of positions the gradient takes 2 to 5 times as long in bf16."""
     dtype, fused = q.dtype, F.scaled_dot_product_attention
-    if q.is_cpu and dtype is torch.bfloat16 and torch.is_grad_enabled():
+    learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v))
+    if q.is_cpu and dtype is torch.bfloat16 and learns and k.shape[2] <= SHORT:
         q, k, v = q.float(), k.float(), v.float()
         mask = mask if mask is None or mask.dtype is torch.bool else mask.float()
         with torch.autocast("cpu", enabled=False):

