@@ -61,13 +61,13 @@ class _ByRows(torch.autograd.Function):
         *learning: nn.Parameter,
     ) -> tuple[Tensor, Tensor | None]:
         learns = any(ctx.needs_input_grad)
-        # twins of the parameters: their gradients must not reach these, and their hooks, by now
+        # of twins: the parameters' own gradients, with their hooks, wait for backward()
         twins: dict[str, Tensor] = {
             name: nn.Parameter(p.detach(), p.requires_grad) for name, p in head.named_parameters()
         }
         x_grad = torch.zeros_like(x) if learns else None
         loss, guesses = weights.new_zeros(()), torch.empty_like(truth) if guess else None
-        size = max(1, LOGITS // head.out_features)
+        size = LOGITS // head.out_features
         for start in range(0, len(x), size):
             part = slice(start, start + size)
             target, weight = truth[part, None], weights[part, None]
