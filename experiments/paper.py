@@ -40,8 +40,7 @@ from study import Measure, read_result, score_tables, spread, train_and_measure,
 from torch import Tensor
 
 from flextok import viz
-from flextok.config import ExperimentConfig, load_experiment
-from flextok.cpu import multiplies_bf16
+from flextok.config import ExperimentConfig, TrainerConfig, load_experiment
 from flextok.data.fashion_mnist import FashionMNIST
 from flextok.data.transforms import ImageTransform
 from flextok.evaluation import EVALUATORS
@@ -50,6 +49,7 @@ from flextok.files import atomic_write, check_writable, read_mapping, write_text
 from flextok.images import to_image
 from flextok.pipeline import generate_images, load, reconstruct_prefixes
 from flextok.schema import ConfigError, from_mapping
+from flextok.training.trainer import choose_precision
 
 HERE = Path(__file__).parent / "fashion_mnist"
 RECIPES = {path.stem: path for path in sorted((HERE / "recipes").glob("*.yaml"))}
@@ -138,8 +138,8 @@ class Study(NamedTuple):
         if root != DEFAULT_ROOT:
             root = str(Path(root).expanduser().resolve())
         # on a GPU it is the capture of its steps that makes models of this size fast, in fp32
-        half = accelerator == "cpu" and multiplies_bf16("cpu")
-        precision = "bf16-mixed" if half else "32-true"
+        on_gpu = accelerator == "gpu"
+        precision = "32-true" if on_gpu else choose_precision(TrainerConfig(1, accelerator))
         folder = output.resolve() / budget
         return cls(file, sized, folder, root, {}, published, accelerator, precision)
 

@@ -479,7 +479,7 @@ def test_runs_end_with_the_process_that_started_them(tmp_path):
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_a_cpu_trains_in_bf16_where_it_multiplies_that_fast(tmp_path, monkeypatch, fast):
-    monkeypatch.setattr(paper, "multiplies_bf16", lambda device: fast)
+    monkeypatch.setattr("flextok.training.trainer.multiplies_bf16", lambda device: fast)
     study = paper.Study.load("full", tmp_path, "data", published=True)
     asked = "bf16-mixed" if fast else "32-true"
     assert study.config("tokens", 0).trainer.precision == asked
@@ -498,7 +498,7 @@ def test_a_cpu_trains_in_bf16_where_it_multiplies_that_fast(tmp_path, monkeypatc
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_a_run_ends_in_the_precision_that_it_began_in(tmp_path, monkeypatch, fast):
-    monkeypatch.setattr(paper, "multiplies_bf16", lambda device: fast)
+    monkeypatch.setattr("flextok.training.trainer.multiplies_bf16", lambda device: fast)
     begun = "32-true" if fast else "bf16-mixed"
     study = paper.Study.load("short", tmp_path, "data")
     config = study._replace(precision=begun).config("tokens", 0)

@@ -146,9 +146,6 @@ class GPT(Generator):
             x = block(x, groups, is_causal=True, context=context, context_mask=mask)
         return self.norm(x[:, : indices.shape[1] + 1])
 
-    def condition(self, cond: Cond, drop: Tensor | None = None) -> Condition:
-        return self.conditioner(self.conditioner.prepare(cond, self.start.device), drop)
-
     def contexts(self, condition: Condition) -> list[tuple[Tensor, Tensor] | None]:
         """Keys and values of the context for each block's cross-attention, to be computed once for
         all steps of generating; None without a context."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from flextok.draws import Rng
-from flextok.generators.conditioning import Cond, Conditioner, class_label
+from flextok.generators.conditioning import Cond, Condition, Conditioner, class_label
 from flextok.hub import Pretrained
 from flextok.schema import ConfigError, whole_number, with_options
 from flextok.tokenizers.base import Callback
@@ -73,6 +73,11 @@ class Generator(Pretrained):
             names = self.class_names
             several = torch.tensor([class_label(one, names) for one in several])
         return self.conditioner.prepare(several, self.device)
+
+    def condition(self, cond: Cond, drop: Tensor | None = None) -> Condition:
+        """cond: what the conditioner takes, (B,) labels or B prompts; drop: (B,) bool, True = null
+        condition."""
+        return self.conditioner(self.conditioner.prepare(cond, self.device), drop)
 
     def generate(
         self,

@@ -131,9 +131,6 @@ class MaskGIT(Generator):
         (B, k, V)."""
         return self.logits(indices, self.condition(cond, drop))
 
-    def condition(self, cond: Cond, drop: Tensor | None = None) -> Condition:
-        return self.conditioner(self.conditioner.prepare(cond, self.positions.device), drop)
-
     def logits(self, indices: Tensor, condition: Condition) -> Tensor:
         """indices: as in `forward`. Returns logits (B, k, V)."""
         return self.head(self.features(indices, condition))
