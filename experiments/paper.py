@@ -36,6 +36,7 @@ from classifier import ClassDistances, ClassifierNetwork, train_classifier
 from einops import EinopsError, rearrange
 from omegaconf import OmegaConf
 from PIL import Image
+from repeats import comparison, deviation_table, deviations, repeated, summary
 from study import Measure, read_result, score_tables, spread, train_and_measure, write_json
 from torch import Tensor
 
@@ -276,6 +277,11 @@ class Study(NamedTuple):
         """The same in the folders that published results name, wherever they were made."""
         return self._replace(folder=Path("outputs/paper") / self.folder.name, root="data")
 
+    def published_alone(self) -> "Study":
+        """The published results, of all seeds: no run has a folder there."""
+        folder = Path(os.devnull) / self.folder.name
+        return self._replace(folder=folder, known={}, published=True, chosen=None)
+
     def results(self, row: str) -> list[dict[str, Any]]:
         """Of the seeds of a table's row that are finished."""
         recipe, _, variant = row.partition(": ")
@@ -455,6 +461,7 @@ def write_page(study: Study) -> Path:
     """Fill the tables of docs/paper.md, and draw its figures. Returns the new page."""
     made = {"budget": budget_facts(study), "probe": probe_table(study)}
     made |= {"adaptive": adaptive_table(study), "codes": codes_table(study)}
+    made["spread"] = deviation_table(seed_deviations(all_runs(study), study))
     for name, value in study.file.tables.items():
         table = from_mapping(Table, value)
         results = {label: study.of(name).results(row) for row, label in table.rows.items()}
@@ -473,6 +480,54 @@ def write_page(study: Study) -> Path:
     write_text(page, MARK.sub(filled, text))
     draw_figures(study, study.folder / "pictures/paper")
     return page
+
+
+def shown(study: Study) -> dict[tuple[str, str], list[str]]:
+    """The rows of all tables, each once: (budget, row) -> the scores that are shown of it."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for name, table in study.file.tables.items():
+        for row in table["rows"]:
+            held = found.setdefault((study.of(name).folder.name, row), [])
+            held += [score for score in table["scores"] if score not in held]
+    return found
+
+
+def seed_deviations(
+    rows: dict[tuple[str, str], list[dict[str, Any]]], study: Study
+) -> dict[str, float]:
+    """Of each score that a table shows, see repeats.deviations. rows: (budget, row) -> its runs."""
+    scores = dict.fromkeys(score for scores in shown(study).values() for score in scores)
+    return deviations(rows.values(), scores)
+
+
+def all_runs(study: Study, strict: bool = True) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """Of the rows of all tables: (budget, row) -> results. strict: whether one that is not of the
+    recipe as it is now raises, in place of none of that row."""
+    parts, found = study.parts(), {}
+    for budget, row in shown(study):
+        try:
+            found[budget, row] = parts[budget][0].results(row)
+        except ConfigError:
+            if strict:
+                raise
+            found[budget, row] = []
+    return found
+
+
+def compare(study: Study) -> None:
+    """Write beside the page how what is here differs from what is published of the same recipes."""
+    published = all_runs(study.published_alone(), strict=False)
+    deviation, now, numbers = seed_deviations(published, study), all_runs(study), []
+    for (budget, row), scores in shown(study).items():
+        runs, seeds = now[budget, row], study.all_seeds()
+        before = [one for one in published[budget, row] if one["config"]["seed"] in seeds]
+        if [one["report"] for one in runs] != [one["report"] for one in before]:
+            known = [score for score in scores if score in deviation]
+            numbers += repeated(f"{budget}, {row}", before, runs, known, deviation)
+    if numbers:
+        path = study.folder / "compared.md"
+        write_text(path, comparison(numbers))
+        print(f"{summary(numbers)} {path} has the others.")
 
 
 def labelled_rows(study: Study, *tables: str) -> dict[str, list[dict[str, Any]]]:
@@ -780,6 +835,7 @@ def make(options: argparse.Namespace) -> None:
         run_parts(study._replace(chosen=chosen), options.only, options.jobs)
     elif not study.classifier():
         raise ConfigError(f"no results of budget {options.budget} in {study.folder}, {PUBLISHED}")
+    compare(study._replace(chosen=chosen))
     # what is published is a page of all that is there, of all seeds
     study = study._replace(**({"published": True} if options.publish else {"chosen": chosen}))
     page = write_page(study)

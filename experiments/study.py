@@ -5,6 +5,7 @@ import json
 import logging
 import time
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -161,21 +162,26 @@ def score_tables(results: dict[str, list[dict[str, Any]]], scores: list[str] | N
     lengths = sorted({row["num_tokens"] for row in rows})
     held = list(dict.fromkeys(name for row in rows for name in row["scores"]))
     text = []
-    for start, (title, digits) in SCORES.items():
-        for score in held:
-            network = score.removeprefix(start)
-            if not (score.startswith(start) if start.endswith("_") else score == start):
-                continue
-            if network.startswith(("std_", "to_reference")) or score not in (scores or held):
-                continue
-            text += [f"**{title}{f' ({network})' if network else ''}**", ""]
-            text.append(f"| recipe | seeds | {' | '.join(map(str, lengths))} |")
-            text.append("|---" * (len(lengths) + 2) + "|")
-            text += [
-                score_row(name, some, score, lengths, digits) for name, some in results.items()
-            ]
-            text.append("")
+    for score, (title, digits) in titled(name for name in held if name in (scores or held)).items():
+        text += [f"**{title}**", ""]
+        text.append(f"| recipe | seeds | {' | '.join(map(str, lengths))} |")
+        text.append("|---" * (len(lengths) + 2) + "|")
+        text += [score_row(name, some, score, lengths, digits) for name, some in results.items()]
+        text.append("")
     return "\n".join(text)
+
+
+def titled(scores: Iterable[str]) -> dict[str, tuple[str, int]]:
+    """Those of the scores that tables show, in that order -> title and digits."""
+    names, found = list(scores), {}
+    for start, (title, digits) in SCORES.items():
+        for name in names:
+            network = name.removeprefix(start)
+            if not (name.startswith(start) if start.endswith("_") else name == start):
+                continue
+            if not network.startswith(("std_", "to_reference")):
+                found[name] = (f"{title}{f' ({network})' if network else ''}", digits)
+    return found
 
 
 def score_row(

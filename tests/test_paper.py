@@ -333,6 +333,33 @@ def test_publishing_a_run_keeps_all_the_others(published, monkeypatch, options):
     assert (paper.PAGE.parent / "pictures/paper/curves.png").stat().st_size > 1000
 
 
+def test_a_study_that_was_run_again_is_compared_with_what_is_published(
+    published, monkeypatch, capsys
+):
+    monkeypatch.setattr(paper, "run_parts", lambda *_: None)
+    place = as_run(published, "titok_8", 1)
+    shutil.copy(paper.PUBLISHED / "full/classifier.safetensors", published / "full")
+    command = ["--only", "titok_8", "--seeds", "1", "--output", str(published)]
+    paper.main(command)
+    assert "two standard deviations" not in capsys.readouterr().out  # the same
+    found = json.loads(place.read_text())
+    found["report"]["results"][0]["scores"]["psnr"] += 5
+    place.write_text(json.dumps(found))
+    paper.main([*command, "--publish"])
+    shown = paper.Study.load("full", published, "data").file.tables["reconstruction"]["scores"]
+    assert f"Of {len(shown)} numbers of the tables, {len(shown) - 1} (" in capsys.readouterr().out
+    others = (published / "full/compared.md").read_text("utf-8").partition("The others:")[2]
+    (line,) = (line for line in others.splitlines() if "titok_8" in line)
+    assert line.startswith("| full, titok_8 | Faithful: PSNR (dB), higher is better | 8 | ")
+    # that is published now, and no comparison with another recipe's
+    paper.main(command)
+    assert "two standard deviations" not in capsys.readouterr().out
+    path = paper.published_file("full", "titok_8", 1)
+    path.write_text(path.read_text("utf-8").replace('"max_steps": 9000', '"max_steps": 8000'))
+    paper.main(command)
+    assert "two standard deviations" not in capsys.readouterr().out
+
+
 def test_a_budget_that_was_never_published_gets_a_folder(published):
     place = published / "short/classifier.json"
     place.parent.mkdir(parents=True)
