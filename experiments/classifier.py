@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from flextok.data.fashion_mnist import FashionMNIST
 from flextok.evaluation.evaluators import FAITHFUL, FeatureDistances, Rows
@@ -97,7 +98,7 @@ def train_classifier(root: str, steps: int, folder: Path, seed: int = 0) -> dict
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
     rng = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
+    for _ in tqdm(range(steps), desc="training the classifier", unit="step"):
         rows = torch.randint(len(labels), (BATCH,), generator=rng)
         batch, flipped = images[rows], torch.rand(BATCH, 1, 1, 1, generator=rng) < 0.5
         logits = model(batch.flip(3).where(flipped, batch)).logits

@@ -18,7 +18,13 @@ from flextok.places import HubOptions, find_reference, read_model, resolve
 from flextok.schema import check_number
 from flextok.storage import CheckpointError
 from flextok.tokenizers import TOKENIZERS, Tokenizer
-from flextok.tokenizers.base import decode_rows, encode_rows, in_shape_of, same_codes
+from flextok.tokenizers.base import (
+    decode_rows,
+    encode_rows,
+    in_shape_of,
+    prefix_lengths,
+    same_codes,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -259,8 +265,3 @@ def decodable_lengths(tokenizer: Tokenizer, total: int | None = None) -> list[in
     ... and all of them, or all only where prefixes mean nothing."""
     total = total or tokenizer.num_tokens
     return prefix_lengths(total) if tokenizer.ordered else [total]
-
-
-def prefix_lengths(total: int) -> list[int]:
-    """1, 2, 4, ... and total."""
-    return [*(2**i for i in range((total - 1).bit_length())), total]

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from flextok.draws import BatchDraws
-from flextok.objectives.nested_dropout import NESTED_DROPOUT, NestedDropout, powers_of_two
+from flextok.objectives.nested_dropout import NESTED_DROPOUT, NestedDropout
+from flextok.tokenizers.base import prefix_lengths
 
 
 def frequencies(name, total, draws=64_000):
@@ -35,7 +36,7 @@ def test_sqrt_pow2_doubles_with_each_second_power():
     share = frequencies("sqrt_pow2", 256)
     assert share[1].item() == pytest.approx(share[4].item() / 2, abs=0.01)
     assert share[64].item() == pytest.approx(share[256].item() / 2, abs=0.01)
-    assert share[powers_of_two(256)].sum().item() == pytest.approx(1)
+    assert share[prefix_lengths(256)].sum().item() == pytest.approx(1)
     assert share[256].item() == pytest.approx(16 / sum(2 ** (i / 2) for i in range(9)), abs=0.01)
 
 
@@ -46,8 +47,8 @@ def test_none_keeps_everything():
 @pytest.mark.parametrize(
     ("limit", "expected"), [(1, [1]), (2, [1, 2]), (8, [1, 2, 4, 8]), (12, [1, 2, 4, 8, 12])]
 )
-def test_powers_of_two_end_with_the_limit(limit, expected):
-    assert powers_of_two(limit) == expected
+def test_prefix_lengths_end_with_the_limit(limit, expected):
+    assert prefix_lengths(limit) == expected
 
 
 @pytest.mark.parametrize("name", list(NESTED_DROPOUT))

@@ -24,9 +24,9 @@ from flextok.evaluation import sources
 from flextok.evaluation.evaluators import EVALUATORS, Comparison, FeatureDistances, Setting
 from flextok.evaluation.job import Options
 from flextok.nn.devices import check_finite
-from flextok.pipeline import decode_prefixes, prefix_lengths
+from flextok.pipeline import decode_prefixes
 from flextok.tokenizers import FlexTok, LengthHeadConfig, Tokenizer
-from flextok.tokenizers.base import encode_rows, in_shape_of
+from flextok.tokenizers.base import encode_rows, in_shape_of, prefix_lengths
 from flextok.tokenizers.length import HIGHER_IS_BETTER, Adaptive, LengthHead, Target
 
 Compare = Callable[[Tensor, Tensor], Tensor]  # decoded, images (B, 3, H, W) -> (B,)

@@ -14,8 +14,7 @@ from torch import Tensor
 from flextok.evaluation.job import Options
 from flextok.evaluation.metrics import image_hashes
 from flextok.evaluation.sources import Images, batches
-from flextok.pipeline import prefix_lengths
-from flextok.tokenizers.base import Tokenizer, encode_rows
+from flextok.tokenizers.base import Tokenizer, encode_rows, prefix_lengths
 
 L2 = 1e-2  # of the mean loss, on standardised codes
 ONE_CLASS = (

@@ -22,8 +22,7 @@ from flextok.evaluation.report import write_report
 from flextok.evaluation.runner import evaluate
 from flextok.evaluation.sources import Images, readable
 from flextok.files import write_text
-from flextok.pipeline import prefix_lengths
-from flextok.tokenizers.base import Tokenizer, decode_rows, encode_rows
+from flextok.tokenizers.base import Tokenizer, decode_rows, encode_rows, prefix_lengths
 
 AXES = {
     "tokens": ("num_tokens", "tokens"),

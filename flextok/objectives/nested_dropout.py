@@ -17,6 +17,7 @@ from flextok.draws import BatchDraws
 from flextok.nn.devices import to_device
 from flextok.schema import ConfigError, Size, build
 from flextok.tokenizers import Tokenizer
+from flextok.tokenizers.base import prefix_lengths
 
 
 def uniform(u: float, num_registers: int) -> int:
@@ -27,20 +28,20 @@ def uniform(u: float, num_registers: int) -> int:
 def pow2(u: float, num_registers: int) -> int:
     """Uniform over 1, 2, 4, ..., K (K itself counts when it is no power of two): the released
     FlexTok models' choice."""
-    sizes = powers_of_two(num_registers)
+    sizes = prefix_lengths(num_registers)
     return sizes[uniform(u, len(sizes)) - 1]
 
 
 def uniform_pow2(u: float, num_registers: int) -> int:
     """Uniform over 1..K, rounded up to the next power of two: P(K) = 1/2, P(K/2) = 1/4, ..."""
-    sizes = powers_of_two(num_registers)
+    sizes = prefix_lengths(num_registers)
     return sizes[bisect_left(sizes, uniform(u, num_registers))]
 
 
 def sqrt_pow2(u: float, num_registers: int) -> int:
     """Powers of two again, 2^i with a probability proportional to its square root: between pow2,
     which seldom trains the last tokens, and uniform_pow2, which seldom trains the first alone."""
-    sizes = powers_of_two(num_registers)
+    sizes = prefix_lengths(num_registers)
     shares = list(accumulate(size**0.5 for size in sizes))
     return sizes[min(bisect_right(shares, u * shares[-1]), len(sizes) - 1)]
 
@@ -48,11 +49,6 @@ def sqrt_pow2(u: float, num_registers: int) -> int:
 def none(u: float, num_registers: int) -> int:
     """Always all registers: no nested dropout."""
     return num_registers
-
-
-def powers_of_two(limit: int) -> list[int]:
-    """1, 2, 4, ... below limit, then limit."""
-    return [*(2**i for i in range((limit - 1).bit_length())), limit]
 
 
 NESTED_DROPOUT = {

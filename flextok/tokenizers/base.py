@@ -350,6 +350,11 @@ def same_codes(record: Mapping[str, Any], tokenizer: Tokenizer) -> bool:
     return record.get("tokenizer_fingerprint") == fingerprint(tokenizer)
 
 
+def prefix_lengths(total: int) -> list[int]:
+    """1, 2, 4, ... below total, then total."""
+    return [*(2**i for i in range((total - 1).bit_length())), total]
+
+
 def index_rows(indices: Indices) -> Tensor:
     """Indices as (B, k) long, whatever integers they are. Raises ValueError for lists of several
     lengths."""
