@@ -318,23 +318,46 @@ def model_hash(result: dict[str, Any]) -> str:
 
 
 def publish(study: Study, page: Path) -> None:
-    """Put each result that is here among what the repository holds; of the full budget also the
-    page and its figures."""
+    """Put each result that is here among what the repository holds, or in place of it all where
+    nothing published stands in for what is not here; of the full budget also the page and its
+    figures."""
     if study.folder.name == "full":
         copy(page, PAGE)
         for path in (page.parent / "pictures/paper").glob("*.png"):
             copy(path, PAGE.parent / "pictures/paper" / path.name)
     for budget, (part, _) in study.parts().items():
+        made = set()
         for recipe in RECIPES:
             for seed in part.all_seeds():
                 place, path = part.place(recipe, seed), published_file(budget, recipe, seed)
                 if (place / "result.json").exists():
                     path.parent.mkdir(parents=True, exist_ok=True)
                     write_json(part.result(recipe, seed), path)
+                    made.add(path)
                 if part is study and (place / EXAMPLES).exists():
                     copy(place / EXAMPLES, path.with_suffix(".png"))
         for path in part.folder.glob("classifier.*"):
             copy(path, PUBLISHED / budget / path.name)
+        if not study.published:
+            for path in (PUBLISHED / budget).glob("*/seed-*"):
+                if path.with_suffix(".json") not in made:
+                    path.unlink()
+
+
+def take_classifier(study: Study) -> None:
+    """Before runs that are added to what is published: begin with the classifier that measured it,
+    since no page takes rows of two. Raises ConfigError where another one is here."""
+    for budget, (part, _) in study.parts().items():
+        stored = PUBLISHED / budget / "classifier.safetensors"
+        here = part.folder / stored.name
+        if stored.exists() and not here.exists():
+            for path in (stored, stored.with_suffix(".json")):
+                copy(path, part.folder / path.name)
+        elif stored.exists() and file_hash(here) != file_hash(stored):
+            raise ConfigError(
+                f"{here} is another classifier than {stored}, and no page takes rows of two: "
+                "choose another --output, or run all (without --only and --seeds)"
+            )
 
 
 def copy(source: Path, target: Path) -> None:
@@ -831,13 +854,16 @@ def make(options: argparse.Namespace) -> None:
             known = ", ".join(map(str, study.budget.seeds))
             raise ConfigError(f"--seeds {seed}: budget {options.budget} has {known}")
     chosen = [seed for seed in study.budget.seeds if seed in (options.seeds or study.budget.seeds)]
+    adds = bool(options.page or options.only or options.seeds)  # to what is published
+    if options.publish and adds and not options.page:
+        take_classifier(study)
     if not options.page:
         run_parts(study._replace(chosen=chosen), options.only, options.jobs)
     elif not study.classifier():
         raise ConfigError(f"no results of budget {options.budget} in {study.folder}, {PUBLISHED}")
     compare(study._replace(chosen=chosen))
     # what is published is a page of all that is there, of all seeds
-    study = study._replace(**({"published": True} if options.publish else {"chosen": chosen}))
+    study = study._replace(**({"published": adds} if options.publish else {"chosen": chosen}))
     page = write_page(study)
     if options.publish:
         publish(study, page)

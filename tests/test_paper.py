@@ -360,6 +360,41 @@ def test_a_study_that_was_run_again_is_compared_with_what_is_published(
     assert "two standard deviations" not in capsys.readouterr().out
 
 
+def test_a_whole_study_takes_the_place_of_what_is_published(published, monkeypatch, capsys):
+    """Second seeds that were published, measured with another classifier than the one that the run
+    trained, had been an error after all of the work."""
+    monkeypatch.setattr(paper, "run_parts", lambda *_: None)
+    place = as_run(published, "titok_8", 0)
+    (published / "full/classifier.safetensors").write_bytes(b"another")
+    (published / "full/classifier.json").write_text('{"steps": 1, "accuracy": 0.5, "seed": 0}')
+    found = json.loads(place.read_text())
+    used = found["report"]["settings"]["networks"]["classifier"]
+    used["weights"] = paper.file_hash(published / "full/classifier.safetensors")
+    place.write_text(json.dumps(found))
+    for added in (["--only", "titok_8"], ["--seeds", "0"]):  # before the work
+        with pytest.raises(SystemExit):
+            paper.main([*added, "--publish", "--output", str(published)])
+        assert "no page takes rows of two" in capsys.readouterr().err
+    paper.main(["--publish", "--output", str(published)])
+    assert [path.parent.name for path in paper.PUBLISHED.glob("full/*/seed-*")] == ["titok_8"]
+    assert not list(paper.PUBLISHED.glob("half/*/seed-*"))
+    assert (paper.PUBLISHED / "full/classifier.safetensors").read_bytes() == b"another"
+    page = paper.PAGE.read_text("utf-8")
+    assert "| TiTok, 8 tokens | 1 |" in page
+    assert "| TiTok, 16 tokens |" not in page
+    paper.main(["--page", "--publish", "--output", str(published / "elsewhere")])
+    assert paper.PAGE.read_text("utf-8") == page
+
+
+def test_runs_that_are_added_begin_with_the_published_classifier(published, monkeypatch):
+    monkeypatch.setattr(paper, "run_parts", lambda *_: None)
+    paper.main(["--only", "titok_8", "--publish", "--output", str(published)])
+    for budget in ("full", "half"):
+        for name in ("classifier.safetensors", "classifier.json"):
+            stored = paper.PUBLISHED / budget / name
+            assert (published / budget / name).read_bytes() == stored.read_bytes()
+
+
 def test_a_budget_that_was_never_published_gets_a_folder(published):
     place = published / "short/classifier.json"
     place.parent.mkdir(parents=True)
