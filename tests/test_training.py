@@ -355,21 +355,24 @@ def test_what_a_sharded_model_cannot_do_is_refused(uninterrupted, tmp_path, aske
 
 
 @pytest.mark.parametrize(
-    ("batch", "lengths", "name", "devices", "refused"),
+    ("batch", "draws", "lengths", "name", "devices", "refused"),
     [
-        (4, 8, "sqrt_pow2", 2, True),
-        (12, 8, "uniform", 2, True),
-        (8, 8, "sqrt_pow2", 2, False),
-        (12, 6, "uniform", 2, False),
-        (4, 8, "sqrt_pow2", 1, False),
-        (4, 8, "none", 2, False),
+        (4, 1, 8, "sqrt_pow2", 2, True),
+        (12, 1, 8, "uniform", 2, True),
+        (8, 1, 8, "sqrt_pow2", 2, False),
+        (12, 1, 6, "uniform", 2, False),
+        (4, 1, 8, "sqrt_pow2", 1, False),
+        (4, 1, 8, "none", 2, False),
+        (4, 2, 8, "sqrt_pow2", 2, False),
+        (4, 3, 8, "sqrt_pow2", 2, True),
     ],
 )
 def test_sharded_processes_that_may_have_unequally_many_lengths_are_refused(
-    batch, lengths, name, devices, refused
+    batch, draws, lengths, name, devices, refused
 ):
     model = tiny_tokenizer(drop_mode="truncate")
-    objective = make_objective(model, {"nested_dropout": name, "batch_lengths": lengths})
+    asked = {"nested_dropout": name, "batch_lengths": lengths, "draws_per_image": draws}
+    objective = make_objective(model, asked)
     options = FitOptions(
         1, output_dir="run", accelerator="cpu", devices=devices, strategy="fsdp2", batch_size=batch
     )

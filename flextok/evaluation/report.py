@@ -196,4 +196,7 @@ def check_output(folder: Path) -> Path:
     with contextlib.suppress(ValueError):
         if "flextok_version" in read_mapping(path, settings=dict)["settings"]:
             return path
-    raise ValueError(f"{path} was not written by flextok and would be lost: choose another folder")
+    raise ValueError(
+        f"{path} was not written by flextok, or is damaged, and would be lost: remove it, or "
+        "choose another folder"
+    )

@@ -215,7 +215,8 @@ def check_sharding(objective: Objective, options: FitOptions, cached: bool = Fal
     lengths = getattr(objective, "nested_dropout", None)
     if cached and "keep" in objective.frozen_columns():  # the lengths are the cache's
         lengths = None
-    if lengths is not None and processes > 1 and not lengths.is_even(options.batch_size):
+    rows = options.batch_size * getattr(objective.config, "draws_per_image", 1)
+    if lengths is not None and processes > 1 and not lengths.is_even(rows):
         raise ConfigError(
             f"data.batch_size={options.batch_size} must be a multiple of objective.batch_lengths="
             f"{objective.config.batch_lengths} with trainer.strategy=fsdp2 on {processes} "
