@@ -64,6 +64,10 @@ CURVES = {  # scores that are drawn -> their names
     "class_kept": "class kept (higher is better)",
     "psnr": "PSNR in dB (higher is better)",
 }
+DRAWN = {  # figure of curves -> the table whose rows it shows, and its title
+    "curves.png": ("reconstruction", "Tokenizers"),
+    "ways.png": ("joining", "Ways to train"),
+}
 EXAMPLES = "examples.png"  # beside a run's result, see draw_examples
 STRIPS = ("near_noise", "flow", SHOWN)  # recipes that have a figure of their own
 # what is drawn of test images, row by row: recipe -> numbers of tokens
@@ -72,8 +76,8 @@ COMPARED |= {"titok_32": [32], "titok_tail_drop": [8, 32], "grid_16": [16], "gri
 # what is drawn of generated images: recipe -> the guidance of the generator, numbers of tokens
 GENERATED = {
     "gpt_class": (1.5, [1, 2, 8, 32]),
-    "gpt_grid": (2.0, [16]),
-    "maskgit_titok": (2.0, [32]),
+    "gpt_grid": (3.0, [16]),
+    "maskgit_titok": (4.0, [32]),
 }
 OFF_SCALE = "published_16"  # its curves would leave no room for the others
 MARK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -691,16 +695,16 @@ def draw_figures(study: Study, folder: Path) -> None:
     """Curves over the number of tokens; strips of a test image of each class; what the tokenizers
     return, and what the generators make; and test images that share their first token, above what
     is decoded from it, where that model was trained here. Each of what is finished."""
-    curves: dict[str, dict[str, dict[str, list[tuple[float, float]]]]] = {}
-    for name, title in (("joining", "Ways to train"), ("reconstruction", "Tokenizers")):
+    for file, (name, title) in DRAWN.items():
         rows = labelled_rows(study, name)
         rows.pop(study.file.tables[name]["rows"].get(OFF_SCALE), None)
-        for label, runs in rows.items():
-            for score, y_label in CURVES.items():
-                panel = curves.setdefault(title, {}).setdefault(y_label, {})
-                panel[label] = mean_points(runs, score)
-    if curves:
-        viz.save(viz.curves(curves, "tokens", logarithmic=True), folder / "curves.png")
+        panels = {
+            y_label: {label: mean_points(runs, score) for label, runs in rows.items()}
+            for score, y_label in CURVES.items()
+        }
+        if rows:
+            curves = viz.curves({title: panels}, "tokens", logarithmic=True)
+            viz.save(curves, folder / file)
     for recipe in STRIPS:
         if made := find_examples(study, recipe):
             originals = made.pop(0)

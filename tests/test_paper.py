@@ -621,7 +621,7 @@ def test_a_short_run_trains_measures_and_writes_the_page(tmp_path, capsys, monke
     assert line.count("|") == 9
     assert "; flow alone; both times mixed" in page
     strips = (f"strips_{paper.SHOWN}", "strips_near_noise")
-    for figure in ("curves", "first_token", "tokenizers", "generated", *strips):
+    for figure in ("curves", "ways", "first_token", "tokenizers", "generated", *strips):
         assert (folder / f"pictures/paper/{figure}.png").stat().st_size > 1000
     # what the figures show is kept beside the results, so that machines may share the work
     study = paper.Study.load("short", output, str(data))
