@@ -325,27 +325,34 @@ def publish(study: Study, page: Path) -> None:
     """Put each result that is here among what the repository holds, or in place of it all where
     nothing published stands in for what is not here; of the full budget also the page and its
     figures."""
-    if study.folder.name == "full":
-        copy(page, PAGE)
-        for path in (page.parent / "pictures/paper").glob("*.png"):
-            copy(path, PAGE.parent / "pictures/paper" / path.name)
+    results = {  # all are read before the first is written
+        published_file(budget, recipe, seed): result
+        for budget, (part, _) in study.parts().items()
+        for recipe in RECIPES
+        for seed in part.all_seeds()
+        if (part.place(recipe, seed) / "result.json").exists()
+        and (result := part.result(recipe, seed))
+    }
+    for path, result in results.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(result, path)
+    for recipe in RECIPES:
+        for seed in study.all_seeds():
+            if (examples := study.place(recipe, seed) / EXAMPLES).exists():
+                path = published_file(study.folder.name, recipe, seed)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                copy(examples, path.with_suffix(".png"))
     for budget, (part, _) in study.parts().items():
-        made = set()
-        for recipe in RECIPES:
-            for seed in part.all_seeds():
-                place, path = part.place(recipe, seed), published_file(budget, recipe, seed)
-                if (place / "result.json").exists():
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    write_json(part.result(recipe, seed), path)
-                    made.add(path)
-                if part is study and (place / EXAMPLES).exists():
-                    copy(place / EXAMPLES, path.with_suffix(".png"))
         for path in part.folder.glob("classifier.*"):
             copy(path, PUBLISHED / budget / path.name)
-        if not study.published:
-            for path in (PUBLISHED / budget).glob("*/seed-*"):
-                if path.with_suffix(".json") not in made:
-                    path.unlink()
+        for path in [] if study.published else (PUBLISHED / budget).glob("*/seed-*"):
+            if path.with_suffix(".json") not in results:
+                print(f"removed, since it is not of this study: {path}")
+                path.unlink()
+    if study.folder.name == "full":
+        for path in (page.parent / "pictures/paper").glob("*.png"):
+            copy(path, PAGE.parent / "pictures/paper" / path.name)
+        copy(page, PAGE)
 
 
 def take_classifier(study: Study) -> None:
@@ -354,10 +361,12 @@ def take_classifier(study: Study) -> None:
     for budget, (part, _) in study.parts().items():
         stored = PUBLISHED / budget / "classifier.safetensors"
         here = part.folder / stored.name
-        if stored.exists() and not here.exists():
+        if not stored.exists():
+            continue
+        if not here.exists() or file_hash(here) == file_hash(stored):
             for path in (stored, stored.with_suffix(".json")):
                 copy(path, part.folder / path.name)
-        elif stored.exists() and file_hash(here) != file_hash(stored):
+        else:
             raise ConfigError(
                 f"{here} is another classifier than {stored}, and no page takes rows of two: "
                 "choose another --output, or run all (without --only and --seeds)"
@@ -542,15 +551,20 @@ def all_runs(study: Study, strict: bool = True) -> dict[tuple[str, str], list[di
 
 
 def compare(study: Study) -> None:
-    """Write beside the page how what is here differs from what is published of the same recipes."""
+    """Write beside the page how runs that are here differ from those that are published, of the
+    same recipes and seeds."""
     published = all_runs(study.published_alone(), strict=False)
     deviation, now, numbers = seed_deviations(published, study), all_runs(study), []
     for (budget, row), scores in shown(study).items():
-        runs, seeds = now[budget, row], study.all_seeds()
-        before = [one for one in published[budget, row] if one["config"]["seed"] in seeds]
-        if [one["report"] for one in runs] != [one["report"] for one in before]:
-            known = [score for score in scores if score in deviation]
-            numbers += repeated(f"{budget}, {row}", before, runs, known, deviation)
+        old = {one["config"]["seed"]: one for one in published[budget, row]}
+        pairs = [
+            (before, one)
+            for one in now[budget, row]
+            if (before := old.get(one["config"]["seed"])) and before["report"] != one["report"]
+        ]
+        known = [score for score in scores if score in deviation]
+        sides = [list(side) for side in zip(*pairs, strict=True)] or [[], []]
+        numbers += repeated(f"{budget}, {row}", *sides, known, deviation)
     if numbers:
         path = study.folder / "compared.md"
         write_text(path, comparison(numbers))

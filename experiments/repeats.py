@@ -49,7 +49,7 @@ def deviations(rows: Iterable[Runs], scores: Iterable[str]) -> dict[str, float]:
                 scale = scale_of(score, mean)
                 squares += sum(((value - mean) / scale) ** 2 for value in values)
                 freedom += len(values) - 1
-        if freedom:
+        if squares > 0:
             found[score] = (squares / freedom) ** 0.5
     return found
 
