@@ -1,11 +1,10 @@
 """How far trainings of one recipe lie apart, by which a study that was run again is compared."""
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from study import titled
+from study import Runs, titled, values_of
 
-Runs = list[dict[str, Any]]  # of one row of a table, a seed each: what train_and_measure returned
 # distances between sets or images, whose differences are relative to their mean
 RELATIVE = ("frechet_", "rfid", "gfid", "kernel_", "kid", "feature_distance_squared_")
 
@@ -19,16 +18,6 @@ class Repeated(NamedTuple):
     before: float
     now: float
     apart: float  # in standard deviations of such a difference
-
-
-def values_of(runs: Runs, score: str) -> dict[int, list[float]]:
-    """Number of tokens -> the values of a score, one of each run that has it."""
-    found: dict[int, list[float]] = {}
-    for run in runs:
-        for row in run["report"]["results"]:
-            if score in row["scores"]:
-                found.setdefault(row["num_tokens"], []).append(row["scores"][score])
-    return found
 
 
 def scale_of(score: str, mean: float) -> float:

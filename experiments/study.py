@@ -25,6 +25,8 @@ from flextok.training.run import train
 
 log = logging.getLogger(__name__)
 
+Runs = list[dict[str, Any]]  # of one row of a table, a seed each: what train_and_measure returned
+
 # how the name of a score begins (a network's name may follow) -> its title in tables and its digits
 SCORES = {
     "frechet_": ("Plausible: Fréchet distance, lower is better", 1),
@@ -184,16 +186,21 @@ def titled(scores: Iterable[str]) -> dict[str, tuple[str, int]]:
     return found
 
 
-def score_row(
-    name: str, runs: list[dict[str, Any]], score: str, lengths: list[int], digits: int
-) -> str:
+def score_row(name: str, runs: Runs, score: str, lengths: list[int], digits: int) -> str:
     """A line of a table: a cell for each length, empty where the runs have no such score."""
-    cells = []
-    for k in lengths:
-        rows = [row for run in runs for row in run["report"]["results"] if row["num_tokens"] == k]
-        values = [row["scores"][score] for row in rows if score in row["scores"]]
-        cells.append(spread(values, digits) if values else "")
+    values = values_of(runs, score)
+    cells = [spread(values[k], digits) if k in values else "" for k in lengths]
     return f"| {name} | {len(runs)} | {' | '.join(cells)} |"
+
+
+def values_of(runs: Runs, score: str) -> dict[int, list[float]]:
+    """Number of tokens -> the values of a score, one of each run that has it."""
+    found: dict[int, list[float]] = {}
+    for run in runs:
+        for row in run["report"]["results"]:
+            if score in row["scores"]:
+                found.setdefault(row["num_tokens"], []).append(row["scores"][score])
+    return found
 
 
 def read_result(path: Path, **kinds: type) -> dict[str, Any]:
