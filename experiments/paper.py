@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from graphlib import TopologicalSorter
+from itertools import product
 from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from threading import Thread
@@ -36,7 +37,7 @@ from classifier import ClassDistances, ClassifierNetwork, train_classifier
 from einops import EinopsError, rearrange
 from omegaconf import OmegaConf
 from PIL import Image
-from repeats import comparison, deviation_table, deviations, repeated, summary
+from repeats import Deviations, comparison, deviation_table, deviations, repeated, summary
 from study import Measure, read_result, score_tables, spread, train_and_measure, write_json
 from torch import Tensor
 
@@ -478,10 +479,9 @@ def run_parts(study: Study, only: list[str] | None, jobs: int) -> None:
     for name in only or []:
         if not any(name in asked for asked in chosen.values()):
             raise ConfigError(f"no table of budget {study.folder.name} needs recipe {name!r}")
-    for budget, (part, _) in study.parts().items():  # what does not fit is told before the work
-        for name in with_needed(chosen[budget]):
-            for seed in part.seeds(name):
-                part.result(name, seed)
+    for part, _ in study._replace(chosen=None).parts().values():
+        for name, seed in product(RECIPES, part.all_seeds()):
+            part.result(name, seed)  # the page reads all: what does not fit is told before the work
     for budget, (part, _) in study.parts().items():
         if asked := chosen[budget]:
             facts = train_classifier(part.root, part.budget.classifier_steps, part.folder)
@@ -528,9 +528,7 @@ def shown(study: Study) -> dict[tuple[str, str], list[str]]:
     return found
 
 
-def seed_deviations(
-    rows: dict[tuple[str, str], list[dict[str, Any]]], study: Study
-) -> dict[str, float]:
+def seed_deviations(rows: dict[tuple[str, str], list[dict[str, Any]]], study: Study) -> Deviations:
     """Of each score that a table shows, see repeats.deviations. rows: (budget, row) -> its runs."""
     scores = dict.fromkeys(score for scores in shown(study).values() for score in scores)
     return deviations(rows.values(), scores)
@@ -562,9 +560,9 @@ def compare(study: Study) -> None:
             for one in now[budget, row]
             if (before := old.get(one["config"]["seed"])) and before["report"] != one["report"]
         ]
-        known = [score for score in scores if score in deviation]
-        sides = [list(side) for side in zip(*pairs, strict=True)] or [[], []]
-        numbers += repeated(f"{budget}, {row}", *sides, known, deviation)
+        if pairs:
+            sides = (list(side) for side in zip(*pairs, strict=True))
+            numbers += repeated(f"{budget}, {row}", *sides, scores, deviation)
     if numbers:
         path = study.folder / "compared.md"
         write_text(path, comparison(numbers))

@@ -335,6 +335,16 @@ def test_a_learning_rate_that_only_rises_is_warned_of(tmp_path, caplog):
     assert "warmup_steps" not in caplog.text
 
 
+def test_a_training_gives_the_warnings_of_its_objective(tmp_path, caplog):
+    middle = {"name": "flow", "time_sampler": {"name": "logit_normal"}}
+    objective = make_objective(tiny_tokenizer(), middle)
+    fit(objective, Drawn("flow"), options=options(tmp_path / "a", max_steps=1))
+    assert caplog.text.count("and decoding begins at 1, where a decoder") == 1
+    caplog.clear()
+    fit(flow(), Drawn("flow"), options=options(tmp_path / "b", max_steps=1))
+    assert "decoding begins" not in caplog.text
+
+
 def test_a_damaged_image_costs_a_run_from_python_one_sample(tmp_path, caplog):
     """Pillow's error ended the run."""
     draw_pictures(tmp_path / "images", [f"{i}.png" for i in range(6)])

@@ -104,3 +104,39 @@ def test_an_objective_follows_from_the_model():
 def test_what_does_not_fit_is_refused_by_name(model, spec, start, message):
     with pytest.raises(ConfigError, match=message):
         make_objective(model(), spec, {key: make() for key, make in start.items()})
+
+
+MIDDLE = {"name": "logit_normal", "mean": 0.0, "std": 1.0}
+LEFT_OUT = [  # whether the model goes on from one that has learnt the times near the noise
+    (tiny_tokenizer, {"name": "flow", "time_sampler": MIDDLE}, {}, True),
+    (
+        tiny_tokenizer,
+        {"name": "flow", "time_sampler": {"name": "logit_normal", "std": 0.5}},
+        {},
+        True,
+    ),
+    (tiny_tokenizer, {"name": "flow", "time_sampler": MIDDLE}, {"weights": tiny_tokenizer}, False),
+    (tiny_tokenizer, {"name": "flow", "time_sampler": MIDDLE | {"mean": 3.0}}, {}, False),
+    (
+        tiny_tokenizer,
+        {"name": "flow", "time_sampler": MIDDLE | {"name": "thick_tailed"}},
+        {},
+        False,
+    ),
+    (tiny_tokenizer, {"name": "flow", "time_sampler": {"name": "uniform"}}, {}, False),
+    (tiny_tokenizer, {"name": "flow"}, {}, False),
+    (drawing, {"name": "drawing", "time_sampler": MIDDLE}, {"weights": tiny_tokenizer}, True),
+    (drawing, {"name": "drawing", "time_sampler": MIDDLE}, {"weights": drawing}, False),
+    (drawing, {"name": "drawing"}, {"weights": tiny_tokenizer}, False),
+]
+
+
+@pytest.mark.parametrize(("model", "spec", "start", "warned"), LEFT_OUT)
+def test_times_that_decoding_begins_with_and_training_leaves_out_are_warned_of(
+    model, spec, start, warned
+):
+    given = {name: made() for name, made in start.items()}
+    warnings = make_objective(model(), spec, given).warnings
+    assert [text.partition(":")[0].partition("=")[0] for text in warnings] == (
+        ["objective.time_sampler"] if warned else []
+    )

@@ -319,6 +319,18 @@ def as_run(output, recipe, seed, **changes):
     return place
 
 
+def test_a_result_of_another_recipe_is_told_before_the_work(published, monkeypatch):
+    """Also one that is not asked for: the page would have failed at it."""
+    monkeypatch.setattr(paper, "train_classifier", lambda *_: pytest.fail("work has begun"))
+    place = as_run(published, "titok_8", 1)
+    found = json.loads(place.read_text())
+    found["config"]["optim"]["lr"] = 0.1
+    place.write_text(json.dumps(found))
+    study = paper.Study.load("full", published, "data")._replace(chosen=[0])
+    with pytest.raises(ConfigError, match=r"is not of recipes/titok_8.yaml as it is now"):
+        paper.run_parts(study, ["flow"], 1)
+
+
 @pytest.mark.parametrize("options", [["--page"], ["--only", "titok_8"], ["--page", "--seeds", "0"]])
 def test_publishing_a_run_keeps_all_the_others(published, monkeypatch, options):
     """By --only the page had lost all other rows, and by --seeds the other seeds."""
@@ -395,6 +407,15 @@ def test_runs_that_are_added_begin_with_the_published_classifier(published, monk
         for name in ("classifier.safetensors", "classifier.json"):
             stored = paper.PUBLISHED / budget / name
             assert (published / budget / name).read_bytes() == stored.read_bytes()
+
+
+@pytest.mark.parametrize("budget", ["full", "half"])
+def test_runs_that_are_added_are_refused_beside_another_classifier(published, capsys, budget):
+    (published / budget).mkdir(parents=True)
+    (published / budget / "classifier.safetensors").write_bytes(b"another")
+    with pytest.raises(SystemExit):
+        paper.main(["--only", "tokens", "--publish", "--output", str(published)])
+    assert f"{budget}/classifier.safetensors is another classifier" in capsys.readouterr().err
 
 
 def test_a_budget_that_was_never_published_gets_a_folder(published):

@@ -376,7 +376,10 @@ def test_sharded_processes_that_may_have_unequally_many_lengths_are_refused(
     options = FitOptions(
         1, output_dir="run", accelerator="cpu", devices=devices, strategy="fsdp2", batch_size=batch
     )
-    message = rf"data.batch_size={batch} must be a multiple of objective.batch_lengths={lengths} "
+    times = f" times objective.draws_per_image={draws}" if draws > 1 else ""
+    message = (
+        f"data.batch_size={batch}{times} must be a multiple of objective.batch_lengths={lengths} "
+    )
     with pytest.raises(ConfigError, match=message) if refused else nullcontext():
         check_sharding(objective, options)
 

@@ -30,6 +30,7 @@ class Objective(nn.Module):
     accelerate and torch.compile wrap it and call its forward."""
 
     config_class: ClassVar[type]
+    warnings: tuple[str, ...] = ()  # that a training gives before its first step
     models: ClassVar[tuple[str, ...]]  # the types of models that it trains
     starts: ClassVar[tuple[str, ...]] = ()  # the trained models that it may begin with, by name
     model: Any
@@ -171,6 +172,19 @@ def begin_with(model: Pretrained, trained: Pretrained, without: tuple[str, ...] 
             *codes,
         )
     take_over(model, state)
+
+
+def times_left_out(sample: Callable[[Tensor], Tensor], spec: Mapping[str, Any]) -> tuple[str, ...]:
+    """A warning for a decoder that is trained from nothing: of the times that sample, built of
+    spec, makes of uniform draws, some have to be near 1, which decoding begins with."""
+    times = sample(torch.linspace(0, 1, 10_001, device="cpu"))
+    if (times > 0.97).double().mean() >= 1e-3:
+        return ()
+    return (
+        f"objective.time_sampler={dict(spec)}: fewer than one time in 1,000 is above 0.97, and "
+        "decoding begins at 1, where a decoder trained from nothing then returns anything. Add "
+        "uniform times (thick_tailed), or go on from a model that has learnt these (start.weights)",
+    )
 
 
 def choose_trained(

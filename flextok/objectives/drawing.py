@@ -11,7 +11,14 @@ from flextok.draws import BatchDraws
 from flextok.flow.path import TIME_SAMPLERS, interpolate, velocity_target
 from flextok.hub import Pretrained, fingerprint
 from flextok.nn.devices import to_device
-from flextok.objectives.base import Objective, draws_of, need, take_over, train_only
+from flextok.objectives.base import (
+    Objective,
+    draws_of,
+    need,
+    take_over,
+    times_left_out,
+    train_only,
+)
 from flextok.objectives.flow import nested_dropout
 from flextok.objectives.nested_dropout import PrefixConfig, as_one, take_rows
 from flextok.schema import ConfigError, Share, build, to_mapping
@@ -59,6 +66,8 @@ class DrawingObjective(Objective):
             take_over(model.drawer, other.state_dict())
         self.nested_dropout = nested_dropout(model, config)
         self.sample_times = build(TIME_SAMPLERS, config.time_sampler, "time sampler")
+        if trained.drawer is None and drawer is None:
+            self.warnings = times_left_out(self.sample_times, config.time_sampler)
         train_only(model, ["drawer"])
 
     @property

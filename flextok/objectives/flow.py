@@ -20,7 +20,14 @@ from flextok.hub import Pretrained, fingerprint
 from flextok.losses import PrefixAlignment, RepresentationAlignment
 from flextok.nn.devices import to_device
 from flextok.nn.frozen import NeedsWeights
-from flextok.objectives.base import Objective, begin_with, draws_of, need, train_only
+from flextok.objectives.base import (
+    Objective,
+    begin_with,
+    draws_of,
+    need,
+    times_left_out,
+    train_only,
+)
 from flextok.objectives.nested_dropout import (
     LengthGroup,
     NestedDropout,
@@ -94,6 +101,8 @@ class FlowObjective(Objective):
                 )
         if weights is not None:
             begin_as(model, need("weights", weights, FlexTok))
+        else:
+            self.warnings = times_left_out(self.sample_times, config.time_sampler)
         train_only(model, config.train)
 
     def prepare(self, pretrained: bool = True) -> None:

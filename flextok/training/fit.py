@@ -108,6 +108,8 @@ def fit(
         objective.model.check_place(folder)
         if leads:
             check_warmup(options)
+            for text in objective.warnings:
+                log.warning(text)
         L.seed_everything(options.seed, verbose=False)
         objective.prepare()
         if isinstance(train_set, LatentDataset):
@@ -215,14 +217,15 @@ def check_sharding(objective: Objective, options: FitOptions, cached: bool = Fal
     lengths = getattr(objective, "nested_dropout", None)
     if cached and "keep" in objective.frozen_columns():  # the lengths are the cache's
         lengths = None
-    rows = options.batch_size * getattr(objective.config, "draws_per_image", 1)
-    if lengths is not None and processes > 1 and not lengths.is_even(rows):
+    draws = getattr(objective.config, "draws_per_image", 1)
+    if lengths is not None and processes > 1 and not lengths.is_even(options.batch_size * draws):
+        times = f" times objective.draws_per_image={draws}" if draws > 1 else ""
         raise ConfigError(
-            f"data.batch_size={options.batch_size} must be a multiple of objective.batch_lengths="
-            f"{objective.config.batch_lengths} with trainer.strategy=fsdp2 on {processes} "
-            f"processes: nested_dropout={lengths.name} would give some more lengths than others, "
-            "and each length runs the sharded model once more, which all must do alike; change "
-            "one of the two, or take ddp"
+            f"data.batch_size={options.batch_size}{times} must be a multiple of "
+            f"objective.batch_lengths={objective.config.batch_lengths} with "
+            f"trainer.strategy=fsdp2 on {processes} processes: nested_dropout={lengths.name} "
+            "would give some more lengths than others, and each length runs the sharded model "
+            "once more, which all must do alike; change one of these, or take ddp"
         )
 
 
