@@ -225,18 +225,15 @@ class Study(NamedTuple):
     def all_seeds(self) -> list[int]:
         return self.chosen or self.budget.seeds
 
-    def classifier(self) -> dict[str, Any]:
-        """What is known of the classifier that measured; {} where there is none yet."""
-        found = read_result(self.folder / "classifier.json")
-        if not found and self.published:
-            found = read_result(PUBLISHED / self.folder.name / "classifier.json")
-        return found
-
-    def classifier_weights(self) -> Path:
-        """Of the classifier that measured."""
-        path = self.folder / "classifier.safetensors"
+    def classifier_file(self, suffix: str) -> Path:
+        """Of the classifier that measured: .safetensors of its weights, .json of what is known."""
+        path = (self.folder / "classifier").with_suffix(suffix)
         stored = PUBLISHED / self.folder.name / path.name
         return stored if self.published and not path.exists() else path
+
+    def classifier(self) -> dict[str, Any]:
+        """What is known of the classifier that measured; {} where there is none yet."""
+        return read_result(self.classifier_file(".json"))
 
     def result(self, recipe: str, seed: int) -> dict[str, Any]:
         """Of one run, as it would be wherever it was made; {} where there is none. Raises
@@ -264,7 +261,7 @@ class Study(NamedTuple):
         if from_mapping(ExperimentConfig, found["config"]) != now:
             raise ConfigError(f"{path} is not of recipes/{recipe}.yaml as it is now: {remedy}")
         used = found["report"]["settings"]["networks"]["classifier"]["weights"]
-        weights = self.classifier_weights()
+        weights = self.classifier_file(".safetensors")
         if weights.exists() and file_hash(weights) != used:
             raise ConfigError(
                 f"{path} was measured with another classifier than {weights}, so it cannot be "

@@ -230,7 +230,8 @@ def curves(
     rows: dict[str, dict[str, dict[str, Points]]], x_label: str, logarithmic: bool = False
 ) -> Image.Image:
     """Rows of plots, side by side in each, with a legend below. rows: the row's title -> y label ->
-    line's name -> (x, y) points, drawn in their order; logarithmic: x in powers of two."""
+    line's name -> (x, y) points, drawn in their order; logarithmic: x in powers of two. Values of y
+    above zero of which some are more than ten times others are drawn logarithmically."""
     buffer = io.BytesIO()
     curve_figure(rows, x_label, logarithmic).savefig(buffer, format="png")
     return Image.open(buffer).convert("RGB")
@@ -241,6 +242,7 @@ def curve_figure(
 ) -> Any:
     """The matplotlib figure of `curves`."""
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
+    from matplotlib.ticker import LogLocator
 
     columns = max(map(len, rows.values()))
     width = 4 * columns  # inches
@@ -268,6 +270,12 @@ def curve_figure(
                 ticks = sorted({x for points in lines.values() for x, _ in points})
                 axes.set_xscale("log", base=2)
                 axes.set_xticks(ticks, [f"{x:.3g}" for x in ticks])
+            values = [y for points in lines.values() for _, y in points]
+            if values and 0 < 10 * min(values) < max(values):
+                axes.set_yscale("log")
+                axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axes.yaxis.set_major_formatter("{x:g}")
+                axes.yaxis.set_minor_formatter("")
             axes.grid(alpha=0.3)
             axes.set(xlabel=x_label, ylabel=y_label)
         if len(some) > 1:

@@ -108,6 +108,27 @@ def test_no_two_lines_of_a_plot_look_alike():
     assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 25
 
 
+@pytest.mark.parametrize(
+    ("values", "scale"),
+    [
+        ((1, 11), "log"),
+        ((0.2, 3), "log"),
+        ((1, 9), "linear"),
+        ((0, 50), "linear"),
+        ((-1, 50), "linear"),
+    ],
+)
+def test_values_that_lie_far_apart_are_drawn_logarithmically(values, scale):
+    lines = {name: [(1, value), (2, value)] for name, value in zip("ab", values, strict=True)}
+    figure = viz.curve_figure({"": {"y": lines}}, "x", False)
+    figure.canvas.draw()
+    (axes,) = figure.subfigs[0].axes
+    assert axes.get_yscale() == scale
+    labels = [text.get_text() for text in axes.get_yticklabels()]
+    assert scale == "linear" or all(float(label) > 0 for label in labels)
+    assert {0.2: "0.5", 1: "5"}.get(values[0], labels[0]) in labels
+
+
 @pytest.mark.parametrize("length", [4, 24, 75])
 def test_legends_of_curves_lie_below_the_panels_and_in_the_figure(length):
     names = [f"{number} ".ljust(length, "m") for number in range(8)]
