@@ -7,6 +7,7 @@ import torch
 from helpers.files import CATS_AND_DOGS, draw_pictures
 from helpers.models import DRAWER, TITOK, tiny_tokenizer
 from safetensors.torch import load_file
+from torch.utils.data import Subset
 
 from flextok.cli import main
 from flextok.data.sets import take
@@ -133,13 +134,26 @@ def test_fitting_measures_prefixes_and_repeats():
     assert torch.corrcoef(torch.stack([found.value, measured.double()]))[0, 1] > 0.6
 
 
-def test_the_command_fits_saves_and_compares(tmp_path, capsys):
+def test_a_head_that_is_tested_on_what_it_learned_says_so(caplog):
+    def predict(first, last):
+        caplog.clear()
+        relate(model, Subset(emoji, range(first, last)), Target("psnr", 9.0), options, training)
+        return caplog.text
+
+    emoji, options, model = Emoji("train"), Options(batch_size=8), tiny_tokenizer(decode=ONE)
+    training = fit_length_head(model, Subset(emoji, range(12)), "psnr", options)
+    assert "4 of the 10 test images are training images, too" in predict(8, 18)
+    assert "training images" not in predict(12, 18)
+
+
+def test_the_command_fits_saves_and_compares(tmp_path, capsys, caplog):
     tiny_tokenizer(decode=ONE).save_pretrained(tmp_path / "model")
     draw_pictures(tmp_path / "photos", CATS_AND_DOGS)
     photos, out = str(tmp_path / "photos"), tmp_path / "out"
     arguments = ["adaptive", str(tmp_path / "model"), "--target", "ssim=0.1", "--data", photos]
     assert main([*arguments, "--train", photos, "--output", str(out)]) == 0
     assert "predicted lengths: Spearman with these" in capsys.readouterr().out
+    assert "test images are training images, too: predicted lengths agree too well" in caplog.text
     model = FlexTok.from_pretrained(out / "tokenizer", dtype="auto")
     assert model.dtype == torch.float32
     assert model.encode(pictures(), target="ssim=0.1").keep.max() <= 8

@@ -137,16 +137,17 @@ def run_adaptive(options: Adaptive) -> dict[str, Any]:
     data = take(data_of(options.data, options.model), options.limit or 256)
     model = tokenizer_for_measuring(options)
     how = measuring_options(options, decoding_options(options))
+    hashes = None
     if options.train is not None:
         if not isinstance(model, FlexTok):
             raise ValueError(f"--train: {options.model} is a {model.model_type}, not a FlexTok")
         train = take(open_data(options.train), FITTED)
-        fit_length_head(model, train, target.metric, how)
+        hashes = fit_length_head(model, train, target.metric, how)
         dtype = model.dtype
         model.to(torch.float32).save_pretrained(output / "tokenizer")
         model.to(dtype)
         print(f"wrote {output / 'tokenizer'}, which has a length head for {target.metric}")
-    report = relate(model, data, target, how)
+    report = relate(model, data, target, how, hashes)
     if (found := report["complexity"]) is not None:
         print("label  images  mean tokens  target met")
         for label, row in found["by_label"].items():

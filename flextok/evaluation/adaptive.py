@@ -23,6 +23,7 @@ from flextok.draws import NOISE, POSTERIOR, row_generators
 from flextok.evaluation import sources
 from flextok.evaluation.evaluators import EVALUATORS, Comparison, FeatureDistances, Setting
 from flextok.evaluation.job import Options
+from flextok.evaluation.metrics import image_hashes, warn_of_shared
 from flextok.nn.devices import check_finite
 from flextok.pipeline import decode_prefixes
 from flextok.tokenizers import FlexTok, LengthHeadConfig, Tokenizer
@@ -87,9 +88,10 @@ def encode(
 
 
 @torch.no_grad()
-def fit_length_head(tokenizer: FlexTok, dataset: Any, metric: str, options: Options) -> None:
+def fit_length_head(tokenizer: FlexTok, dataset: Any, metric: str, options: Options) -> Tensor:
     """Gives a FlexTok a length head, or another one, fitted to how good the images decoded from
-    each prefix of the images of a data set are. Save the tokenizer to keep it.
+    each prefix of the images of a data set are. Save the tokenizer to keep it. Returns hashes of
+    these images, (n,) long, for relate().
 
     metric: psnr, ssim, lpips, efficientnet_lite0 or inception. options: decoding, seed, batch_size
     and num_workers are read. Each image is decoded once for each of 1, 2, 4, ... and all tokens.
@@ -101,7 +103,7 @@ def fit_length_head(tokenizer: FlexTok, dataset: Any, metric: str, options: Opti
         head = LengthHead(head_config, width, tokenizer.num_tokens)
     weight = tokenizer.encoder.patch_embed.weight
     compare = comparison(metric, weight.device, weight.dtype)
-    read, scores = [], []
+    read, scores, hashes = [], [], []
     source = sources.Images(dataset, tokenizer.image_size)
     for batch in sources.batches(source, options, "measuring every prefix"):
         images, numbers = batch["image"].to(weight.device), batch["index"].tolist()
@@ -112,12 +114,14 @@ def fit_length_head(tokenizer: FlexTok, dataset: Any, metric: str, options: Opti
         how = (head_config.lengths, options.seed, options.decoding, numbers)
         decoded = decode_prefixes(tokenizer, indices, *how)
         read.append(head.summary(outputs).cpu().float())
+        hashes.append(image_hashes(images))
         scores.append(torch.stack([compare(x, images) for x in decoded.values()], 1).cpu().float())
     fit(head, torch.cat(read), torch.cat(scores), options.seed)
     tokenizer.config = replace(tokenizer.config, length_head=head_config)
     tokenizer.length_head = head.to(weight).eval()
     facts = {"images": len(torch.cat(read)), "decoding": dict(options.decoding)}
     tokenizer.metadata["length_head"] = facts
+    return torch.cat(hashes)
 
 
 @torch.enable_grad()
@@ -149,11 +153,18 @@ def fit(head: LengthHead, summaries: Tensor, scores: Tensor, seed: int) -> None:
         head.first.weight.div_(std)
 
 
-def relate(tokenizer: Tokenizer, dataset: Any, target: Target, options: Options) -> dict[str, Any]:
+def relate(
+    tokenizer: Tokenizer,
+    dataset: Any,
+    target: Target,
+    options: Options,
+    training: Tensor | None = None,
+) -> dict[str, Any]:
     """The experiment: how many tokens each image of a data set needs; "complexity": where its
     labels count something (emoji_scenes: the objects), whether the length follows them;
     "predicted": where the tokenizer has a length head for the metric, how that agrees. Else None.
-    """
+
+    training: what fit_length_head returned; warns of images that it read."""
     source = sources.Images(dataset, tokenizer.image_size)
     parameter = next(tokenizer.parameters())
     compare = comparison(target.metric, parameter.device, parameter.dtype)
@@ -164,9 +175,12 @@ def relate(tokenizer: Tokenizer, dataset: Any, target: Target, options: Options)
     searched: list[Adaptive] = []
     predicted: list[Adaptive] = []
     reached: list[Tensor] = []  # whether an image of the predicted length meets the target
+    hashes: list[Tensor] = []
     seconds = [0.0, 0.0]
     for batch in sources.batches(source, options, "searching prefixes"):
         images, numbers = batch["image"].to(parameter.device), batch["index"]
+        if training is not None:
+            hashes.append(image_hashes(images))
         started = time.perf_counter()
         how = (target, compare, numbers, options.seed, options.decoding)
         searched.append(encode(tokenizer, images, *how))
@@ -184,6 +198,8 @@ def relate(tokenizer: Tokenizer, dataset: Any, target: Target, options: Options)
                 found.indices, keep=found.keep, options=decoding, generator=draws
             )
             reached.append(target.met(compare(decoded, images)).cpu())
+    if training is not None:
+        warn_of_shared(training, torch.cat(hashes), "predicted lengths agree too well")
     keeps = torch.cat([found.keep for found in searched])
     met = torch.cat([found.met for found in searched])
     needed = needed_lengths(searched, tokenizer.num_tokens)

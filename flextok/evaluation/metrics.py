@@ -2,6 +2,7 @@
 (B,) float64."""
 
 import hashlib
+import logging
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch.nn.functional import cosine_similarity
 from flextok.losses.perceptual import LPIPS
 from flextok.nn.devices import check_finite, widest
 
+log = logging.getLogger(__name__)
 MAX_PSNR = 100.0  # dB, of an image that comes back without any error; 8 bits cannot come near it
 
 
@@ -71,3 +73,10 @@ def image_hashes(images: Tensor) -> Tensor:
     pixels = to_8_bit(images).byte().cpu().numpy()
     digests = [hashlib.sha256(image.tobytes()).digest()[:8] for image in pixels]
     return torch.tensor([int.from_bytes(digest, "big", signed=True) for digest in digests])
+
+
+def warn_of_shared(training: Tensor, test: Tensor, consequence: str) -> None:
+    """Warn where images are trained on and tested on: (n,) and (m,) hashes of them."""
+    if shared := int(torch.isin(test, training).sum()):
+        told = "%d of the %d test images are training images, too: %s"
+        log.warning(told, shared, len(test), consequence)

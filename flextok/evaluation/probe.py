@@ -4,7 +4,6 @@ Multinomial logistic regression on the code vectors of a prefix, standardised an
 an L2 penalty, fitted to its optimum (L-BFGS, float64): nothing is drawn.
 """
 
-import logging
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flextok.evaluation.job import Options
-from flextok.evaluation.metrics import image_hashes
+from flextok.evaluation.metrics import image_hashes, warn_of_shared
 from flextok.evaluation.sources import Images, batches
 from flextok.tokenizers.base import Tokenizer, encode_rows, prefix_lengths
 
@@ -21,7 +20,6 @@ ONE_CLASS = (
     "the {} training images are all of one class: nothing to predict; give images of two classes "
     "at least (folders, labels)"
 )
-log = logging.getLogger(__name__)
 
 
 def linear_probe(
@@ -47,11 +45,7 @@ def linear_probe(
     if len(train_labels.unique()) < 2:
         raise ValueError(ONE_CLASS.format(len(train_labels)))
     test_codes, test_labels, held_out = codes_of(tokenizer, test, options)
-    if shared := int(torch.isin(held_out, seen).sum()):
-        log.warning(
-            "%d of the %d test images are training images, too: the accuracy is too high",
-            *(shared, len(held_out)),
-        )
+    warn_of_shared(seen, held_out, "the accuracy is too high")
     order = torch.randperm(len(train_labels), generator=torch.Generator().manual_seed(options.seed))
     results = []
     for k in lengths:
