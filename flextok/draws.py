@@ -30,6 +30,15 @@ SEARCH = 13  # of a candidate in a search
 AGAIN = 14  # of a row that a training batch has several times
 
 
+def sample_evenly(number: int, total: int) -> list[int]:
+    """Ascending: of `total` items `number`, one at random of each of as many equal stretches, the
+    same in each call. Every n-th would be of one class where a data set's classes take turns, and
+    the first ones where it is sorted. Of fewer items each as often as the others or once more."""
+    ends = torch.arange(number + 1) * total // number
+    places = torch.rand(number, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return (ends[:-1] + (places * ends.diff()).long()).tolist()
+
+
 def derived_generator(*key: int) -> torch.Generator:
     """A torch.Generator seeded by a tuple of integers, well mixed (SplitMix64)."""
     state = 0x9E3779B97F4A7C15

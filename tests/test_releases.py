@@ -95,7 +95,7 @@ def test_second_order_solvers_come_nearer_to_the_solution_than_euler(num_tokens)
     for solver in ("heun", "ab2"):
         assert found[solver][0] > found["euler"][0] + 1
         assert found[solver][1] > exact - 0.2
-        assert found[solver][1] > found["euler"][1] - 1.2
+        assert found[solver][1] > found["euler"][1] - 1.5
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)

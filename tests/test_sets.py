@@ -13,6 +13,7 @@ from flextok.data.pictures import CorruptPicture
 from flextok.data.sets import Joined, adapt, data_files, labels_count, take
 from flextok.data.tokens import TokenDataset, build_token_cache, cache_identity
 from flextok.data.transforms import ImageTransform
+from flextok.draws import sample_evenly
 from flextok.emoji.scenes import EmojiScenes
 
 
@@ -109,12 +110,40 @@ def test_some_items_keep_their_classes_and_their_files(tmp_path):
     whole = ImageFolder(tmp_path)
     for some in (take(whole, 3), adapt(Subset(whole, [0, 2, 4]))):
         assert some.class_names == ["cats", "dogs"]
-        assert [some[i]["label"] for i in range(3)] == [0, 0, 1]
+        labels = [some[i]["label"] for i in range(3)]
+        assert labels == [whole[i]["label"] for i in some.indices]
+        assert sorted({*labels}) == [0, 1]
         assert data_files(some) == data_files(whole)
         assert not labels_count(some)
     assert labels_count(take(EmojiScenes(length=10), 2))
     with pytest.raises(ValueError, match="limit 0 must be at least 1"):
         take(whole, 0)
+
+
+@pytest.mark.parametrize("total", [1000, 997])
+@pytest.mark.parametrize(("limit", "classes"), [(100, 10), (500, 2), (250, 4), (300, 5)])
+def test_some_items_are_of_all_classes_whatever_their_order(total, limit, classes):
+    """Every tenth image of a set whose ten classes take turns was of one class."""
+    turns = [i % classes for i in range(total)]
+    for labels in (turns, sorted(turns)):
+        names = list("abcdefghij"[:classes])
+        some = take(adapt(Listed([(RED, label) for label in labels]), class_names=names), limit)
+        assert list(some.indices) == sorted({*some.indices})
+        found = torch.tensor([labels[i] for i in some.indices]).bincount(minlength=classes)
+        assert found.sum() == limit
+        assert (found - limit / classes).abs().max() < 3 * (limit / classes) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("number", "total", "expected"),
+    [
+        (5, 5, [0, 1, 2, 3, 4]),
+        (7, 3, [0, 0, 0, 1, 1, 2, 2]),
+        (15, 10, [0, 0, 1, 2, 2, 3, 4, 4, 5, 6, 6, 7, 8, 8, 9]),
+    ],
+)
+def test_of_as_many_items_or_fewer_each_comes_as_often(number, total, expected):
+    assert sample_evenly(number, total) == expected
 
 
 def test_a_cache_of_some_items_is_none_of_others(tmp_path):

@@ -241,7 +241,7 @@ def test_fewer_images_than_asked_for_are_each_shown_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr("flextok.evaluation.sweep.draws_of", listening)
     data, how = take(Emoji("validation"), 4), Options(networks=())
-    for number, chosen in ((6, [0, 1, 2, 3]), (2, [0, 2])):
+    for number, chosen in ((6, [0, 1, 2, 3]), (2, [1, 3])):
         sweep(tiny_tokenizer(), data, how, tmp_path, lengths=[1], num_pictures=number)
         assert shown == chosen
         shown.clear()

@@ -8,6 +8,7 @@ import numpy as np
 from flextok.data.pictures import CorruptPicture
 from flextok.data.transforms import ImageTransform
 from flextok.data.web import WebDatasetStream
+from flextok.draws import sample_evenly
 
 
 def measure_pixels(dataset: Any, size: int, limit: int = 1000) -> tuple[float, float, int]:
@@ -32,8 +33,7 @@ def measure_pixels(dataset: Any, size: int, limit: int = 1000) -> tuple[float, f
 def sample_of(dataset: Any, limit: int) -> list[int]:
     """Ascending indices."""
     if not isinstance(dataset, WebDatasetStream):
-        number = min(limit, len(dataset))
-        return [i * len(dataset) // number for i in range(number)]
+        return sample_evenly(min(limit, len(dataset)), len(dataset))
     shards = len(dataset.counts)
     chosen = [i * shards // min(8, shards) for i in range(min(8, shards))]
     firsts = (np.asarray(dataset.ends) - np.asarray(dataset.counts)).tolist()

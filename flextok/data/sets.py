@@ -10,6 +10,7 @@ from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset
 
 from flextok.data.labels import captioned, check_names, renumbering, union
 from flextok.data.pictures import UNLABELLED, CorruptPicture
+from flextok.draws import sample_evenly
 from flextok.schema import whole_number
 
 
@@ -160,12 +161,12 @@ def by_name(dataset: Any, class_names: Sequence[str]) -> Any:
 
 
 def take(dataset: Any, limit: int | None) -> Any:
-    """At most `limit` items of a data set, evenly spread; None takes all."""
+    """At most `limit` items of a data set, see sample_evenly; None takes all."""
     if limit is None or limit >= len(dataset):
         return dataset
     if limit < 1:
         raise ValueError(f"limit {limit} must be at least 1")
-    return Taken(adapt(dataset), [i * len(dataset) // limit for i in range(limit)])
+    return Taken(adapt(dataset), sample_evenly(limit, len(dataset)))
 
 
 def labels_count(dataset: Any) -> bool:

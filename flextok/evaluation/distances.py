@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flextok.draws import sample_evenly
+
 NEIGHBOURS = 3  # of precision and recall
 MANIFOLD = 10_000  # rows a side in precision and recall, whose cost is quadratic (ADM's number)
 KID_SUBSET = 1000
@@ -90,13 +92,8 @@ def precision_recall(generated: Tensor, real: Tensor) -> tuple[float, float]:
 
 
 def thinned(rows: Tensor, size: int) -> Tensor:
-    """At most `size` of the rows: one at random of each of so many stretches, since a folder may be
-    sorted by class, and generated images go through the classes over and over."""
-    if len(rows) <= size:
-        return rows
-    ends = torch.arange(size + 1) * len(rows) // size
-    places = torch.rand(size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return rows[ends[:-1] + (places * ends.diff()).long()]
+    """At most `size` of the rows, see sample_evenly."""
+    return rows if len(rows) <= size else rows[sample_evenly(size, len(rows))]
 
 
 def mixed(rows: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from flextok.data import parts
 from flextok.data.parts import PartStore
 from flextok.data.processes import Process
 from flextok.data.sets import by_name
+from flextok.draws import sample_evenly
 from flextok.evaluation import processes, sources
 from flextok.evaluation.distances import NEIGHBOURS, statistics
 from flextok.evaluation.job import Cell, Job, Options, make_job
@@ -208,31 +209,25 @@ def in_classes_of(job: Job, data: Any) -> Any:
 
 def prompts_of(job: Job, number: int, real: PartStore | None) -> Prompts:
     """What each of `number` samples is generated from: the captions of the images that have one,
-    their labels, or all classes alike, each in order; see `spread`."""
+    their labels, or all classes alike, each in order; see sample_evenly."""
     if real is not None and (job.reads_prompts or job.options.labels == "data"):
         known = labels_of(real)
         if not job.reads_prompts:
-            chosen = spread(number, len(known))
+            chosen = sample_evenly(number, len(known))
             return Prompts(known[chosen], known[chosen])
         captions = real.column("caption").texts()
         captioned = [i for i, caption in enumerate(captions) if caption]
-        chosen = [captioned[i] for i in spread(number, len(captioned))]
+        chosen = [captioned[i] for i in sample_evenly(number, len(captioned))]
         return Prompts([captions[i] for i in chosen], known[chosen])
     classes = classes_of(job)
     labels = torch.tensor(each_class(number, classes) if classes else [NULL_CLASS] * number)
     return Prompts(labels, labels)
 
 
-def spread(number: int, total: int) -> list[int]:
-    """`number` of `total` items, each as often as the others or once more, and those that are taken
-    more often evenly spread: images may be sorted by class."""
-    return [i * total // number for i in range(number)]
-
-
 def each_class(number: int, classes: int) -> list[int]:
     """The classes of `number` images: over and over, or evenly spread where there are fewer."""
     if number < classes:
-        return spread(number, classes)
+        return sample_evenly(number, classes)
     return [i % classes for i in range(number)]
 
 

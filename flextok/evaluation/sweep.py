@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flextok import viz
 from flextok.data.stream import collate
-from flextok.draws import NOISE, SPREAD, derived_generator, row_generators
+from flextok.draws import NOISE, SPREAD, derived_generator, row_generators, sample_evenly
 from flextok.evaluation.distances import NEIGHBOURS
 from flextok.evaluation.evaluators import FAITHFUL, PLAUSIBLE
 from flextok.evaluation.job import Cell, Options, decoding_of
@@ -69,7 +69,7 @@ def sweep(
     report = evaluate(tokenizer, dataset, cells, options, output, names)
     source = Images(dataset, tokenizer.image_size)
     number = min(num_pictures, len(source))
-    chosen = [i * len(source) // number for i in range(number)]
+    chosen = sample_evenly(number, len(source))
     if shown := collate(readable(source, chosen)):
         draws = num_draws if tokenizer.stochastic else 1
         decoded = draws_of(tokenizer, shown, cells[: len(lengths)], options, draws)
