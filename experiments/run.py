@@ -41,10 +41,15 @@ def finished(output: Path) -> dict[str, list[dict[str, Any]]]:
     return {name: found[name] for name in order}
 
 
+def budget_of(run: dict[str, Any]) -> tuple[int, int]:
+    """Steps, and images in each."""
+    return run["config"]["trainer"]["max_steps"], run["config"]["data"]["batch_size"]
+
+
 def table(results: dict[str, list[dict[str, Any]]]) -> str:
     """Markdown: budget, scores by number of tokens, use of codes and cost."""
     first = next(iter(results.values()))[0]
-    steps, batch = first["config"]["trainer"]["max_steps"], first["config"]["data"]["batch_size"]
+    steps, batch = budget_of(first)
     count = first["report"]["results"][0]["count"]
     text = [
         f"{steps} steps of {batch}, {count} pictures; ± half the range over seeds.",
@@ -80,6 +85,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="for all recipes")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
+    asked = {(options.steps, options.batch_size)}
+    runs = (run for runs in finished(options.output).values() for run in runs)
+    if others := set(map(budget_of, runs)) - asked:
+        steps, batch = min(others)
+        parser.error(
+            f"{options.output} holds runs of {steps} steps of {batch}, with which a table "
+            "cannot compare these: name another --output"
+        )
     known = RECIPES[options.base]
     for name in options.only or []:
         if name not in known:

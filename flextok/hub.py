@@ -117,7 +117,8 @@ class Pretrained(nn.Module):
         takes them. Raises CheckpointError when the model is missing, damaged or another's, or when
         any tensor is missing, left over or of another shape."""
         stored = read_model(path, subfolder, **hub)
-        return cls.from_stored(stored, device_map or device, torch_dtype or dtype, overrides)
+        place = device if device_map is None else device_map  # 0 is the first GPU
+        return cls.from_stored(stored, place, torch_dtype or dtype, overrides)
 
     @classmethod
     def from_stored(

@@ -17,7 +17,15 @@ from typing import IO
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageCms, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import (
+    ExifTags,
+    Image,
+    ImageCms,
+    ImageFile,
+    ImageOps,
+    TiffImagePlugin,
+    UnidentifiedImageError,
+)
 from torch import Tensor
 
 from flextok.nn.devices import check_finite, span
@@ -109,19 +117,22 @@ def header_size(source: str | os.PathLike[str]) -> tuple[int, int]:
 
 
 def decode(image: Image.Image) -> Image.Image:
+    levels = None
     if isinstance(image, ImageFile.ImageFile):
         if image.format not in (*FORMATS, "MPO"):  # MPO: JPEGs in a row, the first one counts
             raise ValueError(f"format {image.format} is not read: convert it to PNG")
         check_size(image)
         if image.format == "TIFF" and image.mode == "I":
             raise ValueError("grey of 32 bits has no agreed range; convert it to 8 or 16 bits")
-        key = transparent_value(image)
+        key, levels = transparent_value(image), grey_levels(image)
         image.load()
         if key is not None:
             image.info["transparency"] = key
     with contextlib.suppress(Exception):  # whatever damaged metadata raise, the pixels are there
         if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
             image = ImageOps.exif_transpose(image)
+    if levels is not None:
+        image = Image.fromarray(levels[np.asarray(image)])
     return to_rgb(image)
 
 
@@ -137,6 +148,21 @@ def check_size(image: Image.Image) -> None:
             f"{width} x {height} pixels of mode {image.mode} take {decoded / 2**20:.0f} MiB, more "
             f"than {MAX_DECODED_BYTES / 2**20:.0f} MiB: make it smaller"
         )
+
+
+def grey_levels(image: ImageFile.ImageFile) -> np.ndarray | None:
+    """For the grey values of a TIFF, those of 16 bits that they stand for, where Pillow leaves them
+    in another range (12 bits) or reversed (white is zero); else None."""
+    if image.format != "TIFF" or not image.mode.startswith("I;16"):
+        return None
+    tags = image.tag_v2  # type: ignore[attr-defined]
+    bits = tags.get(TiffImagePlugin.BITSPERSAMPLE, (16,))[0]
+    white_is_zero = tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
+    if bits >= 16 and not white_is_zero:
+        return None
+    most = 2 ** min(bits, 16) - 1
+    levels = np.rint(np.minimum(np.arange(2**16), most) / most * 65535).astype(np.uint16)
+    return 65535 - levels if white_is_zero else levels
 
 
 def transparent_value(image: ImageFile.ImageFile) -> int | tuple[int, ...] | None:
@@ -260,18 +286,29 @@ def as_picture(picture: Picture) -> Image.Image:
     if isinstance(picture, Tensor):
         if picture.is_floating_point() and picture.numel() and is_bright(*check_range(picture)):
             warnings.warn(f"images are {BRIGHT}", stacklevel=2)  # one text, so it is shown once
+        check_pixels(picture)
         return to_image(picture)
     if isinstance(picture, np.ndarray):
         if picture.dtype != np.uint8 or picture.shape[2:] not in ((), (3,), (4,)):
             found = f"array of shape {picture.shape} and type {picture.dtype}"
             raise CorruptPicture(found, "expected uint8 (H, W), (H, W, 3) or (H, W, 4)")
+        check_pixels(picture)
         return load_picture(Image.fromarray(picture))
     if not isinstance(picture, str | os.PathLike | bytes | io.IOBase | Image.Image):
         raise CorruptPicture(
             f"{picture!r} of type {type(picture).__name__}",
             "no picture: give a path, bytes, a binary file, a PIL picture, an array or a tensor",
         )
+    if isinstance(picture, Image.Image):
+        check_pixels(picture)
     return load_picture(picture)
+
+
+def check_pixels(picture: Tensor | np.ndarray | Image.Image) -> None:
+    """Raises CorruptPicture where there are none."""
+    shape = picture.size if isinstance(picture, Image.Image) else tuple(picture.shape)
+    if 0 in shape:
+        raise CorruptPicture(f"image of shape {shape}", "it has no pixels")
 
 
 BRIGHT = "all bright: if they are in [0, 1], scale them to [-1, 1] with 2 * x - 1"

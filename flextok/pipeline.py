@@ -54,7 +54,8 @@ def load(
             f"known: {', '.join(sorted(models))}"
         )
     kind = models[stored.model_type]
-    model = kind.from_stored(stored, device_map or device, torch_dtype or dtype, overrides)
+    place = device if device_map is None else device_map  # 0 is the first GPU
+    model = kind.from_stored(stored, place, torch_dtype or dtype, overrides)
     return accelerate(model) if model.device.type == "cpu" else model
 
 

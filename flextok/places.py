@@ -100,21 +100,21 @@ def resolve(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """A local folder or file as it is; else a model that comes with the package, by its name; else,
-    from the hub or its local cache, the snapshot of a hub id owner/name or the file of
-    owner/name/file.bin. subfolder: of a folder or a hub id. The others are as in HubOptions. Raises
-    CheckpointError."""
+    """A local folder or file as it is (of the name of a model that comes with the package, one that
+    holds a model); else such a model, by its name; else, from the hub or its local cache, the
+    snapshot of a hub id owner/name or the file of owner/name/file.bin. subfolder: of a folder
+    or a hub id. The others are as in HubOptions. Raises CheckpointError."""
     place, name = Path(path), str(path)
     if subfolder and os.path.isdir(place):
         place /= subfolder
         if not place.is_dir():
             raise CheckpointError(f"{path} has no folder {subfolder!r}")
+    if name in list_models() and not holds_model(place):  # such as a folder of emoji
+        return RELEASES / name
     if os.path.isdir(place) or os.path.isfile(place):  # a name too long for a file is neither
         return place
     if os.path.exists(place):  # a pipe or a device is no name of the hub's
         check_file(place)
-    if name in list_models():
-        return RELEASES / name
     parts = name.split("/")
     repo, file = "/".join(parts[:2]), "/".join(parts[2:])
     if is_path(name) or len(parts) < 2 or (file and not file.endswith(SUFFIXES)):
@@ -306,6 +306,12 @@ def check_layout(folder: Path, layout: str) -> None:
         raise ValueError(
             f"{folder} holds {LAYOUTS[found]}, which would be lost: name another folder"
         )
+
+
+def holds_model(place: Path) -> bool:
+    """Whether a folder has a file of a model, whole or damaged."""
+    files = (PIPELINE, ADAPTER_CONFIG, CONFIG, *USUAL_WEIGHTS)
+    return any((place / name).is_file() for name in files)
 
 
 def is_ours(document: Mapping[str, Any]) -> bool:

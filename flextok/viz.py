@@ -12,11 +12,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, features
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from flextok.files import atomic_write
 from flextok.images import to_uint8
 
+MARK = ("Software", "flextok")  # in the PNG files that are written
+LONGEST_SIDE = {"WEBP": 16383, "JPEG": 65500, "GIF": 65535}  # pixels, of formats with a limit
 MARGIN, GAP, HEADER = 6, 4, 18
 LABEL_WIDTH, LONGEST_LABEL = 32, 200  # characters
 FONT_SIZE = 12
@@ -306,16 +309,40 @@ class Legend(NamedTuple):
 
 
 def image_format(path: str | Path) -> str:
-    """Pillow's name of the format that a file's ending means. Raises ValueError where no image
+    """Pillow's name of the format that a file's ending means. Raises ValueError where no RGB image
     can be written by that name."""
-    kind = Image.registered_extensions().get(Path(path).suffix.lower())
-    if kind not in Image.SAVE:
+    kind = Image.registered_extensions().get(Path(path).suffix.lower(), "")
+    if not takes_rgb(kind):
         raise ValueError(f"{path} must end in .png, or as another image format does")
     return kind
 
 
+@functools.cache
+def takes_rgb(kind: str) -> bool:
+    """Whether Pillow can write an RGB image in a format; of some it has the name alone."""
+    try:
+        Image.new("RGB", (1, 1)).save(io.BytesIO(), kind)
+    except Exception:  # whatever such a format raises
+        return False
+    return True
+
+
 def save(image: Image.Image, path: str | Path) -> Path:
+    """A PNG says that this package wrote it, see is_ours."""
     path, kind = Path(path), image_format(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, lambda place: image.save(place, kind))
+    options = {}
+    if kind == "PNG":
+        options["pnginfo"] = PngInfo()
+        options["pnginfo"].add_text(*MARK)
+    atomic_write(path, lambda place: image.save(place, kind, **options))
     return path
+
+
+def is_ours(path: str | Path) -> bool:
+    """Whether `save` wrote a PNG."""
+    try:
+        with Image.open(path) as image:
+            return image.info.get(MARK[0]) == MARK[1]
+    except (OSError, ValueError, SyntaxError):
+        return False

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers.files import write_shard
+from helpers.files import draw_pictures, write_shard
 from helpers.models import tiny_gpt, tiny_tokenizer
 from PIL import Image
 
@@ -467,3 +467,58 @@ def test_the_data_of_a_model_that_lie_elsewhere_are_asked_for(tmp_path, monkeypa
     assert main(["sample", "model", "--output", "grid.png"]) == 1
     assert "root='mine' is not a folder" in (said := capsys.readouterr().err)
     assert "name them with --data" in said
+
+
+def test_an_index_is_refused_before_a_shard_is_read(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("flextok.cli.training.write_index", lambda *_: pytest.fail("read"))
+    (tmp_path / "a.json").mkdir()
+    for output, *more in ([str(tmp_path / "a.json")], ["-", "--json"]):
+        assert main(["index", "a.tar", output, *more]) == 1
+        told = capsys.readouterr().err
+        assert "is a folder: name a file" in told or "takes the index or --json" in told
+
+
+def test_a_cache_of_nothing_is_no_success(models, tmp_path, capsys):
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "a.png").write_bytes(b"nothing")
+    command = ["tokenize", str(models / "tokenizer"), str(tmp_path / "broken")]
+    assert main([*command, str(tmp_path / "codes")]) == 1
+    assert "no image of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mark", ["checkpoints", "starts"])
+def test_a_trainings_model_is_not_replaced(models, capsys, mark):
+    """adaptive --train wrote its tokenizer where `train` has put the generator's."""
+    run = models / "run"
+    tiny_tokenizer().save_pretrained(run / "tokenizer")
+    weights = (run / "tokenizer" / "model.safetensors").read_bytes()
+    (run / "tokenizer" / mark).mkdir()
+    adaptive = ["adaptive", "x", "--target", "psnr=9", "--train", "emoji", "--output", str(run)]
+    for command in (["convert", "x", str(run / "tokenizer")], adaptive):
+        assert main(command) == 1
+        assert "holds a training, whose model would be replaced" in capsys.readouterr().err
+    (run / "tokenizer" / mark).rmdir()
+    assert main(adaptive) == 1
+    assert "holds another tokenizer, which would be lost" in capsys.readouterr().err
+    assert (run / "tokenizer" / "model.safetensors").read_bytes() == weights
+
+
+def test_a_generator_that_cannot_be_aligned_is_named_before_the_training(
+    models, capsys, monkeypatch
+):
+    monkeypatch.setattr("flextok.cli.measure.probe_for", lambda *_: pytest.fail("training"))
+    gpt = tiny_gpt(conditioner={"name": "none"})
+    remember_tokenizer(gpt, models / "free", load(models / "tokenizer"), str(models / "tokenizer"))
+    gpt.save_pretrained(models / "free")
+    for name, message in (("gpt", "are not the numbers of objects"), ("free", "nothing to be")):
+        assert main(["align", str(models / name), "--limit", "4"]) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_a_device_that_computes_nothing_is_refused(models, capsys):
+    assert main(["reconstruct", "x.png", "--model", str(models / "tokenizer")]) == 1
+    capsys.readouterr()
+    draw_pictures(models / "photos", ["a.png"])
+    command = ["reconstruct", str(models / "photos"), "--model", str(models / "tokenizer")]
+    assert main([*command, "--device", "meta", "--output", str(models / "o")]) == 1
+    assert "flextok: --device meta: " in capsys.readouterr().err

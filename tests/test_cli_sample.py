@@ -279,3 +279,32 @@ def test_options_that_do_nothing_are_refused(folder, capsys, model, given, messa
     assert sample(folder, model, *images, *given.split()) == 1
     assert message in capsys.readouterr().err
     assert not (folder / "out").exists()
+
+
+def test_images_beside_a_grid_are_written_over_no_others(folder, capsys):
+    """The numbered images of prompts took the place of the data set's own."""
+    for name in ("a-1", "a-2", "b"):
+        draw_pictures(folder / "out", [f"{name}.png"])
+        (folder / "out" / f"{name}.txt").write_text(name)
+    before = {path: path.read_bytes() for path in (folder / "out").iterdir()}
+    asked = ["sample", str(folder / "text"), *FEW, "--output", str(folder / "out" / "a.png")]
+    for data in (["--data", str(folder / "out")], ["--prompt", "x"]):
+        assert main([*asked, *data]) == 1
+        assert "a-1.png" in (told := capsys.readouterr().err)
+        assert "would be written over: name another --output" in told
+    assert {path: path.read_bytes() for path in (folder / "out").iterdir()} == before
+    asked[-1] = str(folder / "out" / "c.png")
+    for _ in range(2):  # its own it may replace
+        assert main([*asked, "--prompt", "x", "y"]) == 0
+
+
+def test_a_grid_is_no_longer_than_its_format_takes(folder, capsys, monkeypatch):
+    monkeypatch.setattr(command.viz, "LONGEST_SIDE", {"WEBP": 3 * 136 + 20})
+    output = folder / "out" / "grid.webp"
+    asked = ["sample", str(folder / "text"), *FEW, "--output", str(output), "--prompt", *"abcd"]
+    assert main(asked) == 0
+    assert "which shows the first 3 of 4 images" in capsys.readouterr().out
+    assert Image.open(output).height <= 3 * 136 + 20
+    asked = ["sample", str(folder / "class"), *FEW, "--output", str(output)]
+    assert main(asked) == 1
+    assert "4 images do not fit one grid of 3" in capsys.readouterr().err

@@ -128,3 +128,13 @@ def test_an_output_that_can_be_no_folder_is_refused_before_the_model_loads(
     assert main(["search", *arguments]) == 1
     assert f"--output {tmp_path / name} {fault}" in capsys.readouterr().err
     assert (tmp_path / "notes").read_text() == "mine"
+
+
+def test_pictures_of_others_are_not_written_over(folder, capsys, monkeypatch):
+    monkeypatch.setattr("flextok.cli.search.load_token_model", lambda *_: pytest.fail("loaded"))
+    place = folder / "mine"
+    place.mkdir()
+    Image.new("RGB", (4, 4)).save(place / "2.png")
+    command = ["search", str(folder / "text"), *PROMPT, "--output", str(place)]
+    assert main(command) == 1
+    assert f"{place / '2.png'} is there and would be written over" in capsys.readouterr().err

@@ -211,3 +211,13 @@ def test_entropy_and_usage_of_known_codes():
     assert report["usage"] == 0.5
     assert report["largest_entropy_bits_measurable"] == 4
     assert entropy(torch.tensor([1, 1, 2])).item() == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize("more", [1, 100, ADM_CHUNK - 1])
+def test_an_incomplete_chunk_does_not_change_the_class_score(more):
+    """The mean with a chunk of one image, whose score is 1, was half of it."""
+    draws = torch.Generator().manual_seed(0)
+    logits = 8 * torch.randn(ADM_CHUNK + more, 10, generator=draws, dtype=torch.float64)
+    whole = inception_score(logits[:ADM_CHUNK], shuffle=False)
+    assert inception_score(logits, shuffle=False) == pytest.approx(whole)
+    assert inception_score(logits[:more], shuffle=False)[1] == 0

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -887,3 +888,53 @@ def test_stored_statistics_are_not_saved_again(adm, tmp_path):
     how = options(num_samples=20, save_reference=str(tmp_path / "again.npz"))
     with pytest.raises(ValueError, match="holds statistics already: leave --save-reference out"):
         evaluate(tiny_gpt().double(), adm(), [Cell(8, 1)], how, tokenizer=tokenizer())
+
+
+def test_other_items_of_the_same_files_are_another_evaluation(tmp_path, monkeypatch):
+    """The first, the middle and the last one told one selection from another."""
+    monkeypatch.setattr(runner, "PART", 2)
+    chosen = [[0, 1, 4, 5, 9], [0, 2, 4, 6, 9]]
+    few = [torch.utils.data.Subset(Emoji("validation"), some) for some in chosen]
+    seen, encode = [], sources.encode_rows
+
+    def interrupted(tokenizer, images, *rest):
+        seen.append(len(images))
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return encode(tokenizer, images, *rest)
+
+    monkeypatch.setattr(sources, "encode_rows", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(tokenizer(), few[0], [Cell(1, 1)], options(), tmp_path)
+    found = evaluate(tokenizer(), few[1], [Cell(1, 1)], options(), tmp_path)
+    assert_same(found, evaluate(tokenizer(), few[1], [Cell(1, 1)], options()))
+
+
+def test_a_process_that_reads_other_files_says_so(tmp_path, monkeypatch):
+    """It waited for ever."""
+    monkeypatch.setattr(runner, "PART", 2)
+    monkeypatch.setattr(runner.processes, "barrier", lambda: None)
+    monkeypatch.setattr(runner.processes, "count", lambda: 2)
+    job = runner.make_job(tokenizer(), [Cell(1, 1)], options(), None)
+    for rank, number in ((0, 5), (1, 5), (1, 6)):
+        monkeypatch.setattr(runner.processes, "rank", lambda rank=rank: rank)
+        images = sources.Images(emoji(number), 16)
+        other = pytest.raises(ValueError, match="process 1 is to measure something else than the f")
+        with other if number == 6 else nullcontext():
+            runner.measure(job, "reconstructed", images, sources.reconstructed, tmp_path)
+
+
+def test_names_of_a_report_may_be_paths(tmp_path):
+    names = {"model": Path("a/model"), "data": tmp_path}
+    report = evaluate(tokenizer(), emoji(5), [Cell(1, 1)], options(), names=names)
+    assert report["settings"]["model"] == str(names["model"])
+
+
+def test_a_continuous_tokenizer_in_training_mode_is_measured_by_the_mean():
+    """Its codes were drawn from PyTorch's own generator, and differed from call to call."""
+    model = TiTok(TiTokConfig(**{**TITOK, "quantizer": {"name": "kl", "dim": 4}})).train()
+    images = torch.stack([sources.Images(emoji(4), model.image_size)[i]["image"] for i in range(4)])
+    first, second = (sources.encode_rows(model, images, 0, range(4)) for _ in range(2))
+    assert torch.equal(first, second)
+    assert model.training
+    assert torch.equal(first, sources.encode_rows(model.eval(), images, 0, range(4)))

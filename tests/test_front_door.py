@@ -294,3 +294,29 @@ def test_one_prompt_is_a_batch_of_one():
     model = tiny_gpt(conditioner={"name": "text", "encoder": encoder})
     one = model.generate("a heart", temperature=0)
     assert torch.equal(one, model.generate(["a heart"], temperature=0))
+
+
+@shipped
+def test_a_folder_of_pictures_is_no_model_of_that_name(tmp_path, monkeypatch, capsys):
+    """A folder of emoji, called emoji, stood in the way of each command's default model."""
+    monkeypatch.chdir(tmp_path)
+    draw_pictures(tmp_path / "emoji", ["a.png"])
+    (tmp_path / "emoji-class").write_text("a note")
+    assert flextok.load("emoji", device="meta").model_type == "flextok"
+    assert flextok.load("emoji-class", device="meta").model_type == "gpt"
+    assert main(["models"]) == 0
+    assert "emoji-text" in capsys.readouterr().out
+    tiny_tokenizer().save_pretrained(tmp_path / "emoji")
+    assert flextok.load("emoji", device="meta").num_tokens == 8
+
+
+def test_the_first_gpu_may_be_asked_for_by_its_number(tmp_path, monkeypatch):
+    """0 is false: device_map=0 was the CPU."""
+    asked = []
+    monkeypatch.setattr("flextok.hub.one_device", lambda d: asked.append(d) or torch.device("cpu"))
+    tiny_tokenizer().save_pretrained(tmp_path)
+    flextok.load(tmp_path, device_map=0)
+    flextok.FlexTok.from_pretrained(tmp_path, device_map=0)
+    flextok.load(tmp_path, device=0)
+    flextok.load(tmp_path)
+    assert asked == [0, 0, 0, "cpu"]

@@ -28,6 +28,7 @@ from flextok.images import (
     CorruptPicture,
     center_crop,
     covering_size,
+    image_tensor,
     load_picture,
     srgb_transform,
     to_tensor,
@@ -574,3 +575,45 @@ def test_grey_of_32_bits_is_refused_and_of_16_read(tmp_path):
     for name in ("a.tif", "a.png", "a.ppm"):
         Image.fromarray(np.full((4, 4), 200 * 257, np.uint16)).save(tmp_path / name)
         assert load_picture(tmp_path / name).getpixel((0, 0)) == (200, 200, 200)
+
+
+def grey_tiff(bits, white_is_zero, value):
+    """A file of 8 x 8 equal grey values."""
+    twelve = value & 4095
+    packed = bytes([twelve >> 4, (twelve & 15) << 4 | twelve >> 8, twelve & 255]) * 32
+    data = packed if bits == 12 else value.to_bytes(bits // 8, "little") * 64
+    tags = [(256, 8), (257, 8), (258, bits), (259, 1), (262, 0 if white_is_zero else 1)]
+    tags += [(273, 8), (277, 1), (278, 8), (279, len(data))]
+    directory = b"".join(struct.pack("<HHII", tag, 3, 1, number) for tag, number in tags)
+    header = b"II*\0" + struct.pack("<I", 8 + len(data)) + data
+    return header + struct.pack("<H", len(tags)) + directory + bytes(4)
+
+
+@pytest.mark.parametrize(
+    ("bits", "white_is_zero", "value", "expected"),
+    [
+        *((12, False, 4095, 255), (12, False, 2048, 128), (12, True, 0, 255), (12, True, 4095, 0)),
+        *((16, False, 65535, 255), (16, True, 0, 255), (16, True, 65535, 0), (16, True, 257, 254)),
+        *((8, False, 200, 200), (8, True, 55, 200)),
+    ],
+)
+def test_grey_values_of_a_tiff_are_in_the_range_that_it_states(
+    bits, white_is_zero, value, expected
+):
+    """Those of 12 bits were nearly black, and of 16 bits white was black where it is zero."""
+    picture = load_picture(grey_tiff(bits, white_is_zero, value))
+    assert picture.getpixel((3, 3)) == (expected,) * 3
+
+
+@pytest.mark.parametrize(
+    "picture",
+    [
+        np.zeros((0, 5, 3), np.uint8),
+        torch.zeros(3, 4, 0, dtype=torch.uint8),
+        torch.zeros(3, 0, 4),
+        Image.new("RGB", (0, 5)),
+    ],
+)
+def test_a_picture_without_pixels_is_named(picture):
+    with pytest.raises(CorruptPicture, match="it has no pixels"):
+        image_tensor(picture, 16, 16)

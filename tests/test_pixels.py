@@ -63,8 +63,23 @@ def test_a_stream_is_sampled_from_the_beginnings_of_its_shards(tmp_path):
     data = WebDatasetStream(str(tmp_path / "*.tar"), label_key=None)
     mean, _, count = measure_pixels(data, 8, limit=16)
     assert count == 16
-    expected = np.array([10 * (i * 20 // 8) for i in range(8)]) / 127.5 - 1
+    expected = np.array([10 * i for i in sample_evenly(8, 20)]) / 127.5 - 1
     assert mean == pytest.approx(expected.mean(), abs=1e-6)
+
+
+@pytest.mark.parametrize(("limit", "few"), [(32, False), (64, False), (1000, True)])
+def test_shards_that_take_turns_and_small_ones_are_sampled_whole(tmp_path, limit, few):
+    """Of shards that are black and white in turns the black ones alone were read, and of many small
+    ones eight."""
+    for shard in range(40):
+        buffer = io.BytesIO()
+        Image.new("RGB", (8, 8), (255 * (shard % 2),) * 3).save(buffer, "PNG")
+        write_shard(tmp_path / f"{shard:02}.tar", {f"{i}.png": buffer.getvalue() for i in range(5)})
+    data = WebDatasetStream(str(tmp_path / "*.tar"), label_key=None)
+    mean, deviation, count = measure_pixels(data, 8, limit)
+    assert count == (200 if few else limit)
+    assert mean == pytest.approx(0, abs=0 if few else 0.51)
+    assert deviation > 0.85
 
 
 def experiment(folder, pictures, **model) -> ExperimentConfig:

@@ -1,5 +1,6 @@
 """Any torch data set of images goes in; several become one, and labels go by name."""
 
+import numpy as np
 import pytest
 import torch
 from helpers.files import CATS_AND_DOGS, draw_pictures
@@ -60,9 +61,9 @@ def test_a_data_set_with_class_names_may_have_items_of_any_form():
     found = adapt(dataset)
     assert found.class_names == ["ant", "bee"]
     assert labels_count(found)
-    assert [found[i]["caption"] for i in range(6)] == ["bee", "ant", "ant", "", "", ""]
+    assert [found[i]["caption"] for i in range(6)] == ["bee", "ant", "ant", "", "", "bee"]
     prepare = ImageTransform(16).prepare
-    assert [prepare(found[i])["label"] for i in range(6)] == [1, 0, 0, 0, 0, 0]
+    assert [prepare(found[i])["label"] for i in range(6)] == [1, 0, 0, -1, -1, 1]
     assert adapt(found) is found
     dataset.class_names = None
     assert adapt(dataset).class_names == ["unlabelled"]
@@ -192,3 +193,46 @@ def test_data_sets_of_all_kinds_are_joined_by_name():
     joined = Joined([one, two])
     assert joined.class_names == ["ant", "bee"]
     assert [joined[i]["label"] for i in range(2)] == [1, 1]
+
+
+def test_labels_are_names_numbers_or_none(tmp_path):
+    """Names and floats were the first class, and in joined sets -1 was the last one."""
+    labels = ["bee", 1, 2.0, torch.tensor(2), np.int64(1), np.float32(0), "cat", -1, "dog", 0.5]
+    items = Listed([(RED, label) for label in labels])
+    dataset = adapt(items, class_names=["ant", "bee", "cat"])
+    found = [dataset[i] for i in range(len(labels))]
+    assert [item["label"] for item in found] == [1, 1, 2, 2, 1, 0, 2, -1, -1, -1]
+    assert [item["caption"] for item in found][6:] == ["cat", "", "", ""]
+    other = adapt(Listed([(RED, 0)]), class_names=["dog"])
+    joined = Joined([other, dataset])
+    assert [joined[i]["label"] for i in range(len(joined))] == [0, 2, 2, 3, 3, 2, 1, 3, -1, -1, -1]
+    prepared = ImageTransform(16).prepare(joined[9])
+    assert prepared["label"] == -1
+    with pytest.raises(ValueError, match="label -1 is none of the 3 classes ant, bee, cat"):
+        tokens_of(dataset, tmp_path)
+
+
+def test_other_keys_of_a_users_items_are_left_alone(tmp_path):
+    """A size was taken for a bucket's, and a tuple of captions had no encode()."""
+    items = [{"image": RED, "size": (48, 64), "caption": ("a red image", "red")}] * 2
+    dataset = adapt(Listed([*items, {"image": RED, "latents": 3, "caption": "", "key": 7}]))
+    assert ImageTransform(16).prepare(dataset[0])["image"].shape == (3, 16, 16)
+    assert dataset[0]["captions"] == ["a red image", "red"]
+    assert (dataset[2]["key"], dataset[2]["caption"], "latents" in dataset[2]) == ("7", "", False)
+    with pytest.raises(ValueError, match="is no text"):
+        adapt(Listed([{"image": RED, "caption": {"en": "red"}}]))[0]
+
+
+def test_a_subset_with_items_of_its_own_keeps_them():
+    class Varied(Subset):
+        def __getitem__(self, index):
+            return {**self.dataset[self.indices[index]], "image": Image.new("RGB", (8, 8), "blue")}
+
+        def __getitems__(self, indices):
+            return [self[index] for index in indices]
+
+    whole = adapt(Listed([(RED, 0), (RED, 1), (RED, 1)]), class_names=["ant", "bee"])
+    some = adapt(Varied(whole, [2, 0]))
+    assert some.class_names == ["ant", "bee"]
+    assert [some[i]["label"] for i in range(2)] == [1, 0]
+    assert some[0]["image"].getpixel((0, 0)) == (0, 0, 255)

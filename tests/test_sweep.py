@@ -457,3 +457,22 @@ def test_mistakes_are_told_in_one_line(folder, capsys, arguments, message):
     code, _ = run(folder, *arguments)
     assert code == 1
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("pictures", "draws"), [(-1, 8), (2000, 8), (6, 0)])
+def test_no_sweep_measures_before_it_finds_how_many_pictures_are_asked(
+    tmp_path, monkeypatch, pictures, draws
+):
+    monkeypatch.setattr("flextok.evaluation.sweep.evaluate", lambda *_: pytest.fail("measured"))
+    asked = (None, None, None, pictures, draws)
+    with pytest.raises(ValueError, match=r"num_(pictures|draws)="):
+        sweep(tiny_tokenizer(), Emoji("train"), Options(), tmp_path, *asked)
+
+
+def test_a_sweep_without_pictures_has_its_tables(tmp_path):
+    """0 pictures were a traceback after the measuring."""
+    data = take(Emoji("validation"), 4)
+    sweep(tiny_tokenizer(), data, Options(networks=()), tmp_path, lengths=[1], num_pictures=0)
+    assert (tmp_path / "sweep.csv").exists()
+    assert (tmp_path / "tokens.png").exists()
+    assert not (tmp_path / "strips.png").exists()

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from flextok import viz
 
@@ -148,3 +149,19 @@ def test_legends_of_curves_lie_below_the_panels_and_in_the_figure(length):
     assert len(colours) > 1
     (left, right, _) = (axes.lines for axes in figure.axes[:3])
     assert left[3].get_color() == right[0].get_color()  # a name has one colour in a row
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "webp", "gif", "bmp", "tif"])
+def test_formats_that_can_be_written_are_taken(tmp_path, ending):
+    path = viz.save(Image.new("RGB", (4, 4), "red"), tmp_path / f"a.{ending}")
+    assert Image.open(path).size == (4, 4)
+    assert viz.is_ours(path) == (ending == "png")
+    Image.new("RGB", (4, 4)).save(tmp_path / "b.png")
+    assert not viz.is_ours(tmp_path / "b.png")
+
+
+@pytest.mark.parametrize("ending", ["h5", "xbm", "msp", "wmf", "txt", ""])
+def test_formats_that_cannot_be_written_are_refused_at_once(ending):
+    """Of some Pillow has the name alone: the grid was lost after all the work."""
+    with pytest.raises(ValueError, match=r"must end in \.png"):
+        viz.image_format(f"grid.{ending}")

@@ -321,7 +321,7 @@ class Sweep(Networks, Solving, Measuring):
     folder = "sweep"
     data: OwnData = None
     num_tokens: Lengths = None
-    num_pictures: Annotated[int, "in the strips and the map"] = 6
+    num_pictures: Annotated[int, Bounds(0, 1000), "in the strips and the map; 0: neither"] = 6
     steps: Annotated[list[int] | None, "decoder steps"] = None
     guidance_scale: Annotated[list[float] | None, "decoder guidance, 1 = none"] = None
     networks: Annotated[

@@ -16,14 +16,15 @@ from flextok.pipeline import decodable_lengths, load_token_model
 from flextok.places import list_models
 from flextok.registry import make_dataset
 from flextok.tokenizers import Tokenizer
+from flextok.viz import is_ours
 
 
 def pick_device(name: str | None) -> str:
     """The device of that name. By default this process's GPU, else MPS, else the CPU."""
     if name is not None:
         try:
-            torch.empty(0, device=name)
-        except (RuntimeError, AssertionError) as error:
+            torch.empty(1, device=name).cpu()  # "meta" computes nothing
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
             raise ValueError(f"--device {name}: {error}") from None
     return name or local_device()
 
@@ -61,6 +62,27 @@ def spare_sources(places: Iterable[str | Path], sources: Iterable[str | Path]) -
     for place in places:
         if str(place) != "-" and Path(place).exists() and (source := read.get(file_id(place))):
             raise ValueError(f"the picture {source} would be written over: name another --output")
+
+
+def spare_others(places: Iterable[str | Path]) -> None:
+    """Raise ValueError where a picture of a name that is not given would be written over one that
+    this package has not written."""
+    for place in places:
+        if Path(place).exists() and not is_ours(place):
+            raise ValueError(f"{place} is there and would be written over: name another --output")
+
+
+def spare_run(folder: Path) -> None:
+    """Raise ValueError for a training's folder, where a model would take the place of its own."""
+    if any((folder / name).is_dir() for name in ("checkpoints", "starts")):
+        raise ValueError(
+            f"{folder} holds a training, whose model would be replaced: name another folder"
+        )
+
+
+def files_of(data: Any) -> list[Path]:
+    """The pictures of a data set that are files of their own."""
+    return [getattr(data, "root", Path()) / path for path in getattr(data, "paths", ())]
 
 
 def file_id(path: str | Path) -> tuple[int, int]:

@@ -18,11 +18,24 @@ from flextok.cli.arguments import (
     Search,
     Sweep,
 )
-from flextok.cli.common import data_of, data_spec, open_data, pick_device, token_lengths
+from flextok.cli.common import (
+    data_of,
+    data_spec,
+    open_data,
+    pick_device,
+    spare_run,
+    token_lengths,
+)
 from flextok.cli.options import decoding_options, refuse_given
 from flextok.data.sets import take
 from flextok.emoji import probe as scene_probe
-from flextok.emoji.alignment import alignment, check_probe, check_scenes, format_report
+from flextok.emoji.alignment import (
+    alignment,
+    check_generator,
+    check_probe,
+    check_scenes,
+    format_report,
+)
 from flextok.emoji.scenes import EmojiScenes
 from flextok.evaluation import Cell, Options, evaluate, processes
 from flextok.evaluation.adaptive import Target, fit_length_head, relate
@@ -36,8 +49,9 @@ from flextok.evaluation.sweep import offline_network, sweep
 from flextok.files import check_writable
 from flextok.generators import Generator
 from flextok.pipeline import load_token_model, load_tokenizer_of
-from flextok.places import list_models
+from flextok.places import CONFIG, check_layout, layout_of, list_models
 from flextok.registry import make_dataset
+from flextok.storage import read_json
 from flextok.tokenizers import FlexTok, Tokenizer
 
 FITTED = 4096  # images, at most, to which a length head is fitted
@@ -132,21 +146,23 @@ def run_sweep(options: Sweep) -> dict[str, Any]:
 def run_adaptive(options: Adaptive) -> dict[str, Any]:
     target = Target.parse(options.target)
     output = prepare_output(options)
+    hashes, fitted = None, output / "tokenizer"
+    if options.train is not None:
+        check_fitted(fitted)
     if options.data is None and options.model in list_models():
         options.data = "emoji_scenes:validation"
     data = take(data_of(options.data, options.model), options.limit or 256)
     model = tokenizer_for_measuring(options)
     how = measuring_options(options, decoding_options(options))
-    hashes = None
     if options.train is not None:
         if not isinstance(model, FlexTok):
             raise ValueError(f"--train: {options.model} is a {model.model_type}, not a FlexTok")
         train = take(open_data(options.train), FITTED)
         hashes = fit_length_head(model, train, target.metric, how)
         dtype = model.dtype
-        model.to(torch.float32).save_pretrained(output / "tokenizer")
+        model.to(torch.float32).save_pretrained(fitted)
         model.to(dtype)
-        print(f"wrote {output / 'tokenizer'}, which has a length head for {target.metric}")
+        print(f"wrote {fitted}, which has a length head for {target.metric}")
     report = relate(model, data, target, how, hashes)
     if (found := report["complexity"]) is not None:
         print("label  images  mean tokens  target met")
@@ -173,6 +189,17 @@ def run_adaptive(options: Adaptive) -> dict[str, Any]:
     return write_measured(report, model, options, output)
 
 
+def check_fitted(folder: Path) -> None:
+    """Raise ValueError where a tokenizer with a length head would be written over a model that an
+    earlier `adaptive` has not."""
+    spare_run(folder)
+    check_layout(folder, "flextok")
+    if layout_of(folder) and "length_head" not in read_json(folder / CONFIG).get("metadata", {}):
+        raise ValueError(
+            f"{folder} holds another tokenizer, which would be lost: name another folder"
+        )
+
+
 def run_probe(options: Probe) -> dict[str, Any]:
     output = prepare_output(options)
     train = take(data_of(options.train, options.model, "train"), options.limit)
@@ -195,6 +222,7 @@ def run_align(options: Align) -> dict[str, Any]:
     generator = load_token_model(options.model, pick_device(options.device))
     if not isinstance(generator, Generator):
         raise ValueError(f"{options.model} is a {generator.model_type} model, not a generator")
+    check_generator(generator, scenes)  # before the classifier is trained
     tokenizer = load_tokenizer_of(generator, options.model, options.tokenizer, generator.device)
     lengths = token_lengths(options.num_tokens, tokenizer, generator.num_tokens)
     decoding = decoding_options(options)

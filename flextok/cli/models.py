@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from flextok import places
 from flextok.card import model_facts, summary
 from flextok.cli.arguments import Convert, Info, Models
+from flextok.cli.common import spare_run
 from flextok.files import check_writable
 from flextok.generators import Generator
 from flextok.pipeline import load, load_tokenizer_of
@@ -17,7 +19,7 @@ from flextok.tokenizers import FlexTok, Tokenizer
 def run_models(options: Models) -> list[dict[str, Any]]:
     found = []
     for name in list_models():
-        model = load(name, "meta")  # the weights stay in their file
+        model = load(places.RELEASES / name, "meta")  # the weights stay in their file
         if isinstance(model, Generator):
             kind, takes = "generator", "by " + model.config.conditioner["name"]
         else:
@@ -41,6 +43,7 @@ def run_info(options: Info) -> dict[str, Any]:
 
 def run_convert(options: Convert) -> dict[str, Any]:
     check_writable(options.output, "output", folder=True)
+    spare_run(Path(options.output))
     overrides = {}
     for entry in options.overrides:
         key, equals, text = entry.partition("=")

@@ -12,7 +12,15 @@ from tqdm import tqdm
 
 from flextok import viz
 from flextok.cli.arguments import MOST_CLASSES, Sample
-from flextok.cli.common import data_of, open_data, pick_device, spare_sources, token_lengths
+from flextok.cli.common import (
+    data_of,
+    files_of,
+    open_data,
+    pick_device,
+    spare_others,
+    spare_sources,
+    token_lengths,
+)
 from flextok.cli.options import (
     BY_CLASS,
     BY_PROMPT,
@@ -68,7 +76,7 @@ def run_sample(options: Sample) -> dict[str, Any]:
     output = Path(options.output)
     if output.is_dir():
         raise ValueError(f"--output {output} is a folder: name a file, such as grid.png in it")
-    viz.image_format(output)
+    longest = viz.LONGEST_SIDE.get(viz.image_format(output), MOST_PIXELS)
     check_writable(output, "--output")
     if not options.model:
         by_prompt = options.prompt or options.prompts_file
@@ -89,11 +97,13 @@ def run_sample(options: Sample) -> dict[str, Any]:
         names, batches = generation(model, tokenizer, lengths, options)
     columns = len(lengths) + reconstructs
     room = max(1, MOST_PIXELS // (columns * max(128, *size) ** 2))
+    in_a_row = options.num_samples if reconstructs or len(lengths) == 1 else 1
+    room = min(room, longest // (max(128, *size) + 2 * viz.GAP) * in_a_row)
     if reconstructs:  # whole rows
         room = max(1, room // options.num_samples) * options.num_samples
     if len(names) > room and kind != "text":
         raise ValueError(
-            f"{len(names)} images do not fit one grid of {room}: ask for "
+            f"{len(names)} images do not fit one grid of {room} in {output}: ask for "
             "fewer by --limit, --classes, --num-samples or --num-tokens"
         )
     bar = tqdm(total=len(names), unit="image", disable=None)
@@ -133,8 +143,7 @@ def collect(
                 shown = images if original is None else {**images, ORIGINAL: original}
                 kept.append({k: some[: room - done] for k, some in shown.items()})
             for number, image in enumerate(last if as_files else (), done + 1):
-                place = output.with_name(f"{output.stem}-{number}.png")
-                files.append(str(viz.save(to_image(image), place)))
+                files.append(str(viz.save(to_image(image), numbered(output, number))))
                 bar.write(f"wrote {files[-1]}", file=sys.stdout)
             done += len(last)
             bar.update(len(last))
@@ -173,9 +182,7 @@ def reconstruction(
         data, limit = PictureFiles(options.images), options.limit
     else:
         data, limit = data_of(options.data, options.model), options.limit or 8
-    # those of other data sets are in no files of their own
-    files = [getattr(data, "root", Path()) / path for path in getattr(data, "paths", ())]
-    spare_sources([options.output], files)
+    spare_sources([options.output], files_of(data))
     data = take(data, limit)
     dataset = skipping(Images(data, model.checked_shape(options.height, options.width)))
 
@@ -196,7 +203,11 @@ def generation(
     """Images by class, by prompt or without a condition, and their names."""
     cond: Tensor | list[str]
     if isinstance(model.conditioner, TextConditioner):
-        cond = names = read_prompts(options)
+        data = open_data(options.data) if options.data else None
+        cond = names = read_prompts(options, data)
+        beside = [numbered(options.output, n) for n in range(1, len(names) + 1)]
+        spare_sources([options.output, *beside], files_of(data))
+        spare_others(beside)
     elif isinstance(model.conditioner, NoConditioner):
         names = [""] * options.num_samples
         cond = torch.full((options.num_samples,), NULL_CLASS)
@@ -213,13 +224,18 @@ def generation(
     return names, batches()
 
 
-def read_prompts(options: Sample) -> list[str]:
-    """--prompt, --prompts-file or the captions of --data, each --num-samples times."""
+def numbered(output: str | Path, number: int) -> Path:
+    """The file beside a grid that holds one of its images."""
+    return Path(output).with_name(f"{Path(output).stem}-{number}.png")
+
+
+def read_prompts(options: Sample, data: Any) -> list[str]:
+    """--prompt, --prompts-file or the captions of data, each --num-samples times."""
     prompts = options.prompt or []
     if options.prompts_file:
         prompts = read_lines(Path(options.prompts_file))
-    elif options.data:
-        prompts = captions_of(take(open_data(options.data), options.limit or 8))
+    elif data is not None:
+        prompts = captions_of(take(data, options.limit or 8))
         if not prompts:
             raise ValueError(
                 f"no image of --data {options.data} has a caption: put .txt files beside them, or "

@@ -1,5 +1,6 @@
 """`flextok search`: the tokens whose image fits a class or a prompt best."""
 
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from tqdm import tqdm
 
 from flextok import viz
 from flextok.cli.arguments import WELL_KNOWN, Search
-from flextok.cli.common import check_folder, data_spec, pick_device
+from flextok.cli.common import check_folder, data_spec, pick_device, spare_others
 from flextok.cli.measure import check_probe_file, probe_for
 from flextok.cli.options import SAMPLING, chosen, decoding_options, refuse_given
 from flextok.emoji.alignment import caption_facts, scene_verifier
@@ -38,7 +39,9 @@ def run_search(options: Search) -> dict[str, Any]:
         raise ValueError("name what to search for: either --prompt or --classes")
     check_folder(options.output)
     check_probe_file(options)
-    names = options.prompt or options.classes or []
+    names, folder = options.prompt or options.classes or [], Path(options.output)
+    places = [(folder / f"{n}.png", folder / f"{n}-tree.png") for n in range(1, len(names) + 1)]
+    spare_others(chain(*places))
     model = load_token_model(options.model, pick_device(options.device))
     generator = model if isinstance(model, Generator) else None
     if isinstance(model, Tokenizer):
@@ -75,10 +78,9 @@ def run_search(options: Search) -> dict[str, Any]:
             decoding=decoding_options(options),
             callback=show,
         )
-    folder = Path(options.output)
-    for row, name in enumerate(names):
-        place = viz.save(to_image(found.images[row]), folder / f"{row + 1}.png")
-        viz.save(draw_tree(found, row), folder / f"{row + 1}-tree.png")
+    for row, (name, (place, tree)) in enumerate(zip(names, places, strict=True)):
+        viz.save(to_image(found.images[row]), place)
+        viz.save(draw_tree(found, row), tree)
         print(f"{name}: score {found.scores[row]:.4g} after {found.decodes} decodes, wrote {place}")
     return {
         "model": options.model,

@@ -20,6 +20,7 @@ from flextok.data.tokens import (
 )
 from flextok.data.transforms import ImageTransform
 from flextok.data.variants import warn_unused
+from flextok.files import check_writable
 from flextok.registry import make_dataset
 from flextok.training.plan import Assumptions, as_text, plan
 from flextok.training.recipe import memory_here, memory_of, write_recipe
@@ -101,6 +102,10 @@ def run_index(options: Index) -> dict[str, Any]:
             f"the index would be written to {options.output}: name a file that ends in .json, or - "
             "for standard output, behind the shards"
         )
+    if options.output != "-":
+        check_writable(options.output, "output")
+    elif options.json == "-":
+        raise ValueError("standard output takes the index or --json: name a file for one")
     index = write_index(options.urls, parse_fetch(options.fetch))
     write_json(options.output, index)
     total = sum(shard["nsamples"] for shard in index["shardlist"])
@@ -131,7 +136,8 @@ def run_tokenize(options: Tokenize) -> dict[str, Any] | None:
         return None
     if options.verify:
         store.verify()
-    sequences = len(store.column("position"))
+    if not (sequences := len(store.column("position"))):
+        raise ValueError(f"no image of {options.data} could be read; see the warnings above")
     unreadable = store.length - sequences
     print(
         f"{options.output}: {sequences} sequences in {store.num_parts} parts"

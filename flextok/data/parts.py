@@ -77,8 +77,9 @@ class PartStore:
         this process are removed with a warning, to be made again.
 
         identity: plain data, the same on every process. Where the folder's is another one, raises
-        ValueError naming the keys that differ; with `replace`, the first process removes that store
-        and begins anew. Raises ValueError for a folder with files of others, if replaced."""
+        ValueError naming the keys that differ; with `replace`, of one process before the others
+        join, removes that store and begins anew. Raises ValueError for a folder with files of
+        others, if replaced."""
         folder, process = Path(folder), process or this_process()
         if part_size < 1:
             raise ValueError(f"part_size={part_size} must be at least 1")
@@ -88,11 +89,8 @@ class PartStore:
         folder.mkdir(parents=True, exist_ok=True)
         if not replace:
             store._join()
-        elif process.rank == 0:
-            store._replace()
         else:
-            while _held(folder) != manifest:
-                time.sleep(0.2)
+            store._replace()
         for part in store._mine():
             if (path := store.path(part)).exists():
                 try:

@@ -34,8 +34,11 @@ def sample_of(dataset: Any, limit: int) -> list[int]:
     """Ascending indices."""
     if not isinstance(dataset, WebDatasetStream):
         return sample_evenly(min(limit, len(dataset)), len(dataset))
-    shards = len(dataset.counts)
-    chosen = [i * shards // min(8, shards) for i in range(min(8, shards))]
-    firsts = (np.asarray(dataset.ends) - np.asarray(dataset.counts)).tolist()
-    each = max(1, limit // len(chosen))
-    return [firsts[s] + i for s in chosen for i in range(min(each, dataset.counts[s]))]
+    counts, shards = dataset.counts, len(dataset.counts)
+    firsts, number = (np.asarray(dataset.ends) - np.asarray(counts)).tolist(), min(8, shards)
+    while True:
+        chosen, each = sample_evenly(number, shards), math.ceil(limit / number)
+        found = [firsts[s] + i for s in chosen for i in range(min(each, counts[s]))]
+        if len(found) >= limit or number == shards:
+            return [found[i] for i in sample_evenly(min(limit, len(found)), len(found))]
+        number = min(2 * number, shards)

@@ -5,13 +5,25 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
+import torch
 from PIL import Image
 from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset
 
-from flextok.data.labels import captioned, check_names, renumbering, union
+from flextok.data.labels import (
+    as_label,
+    captioned,
+    check_names,
+    label_table,
+    renumbering,
+    texts_of,
+    union,
+)
 from flextok.data.pictures import UNLABELLED, CorruptPicture
 from flextok.draws import sample_evenly
-from flextok.schema import whole_number
+from flextok.schema import find_class, whole_number
+
+NO_CLASS = -1  # the label of what has none where others have
 
 
 @runtime_checkable
@@ -52,7 +64,10 @@ def adapt(dataset: Any, class_names: Sequence[str] | int | None = None) -> Any:
     if class_names is None and is_ours(dataset):
         return dataset
     if isinstance(dataset, Subset):
-        return Taken(adapt(dataset.dataset, class_names), dataset.indices)
+        if type(dataset).__getitem__ is Subset.__getitem__:
+            return Taken(adapt(dataset.dataset, class_names), dataset.indices)
+        if class_names is None and not isinstance(dataset, ImageSet | HasClasses):
+            class_names = adapt(dataset.dataset).class_names
     known = all(hasattr(dataset, name) for name in ("__getitem__", "__len__"))
     if not known or isinstance(dataset, IterableDataset):
         raise ValueError(
@@ -77,6 +92,7 @@ class Adapted(Dataset[dict[str, Any]]):
         elif class_names is None and isinstance(dataset, HasClasses):
             class_names = [str(name) for name in dataset.classes]
         self.class_names = check_names([UNLABELLED] if class_names is None else class_names)
+        self.table = label_table(self.class_names)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -95,10 +111,32 @@ class Adapted(Dataset[dict[str, Any]]):
                 f"item {index} of {type(self.dataset).__name__} holds {keys} and no 'image': name "
                 "its image so"
             )
-        item = {"label": 0, "key": str(index), **found}
-        label, names = whole_number(item["label"]), self.class_names
-        name = names[label] if label is not None and label in range(len(names)) else ""
-        return {**captioned([], name), **item}
+        label, names = self.number_of(found.get("label", 0)), self.class_names
+        name = names[label] if label in range(len(names)) else ""
+        texts = [found[key] for key in ("captions", "caption") if found.get(key) is not None]
+        captions = texts_of(texts[0]) if texts else []
+        item = captioned(captions, "" if texts else name)
+        return {
+            "image": found["image"],
+            "label": label,
+            "key": str(found.get("key", index)),
+            **item,
+        }
+
+    def number_of(self, label: object) -> int:
+        """An item's label as an index into class_names: a name is looked up, and a whole number is
+        one, also one beyond them, which what reads classes refuses. NO_CLASS for what is none of
+        the classes, and 0 where there are none."""
+        if isinstance(label, torch.Tensor | np.generic) and label.ndim == 0:
+            label = label.item()
+        try:
+            label = as_label(label)
+        except ValueError:
+            label = whole_number(label)
+        found = find_class(self.table, label) if isinstance(label, str) else label
+        if found is None:
+            return 0 if self.class_names == [UNLABELLED] else NO_CLASS
+        return found
 
     def state(self) -> Iterator[str]:
         return state_of(self.dataset)
@@ -116,7 +154,9 @@ class Relabelled(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         item = self.dataset[index]
-        return {**item, "label": self.numbers[item["label"]]}
+        label = item["label"]
+        known = label in range(len(self.numbers))
+        return {**item, "label": self.numbers[label] if known else NO_CLASS}
 
     def state(self) -> Iterator[str]:
         return state_of(self.dataset)

@@ -60,22 +60,15 @@ def alignment(
     """Generate from the first `number` captions (or classes) of `scenes`, decode each length with
     the same noise, score. Raises ValueError when generator, probe and scenes do not fit."""
     check_scenes(number)
+    check_generator(generator, scenes)
     check_probe(probe, scenes, tokenizer.image_size)
     images, facts, captions = read_scenes(scenes, tokenizer.image_size, number)
     count = facts[:, 0] + 1
     cond: Tensor | list[str] = captions
     if isinstance(generator.conditioner, ClassConditioner):
-        known = generator.metadata.get("class_names")
-        if known != scenes.class_names:
-            raise ValueError(
-                f"this generator's classes ({', '.join((known or ['?'])[:3])}, ...) are not the "
-                f"numbers of objects of the scenes ({', '.join(scenes.class_names)})"
-            )
         cond = facts[:, 0].to(generator.device)
         facts = facts.clone()
         facts[:, 1:] = UNKNOWN  # a class is a number of objects, nothing else
-    elif not isinstance(generator.conditioner, TextConditioner):
-        raise ValueError("an unconditional generator has nothing to be aligned with")
     generated = generate_images(generator, tokenizer, cond, lengths, seed, sampling, decoding)
     others = derangement(number, seed)
     rebuilt = reconstruct_prefixes(tokenizer, images, lengths, seed, decoding)
@@ -98,6 +91,19 @@ def alignment(
         )
     real = agreement(probe.read(images), facts).nanmean(1).mean().item()
     return AlignmentReport(number, real, results)
+
+
+def check_generator(generator: Generator, scenes: EmojiScenes) -> None:
+    """Raises ValueError for a generator that is asked for nothing that scenes have."""
+    if isinstance(generator.conditioner, ClassConditioner):
+        known = generator.metadata.get("class_names")
+        if known != scenes.class_names:
+            raise ValueError(
+                f"this generator's classes ({', '.join((known or ['?'])[:3])}, ...) are not the "
+                f"numbers of objects of the scenes ({', '.join(scenes.class_names)})"
+            )
+    elif not isinstance(generator.conditioner, TextConditioner):
+        raise ValueError("an unconditional generator has nothing to be aligned with")
 
 
 def check_scenes(number: int) -> None:

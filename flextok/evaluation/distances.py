@@ -104,7 +104,8 @@ def mixed(rows: Tensor) -> Tensor:
 def inception_score(logits: Tensor, shuffle: bool) -> tuple[float, float]:
     """The inception score (arXiv 1606.03498), exp of the mean KL(p(y|x) || p(y)), where the logits
     are Inception's. Returns its mean and standard deviation: over ten parts after a seeded shuffle
-    (torch-fidelity's convention), or over chunks of 5,000 as they come (ADM's)."""
+    (torch-fidelity's convention), or over chunks of 5,000 as they come (ADM's), of which
+    an incomplete one is left out where there is another."""
     from torch_fidelity.metric_isc import (
         KEY_METRIC_ISC_MEAN,
         KEY_METRIC_ISC_STD,
@@ -114,6 +115,7 @@ def inception_score(logits: Tensor, shuffle: bool) -> tuple[float, float]:
     if shuffle:
         found = isc_features_to_metric(logits, splits=min(10, len(logits)))
         return found[KEY_METRIC_ISC_MEAN], found[KEY_METRIC_ISC_STD]
-    chunks = [isc_features_to_metric(x, 1, shuffle=False) for x in logits.split(ADM_CHUNK)]
+    whole = len(logits) // ADM_CHUNK * ADM_CHUNK or len(logits)  # few images score low
+    chunks = [isc_features_to_metric(x, 1, shuffle=False) for x in logits[:whole].split(ADM_CHUNK)]
     scores = [chunk[KEY_METRIC_ISC_MEAN] for chunk in chunks]
     return float(np.mean(scores)), float(np.std(scores))

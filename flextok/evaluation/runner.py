@@ -44,7 +44,7 @@ def evaluate(
     cells: Sequence[Cell] | None = None,
     options: Options | None = None,
     output: str | Path | None = None,
-    names: Mapping[str, str] | None = None,
+    names: Mapping[str, str | Path] | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> dict[str, Any]:
     """Measure a tokenizer by its reconstructions of every readable image of `data`, or a generator
@@ -59,6 +59,7 @@ def evaluate(
     weights, a reference that does not fit, options that the models do not have, and where no image
     can be read."""
     job = make_job(model, cells, options, tokenizer)
+    called = {key: str(name) for key, name in (names or {}).items()}
     stored = str(data) if isinstance(data, str | Path) else None
     load_references(job, stored)
     asked = None if stored is not None else len(data)
@@ -76,7 +77,7 @@ def evaluate(
         if other is not None:
             reference = measure(job, "reference", other, sources.real, folder)
             for evaluator in job.networks:
-                name = (names or {}).get("reference", "data set")
+                name = called.get("reference", "data set")
                 evaluator.reference = MeasuredReference(name, reference, evaluator.name)
         if images is not None and job.generator is None:
             real = made = measure(job, "reconstructed", images, sources.reconstructed, folder)
@@ -88,7 +89,7 @@ def evaluate(
             made = measure(job, "generated", prompts, sources.generated, folder)
         seconds = time.perf_counter() - started
         return finish(
-            job, Measured(job, made, real, reference, asked or 0, seconds), folder, names or {}
+            job, Measured(job, made, real, reference, asked or 0, seconds), folder, called
         )
 
 
@@ -125,15 +126,28 @@ def check_captions(job: Job, images: Images | None) -> None:
 def measure(job: Job, what: str, source: Images | Prompts, show: Show, folder: Path) -> PartStore:
     """The rows of a source: those that the folder does not hold yet are measured, by this process
     and the others together."""
-    store = PartStore.make(
-        folder / f"flextok-{what}",
-        what="evaluation",
-        identity=job.identity(what, source.identity()),
-        length=len(source),
-        part_size=PART,
-        process=Process(processes.rank(), processes.count()),
-        replace=True,
-    )
+    process = Process(processes.rank(), processes.count())
+    if process.rank:
+        processes.barrier()  # until the first one has begun the store
+    try:
+        store = PartStore.make(
+            folder / f"flextok-{what}",
+            what="evaluation",
+            identity=job.identity(what, source.identity()),
+            length=len(source),
+            part_size=PART,
+            process=process,
+            replace=process.rank == 0,
+        )
+    except ValueError as error:
+        if process.rank == 0:
+            raise
+        raise ValueError(
+            f"process {process.rank} is to measure something else than the first one: {error}; all "
+            "must read the same files, and not copies of them"
+        ) from None
+    if not process.rank:
+        processes.barrier()
     compute = partial(measured_rows, job, show)
     store.fill(source, compute, job.options.batch_size, job.options.num_workers, desc=what)
     return store

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from flextok.data.loading import failures_in_one_line, make_loader
-from flextok.data.sets import adapt, data_files
+from flextok.data.sets import adapt, chosen_items, data_files
 from flextok.data.stream import EvaluationSet, Item, as_it_is, collate
 from flextok.data.transforms import ImageTransform
 from flextok.draws import CODES, NOISE, row_generators
@@ -51,12 +51,14 @@ class Images(Dataset):
         return readable(self, sorted({0, len(self) // 2, len(self) - 1}))
 
     def identity(self) -> str:
-        """A hash of a few images, which distinguishes data sets, and of the state of the files
-        behind all of them, as far as the data set lists them: one may have been replaced."""
+        """A hash of a few images, which distinguishes data sets, of the state of the files
+        behind all of them, as far as the data set lists them (one may have been replaced), and of
+        which items were taken."""
         few = self.few()
         return hash_of(
             *((i["label"], i["caption"], image_hashes(i["image"][None]).item()) for i in few),
             data_files(self.dataset),
+            chosen_items(self.dataset),
         )
 
 

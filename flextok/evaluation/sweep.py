@@ -22,6 +22,7 @@ from flextok.evaluation.report import write_report
 from flextok.evaluation.runner import evaluate
 from flextok.evaluation.sources import Images, readable
 from flextok.files import write_text
+from flextok.schema import check_number
 from flextok.tokenizers.base import Tokenizer, decode_rows, encode_rows, prefix_lengths
 
 AXES = {
@@ -60,7 +61,10 @@ def sweep(
 
     Writes to the folder `output`: report.json, sweep.csv, tokens.png, bits.png, time.png,
     strips.png and, where the decoder draws noise, variance.png of `num_draws` decodes of
-    `num_pictures` images. Returns the report with the spread by prefix length added."""
+    `num_pictures` images; without the latter two where that is 0. Returns the report with the
+    spread by prefix length added. Raises ValueError."""
+    check_number("num_pictures", num_pictures, 0, 1000)
+    check_number("num_draws", num_draws, 1, 1000)
     output = Path(output)
     lengths = lengths or prefix_lengths(tokenizer.num_tokens)
     no_choice: list[None] = [None]
@@ -69,7 +73,7 @@ def sweep(
     report = evaluate(tokenizer, dataset, cells, options, output, names)
     source = Images(dataset, tokenizer.image_size)
     number = min(num_pictures, len(source))
-    chosen = sample_evenly(number, len(source))
+    chosen = sample_evenly(number, len(source)) if number else []
     if shown := collate(readable(source, chosen)):
         draws = num_draws if tokenizer.stochastic else 1
         decoded = draws_of(tokenizer, shown, cells[: len(lengths)], options, draws)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from flextok.schema import NotFinite
 
-Device = str | torch.device | Mapping[str, str | torch.device]
+Device = str | int | torch.device | Mapping[str, str | int | torch.device]
 
 
 def one_device(asked: Device) -> torch.device:

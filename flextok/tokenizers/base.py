@@ -27,6 +27,7 @@ from flextok.images import (
     to_image,
 )
 from flextok.nn.devices import check_finite, span, to_device
+from flextok.nn.frozen import in_eval
 from flextok.quantizers import QUANTIZERS
 from flextok.schema import check_number, defaults_of, to_mapping, with_options
 
@@ -367,6 +368,7 @@ def index_rows(indices: Indices) -> Tensor:
     return rows if rows.is_floating_point() or rows.dtype == torch.bool else rows.long()
 
 
+@in_eval
 def encode_rows(
     tokenizer: Tokenizer, images: Tensor, seed: int, rows: Iterable[int] | Tensor
 ) -> Tensor:
@@ -377,6 +379,7 @@ def encode_rows(
     return tokenizer.encode(images, generator=row_generators(seed, POSTERIOR, rows))
 
 
+@in_eval
 def decode_rows(
     tokenizer: Tokenizer,
     encoded: Tensor,
