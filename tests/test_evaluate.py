@@ -924,6 +924,14 @@ def test_a_process_that_reads_other_files_says_so(tmp_path, monkeypatch):
             runner.measure(job, "reconstructed", images, sources.reconstructed, tmp_path)
 
 
+def test_images_without_a_class_are_not_generated_as_one(monkeypatch):
+    labels = [0, 1, "a", 2.0, "bee", None]
+    with pytest.raises(ValueError, match="2 of 6 images have a label that is none of the classes"):
+        labels_drawn(monkeypatch, 6, Labelled(labels), labels="data")
+    asked, _ = labels_drawn(monkeypatch, 4, Labelled(labels[:4]), labels="data")
+    assert asked == [0, 1, 0, 2]
+
+
 def test_names_of_a_report_may_be_paths(tmp_path):
     names = {"model": Path("a/model"), "data": tmp_path}
     report = evaluate(tokenizer(), emoji(5), [Cell(1, 1)], options(), names=names)

@@ -227,6 +227,11 @@ def prompts_of(job: Job, number: int, real: PartStore | None) -> Prompts:
     if real is not None and (job.reads_prompts or job.options.labels == "data"):
         known = labels_of(real)
         if not job.reads_prompts:
+            if lost := int((known < 0).sum()):
+                raise ValueError(
+                    f"{lost} of {len(known)} images have a label that is none of the classes, so "
+                    "none can be generated like them: give class_names, or labels=balanced"
+                )
             chosen = sample_evenly(number, len(known))
             return Prompts(known[chosen], known[chosen])
         captions = real.column("caption").texts()
