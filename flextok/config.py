@@ -147,6 +147,15 @@ class ExperimentConfig:
             raise ConfigError(
                 f"data.class_balance={self.data.class_balance} is for generators: leave it out"
             )
+        if self.task != "generator" and self.tokenizer:
+            raise ConfigError(
+                f"tokenizer={self.tokenizer} is what a generator reads tokens of: leave it out, or "
+                "name a model to go on from as start.weights"
+            )
+        if self.task != "generator" and self.data.token_variants != 1:
+            raise ConfigError(
+                f"data.token_variants={self.data.token_variants} is for generators: leave it out"
+            )
         if self.task == "generator" and self.data.latent_variants:
             raise ConfigError(
                 "data.latent_variants is for tokenizers; a generator reads tokens: leave it out"

@@ -55,6 +55,7 @@ Size = typing.Annotated[int, Bounds(1, 65_536)]
 Many = typing.Annotated[int, Bounds(1, 2**24)]  # rows of an embedding
 Depth = typing.Annotated[int, Bounds(1, 512)]
 Share = typing.Annotated[float, Bounds(0, 1)]
+Weight = typing.Annotated[float, Bounds(0)]  # of a loss
 
 
 class ConfigError(ValueError):

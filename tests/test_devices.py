@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from flextok.cli.common import pick_device
+from flextok.config import load_experiment
 from flextok.data.processes import local_device
 from flextok.evaluation.metrics import psnr
 from flextok.flow.guidance import apg
@@ -17,6 +18,7 @@ from flextok.generators import GENERATORS
 from flextok.nn.devices import span, widest
 from flextok.registry import build_model
 from flextok.tokenizers import TOKENIZERS
+from flextok.training.prepare import cache_device
 
 
 @pytest.mark.parametrize(
@@ -105,3 +107,17 @@ def test_loading_a_model_does_not_import_the_compiler_of_torch(tmp_path):
 def test_span_reads_both_ends_exactly():
     assert span(torch.tensor([[3, -7], [12, 0]])) == [-7, 12]
     assert span(torch.tensor([0.1, -0.3])) == [torch.tensor(-0.3).item(), torch.tensor(0.1).item()]
+
+
+@pytest.mark.parametrize(
+    ("devices", "rank", "expected"),
+    [("2,3", 0, 2), ("2,3", 1, 3), ("auto", 1, 1), ("2", 1, 1), ("0,2", 3, 2)],
+)
+def test_caches_are_filled_on_the_gpus_that_train(monkeypatch, devices, rank, expected):
+    """Those that the environment counts first were taken, whoever was at work there."""
+    config = load_experiment("configs/quickstart_generator.yaml", [f"trainer.devices='{devices}'"])
+    config.trainer.accelerator = "auto"
+    found = f"cuda:{rank % 4}"
+    monkeypatch.setattr("flextok.training.prepare.local_device", lambda: found)
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    assert cache_device(config) == f"cuda:{expected}"

@@ -14,7 +14,7 @@ from flextok.config import load_experiment
 from flextok.data.transforms import ImageTransform
 from flextok.pipeline import load
 from flextok.quantizers.vq import VQ, count_codes
-from flextok.training.callbacks import Progress
+from flextok.training.callbacks import CodebookUsage, Progress
 from flextok.training.run import train
 
 MODELS = {
@@ -85,3 +85,22 @@ def test_the_bar_of_a_continued_run_has_the_total_and_begins_where_it_continues(
     train(load_experiment(path, ["trainer.max_steps=4", "trainer.checkpoint_every=2"]))
     train(load_experiment(path, ["trainer.max_steps=6"]))
     assert bars == [(0, 4, 4), (4, 6, 6)]
+
+
+def test_a_checkpoint_holds_the_counts_of_all_processes(monkeypatch):
+    """The first process's were loaded by all, and codes that the others alone had chosen were moved
+    as dead ones."""
+    counts = [torch.tensor([3, 0, 1]), torch.tensor([0, 2, 1])]
+    usages = [CodebookUsage(VQ(3, 2), every=10) for _ in counts]
+    distributed = "flextok.training.callbacks.distributed"
+    monkeypatch.setattr(f"{distributed}.is_initialized", lambda: True)
+    monkeypatch.setattr(f"{distributed}.all_reduce", lambda some: some.copy_(sum(counts)))
+    for usage, own in zip(usages, counts, strict=True):
+        usage.counts = own.clone()
+    saved = usages[0].state_dict()
+    assert saved["counts"].tolist() == [3, 2, 2]
+    assert torch.equal(usages[0].counts, counts[0])
+    for rank, usage in enumerate(usages):
+        monkeypatch.setattr(f"{distributed}.get_rank", lambda rank=rank: rank)
+        usage.load_state_dict(saved)
+    assert sum(usage.counts for usage in usages).tolist() == [3, 2, 2]

@@ -388,3 +388,13 @@ def test_accents_are_the_same_in_both_forms_of_unicode(tmp_path):
     assert class_label(composed, ["owl", apart]) == 1
     with pytest.raises(ValueError, match="unknown class"):
         class_label("ele\u0301phant", ["owl", composed])
+
+
+@pytest.mark.parametrize("key", ["tokenizer", "token_variants"])
+def test_what_a_generator_alone_reads_is_refused_elsewhere(tmp_path, key):
+    """It was accepted, and did nothing."""
+    spec = {"task": "tokenizer", "output_dir": str(tmp_path), "model": {}, "trainer": SIX_STEPS}
+    data = {"train": {"name": "emoji"}}
+    spec |= {"tokenizer": "x", "data": data} if key == "tokenizer" else {"data": {**data, key: 5}}
+    with pytest.raises(ConfigError, match=f"{key}=.*leave it out"):
+        from_mapping(ExperimentConfig, spec)

@@ -140,3 +140,42 @@ def test_times_that_decoding_begins_with_and_training_leaves_out_are_warned_of(
     assert [text.partition(":")[0].partition("=")[0] for text in warnings] == (
         ["objective.time_sampler"] if warned else []
     )
+
+
+SENSELESS = [
+    (tiny_tokenizer, {"name": "flow", "repa": {"weight": -1.0}}, "weight=-1.0 must be at least 0"),
+    (tiny_tokenizer, {"name": "flow", "prefix_alignment": {"weight": -1}}, "at least 0"),
+    (
+        tiny_tokenizer,
+        {"name": "flow", "time_sampler": {"name": "mode", "scale": -4}},
+        "at least -1",
+    ),
+    (
+        tiny_tokenizer,
+        {"name": "flow", "time_sampler": {"name": "logit_normal", "std": 0}},
+        "above 0",
+    ),
+    (autoencoder, {"name": "autoencoder", "perceptual": {"efficientnet_lite0": -1}}, "at least 0"),
+    (vqgan, {"name": "adversarial", "perceptual": {"lpips": -0.5}}, "at least 0"),
+    (lambda: tiny_tokenizer(quantizer={"name": "fsq", "levels": [8], "eps": -1}), {}, "at least 0"),
+    (lambda: tiny_tokenizer(quantizer={"name": "fsq", "levels": [8], "eps": 1.5}), {}, "below 1"),
+    (lambda: tiny_tokenizer(quantizer={"name": "vq", "commitment": -1}), {}, "at least 0"),
+]
+
+
+@pytest.mark.parametrize(("model", "spec", "message"), SENSELESS)
+def test_values_that_make_no_sense_are_refused(model, spec, message):
+    """A negative weight drove the images away from the data."""
+    with pytest.raises(ConfigError, match=message):
+        make_objective(model(), spec).prepare(pretrained=False)
+
+
+def test_all_that_a_student_trains_gets_a_gradient():
+    """A codebook got none, at which DDP gave up at the second step."""
+    quantizer = {"name": "vq", "codebook_size": 20, "dim": 3}
+    student, teacher = (tiny_tokenizer(quantizer=quantizer) for _ in range(2))
+    objective = make_objective(student, {"name": "distillation"}, {"teacher": teacher}).train()
+    objective(batch(), torch.Generator().manual_seed(0))["loss"].backward()
+    trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
+    assert trained
+    assert [name for name, p in trained.items() if p.grad is None] == []

@@ -5,12 +5,13 @@ x_t = (1 - t) x_0 + t noise, and the velocity is v = dx_t/dt = noise - x_0.
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
 from flextok.nn.devices import to_device
+from flextok.schema import Bounds
 
 Quantity = Literal["velocity", "x0"]  # what a network predicts, or an error is measured of
 MIN_TIME = 0.05  # bounds the weight of errors near the data (JiT, arXiv 2511.13720)
@@ -57,17 +58,21 @@ def as_column(t: Tensor, like: Tensor) -> Tensor:
     return t if t.ndim == 0 else to_device(t, like.device).view(-1, *[1] * (like.ndim - 1))
 
 
+Deviation = Annotated[float, Bounds(0, open_low=True)]
+
+
 def uniform(u: Tensor) -> Tensor:
     """u: (B,) uniform in [0, 1]. Returns times t = u."""
     return u
 
 
-def mode(u: Tensor, scale: float = 0.25) -> Tensor:
-    """SD3's mode sampling, 1 - u - scale (cos^2(pi u / 2) - 1 + u); scale 0.25 is FlexTok's."""
+def mode(u: Tensor, scale: Annotated[float, Bounds(-1, 1.75)] = 0.25) -> Tensor:
+    """SD3's mode sampling, 1 - u - scale (cos^2(pi u / 2) - 1 + u); scale 0.25 is FlexTok's. It is
+    monotone from -1 to 2 / (pi - 2), about 1.752."""
     return 1 - u - scale * (torch.cos(torch.pi * u / 2) ** 2 - 1 + u)
 
 
-def logit_normal(u: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
+def logit_normal(u: Tensor, mean: float = 0.0, std: Deviation = 1.0) -> Tensor:
     """sigmoid of a normal (SD3, eq. 19), through the normal's inverse CDF. Its mean shifts the
     training times: mean + log(s) gives what shift_times(., s) makes of them."""
     eps = torch.finfo(torch.float32).eps
@@ -75,7 +80,7 @@ def logit_normal(u: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
 
 
 def thick_tailed(
-    u: Tensor, mean: float = 0.0, std: float = 1.0, uniform_share: float = 0.1
+    u: Tensor, mean: float = 0.0, std: Deviation = 1.0, uniform_share: float = 0.1
 ) -> Tensor:
     """logit_normal, with a share of uniform times mixed in so that none is rare (FlowMo, arXiv
     2503.11056: 10 %). Both come from the one u: below uniform_share it is stretched to [0, 1] and

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from flextok.nn.efficientnet import efficientnet_lite0
 from flextok.nn.frozen import Frozen
+from flextok.schema import Weight
 
 
 class ViTFeatures(nn.Module):
@@ -105,7 +106,7 @@ class PrefixAlignment(nn.Module):
         code_dim: int,
         model: str = "efficientnet_lite0",
         pretrained: bool = True,
-        weight: float = 0.1,
+        weight: Weight = 0.1,
         fade: float = 1.0,
         size: int = 224,
         hidden_dim: int = 512,
@@ -154,7 +155,7 @@ class RepresentationAlignment(nn.Module):
         dim: int,
         model: str = "vit_large_patch14_dinov2.lvd142m",
         pretrained: bool = True,
-        weight: float = 1.0,
+        weight: Weight = 1.0,
         hidden_dim: int = 2048,
         spatial: bool = False,
     ):

@@ -102,9 +102,10 @@ class Adversarial(Objective):
 
     def before_step(self, mean: Callable[[Tensor], Tensor] = lambda x: x) -> None:
         """Moves LeCam's averages by the step's logits, over all micro-batches and processes. Before
-        start_step takes the discriminator's gradients of zero away: AdamW would count them and
-        decay the weights, and take steps of several times its rate at the first true ones."""
-        if self.has_discriminator and self.step < self.config.start_step:
+        start_step, and in a step that it has not judged, takes the discriminator's gradients of
+        zero away: AdamW would count them, decay the weights, move them by what it remembers, and
+        take steps of several times its rate at the first true ones."""
+        if self.has_discriminator and (self.step < self.config.start_step or not self.judged):
             for parameter in self.discriminator.parameters():
                 parameter.grad = None
         if self.has_discriminator and self.judged:

@@ -24,7 +24,7 @@ from flextok.nn.devices import to_device
 from flextok.objectives.adversarial import Adversarial, PatchDiscriminatorConfig
 from flextok.objectives.base import draws_of, need, take_over, train_only
 from flextok.quantizers.kl import kl_to_normal
-from flextok.schema import Bounds, ConfigError, Share
+from flextok.schema import Bounds, ConfigError, Share, Weight
 from flextok.tokenizers.base import check_images
 
 
@@ -33,7 +33,7 @@ class AutoencoderObjectiveConfig(PatchDiscriminatorConfig):
     """Keys of `objective` beside `name: autoencoder`."""
 
     weight: Annotated[float, Bounds(0)] = 0.0  # of the adversarial loss; 0 = no discriminator
-    perceptual: dict[str, float] = field(default_factory=dict)  # weights by name
+    perceptual: dict[str, Weight] = field(default_factory=dict)  # weights by name
     # of the KL in nats, summed over an image's latents and divided by the number of its values
     kl_weight: Annotated[float, Bounds(0)] = 1e-3
     equivariance: Share = 0.0  # of the steps, see `transform`

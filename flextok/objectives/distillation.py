@@ -102,6 +102,7 @@ class DistillationObjective(Objective):
             )
         begin_student(model, trained, config.num_steps)
         hold(model, model.encoder.parameters())
+        hold(model, model.quantizer.parameters())  # a codebook
         hold(model, [model.decoder.null_token])  # guidance is the teacher's
         self.teacher = Frozen(trained)
         self.nested_dropout = nested_dropout(model, config)

@@ -138,7 +138,7 @@ class DrawingObjective(Objective):
         draws, found = self.found(batch, generator)
         x0 = found["latents"]
         u_null, u_time = draws(torch.rand, (2,), torch.device("cpu")).unbind(1)
-        t = self.sample_times(to_device(u_time, x0.device))
+        t = to_device(self.sample_times(u_time), x0.device)  # MPS has no ndtri
         noise = draws(torch.randn, tuple(x0.shape[1:]), x0.device).to(x0.dtype)
         null = u_null < self.config.null_prob
         velocity = self.drawer(interpolate(x0, noise, t), t, found["draft"], null)

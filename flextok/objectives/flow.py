@@ -217,7 +217,7 @@ class FlowObjective(Objective):
         taken = {key: take_rows(batch[key], order) for key in ("image", "latents") if key in batch}
         u_null, u_time = draws(torch.rand, (2,), torch.device("cpu")).unbind(1)
         x0 = taken["latents"] if "latents" in taken else self.frozen(taken, draws)["latents"]
-        t = self.sample_times(to_device(u_time, x0.device))
+        t = to_device(self.sample_times(u_time), x0.device)  # MPS has no ndtri
         noise = draws(torch.randn, tuple(x0.shape[1:]), x0.device).to(x0.dtype)
         null = u_null < self.config.null_prob
         x_t = interpolate(x0, noise, t)

@@ -12,7 +12,7 @@ from flextok.hub import Pretrained
 from flextok.losses.perceptual import PerceptualLoss
 from flextok.objectives.base import Objective, begin_with, draws_of, need, train_only
 from flextok.objectives.nested_dropout import NestedDropout, PrefixConfig, as_one, take_rows
-from flextok.schema import ConfigError
+from flextok.schema import ConfigError, Weight
 from flextok.tokenizers import MaskGITVQGAN, TiTok, Tokenizer
 from flextok.tokenizers.base import check_images
 from flextok.tokenizers.vqgan import to_unit
@@ -22,7 +22,7 @@ from flextok.tokenizers.vqgan import to_unit
 class ReconstructionConfig(PrefixConfig):
     """Keys of `objective` beside `name: reconstruction`."""
 
-    perceptual: dict[str, float] = field(default_factory=dict)  # weights by name
+    perceptual: dict[str, Weight] = field(default_factory=dict)  # weights by name
     train: list[str] | None = None  # parts that learn; None = all, and in "finetune" the decoder
 
 

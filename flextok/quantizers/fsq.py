@@ -5,12 +5,13 @@ levels, first dimension fastest. fp32 throughout: rounding decides an index.
 """
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
 
 from flextok.draws import Rng
+from flextok.schema import Bounds
 
 
 class FSQ(nn.Module):
@@ -25,7 +26,7 @@ class FSQ(nn.Module):
     def __init__(
         self,
         levels: list[int],
-        eps: float = 1e-3,
+        eps: Annotated[float, Bounds(0, 1, open_high=True)] = 1e-3,
         bound: Literal["tanh", "ifsq"] = "tanh",
         gain: float = 1.0,
     ):

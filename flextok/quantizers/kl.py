@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from flextok.draws import Rng, draw
-from flextok.schema import Size
+from flextok.schema import Size, Weight
 
 
 class KL(nn.Module):
@@ -16,7 +16,7 @@ class KL(nn.Module):
 
     codebook_size = 0
 
-    def __init__(self, dim: Size = 16, weight: float = 1e-6):
+    def __init__(self, dim: Size = 16, weight: Weight = 1e-6):
         super().__init__()
         self.dim, self.weight = dim, weight
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flextok.draws import Rng
-from flextok.schema import Many, Size
+from flextok.schema import Many, Size, Weight
 
 
 class VQ(nn.Module):
@@ -23,8 +23,8 @@ class VQ(nn.Module):
         codebook_size: Many = 4096,
         dim: Size = 12,
         l2_norm: bool = True,
-        commitment: float = 0.25,
-        codebook_weight: float = 1.0,
+        commitment: Weight = 0.25,
+        codebook_weight: Weight = 1.0,
     ):
         super().__init__()
         if codebook_size < 1 or dim < 1:

@@ -9,6 +9,7 @@ from torch import Tensor
 from flextok.flow.guidance import GUIDANCE, Scale, Velocity, within
 from flextok.flow.path import as_column, linear_times, shift_times
 from flextok.flow.solvers import SOLVERS
+from flextok.nn.devices import widest
 from flextok.schema import Size, build, check_number
 
 MAX_STEPS, MAX_SCALE = 10_000, 1000  # of a decoder; more of them are a mistake
@@ -54,7 +55,7 @@ class DecodeOptions:
     def scaled(self, noise: Tensor, keep: Tensor, num_tokens: int) -> Tensor:
         """Initial noise (B, ...) times the scale of its number of tokens. keep: (B,) long."""
         one, full = self.noise_scale
-        scale = one + (full - one) * (keep.double() - 1) / max(num_tokens - 1, 1)
+        scale = one + (full - one) * (keep.to(widest(keep.device)) - 1) / max(num_tokens - 1, 1)
         return noise * as_column(scale.to(noise.dtype), noise)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.distributed.tensor import DTensor
 
 from flextok.draws import REVIVE, derived_generator
@@ -126,10 +126,17 @@ class CodebookUsage(L.Callback):
         return used, perplexity
 
     def state_dict(self) -> dict[str, Any]:
-        return {"counts": self.counts, "step": self.step}
+        """The counts of all processes, which save together."""
+        counts = self.counts
+        if counts is not None and distributed.is_initialized():
+            counts = counts.clone()
+            distributed.all_reduce(counts)
+        return {"counts": counts, "step": self.step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.counts, self.step = state_dict["counts"], state_dict["step"]
+        if self.counts is not None and distributed.is_initialized() and distributed.get_rank():
+            self.counts = torch.zeros_like(self.counts)  # the first process has them
 
 
 class NonFiniteLoss(ValueError):

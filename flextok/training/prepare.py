@@ -24,7 +24,7 @@ from flextok.data.latents import (
 )
 from flextok.data.pictures import UNLABELLED
 from flextok.data.pixels import measure_pixels
-from flextok.data.processes import local_device
+from flextok.data.processes import local_device, this_process
 from flextok.data.sets import origins, take
 from flextok.data.text import build_text_cache
 from flextok.data.tokens import (
@@ -345,7 +345,13 @@ def ready_tokens(spec: dict[str, Any], tokenizer: Any) -> TokenDataset:
 
 def cache_device(config: ExperimentConfig) -> str:
     """Where tokenizer and text encoder fill the caches: this process's GPU, if it trains on one."""
-    return "cpu" if config.trainer.accelerator == "cpu" else local_device()
+    if config.trainer.accelerator == "cpu":
+        return "cpu"
+    devices, found = str(config.trainer.devices), local_device()
+    if "," not in devices or not found.startswith("cuda"):
+        return found
+    numbers = devices.split(",")
+    return f"cuda:{int(numbers[this_process().local_rank % len(numbers)])}"
 
 
 def add_text(conditioner: TextConditioner, folder: Path, tokens: TokenDataset, device: str) -> None:
