@@ -154,11 +154,12 @@ class Tokenizer(Pretrained):
         return self._quantized(images, height, width)[1]
 
     @torch.no_grad()
+    @in_eval
     def encode_codes(
         self, images: Pictures, *, height: int | None = None, width: int | None = None
     ) -> Tensor:
         """images, height, width: as in encode. Returns codes (B, K, C) float, quantized ones or,
-        for a continuous bottleneck in eval mode, the posterior's mean."""
+        for a continuous bottleneck, the posterior's mean."""
         return self._quantized(images, height, width)[0]
 
     def _quantized(
@@ -368,7 +369,6 @@ def index_rows(indices: Indices) -> Tensor:
     return rows if rows.is_floating_point() or rows.dtype == torch.bool else rows.long()
 
 
-@in_eval
 def encode_rows(
     tokenizer: Tokenizer, images: Tensor, seed: int, rows: Iterable[int] | Tensor
 ) -> Tensor:
@@ -379,7 +379,6 @@ def encode_rows(
     return tokenizer.encode(images, generator=row_generators(seed, POSTERIOR, rows))
 
 
-@in_eval
 def decode_rows(
     tokenizer: Tokenizer,
     encoded: Tensor,
